@@ -1,0 +1,95 @@
+"""The backends: which of them can run here, why the others cannot, and which one `backend="auto"` means.
+
+A backend is anything with the three functions of reference.py, same names and signatures.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.util
+import os
+from types import ModuleType, SimpleNamespace
+
+import torch
+
+PREFERENCE = ("native", "triton", "reference")
+
+
+def _native() -> SimpleNamespace:
+    from . import _native  # loads the library and registers the operators
+
+    ops = getattr(torch.ops, _native.NAMESPACE)
+    return SimpleNamespace(
+        rademacher=ops.rademacher.default,
+        hessian_diag=ops.hessian_diag.default,
+        adahessian_step=ops.adahessian_step.default,
+    )
+
+
+@functools.cache
+def get(name: str) -> ModuleType | SimpleNamespace:
+    """The backend called ``name``: an object with rademacher, hessian_diag and adahessian_step."""
+    if name == "reference":
+        return importlib.import_module(".reference", __package__)
+    if name == "triton":
+        return importlib.import_module(".kernels", __package__)
+    if name == "native":
+        return _native()
+    raise ValueError(f'unknown backend "{name}"; expected "auto" or one of {", ".join(PREFERENCE)}')
+
+
+@functools.cache
+def _import_failure(name: str) -> str | None:
+    try:
+        get(name)
+    except (ImportError, OSError, RuntimeError) as error:
+        return f"{type(error).__name__}: {error}"
+    return None
+
+
+def unavailable_reason(name: str, device_type: str = "cpu") -> str | None:
+    """Why the backend cannot run on this kind of device here; None if it can."""
+    if name not in PREFERENCE:
+        raise ValueError(f'unknown backend "{name}"; expected "auto" or one of {", ".join(PREFERENCE)}')
+    if device_type not in ("cpu", "cuda") and name != "reference":
+        return f"has no kernels for {device_type} devices"
+    if name == "triton":
+        if importlib.util.find_spec("triton") is None:
+            return "the package triton is not installed (pip install triton)"
+        interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+        if device_type == "cpu" and not interpreted:
+            return "runs on GPUs; on CPU tensors only interpreted, for tests (set TRITON_INTERPRET=1)"
+    failure = _import_failure(name)
+    if failure is not None:
+        return failure
+    if name == "native" and device_type == "cuda":
+        from . import _native
+
+        return _native.cuda_missing()
+    return None
+
+
+def available_backends(device_type: str = "cpu") -> dict[str, str | None]:
+    """Every backend, in order of preference, with the reason it cannot run on ``device_type`` here, or None if it can."""
+    return {name: unavailable_reason(name, device_type) for name in PREFERENCE}
+
+
+def choose(name: str, device_type: str) -> str:
+    """The backend to use for tensors on ``device_type``: ``name`` itself, or the best there is if it is "auto".
+
+    Raises:
+        RuntimeError: the backend asked for cannot run on that device.
+    """
+    if name == "auto":
+        # Interpreted Triton is for tests: never chosen unasked.
+        names = [n for n in PREFERENCE if n != "triton" or device_type != "cpu"]
+        return next(n for n in names if unavailable_reason(n, device_type) is None)
+    reason = unavailable_reason(name, device_type)
+    if reason is not None:
+        others = [n for n, why in available_backends(device_type).items() if why is None]
+        raise RuntimeError(
+            f'backend="{name}" cannot run on {device_type} tensors here: {reason}. Available: {", ".join(others)}; '
+            'backend="auto" takes the first of them'
+        )
+    return name

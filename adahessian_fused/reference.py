@@ -1,0 +1,208 @@
+"""AdaHessian in plain PyTorch: the executable specification (Yao et al. 2021, Algorithm 1).
+
+The three ops have the same names and signatures in every backend. Everything else is tested against this file, run in
+float64. Equation numbers are the paper's.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .segments import Hyper, Segment, Steps, n_blocks
+
+_MASK32 = 0xFFFFFFFF
+_PHILOX_M0, _PHILOX_M1 = 0xD2511F53, 0xCD9E8D57
+_PHILOX_W0, _PHILOX_W1 = 0x9E3779B9, 0xBB67AE85
+
+
+def _mul_hi_lo(a: int, b: Tensor) -> tuple[Tensor, Tensor]:
+    """High and low 32 bits of the product of two uint32 numbers held in int64."""
+    low = b * (a & 0xFFFF)
+    high = b * (a >> 16) + (low >> 16)
+    return high >> 16, ((high & 0xFFFF) << 16) | (low & 0xFFFF)
+
+
+def philox4x32(counter: tuple[Tensor, ...], seed: int) -> tuple[Tensor, ...]:
+    """Philox4x32-10 (Salmon et al. 2011): four int64 tensors of uint32 words; the key is the 64-bit ``seed``."""
+    c0, c1, c2, c3 = counter
+    k0, k1 = seed & _MASK32, (seed >> 32) & _MASK32
+    for _ in range(10):
+        hi0, lo0 = _mul_hi_lo(_PHILOX_M0, c0)
+        hi1, lo1 = _mul_hi_lo(_PHILOX_M1, c2)
+        c0, c1, c2, c3 = hi1 ^ c1 ^ k0, lo1, hi0 ^ c3 ^ k1, lo0
+        k0, k1 = (k0 + _PHILOX_W0) & _MASK32, (k1 + _PHILOX_W1) & _MASK32
+    return c0, c1, c2, c3
+
+
+def rademacher_signs(numel: int, param_id: int, hessian_step: Tensor, seed: int, sample: int) -> Tensor:
+    """z for elements 0 ... numel - 1 of a parameter, in logical order: int64 tensor of +1 and -1 on the device of hessian_step.
+
+    Philox call number l // 128 of the parameter gives the signs of elements 128 (l // 128) ... + 127: element l reads
+    bit l % 32 of word (l // 32) % 4, and a set bit means -1.
+    """
+    device = hessian_step.device
+    call = torch.arange(n_blocks(numel, 128), device=device)
+    constant = torch.ones_like(call)
+    words = philox4x32((call, constant * param_id, constant * (hessian_step & _MASK32), constant * sample), seed)
+    bits = (torch.stack(words, 1)[..., None] >> torch.arange(32, device=device)) & 1
+    return (1 - 2 * bits).reshape(-1)[:numel]
+
+
+def block_mean(values: Tensor, block: int) -> Tensor:
+    """Mean over each block of ``block`` consecutive elements (Eq. 7); the last block averages what it has.
+
+    Shapes: ``(n,)`` to ``(ceil(n / block),)``.
+    """
+    whole = values.numel() // block * block
+    means = values[:whole].reshape(-1, block).mean(1)
+    rest = values[whole:]
+    return torch.cat([means, rest.mean(0, keepdim=True)]) if rest.numel() else means
+
+
+def to_logical(stored: Tensor, period: int, stride: int) -> Tensor:
+    """Reorder a flat tensor from storage order to logical order (see :class:`Segment`)."""
+    return stored if period == 1 else stored.reshape(-1, period, stride).transpose(1, 2).reshape(-1)
+
+
+def to_stored(logical: Tensor, period: int, stride: int) -> Tensor:
+    """Inverse of :func:`to_logical`."""
+    return to_logical(logical, stride, period) if period > 1 else logical
+
+
+def _storage(tensor: Tensor) -> Tensor:
+    """A dense tensor as the flat view of its storage order."""
+    return tensor.as_strided((tensor.numel(),), (1,))
+
+
+def rademacher(z: Tensor, segments: Tensor, steps: Tensor, seed: int, sample: int) -> None:
+    """Write the Rademacher probe of every segment into the flat buffer ``z``, each in its parameter's storage order.
+
+    Args:
+        z: flat buffer, any floating dtype; elements outside the segments stay as they are.
+        segments: :class:`Segment` table.
+        steps: :class:`Steps` table; the hessian_step column numbers the probe.
+        seed: 64-bit Philox key.
+        sample: number of the probe within the step.
+    """
+    for row in segments.tolist():
+        offset, numel = row[Segment.OFFSET], row[Segment.NUMEL]
+        hessian_step = steps[row[Segment.SLOT], Steps.HESSIAN_STEP].to(z.device)
+        signs = rademacher_signs(numel, row[Segment.PARAM_ID], hessian_step, seed, sample)
+        z[offset : offset + numel] = to_stored(signs, row[Segment.PERIOD], row[Segment.STRIDE]).to(z.dtype)
+
+
+def _averaged(hessian: Tensor, row: list[int], steps: Tensor, seed: int, sample: int, draw: bool, dtype: torch.dtype) -> Tensor:
+    """D = z * Hz (Eq. 6), then its block means (Eq. 7): shape ``(n_blocks,)``, logical order."""
+    d = to_logical(_storage(hessian), row[Segment.PERIOD], row[Segment.STRIDE]).to(dtype)
+    if draw:
+        hessian_step = steps[row[Segment.SLOT], Steps.HESSIAN_STEP].to(d.device)
+        d = d * rademacher_signs(d.numel(), row[Segment.PARAM_ID], hessian_step, seed, sample)
+    return block_mean(d.abs() if row[Segment.ABSOLUTE] else d, row[Segment.BLOCK])
+
+
+def hessian_diag(
+    hessians: list[Tensor],
+    diag: Tensor,
+    segments: Tensor,
+    steps: Tensor,
+    *,
+    seed: int,
+    sample: int,
+    draw: bool,
+    scale: float,
+    accumulate: bool,
+) -> None:
+    """Block-averaged Hutchinson diagonal Ds (Eq. 6 and 7) into the compact buffer ``diag``.
+
+    Args:
+        hessians: Hz of every segment in its parameter's shape and storage order, or D itself if not ``draw``.
+        diag: flat float32 (float64 for float64 parameters) buffer with one number a block.
+        segments: :class:`Segment` table, one row a tensor of ``hessians``.
+        steps: :class:`Steps` table.
+        seed: 64-bit Philox key.
+        sample: number of the probe within the step.
+        draw: draw z again and multiply by it.
+        scale: factor on the result, for example 1 / n_samples.
+        accumulate: add to ``diag`` instead of overwriting it.
+    """
+    for hessian, row in zip(hessians, segments.tolist(), strict=True):
+        means = _averaged(hessian, row, steps, seed, sample, draw, diag.dtype) * scale
+        begin = row[Segment.DIAG_OFFSET]
+        target = diag[begin : begin + means.numel()]
+        target.add_(means) if accumulate else target.copy_(means)
+
+
+def adahessian_step(
+    params: list[Tensor],
+    grads: list[Tensor],
+    hessians: list[Tensor],
+    diag: Tensor | None,
+    exp_avg: Tensor,
+    exp_hessian_diag_sq: Tensor,
+    master: Tensor | None,
+    segments: Tensor,
+    steps: Tensor,
+    groups: Tensor,
+    *,
+    seed: int,
+    sample: int,
+    draw: bool,
+    grad_scale: Tensor | None,
+    found_inf: Tensor | None,
+) -> None:
+    """One AdaHessian step (Algorithm 1, lines 6-9) on every segment, in place.
+
+    The curvature comes from ``hessians`` (Hz; z is drawn again) or, already averaged, from ``diag``. With neither this
+    is an off-step: exp_hessian_diag_sq and its bias correction stay as they are. A parameter that has not seen any
+    curvature yet (h = 0) collects momentum but does not move. The step counts are not advanced here.
+
+    Args:
+        params: parameters, updated in place; dense, in the storage order their segments declare.
+        grads: gradients, same shapes, strides and dtypes as ``params``.
+        hessians: Hz (or D, if not ``draw``) like ``grads``; empty if there is none or ``diag`` is given.
+        diag: compact block-averaged diagonal of :func:`hessian_diag`.
+        exp_avg: flat buffer of m, float32 (float64 for float64 parameters), updated in place.
+        exp_hessian_diag_sq: flat buffer of v, likewise.
+        master: flat buffer of float32 weights that 16-bit parameters are rounded from, updated in place.
+        segments: :class:`Segment` table, one row a parameter.
+        steps: :class:`Steps` table before this step.
+        groups: :class:`Hyper` table.
+        seed: 64-bit Philox key.
+        sample: number of the probe within the step.
+        draw: ``hessians`` are Hz and have to be multiplied by z.
+        grad_scale: gradients and curvature are divided by this scalar tensor (GradScaler).
+        found_inf: scalar tensor; nothing at all changes if it is not zero.
+    """
+    if found_inf is not None and found_inf.item() != 0:
+        return
+    unscale = 1.0 if grad_scale is None else 1.0 / grad_scale.to(exp_avg.device, exp_avg.dtype)
+    for i, row in enumerate(segments.tolist()):
+        lr, beta1, beta2, eps, weight_decay, power, maximize = groups[row[Segment.GROUP]].unbind()
+        t, h = (steps[row[Segment.SLOT]] + torch.tensor([1, 0], device=steps.device)).unbind()
+        span = slice(row[Segment.OFFSET], row[Segment.OFFSET] + row[Segment.NUMEL])
+        dtype = exp_avg.dtype
+        m, v = exp_avg[span], exp_hessian_diag_sq[span]
+        param = _storage(params[i])
+        p = (param if master is None else master[span]).to(dtype)
+        g = _storage(grads[i]).to(dtype) * unscale
+        m.copy_(beta1 * m + (1 - beta1) * (torch.where(maximize != 0, -g, g)))
+
+        ds = None
+        if diag is not None:
+            begin = row[Segment.DIAG_OFFSET]
+            ds = diag[begin : begin + n_blocks(row[Segment.NUMEL], row[Segment.BLOCK])]
+        elif hessians:
+            ds = _averaged(hessians[i], row, steps, seed, sample, draw, dtype)
+        if ds is not None:
+            h = h + 1
+            spread = (ds * unscale).repeat_interleave(row[Segment.BLOCK])[: row[Segment.NUMEL]]
+            spread = to_stored(spread, row[Segment.PERIOD], row[Segment.STRIDE])
+            v.copy_(beta2 * v + (1 - beta2) * spread**2)
+
+        denom = (v.sqrt() / (1 - beta2**h).sqrt()) ** power + eps  # Eq. 8, 9
+        moved = p * (1 - lr * weight_decay) - lr / (1 - beta1**t) * m / denom
+        p = torch.where(h > 0, moved, p)
+        if master is not None:
+            master[span] = p
+        param.copy_(p)

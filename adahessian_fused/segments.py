@@ -1,0 +1,66 @@
+"""The segment table: how the ops see a list of parameters over flat buffers.
+
+Parameters, gradients and Hessian-vector products stay where their owners put them. The probe z, the moving
+averages and the averaged diagonal live in flat buffers. A row of the table ties one parameter to its place in them.
+"""
+
+from __future__ import annotations
+
+from enum import IntEnum
+
+import torch
+
+
+class Segment(IntEnum):
+    """Columns of the segment table, an int64 CPU tensor of shape ``(n_segments, len(Segment))``.
+
+    ``period`` and ``stride`` describe the storage order. Block averaging and the probe follow the LOGICAL row-major
+    index; a dense parameter that is stored in another order (channels_last, transposed) is a batch of logical
+    ``(stride, period)`` matrices that are stored transposed:
+
+        logical index  l = o * period * stride + i * period + k
+        storage index  j = o * period * stride + k * stride + i,     0 <= k < period, 0 <= i < stride
+
+    A contiguous parameter has period = stride = 1. All flat buffers of a parameter's size (z, the moving averages,
+    the master weights) use the parameter's storage order, so elementwise work never has to look at these two columns.
+    """
+
+    OFFSET = 0  # first element in the flat buffers of the parameters' size
+    NUMEL = 1
+    BLOCK = 2  # b, the length of an averaging block (Eq. 7); the last block may be shorter
+    PERIOD = 3
+    STRIDE = 4
+    DIAG_OFFSET = 5  # first block in the compact diagonal; blocks are in logical order
+    PARAM_ID = 6  # the parameter's word of the Philox counter
+    GROUP = 7  # row of the table of hyperparameters
+    SLOT = 8  # row of the table of step counts
+    ABSOLUTE = 9  # 1: average |D|, as the official code does; 0: average D (Eq. 7)
+
+
+class Hyper(IntEnum):
+    """Columns of the hyperparameter table, a float64 tensor of shape ``(n_groups, len(Hyper))``."""
+
+    LR = 0
+    BETA1 = 1
+    BETA2 = 2
+    EPS = 3
+    WEIGHT_DECAY = 4
+    HESSIAN_POWER = 5
+    MAXIMIZE = 6  # 1: ascend
+
+
+class Steps(IntEnum):
+    """Columns of the table of step counts, an int64 tensor of shape ``(n_slots, len(Steps))``."""
+
+    STEP = 0  # t - 1: optimizer steps this parameter has completed
+    HESSIAN_STEP = 1  # h: updates of its exp_hessian_diag_sq so far; numbers the probe of the coming one
+
+
+def n_blocks(numel: int, block: int) -> int:
+    """Number of averaging blocks of a parameter with ``numel`` elements."""
+    return -(-numel // block)
+
+
+def segment_table(rows: list[tuple[int, ...]]) -> torch.Tensor:
+    """The int64 table the ops take, from one tuple a parameter in the order of :class:`Segment`."""
+    return torch.tensor(rows, dtype=torch.int64).reshape(len(rows), len(Segment))
