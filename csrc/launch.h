@@ -2,6 +2,7 @@
 // they know pointers and sizes, not tensors.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
 #include <functional>
 #include <vector>
@@ -29,9 +30,11 @@ struct Segment {
 };
 
 // Where a launch runs. On the CPU `parallel_for(begin, end, grain, body)` is the caller's thread pool; on a GPU `stream`
-// is a cudaStream_t and the caller has made `device` current.
+// is a cudaStream_t and the caller has made `device` current. `allocate(bytes)` gives memory of the device that stays
+// valid until the work this call puts on the stream has finished.
 struct Context {
   std::function<void(int64_t, int64_t, int64_t, const std::function<void(int64_t, int64_t)>&)> parallel_for;
+  std::function<void*(size_t)> allocate;
   int device = -1;
   void* stream = nullptr;
 };

@@ -1,0 +1,1 @@
+"""AdaHessian (Yao et al. 2021) for PyTorch with fused C++/CUDA and Triton kernels."""

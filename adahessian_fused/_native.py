@@ -1,0 +1,48 @@
+"""Loads the native library and tells torch what its operators do to shapes (nothing: they only mutate)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+NAMESPACE = "adahessian_fused"
+NAMESPACES = (NAMESPACE, "adahessian_fused_emulated")
+OPS = ("rademacher", "hessian_diag", "adahessian_step")
+
+
+def _load() -> None:
+    library = next(Path(__file__).parent.glob("libadahessian_ops.*"), None)
+    if library is None:
+        raise ImportError(
+            "the native library is not part of this installation: it was built without a C++ compiler or without torch "
+            "at hand. Install g++ and run: pip install --no-build-isolation --force-reinstall --no-deps ."
+        )
+    torch.ops.load_library(str(library))
+    for namespace in NAMESPACES:
+        for op in OPS:
+            torch.library.register_fake(f"{namespace}::{op}")(lambda *args, **kwargs: None)
+
+
+_load()
+
+
+def build_info() -> dict[str, object]:
+    """How the native library was built: version, compiler, CUDA version and architectures, instruction sets."""
+    from . import _C
+
+    return _C.build_info()
+
+
+def cuda_missing() -> str | None:
+    """Why the native kernels cannot run on CUDA tensors here; None if they can."""
+    info = build_info()
+    if not info["cuda"]:
+        return f"the native library was built without CUDA ({info['cuda_decision']})"
+    if torch.version.cuda is None:
+        return "this torch was built without CUDA"
+    if not torch.cuda.is_available():
+        return "no CUDA device is visible"
+    if torch.version.hip is None and not hasattr(torch.ops.adahessian_fused, "adahessian_step"):
+        return "the native library registered no CUDA kernels"
+    return None

@@ -1,0 +1,225 @@
+// What the three CPU ops share: the cut of segments into tiles that stay in the L1 cache, the probe's signs and the
+// block means of a tile. A tile is a range of logical elements of one parameter.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <vector>
+
+#include "../launch.h"
+
+// One object serves every x86-64: the compiler vectorises the same plain loop for each instruction set, the loader picks
+// one. With -ffp-contract=off all of them round alike.
+#if defined(__x86_64__) && defined(__linux__) && defined(__GLIBC__)
+#define ADAHESSIAN_CLONES __attribute__((target_clones("default", "avx2", "avx512f")))
+#else
+#define ADAHESSIAN_CLONES
+#endif
+#define ADAHESSIAN_INLINE_LAMBDA __attribute__((always_inline))  // so that it is compiled with its caller's clone
+
+namespace adahessian::cpu {
+
+constexpr int64_t kTile = 2048;   // elements; three float arrays of this length leave half of a 48 KB L1 free
+constexpr int64_t kGrain = 4;     // tiles a thread takes at least
+constexpr int64_t kPadding = 64;  // elements that vector stores may run past the end of a tile's scratch
+
+struct Tile {
+  const Segment* segment;
+  int64_t index;  // among the segment's tiles
+  int64_t begin, end;
+  int64_t size() const { return end - begin; }
+};
+
+// Averaging blocks never straddle tiles unless they are longer than a tile; then tiles never straddle blocks.
+struct SegmentTiling {
+  int64_t span, length, per_span;
+
+  explicit SegmentTiling(const Segment& s) {
+    const bool is_long = s.block > kTile;
+    span = is_long ? s.block : std::max<int64_t>(s.numel, 1);
+    length = is_long ? kTile : kTile / s.block * s.block;
+    per_span = (span + length - 1) / length;
+  }
+  int64_t count(const Segment& s) const {
+    return s.numel / span * per_span + (s.numel % span + length - 1) / length;
+  }
+  Tile tile(const Segment& s, int64_t index) const {
+    const int64_t first = index / per_span * span;
+    const int64_t begin = first + index % per_span * length;
+    return {&s, index, begin, std::min({begin + length, first + span, s.numel})};
+  }
+};
+
+// All tiles of all segments, numbered through; run() hands each to body(tile, segment number) on the thread pool.
+class Tiling {
+ public:
+  explicit Tiling(const std::vector<Segment>& segments) : segments_(segments) {
+    first_.reserve(segments.size() + 1);
+    tilings_.reserve(segments.size());
+    first_.push_back(0);
+    for (const Segment& s : segments) {
+      tilings_.emplace_back(s);
+      first_.push_back(first_.back() + tilings_.back().count(s));
+    }
+  }
+
+  int64_t first(size_t segment) const { return first_[segment]; }
+  int64_t count() const { return first_.back(); }
+
+  template <typename Body>
+  void run(const Context& context, const Body& body) const {
+    context.parallel_for(0, count(), kGrain, [&](int64_t begin, int64_t end) {
+      size_t i = std::upper_bound(first_.begin(), first_.end(), begin) - first_.begin() - 1;
+      for (int64_t t = begin; t < end; ++t) {
+        while (t >= first_[i + 1]) ++i;
+        body(tilings_[i].tile(segments_[i], t - first_[i]), i);
+      }
+    });
+  }
+
+ private:
+  const std::vector<Segment>& segments_;
+  std::vector<SegmentTiling> tilings_;
+  std::vector<int64_t> first_;
+};
+
+inline ProbeKey probe_key(const Probe& probe, const Segment& s, const Counts& counts) {
+  return {probe.seed, s.param_id, uint32_t(counts.steps[2 * s.slot + 1]), probe.sample};
+}
+
+// Cuts a range of logical elements into strips that are contiguous in storage and calls
+// body(first element of the strip counted from `begin`, its logical step, first storage index, length).
+template <typename Body>
+ADAHESSIAN_HD void for_each_strip(const Segment& s, int64_t begin, int64_t end, const Body& body) {
+  if (s.period == 1) {
+    body(0, 1, begin, end - begin);
+    return;
+  }
+  const int64_t matrix = s.period * s.stride;
+  for (int64_t origin = begin / matrix * matrix; origin < end; origin += matrix) {
+    const int64_t low = std::max(begin - origin, int64_t{0}), high = std::min(end - origin, matrix);
+    for (int64_t k = 0; k < s.period; ++k) {
+      // Logical elements i * period + k of this matrix inside [low, high).
+      const int64_t first = (std::max(low - k, int64_t{0}) + s.period - 1) / s.period;
+      const int64_t last = (std::max(high - k, int64_t{0}) + s.period - 1) / s.period;
+      if (first < last) {
+        body(origin + first * s.period + k - begin, s.period, origin + k * s.stride + first, last - first);
+      }
+    }
+  }
+}
+
+// The sign bit of z for `size` logical elements from `begin` on: 0 or 0x80000000. Returns where they start in `signs`,
+// which has room for whole Philox calls on both sides.
+using SignScratch = uint32_t[kTile + 2 * kSignsPerCall];
+
+ADAHESSIAN_HD const uint32_t* draw_signs(const ProbeKey& key, int64_t begin, int64_t size, SignScratch& signs) {
+  constexpr int64_t kMaxCalls = (kTile + 2 * kSignsPerCall) / kSignsPerCall;
+  uint32_t words[4][kMaxCalls];
+  const int64_t first_call = begin / kSignsPerCall;
+  const int64_t calls = (begin + size + kSignsPerCall - 1) / kSignsPerCall - first_call;
+  for (int64_t i = 0; i < calls; ++i) {
+    const PhiloxWords drawn = rademacher_words(key, uint32_t(first_call + i));
+    for (int w = 0; w < 4; ++w) words[w][i] = drawn.word[w];
+  }
+  for (int64_t i = 0; i < calls; ++i) {
+    for (int w = 0; w < 4; ++w) {
+      uint32_t* out = signs + i * kSignsPerCall + w * 32;
+      const uint32_t word = words[w][i];
+      for (uint32_t bit = 0; bit < 32; ++bit) out[bit] = (word & (1u << bit)) ? 0x80000000u : 0u;
+    }
+  }
+  return signs + (begin - first_call * kSignsPerCall);
+}
+
+ADAHESSIAN_HD float flip_sign(float x, uint32_t sign) { return bit_cast<float>(bit_cast<uint32_t>(x) ^ sign); }
+ADAHESSIAN_HD double flip_sign(double x, uint32_t sign) {
+  return bit_cast<double>(bit_cast<uint64_t>(x) ^ (uint64_t{sign} << 32));
+}
+ADAHESSIAN_HD float magnitude(float x) { return fabsf(x); }
+ADAHESSIAN_HD double magnitude(double x) { return fabs(x); }
+
+// D = z * Hz (Eq. 6), or |D|, of a tile in logical order.
+template <typename T>
+ADAHESSIAN_HD void tile_d(const Tile& tile, const Probe& probe, const ProbeKey& key, StateOf<T>* d) {
+  const Segment& s = *tile.segment;
+  const T* hessian = static_cast<const T*>(s.hessian);
+  SignScratch scratch;
+  // |z * Hz| = |Hz|: no signs for absolute values.
+  const bool draw = probe.draw && !s.absolute;
+  const uint32_t* signs = draw ? draw_signs(key, tile.begin, tile.size(), scratch) : nullptr;
+  for_each_strip(s, tile.begin, tile.end, [&](int64_t first, int64_t step, int64_t stored, int64_t size)
+                                              ADAHESSIAN_INLINE_LAMBDA {
+    const T* h = hessian + stored;
+    if (step == 1 && draw) {
+      for (int64_t n = 0; n < size; ++n) d[n] = flip_sign(load_as(h[n]), signs[n]);
+    } else if (step == 1) {
+      for (int64_t n = 0; n < size; ++n) d[n] = load_as(h[n]);
+    } else {
+      for (int64_t n = 0; n < size; ++n) {
+        const int64_t l = first + n * step;
+        d[l] = flip_sign(load_as(h[n]), draw ? signs[l] : 0u);
+      }
+    }
+  });
+  if (s.absolute) {
+    for (int64_t n = 0; n < tile.size(); ++n) d[n] = magnitude(d[n]);
+  }
+}
+
+// Sum of n numbers in a fixed order: eight partial sums, then a tree.
+template <typename S>
+ADAHESSIAN_HD S sum_of(const S* x, int64_t n) {
+  S lane[8] = {};
+  int64_t i = 0;
+  for (; i + 8 <= n; i += 8) {
+    for (int j = 0; j < 8; ++j) lane[j] += x[i + j];
+  }
+  for (int j = 0; i + j < n; ++j) lane[j] += x[i + j];
+  return ((lane[0] + lane[4]) + (lane[2] + lane[6])) + ((lane[1] + lane[5]) + (lane[3] + lane[7]));
+}
+
+// Means of the averaging blocks of a tile (Eq. 7).
+template <typename S>
+ADAHESSIAN_HD void block_means(const S* d, int64_t size, int64_t block, S* means) {
+  const int64_t whole = size / block;
+  const S inverse = S(1) / S(block);
+  for (int64_t i = 0; i < whole; ++i) means[i] = sum_of(d + i * block, block) * inverse;
+  if (whole * block < size) means[whole] = sum_of(d + whole * block, size - whole * block) / S(size - whole * block);
+}
+
+// Repeats each mean over its block. Stores run in whole vectors past the end of a block; the next block overwrites them.
+template <typename S>
+ADAHESSIAN_HD void spread_means(const S* means, int64_t size, int64_t block, S* spread) {
+  constexpr int64_t kVector = 16;
+  static_assert(kVector <= kPadding, "spread_means writes up to a vector past the tile");
+  for (int64_t begin = 0; begin < size; begin += block, ++means) {
+    const S mean = *means;
+    for (int64_t k = 0; k < block && begin + k < size; k += kVector) {
+      for (int64_t j = 0; j < kVector; ++j) spread[begin + k + j] = mean;
+    }
+  }
+}
+
+// Means of the blocks that are longer than a tile, for each segment; empty for segments whose blocks are short.
+// Every tile sums its part, the parts are added in order. Defined in long_blocks.cpp for float and double.
+template <typename S>
+std::vector<std::vector<S>> long_block_means(Dtype dtype, const std::vector<Segment>& segments, const Tiling& tiling,
+                                             const Probe& probe, const Counts& counts, const Context& context);
+
+inline bool any_long_block(const std::vector<Segment>& segments) {
+  return std::any_of(segments.begin(), segments.end(), [](const Segment& s) { return s.block > kTile; });
+}
+
+// Calls f with a value of the element type that `dtype` names.
+template <typename F>
+void dispatch(Dtype dtype, const F& f) {
+  switch (dtype) {
+    case Dtype::kFloat32: return f(float{});
+    case Dtype::kBFloat16: return f(bfloat16{});
+    case Dtype::kFloat16: return f(float16{});
+    case Dtype::kFloat64: return f(double{});
+  }
+}
+
+}  // namespace adahessian::cpu
