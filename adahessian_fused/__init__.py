@@ -1,1 +1,14 @@
 """AdaHessian (Yao et al. 2021) for PyTorch with fused C++/CUDA and Triton kernels."""
+
+from importlib.metadata import PackageNotFoundError, version
+
+from .backends import available_backends
+from .functional import adahessian, hutchinson_diagonal
+from .optimizer import AdaHessian
+
+try:
+    __version__ = version("adahessian_fused")
+except PackageNotFoundError:  # a source tree that is not installed
+    __version__ = "unknown"
+
+__all__ = ["AdaHessian", "__version__", "adahessian", "available_backends", "hutchinson_diagonal"]

@@ -196,7 +196,8 @@ def adahessian_step(
             ds = _averaged(hessians[i], row, steps, seed, sample, draw, dtype)
         if ds is not None:
             h = h + 1
-            spread = (ds * unscale).repeat_interleave(row[Segment.BLOCK])[: row[Segment.NUMEL]]
+            width = min(row[Segment.BLOCK], row[Segment.NUMEL])  # a block may be longer than its parameter
+            spread = (ds * unscale).repeat_interleave(width)[: row[Segment.NUMEL]]
             spread = to_stored(spread, row[Segment.PERIOD], row[Segment.STRIDE])
             v.copy_(beta2 * v + (1 - beta2) * spread**2)
 

@@ -297,7 +297,8 @@ void adahessian_step(TensorList params, TensorList grads, TensorList hessians, O
   }
   args.master = nullptr;
   if (master.has_value()) {
-    STD_TORCH_CHECK(args.dtype != Dtype::kFloat64, op, ": master is given for float64 parameters; expected None");
+    STD_TORCH_CHECK(type == ScalarType::Half || type == ScalarType::BFloat16, op, ": master is given for ",
+                    name_of(type), " parameters; expected None, master weights are for 16-bit parameters");
     check_flat(op, "master", *master, ScalarType::Float);
     check_same_device(op, "master", *master, exp_avg);
     check_inside(op, "master", *master, args.segments);

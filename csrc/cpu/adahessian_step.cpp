@@ -44,12 +44,18 @@ ADAHESSIAN_HD void update_strip(const Work<T>& work, int64_t stored, int64_t siz
   }
 }
 
-template <bool has_curvature, bool has_master, typename T>
+template <Power kind, bool has_master, typename T>
+ADAHESSIAN_HD void update_strip_if_curved(const Work<T>& work, int64_t stored, int64_t size, const StateOf<T>* ds) {
+  ds ? update_strip<kind, true, has_master>(work, stored, size, ds)
+     : update_strip<kind, false, has_master>(work, stored, size, ds);
+}
+
+template <bool has_master, typename T>
 ADAHESSIAN_HD void update_strip_of_kind(const Work<T>& work, int64_t stored, int64_t size, const StateOf<T>* ds) {
   switch (work.c.kind) {
-    case Power::kOne: return update_strip<Power::kOne, has_curvature, has_master>(work, stored, size, ds);
-    case Power::kHalf: return update_strip<Power::kHalf, has_curvature, has_master>(work, stored, size, ds);
-    case Power::kGeneral: return update_strip<Power::kGeneral, has_curvature, has_master>(work, stored, size, ds);
+    case Power::kOne: return update_strip_if_curved<Power::kOne, has_master>(work, stored, size, ds);
+    case Power::kHalf: return update_strip_if_curved<Power::kHalf, has_master>(work, stored, size, ds);
+    case Power::kGeneral: return update_strip_if_curved<Power::kGeneral, has_master>(work, stored, size, ds);
   }
 }
 
@@ -60,11 +66,12 @@ ADAHESSIAN_HD void update(const Work<T>& work, int64_t stored, int64_t size, con
       StateOf<T>& m = work.exp_avg[stored + i];
       m = update_exp_avg(m, StateOf<T>(load_as(work.grad[stored + i])), work.c);
     }
-  } else if (work.master != nullptr) {
-    ds ? update_strip_of_kind<true, true>(work, stored, size, ds) : update_strip_of_kind<false, true>(work, stored, size, ds);
-  } else {
-    ds ? update_strip_of_kind<true, false>(work, stored, size, ds) : update_strip_of_kind<false, false>(work, stored, size, ds);
+    return;
   }
+  if constexpr (sizeof(T) == 2) {
+    if (work.master != nullptr) return update_strip_of_kind<true>(work, stored, size, ds);
+  }
+  update_strip_of_kind<false>(work, stored, size, ds);
 }
 
 // Ds of every element of a tile, in logical order. `scratch` and `spread` hold a tile each.

@@ -27,7 +27,7 @@ template <typename T>
 ADAHESSIAN_HD void average_tile(const Tile& tile, const Work<T>& work) {
   using S = StateOf<T>;
   const int64_t block = tile.segment->block;
-  S d[kTile + kPadding], means[kTile];
+  S d[kTile + kPadding], means[kTile + kPadding];
   tile_d<T>(tile, work.probe, work.key, d);
   if (block > 1) block_means(d, tile.size(), block, means);
   const int64_t count = (tile.size() + block - 1) / block;

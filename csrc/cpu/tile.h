@@ -21,7 +21,8 @@ namespace adahessian::cpu {
 
 constexpr int64_t kTile = 2048;   // elements; three float arrays of this length leave half of a 48 KB L1 free
 constexpr int64_t kGrain = 4;     // tiles a thread takes at least
-constexpr int64_t kPadding = 64;  // elements that vector stores may run past the end of a tile's scratch
+constexpr int64_t kRowBlock = 64;  // from this length on an averaging block is summed by itself
+constexpr int64_t kPadding = 8 * kRowBlock;  // elements that vector code may run past the end of a tile's scratch
 
 struct Tile {
   const Segment* segment;
@@ -167,38 +168,107 @@ ADAHESSIAN_HD void tile_d(const Tile& tile, const Probe& probe, const ProbeKey& 
   }
 }
 
-// Sum of n numbers in a fixed order: eight partial sums, then a tree.
+// Eight numbers side by side; the compiler cuts them to the width of the instruction set.
 template <typename S>
-ADAHESSIAN_HD S sum_of(const S* x, int64_t n) {
-  S lane[8] = {};
-  int64_t i = 0;
-  for (; i + 8 <= n; i += 8) {
-    for (int j = 0; j < 8; ++j) lane[j] += x[i + j];
+struct Vector8;
+template <>
+struct Vector8<float> {
+  using type [[gnu::vector_size(32)]] = float;
+  using mask [[gnu::vector_size(32)]] = int32_t;
+};
+template <>
+struct Vector8<double> {
+  using type [[gnu::vector_size(64)]] = double;
+  using mask [[gnu::vector_size(64)]] = int64_t;
+};
+
+// Neighbours of a and b added up: (a0+a1, a2+a3, ..., b0+b1, ...).
+#define ADAHESSIAN_ADD_PAIRS(a, b)                                   \
+  (__builtin_shufflevector(a, b, 0, 2, 4, 6, 8, 10, 12, 14) + \
+   __builtin_shufflevector(a, b, 1, 3, 5, 7, 9, 11, 13, 15))
+
+// Sums of eight rows of n numbers each; row r starts at x + r * distance. Eight partial sums a row, then a tree. Reads up
+// to 7 numbers past a row and leaves them out.
+template <typename S>
+ADAHESSIAN_HD void sum_rows(const S* x, int64_t distance, int64_t n, S* sums) {
+  using V = typename Vector8<S>::type;
+  using Mask = typename Vector8<S>::mask;
+  Mask in_row;
+  for (int j = 0; j < 8; ++j) in_row[j] = j < n % 8 ? -1 : 0;
+  V row[8];
+  for (int r = 0; r < 8; ++r) {
+    Mask tail;
+    memcpy(&tail, x + r * distance + n / 8 * 8, sizeof(V));
+    row[r] = V(tail & in_row);
   }
-  for (int j = 0; i + j < n; ++j) lane[j] += x[i + j];
-  return ((lane[0] + lane[4]) + (lane[2] + lane[6])) + ((lane[1] + lane[5]) + (lane[3] + lane[7]));
+  for (int64_t i = 0; i + 8 <= n; i += 8) {
+    for (int r = 0; r < 8; ++r) {
+      V chunk;
+      memcpy(&chunk, x + r * distance + i, sizeof(V));
+      row[r] += chunk;
+    }
+  }
+  const V sums01 = ADAHESSIAN_ADD_PAIRS(row[0], row[1]), sums23 = ADAHESSIAN_ADD_PAIRS(row[2], row[3]);
+  const V sums45 = ADAHESSIAN_ADD_PAIRS(row[4], row[5]), sums67 = ADAHESSIAN_ADD_PAIRS(row[6], row[7]);
+  const V low = ADAHESSIAN_ADD_PAIRS(sums01, sums23), high = ADAHESSIAN_ADD_PAIRS(sums45, sums67);
+  const V all = ADAHESSIAN_ADD_PAIRS(low, high);
+  memcpy(sums, &all, sizeof(V));
 }
 
-// Means of the averaging blocks of a tile (Eq. 7).
+// Sum of n numbers, as eight rows and what is left.
+template <typename S>
+ADAHESSIAN_HD S sum_of(const S* x, int64_t n) {
+  S sums[8];
+  sum_rows(x, n / 8, n / 8, sums);
+  S rest = 0;
+  for (int64_t i = n / 8 * 8; i < n; ++i) rest += x[i];
+  return ((sums[0] + sums[1]) + (sums[2] + sums[3])) + ((sums[4] + sums[5]) + (sums[6] + sums[7])) + rest;
+}
+
+// Blocks shorter than a vector: the loop is vectorised over blocks.
+template <int64_t block, typename S>
+ADAHESSIAN_HD void short_block_means(const S* d, int64_t count, S* means) {
+  for (int64_t i = 0; i < count; ++i) {
+    S sum = d[i * block];
+    for (int64_t k = 1; k < block; ++k) sum += d[i * block + k];
+    means[i] = sum * (S(1) / S(block));
+  }
+}
+
+// Means of the averaging blocks of a tile (Eq. 7). `d` and `means` are padded.
 template <typename S>
 ADAHESSIAN_HD void block_means(const S* d, int64_t size, int64_t block, S* means) {
-  const int64_t whole = size / block;
-  const S inverse = S(1) / S(block);
-  for (int64_t i = 0; i < whole; ++i) means[i] = sum_of(d + i * block, block) * inverse;
-  if (whole * block < size) means[whole] = sum_of(d + whole * block, size - whole * block) / S(size - whole * block);
+  const int64_t whole = size / block, rest = size % block;
+  switch (block) {
+    case 2: short_block_means<2>(d, whole, means); break;
+    case 3: short_block_means<3>(d, whole, means); break;
+    case 4: short_block_means<4>(d, whole, means); break;
+    default:
+      if (block < kRowBlock) {  // eight blocks at a time; those past the last land in the padding
+        for (int64_t i = 0; i < whole; i += 8) sum_rows(d + i * block, block, block, means + i);
+      } else {
+        for (int64_t i = 0; i < whole; ++i) means[i] = sum_of(d + i * block, block);
+      }
+      for (int64_t i = 0; i < whole; ++i) means[i] *= S(1) / S(block);
+  }
+  if (rest > 0) means[whole] = sum_of(d + whole * block, rest) / S(rest);
 }
 
 // Repeats each mean over its block. Stores run in whole vectors past the end of a block; the next block overwrites them.
-template <typename S>
-ADAHESSIAN_HD void spread_means(const S* means, int64_t size, int64_t block, S* spread) {
-  constexpr int64_t kVector = 16;
-  static_assert(kVector <= kPadding, "spread_means writes up to a vector past the tile");
+template <int64_t vector, typename S>
+ADAHESSIAN_HD void spread_in_vectors(const S* means, int64_t size, int64_t block, S* spread) {
+  static_assert(vector <= kPadding, "the last store runs up to a vector past the tile");
   for (int64_t begin = 0; begin < size; begin += block, ++means) {
     const S mean = *means;
-    for (int64_t k = 0; k < block && begin + k < size; k += kVector) {
-      for (int64_t j = 0; j < kVector; ++j) spread[begin + k + j] = mean;
+    for (int64_t k = 0; k < block && begin + k < size; k += vector) {
+      for (int64_t j = 0; j < vector; ++j) spread[begin + k + j] = mean;
     }
   }
+}
+
+template <typename S>
+ADAHESSIAN_HD void spread_means(const S* means, int64_t size, int64_t block, S* spread) {
+  block <= 8 ? spread_in_vectors<8>(means, size, block, spread) : spread_in_vectors<16>(means, size, block, spread);
 }
 
 // Means of the blocks that are longer than a tile, for each segment; empty for segments whose blocks are short.

@@ -1,0 +1,91 @@
+"""Argument checks of the Python API: every message names the argument, what was found and what was expected."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+BLOCK_SIZES = ("auto", "row", "tensor")
+CHOICES = {
+    "averaging": ("signed", "abs"),
+    "off_step": ("hold", "stale"),
+    "probe": ("rademacher", "gaussian"),
+    "hvp": ("autograd",),
+}
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def check_choice(name: str, value: Any, choices: Sequence[str]) -> None:
+    """Raise ValueError unless ``value`` is one of ``choices``."""
+    if value not in choices:
+        expected = " or ".join(f'"{choice}"' for choice in choices)
+        raise ValueError(f"{name}={value!r}; expected {expected}")
+
+
+def check_block_size(value: Any) -> None:
+    """Raise ValueError unless ``value`` is "auto", "row", "tensor" or an int >= 1."""
+    if value in BLOCK_SIZES or (isinstance(value, int) and not isinstance(value, bool) and value >= 1):
+        return
+    raise ValueError(f'block_size={value!r}; expected "auto", "row", "tensor" or an int >= 1')
+
+
+def _check_number(name: str, value: Any, low: float, high: float, *, high_included: bool) -> None:
+    inside = low <= value and (value <= high if high_included else value < high)
+    if not inside:  # also catches NaN
+        raise ValueError(f"{name}={value!r}; expected {low} <= {name} {'<=' if high_included else '<'} {high}")
+
+
+def _check_count(name: str, value: Any) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise ValueError(f"{name}={value!r}; expected an int >= 1")
+
+
+def check_group(group: dict[str, Any]) -> None:
+    """Check the hyperparameters of one parameter group."""
+    lr = group["lr"]
+    if isinstance(lr, Tensor):
+        if lr.numel() != 1:
+            raise ValueError(f"lr has shape {tuple(lr.shape)}; expected a number or a tensor with one element")
+    else:
+        _check_number("lr", lr, 0.0, float("inf"), high_included=True)
+    betas = group["betas"]
+    if not isinstance(betas, Sequence) or len(betas) != 2:
+        raise ValueError(f"betas={betas!r}; expected a pair (beta1, beta2)")
+    for i, beta in enumerate(betas):
+        _check_number(f"betas[{i}]", beta, 0.0, 1.0, high_included=False)
+    _check_number("eps", group["eps"], 0.0, float("inf"), high_included=True)
+    _check_number("weight_decay", group["weight_decay"], 0.0, float("inf"), high_included=True)
+    _check_number("hessian_power", group["hessian_power"], 0.0, 1.0, high_included=True)
+    _check_count("update_each", group["update_each"])
+    _check_count("n_samples", group["n_samples"])
+    check_block_size(group["block_size"])
+    for name, choices in CHOICES.items():
+        check_choice(name, group[name], choices)
+    seed = group["seed"]
+    if not isinstance(seed, int) or not -(2**63) <= seed < 2**63:
+        raise ValueError(f"seed={seed!r}; expected a 64-bit int")
+    if group["capturable"] and group["probe"] == "gaussian":
+        raise ValueError('capturable=True with probe="gaussian"; expected probe="rademacher", whose counter can live on the GPU')
+    if group["capturable"] and group["off_step"] == "stale" and group["update_each"] > 1:
+        raise ValueError('capturable=True with off_step="stale"; expected off_step="hold"')
+
+
+def check_param(param: Tensor, name: str) -> None:
+    """Refuse parameters no backend can update."""
+    if param.layout is not torch.strided:
+        raise TypeError(f"{name} has layout {param.layout}; expected a dense tensor. AdaHessian has no sparse update")
+    if param.dtype not in DTYPES:
+        hint = "; optimize torch.view_as_real of it" if param.is_complex() else ""
+        raise TypeError(f"{name} is {param.dtype}; expected float32, bfloat16, float16 or float64{hint}")
+
+
+def check_grad(grad: Tensor, name: str) -> None:
+    """Refuse sparse gradients."""
+    if grad.layout is not torch.strided:
+        raise TypeError(
+            f"the gradient of {name} has layout {grad.layout}; expected a dense gradient, for example from "
+            "nn.Embedding(sparse=False)"
+        )

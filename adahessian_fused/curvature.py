@@ -1,0 +1,208 @@
+"""What the backward passes of a step leave for its update: Hessian-vector products, or their averaged diagonal."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import hvp
+from .layout import Bucket, Entry
+from .segments import Segment, Steps
+
+
+def by_bucket(entries: Sequence[Entry]) -> dict[Bucket, list[Entry]]:
+    """Entries of each bucket, in the bucket's order."""
+    groups: dict[Bucket, list[Entry]] = {}
+    for entry in entries:
+        groups.setdefault(entry.bucket, []).append(entry)
+    return groups
+
+
+def draw_probe(
+    entries: Sequence[Entry], backends: Mapping[str, Any], *, probe: str, seed: int, sample: int
+) -> dict[Entry, Tensor]:
+    """The probe z of each parameter, in its shape, storage order and dtype."""
+    z = {}
+    for bucket, members in by_bucket(entries).items():
+        flat = torch.empty(bucket.numel, dtype=bucket.dtype, device=bucket.device)
+        if probe == "rademacher":
+            backend = backends[bucket.device.type]
+            backend.rademacher(flat, bucket.table_of(members), bucket.steps, seed, sample)
+        else:
+            generator = torch.Generator(bucket.device)
+            # One stream for each step and sample, so that a resumed run draws what the uninterrupted one would.
+            step = max(int(bucket.steps[entry.row, Steps.HESSIAN_STEP]) for entry in members)
+            stream = (step << 32) + (sample << 16) + members[0].param_id
+            generator.manual_seed((seed + 0x9E3779B97F4A7C15 * (stream + 1)) % 2**63)
+            flat.normal_(generator=generator)
+        z.update((entry, bucket.view(flat, entry)) for entry in members)
+    return z
+
+
+class Curvature:
+    """Accumulates the curvature of one step.
+
+    A single backward pass leaves its Hz as it is, and the update multiplies and averages it on the fly. Further
+    micro-batches and samples are folded into the compact diagonal (Eq. 6, 7), d / b numbers in all.
+
+    Args:
+        backends: the backend of each device type.
+        seed: Philox key.
+    """
+
+    def __init__(self, backends: Mapping[str, Any], seed: int) -> None:
+        self._backends, self._seed = backends, seed
+        self.products: dict[Entry, Tensor] = {}
+        self.sample = 0
+        self.draw = True
+        self.diags: dict[Bucket, Tensor] = {}
+        self.unscaled = False  # of GradScaler's factor
+        self._found_inf: Tensor | None = None
+
+    def differentiate(
+        self,
+        pairs: Sequence[tuple[Entry, Tensor]],
+        *,
+        probe: str,
+        n_samples: int,
+        retain_graph: bool = False,
+        inverse_scale: Tensor | None = None,
+    ) -> None:
+        """Take in the Hz of parameters and their gradients (which carry a graph) along this step's probes.
+
+        Args:
+            pairs: parameters and gradients.
+            probe: "rademacher" or "gaussian".
+            n_samples: probes to average.
+            retain_graph: do not free the graph.
+            inverse_scale: factor that takes GradScaler's scale out of Hz.
+        """
+        entries, grads = [entry for entry, _ in pairs], [g for _, g in pairs]
+        for sample in range(n_samples if pairs else 0):
+            z = draw_probe(entries, self._backends, probe=probe, seed=self._seed, sample=sample)
+            products = hvp.hessian_vector_product(
+                grads,
+                [entry.param for entry in entries],
+                [z[entry] for entry in entries],
+                retain_graph=retain_graph or sample + 1 < n_samples,
+            )
+            found = {entry: h for entry, h in zip(entries, products, strict=True) if h is not None}
+            if inverse_scale is not None:
+                self._unscale(list(found.values()), inverse_scale)
+            draw = probe == "rademacher"
+            d = {entry: entry.stored(h) if draw else entry.product(z[entry], h) for entry, h in found.items()}
+            self.add(d, sample=sample, draw=draw, weight=1 / n_samples)
+
+    def add(self, products: dict[Entry, Tensor], *, sample: int, draw: bool, weight: float = 1.0) -> None:
+        """Take in Hz (or D itself, if not ``draw``) of one backward pass and probe; ``weight`` is 1 / n_samples."""
+        matches = all(h.dtype == entry.param.dtype for entry, h in products.items())
+        if not self.products and not self.diags and weight == 1.0 and matches:
+            self.products, self.sample, self.draw = products, sample, draw
+            return
+        self.fold()
+        self._fold(products, sample, draw, weight)
+
+    def _unscale(self, products: Sequence[Tensor], inverse_scale: Tensor) -> None:
+        """Divide fresh Hz by GradScaler's factor, and remember whether any of them is not finite."""
+        self.unscaled = True
+        if self._found_inf is None:
+            self._found_inf = torch.zeros((), device=inverse_scale.device)
+        if products:
+            torch._amp_foreach_non_finite_check_and_unscale_(list(products), self._found_inf, inverse_scale)
+
+    def check_finite(self, found_inf: Tensor) -> Tensor:
+        """GradScaler's flag, raised if any of the curvature is not finite either."""
+        found_inf = found_inf.clone()
+        if self._found_inf is not None:
+            found_inf = found_inf + self._found_inf.to(found_inf.device)
+        held = [*self.products.values(), *self.diags.values()]
+        for tensor in held:
+            one = torch.ones((), device=tensor.device)
+            flag = torch.zeros((), device=tensor.device)
+            torch._amp_foreach_non_finite_check_and_unscale_([tensor], flag, one)
+            found_inf = found_inf + flag.to(found_inf.device)
+        return found_inf
+
+    @property
+    def folded(self) -> bool:
+        """Whether the curvature is in compact diagonals."""
+        return bool(self.diags)
+
+    def must_fold(self, entries: Iterable[Entry]) -> bool:
+        """Whether the update needs the compact diagonal: because some of it is folded, or to keep it for stale steps."""
+        return self.folded or any(entry.bucket.diag is not None for entry in entries)
+
+    def fold(self) -> None:
+        """Turn pending products into the compact diagonal."""
+        products, self.products = self.products, {}
+        self._fold(products, self.sample, self.draw, 1.0)
+
+    def _fold(self, products: dict[Entry, Tensor], sample: int, draw: bool, weight: float) -> None:
+        for bucket, members in by_bucket(list(products)).items():
+            fine = _averages_magnitudes(bucket)
+            if bucket not in self.diags:
+                self.diags[bucket] = bucket.new_flat() if fine else bucket.new_diag()
+            table = bucket.table_of(members)
+            self._backends[bucket.device.type].hessian_diag(
+                [products[entry] for entry in members],
+                self.diags[bucket],
+                _fine(table) if fine else table,
+                bucket.steps,
+                seed=self._seed,
+                sample=sample,
+                draw=draw,
+                scale=weight,
+                accumulate=True,
+            )
+
+    def hessians(self, entries: Sequence[Entry]) -> list[Tensor]:
+        """Hz of some of a bucket's parameters; zeros for parameters that are linear in the loss."""
+        found = self.products
+        return [found[e] if e in found else e.stored(torch.zeros_like(e.param)) for e in entries]
+
+    def diag(self, bucket: Bucket) -> Tensor:
+        """The compact diagonal of a bucket, after :meth:`fold`."""
+        folded = self.diags.get(bucket)
+        if folded is None:
+            return bucket.new_diag()
+        if not _averages_magnitudes(bucket):
+            return folded
+        # D is complete only now, so only now can its magnitudes be averaged.
+        compact, table = bucket.new_diag(), bucket.segments.clone()
+        table[:, [Segment.PERIOD, Segment.STRIDE]] = 1
+        flat = [folded[r[Segment.OFFSET] : r[Segment.OFFSET] + r[Segment.NUMEL]] for r in bucket.rows]
+        self._backends[bucket.device.type].hessian_diag(
+            flat, compact, table, bucket.steps, seed=0, sample=0, draw=False, scale=1.0, accumulate=False
+        )
+        return compact
+
+    def move(self, entries: Sequence[Entry], old: Mapping[Entry, tuple[Bucket, int]]) -> None:
+        """Follow parameters into new buckets; ``old`` tells where they were."""
+        folded, self.diags = self.diags, {}
+        for entry in entries:
+            bucket, row = old.get(entry, (None, -1))
+            if bucket not in folded:
+                continue
+            fine = _averages_magnitudes(bucket)
+            target = self.diags.setdefault(entry.bucket, entry.bucket.new_flat() if fine else entry.bucket.new_diag())
+            column = Segment.OFFSET if fine else Segment.DIAG_OFFSET
+            count = entry.param.numel() if fine else -(-entry.param.numel() // entry.block)
+            begin, new = bucket.rows[row][column], entry.bucket.rows[entry.row][column]
+            target[new : new + count] = folded[bucket][begin : begin + count]
+
+
+def _averages_magnitudes(bucket: Bucket) -> bool:
+    """Whether |D| is averaged somewhere: then D has to be summed up element by element before it is averaged."""
+    return any(entry.absolute and entry.block > 1 for entry in bucket.entries)
+
+
+def _fine(table: Tensor) -> Tensor:
+    """The table for a diagonal that is not averaged: signed blocks of one element, in logical order."""
+    table = table.clone()
+    table[:, Segment.BLOCK] = 1
+    table[:, Segment.ABSOLUTE] = 0
+    table[:, Segment.DIAG_OFFSET] = table[:, Segment.OFFSET]
+    return table

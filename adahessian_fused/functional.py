@@ -1,0 +1,166 @@
+"""AdaHessian and Hutchinson's estimator as functions, without an optimizer object."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import backends, hvp
+from .checks import CHOICES, check_block_size, check_choice, check_param
+from .curvature import Curvature, by_bucket
+from .layout import Entry, make_buckets
+from .update import HyperTable, update_bucket
+
+
+def _entries(
+    params: Sequence[Tensor], states: Sequence[dict[str, Any]] | None, block_size: int | str, averaging: str
+) -> list[Entry]:
+    check_block_size(block_size)
+    check_choice("averaging", averaging, CHOICES["averaging"])
+    entries = []
+    for i, p in enumerate(params):
+        check_param(p, f"params[{i}]")
+        entry = Entry(p, f"params[{i}]", i, 0, {} if states is None else states[i])
+        entry.describe(block_size, averaging)
+        entries.append(entry)
+    make_buckets(entries, with_states=states is not None)
+    return entries
+
+
+def _tools(backend: str, params: Sequence[Tensor]) -> dict[str, Any]:
+    return {kind: backends.get(backends.choose(backend, kind)) for kind in {p.device.type for p in params}}
+
+
+@torch.no_grad()
+def adahessian(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    hvps: Sequence[Tensor] | None,
+    exp_avgs: Sequence[Tensor],
+    exp_hessian_diag_sqs: Sequence[Tensor],
+    state_steps: Sequence[Tensor],
+    hessian_steps: Sequence[Tensor],
+    *,
+    lr: float | Tensor,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+    hessian_power: float = 1.0,
+    block_size: int | str = "auto",
+    averaging: str = "signed",
+    maximize: bool = False,
+    seed: int = 0,
+    sample: int = 0,
+    draw: bool = True,
+    grad_scale: Tensor | None = None,
+    found_inf: Tensor | None = None,
+    backend: str = "auto",
+) -> None:
+    """One AdaHessian step on lists of tensors, in place, in the manner of ``torch.optim``'s functional forms.
+
+    The optimizer keeps its states in flat buffers; here they are copied into such buffers and back, which costs time.
+
+    Args:
+        params: parameters.
+        grads: gradients, shapes of ``params``.
+        hvps: Hz for the probe that ``rademacher`` draws from (seed, hessian_steps, sample) for parameters numbered in
+            this order; or D itself with ``draw=False``; None for an off-step.
+        exp_avgs: m, float32 (float64 for float64 parameters), shapes of ``params``.
+        exp_hessian_diag_sqs: v, likewise.
+        state_steps: int64 scalars, steps so far; increased by one.
+        hessian_steps: int64 scalars, Hessian updates so far; increased by one if ``hvps`` is given.
+        lr, beta1, beta2, eps, weight_decay, hessian_power, block_size, averaging, maximize, seed, backend: as for
+            :class:`~adahessian_fused.AdaHessian`.
+        sample: number of the probe.
+        draw: multiply ``hvps`` by the probe.
+        grad_scale: divide gradients and curvature by it.
+        found_inf: change nothing unless it is zero.
+    """
+    lists = {"grads": grads, "exp_avgs": exp_avgs, "exp_hessian_diag_sqs": exp_hessian_diag_sqs}
+    lists |= {"state_steps": state_steps, "hessian_steps": hessian_steps} | ({} if hvps is None else {"hvps": hvps})
+    for name, tensors in lists.items():
+        if len(tensors) != len(params):
+            raise ValueError(f"{name} has {len(tensors)} tensors; expected {len(params)}, one for each parameter")
+    if found_inf is not None and found_inf.item() != 0:
+        return
+    keys = ("exp_avg", "exp_hessian_diag_sq", "step", "hessian_step")
+    given = list(zip(exp_avgs, exp_hessian_diag_sqs, state_steps, hessian_steps, strict=True))
+    entries = _entries(params, [dict(zip(keys, values, strict=True)) for values in given], block_size, averaging)
+    tools = _tools(backend, params)
+    group = {"lr": lr, "betas": (beta1, beta2), "eps": eps, "weight_decay": weight_decay}
+    table = HyperTable().on(torch.device("cpu"), [group | {"hessian_power": hessian_power, "maximize": maximize}])
+    curvature = None
+    if hvps is not None:
+        curvature = Curvature(tools, seed)
+        curvature.add({e: e.stored(h) for e, h in zip(entries, hvps, strict=True)}, sample=sample, draw=draw)
+    for bucket, members in by_bucket(entries).items():
+        update_bucket(
+            bucket,
+            members,
+            [grads[entry.param_id] for entry in members],
+            "hold" if curvature is None else "fresh",
+            curvature,
+            table,
+            tools[bucket.device.type],
+            seed=seed,
+            grad_scale=grad_scale,
+            found_inf=None,
+        )
+    for entry, values in zip(entries, given, strict=True):
+        for key, tensor in zip(keys, values, strict=True):
+            tensor.copy_(entry.views[key])
+
+
+def hutchinson_diagonal(
+    loss_or_fn: Tensor | Callable[[], Tensor],
+    params: Sequence[Tensor],
+    *,
+    n_samples: int = 1,
+    block_size: int | str = 1,
+    averaging: str = "signed",
+    probe: str = "rademacher",
+    seed: int = 0,
+    backend: str = "auto",
+) -> list[Tensor]:
+    """Hutchinson's estimate of the Hessian diagonal, averaged over blocks (paper Eq. 6 and 7).
+
+    Args:
+        loss_or_fn: a scalar loss with its graph (which is freed), or a function that returns one.
+        params: parameters to differentiate by.
+        n_samples: probes to average; the variance falls as 1 / n_samples.
+        block_size: as for :class:`~adahessian_fused.AdaHessian`.
+        averaging: "signed" or "abs".
+        probe: "rademacher" or "gaussian".
+        seed: key of the probe's generator.
+        backend: as for :class:`~adahessian_fused.AdaHessian`.
+
+    Returns:
+        One tensor a parameter, of its shape; every element of a block has the block's mean. Zeros for parameters the
+        loss does not depend on, or depends on linearly.
+
+    Example:
+        >>> import torch, adahessian_fused
+        >>> x = torch.tensor([1.0, 2.0], requires_grad=True)
+        >>> adahessian_fused.hutchinson_diagonal((x**3).sum(), [x])
+        [tensor([ 6., 12.])]
+    """
+    check_choice("probe", probe, CHOICES["probe"])
+    if not isinstance(n_samples, int) or n_samples < 1:
+        raise ValueError(f"n_samples={n_samples!r}; expected an int >= 1")
+    params = list(params)
+    tools = _tools(backend, params)
+    entries = _entries(params, None, block_size, averaging)
+    with torch.enable_grad():
+        loss = loss_or_fn() if callable(loss_or_fn) else loss_or_fn
+        grads = hvp.first_order(loss, params, None)
+    chosen = hvp.differentiable(grads)
+    curvature = Curvature(tools, seed)
+    with torch.no_grad():
+        curvature.differentiate([(entries[i], grads[i]) for i in chosen], probe=probe, n_samples=n_samples)
+        curvature.fold()
+        diags = {bucket: curvature.diag(bucket) for bucket in by_bucket(entries)}
+        return [entry.bucket.spread(diags[entry.bucket], entry) for entry in entries]

@@ -1,0 +1,115 @@
+"""Hessian-vector products by double backward (Pearlmutter 1994; paper Eq. 5)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+NO_CURVATURE = (
+    "this step needs curvature, but no gradient carries a graph. Write opt.backward(loss) instead of loss.backward(), or "
+    "loss.backward(create_graph=opt.needs_hessian), or opt.step(closure) with a closure that returns the loss"
+)
+
+
+def differentiable(grads: Sequence[Tensor | None]) -> list[int]:
+    """Indices of the gradients that can be differentiated again; the others have a zero Hessian row or no graph."""
+    return [i for i, grad in enumerate(grads) if grad is not None and grad.requires_grad]
+
+
+def hessian_vector_product(
+    grads: Sequence[Tensor], params: Sequence[Tensor], z: Sequence[Tensor], *, retain_graph: bool = False
+) -> tuple[Tensor | None, ...]:
+    """Hz for the probe z, as the gradient of <g, z>.
+
+    Args:
+        grads: gradients with their graph, for parameters that have one.
+        params: the same parameters.
+        z: probe, shapes of ``params``.
+        retain_graph: keep the graph for another probe; otherwise it is freed while it is walked.
+
+    Returns:
+        One tensor a parameter; None where the gradients do not depend on it.
+    """
+    return torch.autograd.grad(
+        grads, params, grad_outputs=z, retain_graph=retain_graph, create_graph=False, allow_unused=True
+    )
+
+
+def first_order(loss: Tensor, params: Sequence[Tensor], gradient: Tensor | None) -> list[Tensor | None]:
+    """Gradients of the loss with their graph; None for parameters the loss does not depend on."""
+    check_loss(loss, gradient)
+    return list(torch.autograd.grad(loss, params, grad_outputs=gradient, create_graph=True, allow_unused=True))
+
+
+def check_loss(loss: Any, gradient: Tensor | None) -> None:
+    """Raise unless ``loss`` is something to differentiate."""
+    if not isinstance(loss, Tensor):
+        raise TypeError(f"loss is a {type(loss).__name__}; expected a tensor")
+    if not loss.requires_grad:
+        raise RuntimeError("loss does not require grad; expected the output of a model, computed with gradients enabled")
+    if gradient is None and loss.numel() != 1:
+        raise RuntimeError(f"loss has shape {tuple(loss.shape)}; expected one number, for example its mean")
+
+
+def accumulate_grads(params: Sequence[Tensor], grads: Sequence[Tensor | None]) -> None:
+    """Add gradients to ``p.grad`` as loss.backward() does, without keeping their graph."""
+    old, new, seen = [], [], set()
+    for p, g in zip(params, grads, strict=True):
+        if g is None:
+            continue
+        g = g.detach()
+        if p.grad is not None:
+            old.append(p.grad)
+            new.append(g)
+            continue
+        # Autograd may hand out one tensor twice, or an expanded one; p.grad has to be the parameter's own.
+        shared = g.data_ptr() in seen or g.stride() != p.stride() or g._base is not None
+        seen.add(g.data_ptr())
+        p.grad = torch.empty_like(p).copy_(g) if shared else g
+    if old:
+        with torch.no_grad():
+            torch._foreach_add_(old, new)
+
+
+def release_graph(grads: Sequence[Tensor]) -> None:
+    """Cut gradients from the graph they carry: the cycle parameter -> gradient -> graph -> parameter keeps memory alive."""
+    for grad in grads:
+        if grad.requires_grad:
+            grad.detach_()
+
+
+class InterceptBackward(TorchFunctionMode):
+    """Inside it, ``loss.backward()`` calls ``backward(loss, gradient, retain_graph)`` instead.
+
+    It is what lets an ordinary closure (zero_grad, backward, return loss) give second-order information. A call with
+    ``create_graph=True`` or ``inputs=...`` goes through unchanged.
+    """
+
+    def __init__(self, backward: Callable[..., None]) -> None:
+        super().__init__()
+        self._backward = backward
+        self.called = False
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if func is not torch.Tensor.backward:
+            return func(*args, **kwargs)
+        return self._take(*args, **kwargs)
+
+    def _take(
+        self,
+        loss: Tensor,
+        gradient: Tensor | None = None,
+        retain_graph: bool | None = None,
+        create_graph: bool = False,
+        inputs: Any = None,
+    ) -> None:
+        self.called = True
+        if create_graph or inputs is not None:
+            torch.Tensor.backward(loss, gradient, retain_graph, create_graph, inputs)
+        else:
+            self._backward(loss, gradient=gradient, retain_graph=bool(retain_graph))

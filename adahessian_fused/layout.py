@@ -1,0 +1,272 @@
+"""Where everything lives: flat buffers for the states, a segment for each parameter.
+
+A :class:`Bucket` holds the states of all parameters of one device and dtype in flat buffers and reaches parameters,
+gradients and Hessian-vector products through the segment table; one call of an op serves the whole bucket. The state
+tensors users see (``optimizer.state[p]["exp_avg"]``) are views of the buffers in the parameter's shape and strides.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .segments import Segment, Steps, n_blocks, segment_table
+
+ALIGNMENT = 64  # elements between segment starts: whole cache lines, and any vector width
+
+
+def state_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Dtype of the states and of all arithmetic for parameters of ``dtype``."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def block_length(shape: Sequence[int], block_size: int | str) -> int:
+    """Length b of the averaging blocks (Eq. 7) of a parameter of this shape.
+
+    "auto" is the spatial size of a convolution kernel and 1 for matrices and vectors; "row" the last axis; "tensor" the
+    whole parameter; an int is taken as it is.
+    """
+    if block_size == "auto":
+        b = math.prod(shape[2:]) if len(shape) >= 3 else 1
+    elif block_size == "row":
+        b = shape[-1] if shape else 1
+    elif block_size == "tensor":
+        b = math.prod(shape)
+    else:
+        b = int(block_size)
+    return max(b, 1)
+
+
+def storage_order(shape: Sequence[int], strides: Sequence[int]) -> tuple[int, int] | None:
+    """(period, stride) of a dense tensor's storage order, see :class:`Segment`; None if no such pair describes it."""
+    dims = [(size, stride) for size, stride in zip(shape, strides, strict=True) if size != 1]
+    if 0 in shape:
+        return 1, 1
+    sizes = [size for size, _ in dims]
+    for middle in range(len(dims) + 1):
+        for last in range(middle, len(dims) + 1):
+            # Logical (lead, middle, last) stored as (lead, last, middle).
+            stride, period = math.prod(sizes[middle:last]), math.prod(sizes[last:])
+            stored = dims[:middle] + dims[last:] + dims[middle:last]
+            expected = 1
+            for size, step in reversed(stored):
+                if step != expected:
+                    break
+                expected *= size
+            else:
+                return (1, 1) if stride == 1 or period == 1 else (period, stride)
+    return None
+
+
+@dataclass(slots=True, eq=False)
+class Entry:
+    """One parameter's place in its bucket."""
+
+    param: Tensor
+    name: str  # for messages
+    param_id: int
+    group: int
+    state: dict[str, Any]
+    block_size: int | str = 1
+    block: int = 1
+    absolute: bool = False
+    strides: tuple[int, ...] = ()
+    order: tuple[int, int] | None = None  # None: neither dense nor transposed; reached through contiguous copies
+    bucket: Bucket | None = None
+    row: int = -1
+    pointer: int = 0
+    version: int = -1
+    views: dict[str, Tensor] = field(default_factory=dict)
+
+    def describe(self, block_size: int | str, averaging: str) -> None:
+        """Take down how the parameter is stored now, and its group's averaging."""
+        p = self.param
+        self.block_size, self.block = block_size, block_length(p.shape, block_size)
+        self.absolute = averaging == "abs"
+        self.strides = p.stride()
+        self.order = storage_order(p.shape, self.strides)
+
+    @property
+    def copied(self) -> bool:
+        """Whether the ops see contiguous copies of this parameter's tensors."""
+        return self.order is None
+
+    @property
+    def dense_strides(self) -> tuple[int, ...]:
+        """Strides of everything that is stored in this parameter's storage order."""
+        if not self.copied:
+            return self.strides
+        return torch.empty(self.param.shape, device="meta").stride()
+
+    def fits(self) -> bool:
+        """Whether the parameter still is what this entry was made for (users rebind ``p.data``)."""
+        p = self.param
+        pointer = p.data_ptr()
+        if pointer != self.pointer:
+            if p.device != self.bucket.device or p.dtype != self.bucket.dtype or p.stride() != self.strides:
+                return False
+            self.pointer = pointer
+        views, state = self.views, self.state
+        return all(state.get(key) is view for key, view in views.items())
+
+    def stored(self, tensor: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        """``tensor`` (of the parameter's shape) in the storage order the ops expect and the parameter's or the given dtype.
+
+        The tensor itself, if it is like that already.
+        """
+        p, dtype = self.param, dtype or self.param.dtype
+        if tensor.dtype == dtype and not self.copied and tensor.stride() == self.strides:
+            return tensor
+        out = torch.empty_strided(p.shape, self.dense_strides, dtype=dtype, device=p.device)
+        return out.copy_(tensor)
+
+    def product(self, z: Tensor, h: Tensor) -> Tensor:
+        """D = z * Hz (Eq. 6) for a probe that the ops cannot draw again, in the precision of the states."""
+        dtype = state_dtype(self.param.dtype)
+        return self.stored(z.to(dtype) * h.to(dtype), dtype)
+
+
+class Bucket:
+    """Flat states of the parameters of one device and dtype.
+
+    Args:
+        entries: the parameters; each gets its ``bucket``, ``row`` and ``views`` set, and what its ``state`` holds is
+            moved into the buffers.
+        capturable: keep the step counts on the device.
+        master_weights: keep float32 weights for 16-bit parameters.
+        keep_diag: keep the compact diagonal of the last Hessian step (``off_step="stale"``).
+        with_states: False for an estimate of the diagonal alone.
+    """
+
+    def __init__(
+        self,
+        entries: list[Entry],
+        *,
+        capturable: bool = False,
+        master_weights: bool = False,
+        keep_diag: bool = False,
+        with_states: bool = True,
+    ) -> None:
+        first = entries[0].param
+        self.entries = entries
+        self.device, self.dtype = first.device, first.dtype
+        self.state_dtype = state_dtype(first.dtype)
+        self._make_table()
+        count_device = self.device if capturable else torch.device("cpu")
+        self.steps = torch.zeros(len(entries), len(Steps), dtype=torch.int64, device=count_device)
+        self._subset: tuple[tuple[int, ...], Tensor, Tensor] | None = None
+        if not with_states:
+            return
+        self.exp_avg = self.new_flat()
+        self.exp_hessian_diag_sq = self.new_flat()
+        use_master = master_weights and first.dtype in (torch.bfloat16, torch.float16)
+        self.master = self.new_flat() if use_master else None
+        self.diag = self.new_diag() if keep_diag else None
+        for entry in entries:
+            self._adopt(entry)
+
+    def _make_table(self) -> None:
+        rows, offset, diag_offset = [], 0, 0
+        for row, entry in enumerate(self.entries):
+            entry.bucket, entry.row, entry.pointer = self, row, entry.param.data_ptr()
+            numel = entry.param.numel()
+            period, stride = entry.order or (1, 1)
+            rows.append(
+                (offset, numel, entry.block, period, stride, diag_offset)
+                + (entry.param_id, entry.group, row, int(entry.absolute))
+            )
+            offset += -(-numel // ALIGNMENT) * ALIGNMENT
+            diag_offset += n_blocks(numel, entry.block)
+        self.rows, self.numel, self.diag_numel = rows, offset, diag_offset
+        self.segments = segment_table(rows)
+
+    def new_flat(self, dtype: torch.dtype | None = None) -> Tensor:
+        """Zeros of the size of all parameters, padding included."""
+        return torch.zeros(self.numel, dtype=dtype or self.state_dtype, device=self.device)
+
+    def new_diag(self) -> Tensor:
+        """Zeros of the size of the compact diagonal."""
+        return torch.zeros(self.diag_numel, dtype=self.state_dtype, device=self.device)
+
+    def view(self, flat: Tensor, entry: Entry) -> Tensor:
+        """The part of a flat buffer that belongs to a parameter, in its shape and storage order."""
+        return flat.as_strided(entry.param.shape, entry.dense_strides, self.rows[entry.row][Segment.OFFSET])
+
+    def diag_view(self, diag: Tensor, entry: Entry) -> Tensor:
+        """The blocks of a compact diagonal that belong to a parameter, in logical order."""
+        begin = self.rows[entry.row][Segment.DIAG_OFFSET]
+        return diag[begin : begin + n_blocks(entry.param.numel(), entry.block)]
+
+    def spread(self, diag: Tensor, entry: Entry) -> Tensor:
+        """The diagonal of a parameter in its shape: every element has its block's mean."""
+        blocks = self.diag_view(diag, entry).repeat_interleave(entry.block)
+        return blocks[: entry.param.numel()].reshape(entry.param.shape)
+
+    def _adopt(self, entry: Entry) -> None:
+        """Move what the parameter's state holds into the buffers and put the views in its place."""
+        views = {
+            "step": self.steps[entry.row, Steps.STEP],
+            "hessian_step": self.steps[entry.row, Steps.HESSIAN_STEP],
+            "exp_avg": self.view(self.exp_avg, entry),
+            "exp_hessian_diag_sq": self.view(self.exp_hessian_diag_sq, entry),
+        }
+        if self.master is not None:
+            views["master_param"] = self.view(self.master, entry)
+        if self.diag is not None:
+            views["hessian_diag"] = self.diag_view(self.diag, entry)
+        for key, view in views.items():
+            old = entry.state.get(key)
+            if isinstance(old, Tensor) and old.shape != view.shape:
+                raise ValueError(
+                    f"state {key} of {entry.name} has shape {tuple(old.shape)}; expected {tuple(view.shape)}. Was it "
+                    "saved with another model or another block_size?"
+                )
+            if old is not None:
+                view.copy_(old) if isinstance(old, Tensor) else view.fill_(old)
+            elif key == "master_param":
+                view.copy_(entry.param)
+            entry.state[key] = view
+        entry.views, entry.version = views, entry.param._version
+
+    def refresh_master(self, entries: Iterable[Entry]) -> None:
+        """Take over what was written to 16-bit parameters since the last step, leaving the rest of their master weights."""
+        for entry in entries:
+            if entry.param._version != entry.version:
+                master, p = entry.views["master_param"], entry.param
+                torch.where(master.to(p.dtype) == p, master, p.to(master.dtype), out=master)
+
+    def _select(self, entries: Sequence[Entry]) -> tuple[Tensor, Tensor]:
+        rows = tuple(entry.row for entry in entries)
+        if self._subset is None or self._subset[0] != rows:
+            self._subset = rows, self.segments[list(rows)], torch.tensor(rows, device=self.steps.device)
+        return self._subset[1:]
+
+    def table_of(self, entries: Sequence[Entry]) -> Tensor:
+        """Segment table of some of the bucket's entries, in their order; the last one asked for is remembered."""
+        return self.segments if len(entries) == len(self.entries) else self._select(entries)[0]
+
+    def count_step(self, entries: Sequence[Entry], *, with_curvature: bool, found_inf: Tensor | None) -> None:
+        """Advance the step counts of some entries, unless ``found_inf`` says that the step was skipped."""
+        rows = slice(None) if len(entries) == len(self.entries) else self._select(entries)[1]
+        columns = slice(None) if with_curvature else slice(0, 1)
+        if rows == slice(None):
+            self.steps[:, columns] += 1 if found_inf is None else (found_inf == 0)
+            return
+        increment = torch.ones((), dtype=torch.int64, device=self.steps.device)
+        if found_inf is not None:
+            increment = (found_inf == 0).to(torch.int64)
+        for column in range(columns.stop or len(Steps)):
+            self.steps[:, column].index_add_(0, rows, increment.expand(len(entries)))
+
+
+def make_buckets(entries: Iterable[Entry], **options: bool) -> list[Bucket]:
+    """Sort parameters into buckets by device and dtype."""
+    by_kind: dict[tuple[torch.device, torch.dtype], list[Entry]] = {}
+    for entry in sorted(entries, key=lambda entry: entry.param_id):
+        by_kind.setdefault((entry.param.device, entry.param.dtype), []).append(entry)
+    return [Bucket(members, **options) for members in by_kind.values()]

@@ -1,0 +1,427 @@
+"""The optimizer: schedules, styles of stepping and state; no arithmetic (that is the backends')."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import backends, hvp
+from .checks import check_grad, check_group, check_param
+from .curvature import Curvature, by_bucket
+from .layout import Entry, make_buckets
+from .state import PortableState
+from .update import HyperTable, update_bucket
+
+# Options that hold for the whole optimizer although they are stored in every parameter group.
+_OPTIMIZER_WIDE = ("n_samples", "probe", "seed", "hvp", "capturable", "master_weights")
+
+
+class AdaHessian(PortableState):
+    r"""AdaHessian (Yao et al. 2021, Algorithm 1) on fused kernels.
+
+    .. math::
+        m &\leftarrow \beta_1 m + (1 - \beta_1) g, \qquad v \leftarrow \beta_2 v + (1 - \beta_2) D_s^2 \\
+        p &\leftarrow p (1 - \text{lr} \cdot \text{wd})
+            - \frac{\text{lr}}{1 - \beta_1^t} \frac{m}{(\sqrt{v} / \sqrt{1 - \beta_2^h})^k + \epsilon}
+
+    with :math:`D_s` the block mean (Eq. 7) of Hutchinson's estimate :math:`z \odot Hz` (Eq. 6) for a Rademacher probe z,
+    t the step and h the number of Hessian updates so far. Four ways to step::
+
+        loss.backward(create_graph=True); opt.step()   # as with every other AdaHessian
+        opt.backward(loss); opt.step()                 # no reference cycle; may be called for several micro-batches
+        opt.step(closure)                              # the closure returns the loss, with or without backward()
+        opt.step(hessian=[...])                        # a diagonal of your own, one tensor a parameter
+
+    Args:
+        params: parameters or parameter groups.
+        lr: learning rate; a number or a tensor.
+        betas: decay rates of the moving averages of the gradient and the squared diagonal.
+        eps: added to the denominator.
+        weight_decay: decoupled weight decay.
+        hessian_power: k in [0, 1].
+        block_size: length b of the averaging blocks in logical row-major order: an int, "row" (last axis), "tensor" or
+            "auto" (spatial size of convolution kernels, 1 for everything else). Per group.
+        averaging: "signed" averages D (Eq. 7), "abs" averages \|D\| as the official code does. Per group.
+        update_each: Hutchinson frequency: curvature at steps 1, 1 + f, 1 + 2f, ... Per group.
+        off_step: on the steps between, "hold" leaves v and h alone; "stale" feeds the last diagonal in again. Per group.
+        n_samples: probes averaged in a Hessian step.
+        probe: "rademacher" or "gaussian".
+        seed: key of the probe's generator.
+        hvp: how Hessian-vector products are computed: "autograd" (double backward).
+        backend: "native", "triton", "reference", or "auto" for the best that can run.
+        maximize: ascend instead of descending. Per group.
+        capturable: keep the step counts on the device, so that CUDA graphs can capture a step; no host synchronisation.
+        master_weights: keep float32 copies of 16-bit parameters.
+
+    Raises:
+        ValueError, TypeError: a hyperparameter or parameter out of its range; the message says what was expected.
+        RuntimeError: ``backend`` cannot run on the parameters' device; or, from :meth:`step`, there is no curvature.
+
+    Example:
+        >>> import torch, adahessian_fused
+        >>> model = torch.nn.Linear(3, 1)
+        >>> opt = adahessian_fused.AdaHessian(model.parameters(), lr=0.1)
+        >>> loss = model(torch.ones(8, 3)).square().mean()
+        >>> opt.backward(loss)
+        >>> opt.step()
+        >>> opt.hessian_diag(model.weight).shape
+        torch.Size([1, 3])
+    """
+
+    _step_supports_amp_scaling = True
+
+    def __init__(
+        self,
+        params: Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]],
+        lr: float | Tensor = 0.15,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-4,
+        weight_decay: float = 0.0,
+        *,
+        hessian_power: float = 1.0,
+        block_size: int | str = "auto",
+        averaging: str = "signed",
+        update_each: int = 1,
+        off_step: str = "hold",
+        n_samples: int = 1,
+        probe: str = "rademacher",
+        seed: int = 0,
+        hvp: str = "autograd",
+        backend: str = "auto",
+        maximize: bool = False,
+        capturable: bool = False,
+        master_weights: bool = False,
+    ) -> None:
+        self.backend = backend
+        self._reset()
+        defaults = {
+            "lr": lr,
+            "betas": betas,
+            "eps": eps,
+            "weight_decay": weight_decay,
+            "hessian_power": hessian_power,
+            "block_size": block_size,
+            "averaging": averaging,
+            "update_each": update_each,
+            "off_step": off_step,
+            "n_samples": n_samples,
+            "probe": probe,
+            "seed": seed,
+            "hvp": hvp,
+            "maximize": maximize,
+            "capturable": capturable,
+            "master_weights": master_weights,
+        }
+        super().__init__(params, defaults)
+
+    # ---- parameters and their layout ---------------------------------------------------------------------------------
+
+    def _reset(self) -> None:
+        """Forget everything that can be derived from ``state`` and ``param_groups``."""
+        self._entries: dict[Tensor, Entry] = {}
+        self._clocks: list[int] | None = None
+        self._curvature: Curvature | None = None
+        self._hyper = HyperTable()
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a parameter group; checked as a whole, and not added if anything is wrong with it."""
+        super().add_param_group(param_group)
+        group = self.param_groups[-1]
+        try:
+            check_group(group)
+            for name in _OPTIMIZER_WIDE:
+                first = self.param_groups[0][name]
+                if group[name] != first:
+                    raise ValueError(f"{name}={group[name]!r}; expected {first!r}, it is the same for all groups")
+            for i, p in enumerate(group["params"]):
+                check_param(p, f"parameter {i} of group {len(self.param_groups) - 1}")
+                backends.choose(self.backend, p.device.type)
+        except (TypeError, ValueError, RuntimeError):
+            self.param_groups.pop()
+            raise
+        self._clocks = None
+
+    def _ensure(self, params: Sequence[tuple[int, Tensor]]) -> list[Entry]:
+        """The entries of (group number, parameter) pairs, after rebuilding the buckets if anything about them changed."""
+        entries = [self._entries.get(p) for _, p in params]
+        changed = any(
+            entry is None or not entry.fits() or not self._group_options_fit(entry) for entry in entries
+        )
+        if changed:
+            self._rebuild([p for _, p in params])
+            entries = [self._entries[p] for _, p in params]
+        return entries
+
+    def _group_options_fit(self, entry: Entry) -> bool:
+        options = self.param_groups[entry.group]
+        return entry.block_size == options["block_size"] and entry.absolute == (options["averaging"] == "abs")
+
+    def _rebuild(self, params: Iterable[Tensor]) -> None:
+        """Sort all parameters that have had a gradient into new buckets; their state moves along."""
+        wanted = set(params).union(self._entries)
+        moved = {entry: (entry.bucket, entry.row) for entry in self._entries.values()}
+        entries: dict[Tensor, Entry] = {}
+        param_id = 0
+        for number, group in enumerate(self.param_groups):
+            check_group(group)
+            names = group.get("param_names") or [f"parameter {i} of group {number}" for i in range(len(group["params"]))]
+            for name, p in zip(names, group["params"], strict=True):
+                if p in wanted:
+                    entry = self._entries.get(p) or Entry(p, name, param_id, number, self.state[p])
+                    entry.describe(group["block_size"], group["averaging"])
+                    entries[p] = entry
+                param_id += 1
+        first = self.param_groups[0]
+        keep_diag = any(group["off_step"] == "stale" and group["update_each"] > 1 for group in self.param_groups)
+        make_buckets(
+            entries.values(),
+            capturable=first["capturable"],
+            master_weights=first["master_weights"],
+            keep_diag=keep_diag,
+        )
+        self._entries = entries
+        if self._curvature is not None:
+            self._curvature.move(list(entries.values()), moved)
+
+    def _backends(self) -> dict[str, Any]:
+        types = {p.device.type for group in self.param_groups for p in group["params"]}
+        return {kind: backends.get(backends.choose(self.backend, kind)) for kind in types}
+
+    # ---- the schedule ------------------------------------------------------------------------------------------------
+
+    def _clock(self) -> list[int]:
+        """Steps each group has completed."""
+        if self._clocks is None:
+            self._clocks = [
+                max((int(self.state[p].get("step", 0)) for p in group["params"] if p in self.state), default=0)
+                for group in self.param_groups
+            ]
+        return self._clocks
+
+    def _due(self) -> list[bool]:
+        """Whether the coming step uses new curvature, for each group."""
+        return [
+            steps % group["update_each"] == 0 and any(p.requires_grad for p in group["params"])
+            for steps, group in zip(self._clock(), self.param_groups, strict=True)
+        ]
+
+    @property
+    def needs_hessian(self) -> bool:
+        """Whether the coming step uses new curvature: ``loss.backward(create_graph=opt.needs_hessian)``."""
+        return any(self._due())
+
+    # ---- curvature ---------------------------------------------------------------------------------------------------
+
+    def backward(
+        self,
+        loss: Tensor,
+        *,
+        gradient: Tensor | None = None,
+        retain_graph: bool = False,
+        grad_scaler: torch.amp.GradScaler | None = None,
+    ) -> None:
+        """Differentiate the loss: adds to ``p.grad`` like ``loss.backward()`` and gathers curvature if it is due.
+
+        May be called for several micro-batches before :meth:`step`; all of them see the same probe, so the sum of their
+        curvature is that of the summed loss. Off-steps cost what ``loss.backward()`` costs. Only parameters of this
+        optimizer get a gradient.
+
+        Args:
+            loss: scalar, or with ``gradient`` a tensor of its shape.
+            gradient: as in ``Tensor.backward``.
+            retain_graph: keep the graph of the loss.
+            grad_scaler: scales the loss (pass it unscaled). Needed only with ``grad_scaler.unscale_(opt)``, for
+                example to clip gradients; otherwise ``opt.backward(grad_scaler.scale(loss))`` does as well.
+        """
+        hvp.check_loss(loss, gradient)
+        params = [(n, p) for n, group in enumerate(self.param_groups) for p in group["params"] if p.requires_grad]
+        inverse_scale = None
+        if grad_scaler is not None and grad_scaler.is_enabled():
+            inverse_scale = 1 / grad_scaler.scale(torch.ones((), device=loss.device))
+            loss = grad_scaler.scale(loss)
+        due = self._due()
+        if not any(due):
+            torch.autograd.backward(loss, gradient, retain_graph=retain_graph, inputs=[p for _, p in params])
+            return
+        grads = hvp.first_order(loss, [p for _, p in params], gradient)
+        found = [(n, p, g) for (n, p), g in zip(params, grads, strict=True) if g is not None]
+        entries = self._ensure([(n, p) for n, p, _ in found])
+        pairs = [(entry, g) for entry, (n, _, g) in zip(entries, found, strict=True) if due[n] and g.requires_grad]
+        self._differentiate(pairs, retain_graph=retain_graph, inverse_scale=inverse_scale)
+        hvp.accumulate_grads([p for _, p, _ in found], [g for _, _, g in found])
+
+    def _differentiate(
+        self, pairs: Sequence[tuple[Entry, Tensor]], *, retain_graph: bool, inverse_scale: Tensor | None = None
+    ) -> None:
+        """Add the curvature along this step's probes; ``pairs`` are parameters and gradients with a graph."""
+        for entry, g in pairs:
+            check_grad(g, entry.name)
+        options = self.param_groups[0]
+        # Gradients that were dropped behind our back (model.zero_grad()) leave curvature that no longer counts.
+        abandoned = all(entry.param.grad is None for entry in self._entries.values())
+        curvature = self._curvature
+        if curvature is None or abandoned:
+            curvature = Curvature(self._backends(), options["seed"])
+        curvature.differentiate(
+            pairs,
+            probe=options["probe"],
+            n_samples=options["n_samples"],
+            retain_graph=retain_graph,
+            inverse_scale=inverse_scale,
+        )
+        self._curvature = curvature
+
+    def _from_graph(self, entries: Sequence[Entry], due: Sequence[bool]) -> None:
+        """Curvature from gradients that ``loss.backward(create_graph=True)`` left."""
+        grads = [entry.param.grad for entry in entries]
+        with_graph = hvp.differentiable(grads)
+        if not with_graph:
+            raise RuntimeError(hvp.NO_CURVATURE)
+        self._differentiate([(entries[i], grads[i]) for i in with_graph if due[entries[i].group]], retain_graph=False)
+
+    def _from_user(self, hessian: Sequence[Tensor | None], entries: Sequence[Entry]) -> None:
+        """Curvature the user brings: D for each parameter, in the order of the groups."""
+        params = [p for group in self.param_groups for p in group["params"]]
+        if len(hessian) != len(params):
+            raise ValueError(f"hessian has {len(hessian)} entries; expected {len(params)}, one for each parameter")
+        given = dict(zip(params, hessian, strict=True))
+        d = {}
+        for entry in entries:
+            h = given[entry.param]
+            if h is None or h.shape != entry.param.shape:
+                what = "None" if h is None else f"of shape {tuple(h.shape)}"
+                raise ValueError(f"hessian of {entry.name} is {what}; expected shape {tuple(entry.param.shape)}")
+            same = h.dtype == entry.param.dtype
+            d[entry] = entry.stored(h.to(entry.param.device), None if same else entry.bucket.state_dtype)
+        self._curvature = Curvature(self._backends(), self.param_groups[0]["seed"])
+        self._curvature.unscaled = True
+        self._curvature.add(d, sample=0, draw=False)
+
+    def _evaluate(self, closure: Callable[[], Any]) -> Any:
+        """Call the closure and make sure gradients, and curvature if it is due, are there afterwards."""
+        params = [p for group in self.param_groups for p in group["params"]]
+        before = [(p.grad, None if p.grad is None else p.grad._version) for p in params]
+        with torch.enable_grad():
+            if self.needs_hessian:
+                with hvp.InterceptBackward(self.backward) as mode:
+                    loss = closure()
+                differentiated = mode.called
+            else:
+                loss, differentiated = closure(), False
+        after = [(p.grad, None if p.grad is None else p.grad._version) for p in params]
+        changed = any(a[0] is not b[0] or a[1] != b[1] for a, b in zip(after, before, strict=True))
+        if differentiated or changed:
+            return loss
+        if not isinstance(loss, Tensor) or not loss.requires_grad:
+            raise RuntimeError(
+                f"the closure returned {type(loss).__name__} without a graph and left the gradients alone; expected it to "
+                "return the loss, or to call backward() and return the loss"
+            )
+        del before, after
+        self.zero_grad()
+        self.backward(loss)
+        return loss.detach()
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Reset the gradients, and drop curvature that was gathered with them."""
+        self._curvature = None
+        super().zero_grad(set_to_none)
+
+    # ---- the step ----------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def step(
+        self, closure: Callable[[], Any] | None = None, *, hessian: Sequence[Tensor | None] | None = None
+    ) -> Any:
+        """Perform one optimization step.
+
+        Args:
+            closure: reevaluates the model; returns the loss, after ``backward()`` or without it.
+            hessian: a diagonal D for each parameter, in the order of the groups, instead of Hutchinson's estimate; None
+                where a parameter has no gradient. It is averaged over the blocks like any other.
+
+        Returns:
+            What the closure returned.
+        """
+        self._cuda_graph_capture_health_check()
+        loss = None if closure is None else self._evaluate(closure)
+        params = [(n, p) for n, group in enumerate(self.param_groups) for p in group["params"] if p.grad is not None]
+        if not params:
+            return loss
+        entries = self._ensure(params)
+        for entry in entries:
+            check_grad(entry.param.grad, entry.name)
+        due = self._due()
+        if hessian is not None:
+            self._from_user(hessian, entries)
+            due = [True] * len(due)
+        elif self._curvature is None and any(due[entry.group] for entry in entries):
+            self._from_graph(entries, due)
+        hvp.release_graph([entry.param.grad for entry in entries])
+        curvature, self._curvature = self._curvature, None
+        self._update(entries, due, curvature)
+        return loss
+
+    def _update(self, entries: Sequence[Entry], due: Sequence[bool], curvature: Curvature | None) -> None:
+        capturable = self.param_groups[0]["capturable"]
+        grad_scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
+        if found_inf is not None and curvature is not None:
+            if grad_scale is None and not curvature.unscaled:
+                raise RuntimeError(
+                    "scaler.unscale_(opt) divided the gradients by the loss scale, but not the curvature; write "
+                    "opt.backward(loss, grad_scaler=scaler) instead of opt.backward(scaler.scale(loss))"
+                )
+            found_inf = curvature.check_finite(found_inf)
+        if found_inf is not None and not capturable:
+            if found_inf.item() != 0:
+                return
+            found_inf = None
+        if curvature is not None and curvature.must_fold(self._entries.values()):
+            curvature.fold()
+        tools, seed = self._backends(), self.param_groups[0]["seed"]
+        for bucket, in_bucket in by_bucket(entries).items():
+            groups = self._hyper.on(bucket.steps.device, self.param_groups)
+            for kind, members in self._by_kind(in_bucket, due).items():
+                update_bucket(
+                    bucket,
+                    members,
+                    [entry.param.grad for entry in members],
+                    kind,
+                    curvature,
+                    groups,
+                    tools[bucket.device.type],
+                    seed=seed,
+                    grad_scale=None if grad_scale is None else grad_scale.to(bucket.device),
+                    found_inf=None if found_inf is None else found_inf.to(bucket.device),
+                )
+        active = {entry.group for entry in entries}
+        self._clocks = [steps + (n in active) for n, steps in enumerate(self._clock())]
+
+    def _by_kind(self, entries: Sequence[Entry], due: Sequence[bool]) -> dict[str, list[Entry]]:
+        """Split entries by where the curvature of this step comes from."""
+        kinds: dict[str, list[Entry]] = {}
+        for entry in entries:
+            if due[entry.group]:
+                kind = "fresh"
+            elif self.param_groups[entry.group]["off_step"] == "stale" and int(entry.views["hessian_step"]) > 0:
+                kind = "stale"
+            else:
+                kind = "hold"
+            kinds.setdefault(kind, []).append(entry)
+        return kinds
+
+    def hessian_diag(self, param: Tensor) -> Tensor:
+        """The root-mean-square Hessian diagonal, sqrt(v / (1 - beta2^h)): a new tensor of the parameter's shape.
+
+        Raises:
+            RuntimeError: the parameter has not seen any curvature yet.
+        """
+        state = self.state.get(param, {})
+        h = int(state.get("hessian_step", 0))
+        if h == 0:
+            raise RuntimeError("this parameter has not seen any curvature yet; call step() first")
+        beta2 = next(group["betas"][1] for group in self.param_groups if any(p is param for p in group["params"]))
+        return (state["exp_hessian_diag_sq"] / (1 - beta2**h)).sqrt()

@@ -1,0 +1,90 @@
+"""State dicts: plain tensors for each parameter, loadable across backends, devices and other AdaHessians."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from .layout import state_dtype
+
+_COUNTS = ("step", "hessian_step")
+
+
+def normalized_state(state: Mapping[str, Any], group: Mapping[str, Any], param: Tensor) -> dict[str, Any]:
+    """State of one parameter as this package keeps it.
+
+    Understands its own state dicts and those of the official code, torch-optimizer, timm, davda54/ada-hessian (one
+    ``step`` a parameter, v updated on every step) and pytorch-optimizer (``step`` in the group, v updated every
+    ``update_period`` steps). Moving averages keep their precision: they are never cast to the parameter's dtype.
+    """
+    if "exp_avg" not in state:
+        return {}
+    step = int(state.get("step", group.get("step", 0)))
+    hessian_step = int(state.get("hessian_step", math.ceil(step / group.get("update_period", 1))))
+    result: dict[str, Any] = {"step": step, "hessian_step": hessian_step}
+    for key in ("exp_avg", "exp_hessian_diag_sq", "master_param", "hessian_diag"):
+        if isinstance(state.get(key), Tensor):
+            result[key] = state[key].detach().to(param.device, state_dtype(param.dtype))
+    return result
+
+
+def _own(value: Any) -> Any:
+    return value.clone() if isinstance(value, Tensor) else value
+
+
+class PortableState(Optimizer):
+    """Optimizer whose state dict is independent of how the states are laid out in memory."""
+
+    backend: str
+
+    def _reset(self) -> None:
+        raise NotImplementedError
+
+    def state_dict(self) -> dict[str, Any]:
+        """As ``torch.optim.Optimizer.state_dict``; every tensor owns its memory."""
+        result = super().state_dict()
+        result["state"] = {
+            key: {name: _own(value) for name, value in state.items()} for key, state in result["state"].items()
+        }
+        return result
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load a state dict of this class or of another AdaHessian (see :func:`normalized_state`).
+
+        Raises:
+            ValueError: the state dict has other groups or parameters than this optimizer.
+        """
+        saved = state_dict["state"]
+        super().load_state_dict(state_dict)
+        ids = [i for group in state_dict["param_groups"] for i in group["params"]]
+        groups = [group for group in self.param_groups for _ in group["params"]]
+        params = [p for group in self.param_groups for p in group["params"]]
+        self.state.clear()
+        for i, group, p in zip(ids, groups, params, strict=True):
+            loaded = normalized_state(saved[i], group, p) if i in saved else {}
+            if loaded:
+                self.state[p] = loaded
+        self._reset()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What deepcopy and pickle keep: the state dict's content with the parameters themselves."""
+        result = super().__getstate__()
+        result["state"] = type(self.state)(
+            self.state.default_factory,
+            {p: {name: _own(value) for name, value in state.items()} for p, state in self.state.items()},
+        )
+        result["backend"] = self.backend
+        return result
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Restore, and give groups that another optimizer saved the options they lack."""
+        super().__setstate__(state)
+        self._reset()
+        for group in self.param_groups:
+            for name, value in self.defaults.items():
+                group.setdefault(name, value)
