@@ -54,6 +54,8 @@ def unavailable_reason(name: str, device_type: str = "cpu") -> str | None:
         raise ValueError(f'unknown backend "{name}"; expected "auto" or one of {", ".join(PREFERENCE)}')
     if device_type not in ("cpu", "cuda") and name != "reference":
         return f"has no kernels for {device_type} devices"
+    if device_type == "cuda" and not torch.cuda.is_available():
+        return "no GPU is visible to torch"
     if name == "triton":
         if importlib.util.find_spec("triton") is None:
             return "the package triton is not installed (pip install triton)"
@@ -93,3 +95,15 @@ def choose(name: str, device_type: str) -> str:
             'backend="auto" takes the first of them'
         )
     return name
+
+
+class ByDevice(dict):
+    """The backend ``name`` resolves to, by device type; looked up when a device first turns up."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        self._name = name
+
+    def __missing__(self, device_type: str) -> ModuleType | SimpleNamespace:
+        self[device_type] = get(choose(self._name, device_type))
+        return self[device_type]

@@ -30,10 +30,6 @@ def _entries(
     return entries
 
 
-def _tools(backend: str, params: Sequence[Tensor]) -> dict[str, Any]:
-    return {kind: backends.get(backends.choose(backend, kind)) for kind in {p.device.type for p in params}}
-
-
 @torch.no_grad()
 def adahessian(
     params: Sequence[Tensor],
@@ -90,7 +86,7 @@ def adahessian(
     keys = ("exp_avg", "exp_hessian_diag_sq", "step", "hessian_step")
     given = list(zip(exp_avgs, exp_hessian_diag_sqs, state_steps, hessian_steps, strict=True))
     entries = _entries(params, [dict(zip(keys, values, strict=True)) for values in given], block_size, averaging)
-    tools = _tools(backend, params)
+    tools = backends.ByDevice(backend)
     group = {"lr": lr, "betas": (beta1, beta2), "eps": eps, "weight_decay": weight_decay}
     table = HyperTable().on(torch.device("cpu"), [group | {"hessian_power": hessian_power, "maximize": maximize}])
     curvature = None
@@ -152,7 +148,7 @@ def hutchinson_diagonal(
     if not isinstance(n_samples, int) or n_samples < 1:
         raise ValueError(f"n_samples={n_samples!r}; expected an int >= 1")
     params = list(params)
-    tools = _tools(backend, params)
+    tools = backends.ByDevice(backend)
     entries = _entries(params, None, block_size, averaging)
     with torch.enable_grad():
         loss = loss_or_fn() if callable(loss_or_fn) else loss_or_fn

@@ -111,8 +111,13 @@ class Entry:
             if p.device != self.bucket.device or p.dtype != self.bucket.dtype or p.stride() != self.strides:
                 return False
             self.pointer = pointer
-        views, state = self.views, self.state
-        return all(state.get(key) is view for key, view in views.items())
+        state, views = self.state, self.views
+        # The tensors users may have replaced; a loop over all keys would cost more than the rest of this check.
+        return (
+            state.get("exp_avg") is views["exp_avg"]
+            and state.get("exp_hessian_diag_sq") is views["exp_hessian_diag_sq"]
+            and state.get("step") is views["step"]
+        )
 
     def stored(self, tensor: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         """``tensor`` (of the parameter's shape) in the storage order the ops expect and the parameter's or the given dtype.
@@ -154,6 +159,7 @@ class Bucket:
     ) -> None:
         first = entries[0].param
         self.entries = entries
+        self.has_copied = any(entry.copied for entry in entries)
         self.device, self.dtype = first.device, first.dtype
         self.state_dtype = state_dtype(first.dtype)
         self._make_table()
@@ -201,6 +207,15 @@ class Bucket:
         """The blocks of a compact diagonal that belong to a parameter, in logical order."""
         begin = self.rows[entry.row][Segment.DIAG_OFFSET]
         return diag[begin : begin + n_blocks(entry.param.numel(), entry.block)]
+
+    def stored(self, entries: Sequence[Entry], tensors: Sequence[Tensor]) -> list[Tensor]:
+        """Each tensor in its parameter's dtype and storage order; the very same tensors where they are like that."""
+        if self.has_copied:
+            return [entry.stored(tensor) for entry, tensor in zip(entries, tensors, strict=True)]
+        return [
+            tensor if tensor.stride() == entry.strides and tensor.dtype is self.dtype else entry.stored(tensor)
+            for entry, tensor in zip(entries, tensors, strict=True)
+        ]
 
     def spread(self, diag: Tensor, entry: Entry) -> Tensor:
         """The diagonal of a parameter in its shape: every element has its block's mean."""

@@ -124,7 +124,10 @@ class AdaHessian(PortableState):
         self._entries: dict[Tensor, Entry] = {}
         self._clocks: list[int] | None = None
         self._curvature: Curvature | None = None
+        self._grads_before: list[tuple[Tensor | None, int]] | None = None
         self._hyper = HyperTable()
+        self._tools = backends.ByDevice(self.backend)
+        self._options: list[tuple[int | str, str]] = []
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a parameter group; checked as a whole, and not added if anything is wrong with it."""
@@ -146,18 +149,13 @@ class AdaHessian(PortableState):
 
     def _ensure(self, params: Sequence[tuple[int, Tensor]]) -> list[Entry]:
         """The entries of (group number, parameter) pairs, after rebuilding the buckets if anything about them changed."""
+        options = [(group["block_size"], group["averaging"]) for group in self.param_groups]
         entries = [self._entries.get(p) for _, p in params]
-        changed = any(
-            entry is None or not entry.fits() or not self._group_options_fit(entry) for entry in entries
-        )
-        if changed:
+        if None in entries or options != self._options or not all([entry.fits() for entry in entries]):
             self._rebuild([p for _, p in params])
+            self._options = options
             entries = [self._entries[p] for _, p in params]
         return entries
-
-    def _group_options_fit(self, entry: Entry) -> bool:
-        options = self.param_groups[entry.group]
-        return entry.block_size == options["block_size"] and entry.absolute == (options["averaging"] == "abs")
 
     def _rebuild(self, params: Iterable[Tensor]) -> None:
         """Sort all parameters that have had a gradient into new buckets; their state moves along."""
@@ -185,10 +183,6 @@ class AdaHessian(PortableState):
         self._entries = entries
         if self._curvature is not None:
             self._curvature.move(list(entries.values()), moved)
-
-    def _backends(self) -> dict[str, Any]:
-        types = {p.device.type for group in self.param_groups for p in group["params"]}
-        return {kind: backends.get(backends.choose(self.backend, kind)) for kind in types}
 
     # ---- the schedule ------------------------------------------------------------------------------------------------
 
@@ -264,7 +258,7 @@ class AdaHessian(PortableState):
         abandoned = all(entry.param.grad is None for entry in self._entries.values())
         curvature = self._curvature
         if curvature is None or abandoned:
-            curvature = Curvature(self._backends(), options["seed"])
+            curvature = Curvature(self._tools, options["seed"])
         curvature.differentiate(
             pairs,
             probe=options["probe"],
@@ -296,14 +290,13 @@ class AdaHessian(PortableState):
                 raise ValueError(f"hessian of {entry.name} is {what}; expected shape {tuple(entry.param.shape)}")
             same = h.dtype == entry.param.dtype
             d[entry] = entry.stored(h.to(entry.param.device), None if same else entry.bucket.state_dtype)
-        self._curvature = Curvature(self._backends(), self.param_groups[0]["seed"])
+        self._curvature = Curvature(self._tools, self.param_groups[0]["seed"])
         self._curvature.unscaled = True
         self._curvature.add(d, sample=0, draw=False)
 
     def _evaluate(self, closure: Callable[[], Any]) -> Any:
         """Call the closure and make sure gradients, and curvature if it is due, are there afterwards."""
-        params = [p for group in self.param_groups for p in group["params"]]
-        before = [(p.grad, None if p.grad is None else p.grad._version) for p in params]
+        self._grads_before = self._grad_versions()
         with torch.enable_grad():
             if self.needs_hessian:
                 with hvp.InterceptBackward(self.backward) as mode:
@@ -311,8 +304,11 @@ class AdaHessian(PortableState):
                 differentiated = mode.called
             else:
                 loss, differentiated = closure(), False
-        after = [(p.grad, None if p.grad is None else p.grad._version) for p in params]
-        changed = any(a[0] is not b[0] or a[1] != b[1] for a, b in zip(after, before, strict=True))
+        before, self._grads_before = self._grads_before, None
+        changed = any(
+            grad is not None and (grad is not old or version != old_version)
+            for (grad, version), (old, old_version) in zip(self._grad_versions(), before, strict=True)
+        )
         if differentiated or changed:
             return loss
         if not isinstance(loss, Tensor) or not loss.requires_grad:
@@ -320,7 +316,7 @@ class AdaHessian(PortableState):
                 f"the closure returned {type(loss).__name__} without a graph and left the gradients alone; expected it to "
                 "return the loss, or to call backward() and return the loss"
             )
-        del before, after
+        del before
         self.zero_grad()
         self.backward(loss)
         return loss.detach()
@@ -329,6 +325,13 @@ class AdaHessian(PortableState):
         """Reset the gradients, and drop curvature that was gathered with them."""
         self._curvature = None
         super().zero_grad(set_to_none)
+        if self._grads_before is not None:  # called by a closure: zeros are not what its backward() leaves
+            self._grads_before = self._grad_versions()
+
+    def _grad_versions(self) -> list[tuple[Tensor | None, int]]:
+        """All gradients and how often each has been written to."""
+        grads = [p.grad for group in self.param_groups for p in group["params"]]
+        return [(grad, -1 if grad is None else grad._version) for grad in grads]
 
     # ---- the step ----------------------------------------------------------------------------------------------------
 
@@ -346,21 +349,24 @@ class AdaHessian(PortableState):
         Returns:
             What the closure returned.
         """
-        self._cuda_graph_capture_health_check()
+        # torch < 2.12 has it under the older name.
+        getattr(self, "_accelerator_graph_capture_health_check", self._cuda_graph_capture_health_check)()
         loss = None if closure is None else self._evaluate(closure)
         params = [(n, p) for n, group in enumerate(self.param_groups) for p in group["params"] if p.grad is not None]
         if not params:
             return loss
         entries = self._ensure(params)
-        for entry in entries:
-            check_grad(entry.param.grad, entry.name)
+        grads = [p.grad for _, p in params]
+        for entry, grad in zip(entries, grads, strict=True):
+            if grad.layout is not torch.strided:
+                check_grad(grad, entry.name)
         due = self._due()
         if hessian is not None:
             self._from_user(hessian, entries)
             due = [True] * len(due)
         elif self._curvature is None and any(due[entry.group] for entry in entries):
             self._from_graph(entries, due)
-        hvp.release_graph([entry.param.grad for entry in entries])
+        hvp.release_graph(grads)
         curvature, self._curvature = self._curvature, None
         self._update(entries, due, curvature)
         return loss
@@ -381,7 +387,7 @@ class AdaHessian(PortableState):
             found_inf = None
         if curvature is not None and curvature.must_fold(self._entries.values()):
             curvature.fold()
-        tools, seed = self._backends(), self.param_groups[0]["seed"]
+        seed = self.param_groups[0]["seed"]
         for bucket, in_bucket in by_bucket(entries).items():
             groups = self._hyper.on(bucket.steps.device, self.param_groups)
             for kind, members in self._by_kind(in_bucket, due).items():
@@ -392,7 +398,7 @@ class AdaHessian(PortableState):
                     kind,
                     curvature,
                     groups,
-                    tools[bucket.device.type],
+                    self._tools[bucket.device.type],
                     seed=seed,
                     grad_scale=None if grad_scale is None else grad_scale.to(bucket.device),
                     found_inf=None if found_inf is None else found_inf.to(bucket.device),

@@ -67,7 +67,7 @@ def update_bucket(
         grad_scale: factor the gradients carry, and the curvature too unless it is marked as unscaled.
         found_inf: scalar on the device; nothing changes unless it is zero.
     """
-    grads = [entry.stored(grad) for entry, grad in zip(members, grads, strict=True)]
+    grads = bucket.stored(members, grads)
     hessians, diag, draw, sample = [], None, False, 0
     if kind == "fresh" and bucket.diag is None and not curvature.folded:
         hessians, draw, sample = curvature.hessians(members), curvature.draw, curvature.sample
@@ -87,7 +87,7 @@ def update_bucket(
     if bucket.master is not None:
         bucket.refresh_master(members)
 
-    params = [entry.param.contiguous() if entry.copied else entry.param for entry in members]
+    params = bucket.stored(members, [entry.param for entry in members])
     backend.adahessian_step(
         params,
         grads,
@@ -105,10 +105,12 @@ def update_bucket(
         grad_scale=grad_scale,
         found_inf=found_inf,
     )
-    for entry, updated in zip(members, params, strict=True):
-        if updated is not entry.param:
-            entry.param.copy_(updated)
+    if bucket.has_copied:
+        for entry, updated in zip(members, params, strict=True):
+            if entry.copied:
+                entry.param.copy_(updated)
     torch.autograd.graph.increment_version([entry.param for entry in members])
-    for entry in members:
-        entry.version = entry.param._version
+    if bucket.master is not None:
+        for entry in members:
+            entry.version = entry.param._version
     bucket.count_step(members, with_curvature=kind != "hold", found_inf=found_inf)

@@ -42,11 +42,17 @@ ADAHESSIAN_HD double load_as(double x) { return x; }
 ADAHESSIAN_HD float load_as(bfloat16 x) { return bit_cast<float>(uint32_t(x.bits) << 16); }
 
 ADAHESSIAN_HD float load_as(float16 x) {
+#ifdef __CUDA_ARCH__
+  float result;
+  asm("cvt.f32.f16 %0, %1;" : "=f"(result) : "h"(x.bits));
+  return result;
+#else
   // Exponent and mantissa moved into place, then rescaled by 2^112; infinities and NaNs get the full exponent back.
   const uint32_t magnitude = uint32_t(x.bits & 0x7FFFu) << 13;
   const uint32_t scaled = bit_cast<uint32_t>(bit_cast<float>(magnitude) * 5.192296858534828e33f);
   const uint32_t special = magnitude >= (0x7C00u << 13) ? 0x7F800000u : 0u;
   return bit_cast<float>(scaled | special | (uint32_t(x.bits & 0x8000u) << 16));
+#endif
 }
 
 // Conversion to the storage type, rounding to nearest even; NaN stays NaN.
@@ -54,13 +60,20 @@ ADAHESSIAN_HD void store_to(float& target, float x) { target = x; }
 ADAHESSIAN_HD void store_to(double& target, double x) { target = x; }
 
 ADAHESSIAN_HD void store_to(bfloat16& target, float x) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+  asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(target.bits) : "f"(x));
+#else
   const uint32_t bits = bit_cast<uint32_t>(x);
   const uint32_t rounded = (bits + 0x7FFFu + ((bits >> 16) & 1u)) >> 16;
   const uint32_t nan = (bits >> 16) | 0x40u;
   target.bits = uint16_t((bits & 0x7FFFFFFFu) > 0x7F800000u ? nan : rounded);
+#endif
 }
 
 ADAHESSIAN_HD void store_to(float16& target, float x) {
+#ifdef __CUDA_ARCH__
+  asm("cvt.rn.f16.f32 %0, %1;" : "=h"(target.bits) : "f"(x));
+#else
   const uint32_t bits = bit_cast<uint32_t>(x);
   const uint32_t sign = (bits >> 16) & 0x8000u;
   const uint32_t magnitude = bits & 0x7FFFFFFFu;
@@ -72,6 +85,7 @@ ADAHESSIAN_HD void store_to(float16& target, float x) {
   half = magnitude >= (143u << 23) ? 0x7C00u : half;  // 65536 and above: infinity
   half = magnitude > 0x7F800000u ? 0x7E00u : half;    // NaN
   target.bits = uint16_t(sign | half);
+#endif
 }
 
 }  // namespace adahessian

@@ -1,0 +1,71 @@
+# What a person types. Everything happens in .venv; `make gpu` alone uses the machine's own python3 and no network.
+PYTHON ?= python3
+VENV   ?= .venv
+PY     := $(VENV)/bin/python
+# A developer's build compiles for one GPU architecture: the one that is there, or Hopper.
+ARCHS  := $(or $(ADAHESSIAN_CUDA_ARCHS),$(shell nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | head -1 | tr -d .),90)
+OUT    ?= bench/results
+REQUIRE ?= native,emulated,reference,triton
+
+export ADAHESSIAN_CUDA_ARCHS := $(ARCHS)
+
+.PHONY: help build demo test bench lint format gpu clean
+
+help:
+	@echo "make demo    train ResNet-20 on real images with SGD, AdamW, plain AdaHessian and ours; table, JSON and plot"
+	@echo "make test    the whole test suite on this machine"
+	@echo "make bench   the update against its floor and its peers"
+	@echo "make lint    ruff and clang-format"
+	@echo "make format  let them rewrite"
+	@echo "make gpu     build, test and measure on a CUDA machine with its own $(PYTHON), offline; OUT=folder for the results"
+
+# ---- environment and build -----------------------------------------------------------------------------------------
+$(VENV)/.ready: constraints.txt pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(PY) -m pip install -q -c constraints.txt torch
+	$(PY) -m pip install -q -c constraints.txt setuptools cmake ninja pybind11 numpy triton \
+	  scikit-learn matplotlib rich pytest hypothesis pytest-timeout ruff clang-format
+	$(PY) -m pip install -q -c constraints.txt --no-deps torch-optimizer pytorch-ranger pytorch-optimizer
+	@touch $@
+
+SOURCES := $(wildcard csrc/*.h csrc/*.cpp csrc/cpu/* csrc/cuda/*) CMakeLists.txt setup.py
+$(VENV)/.built: $(VENV)/.ready $(SOURCES)
+	PATH="$(abspath $(VENV))/bin:$$PATH" $(PY) -m pip install -q --no-build-isolation --no-deps -e . -v 2>&1 \
+	  | grep -E "adahessian_fused: |error|warning:" || true
+	$(PY) -c "import adahessian_fused"
+	@touch $@
+
+build: $(VENV)/.built
+	@$(PY) -m adahessian_fused info
+
+# ---- the main job, tests, benchmarks -------------------------------------------------------------------------------
+demo: $(VENV)/.built
+	$(PY) examples/train_resnet.py --data digits --out demo $(ARGS)
+
+test: $(VENV)/.built
+	$(PY) -m pytest -q --require $(REQUIRE) $(ARGS)
+
+bench: $(VENV)/.built
+	$(PY) bench/run.py --out $(OUT) $(ARGS)
+
+lint: $(VENV)/.ready
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(VENV)/bin/clang-format --dry-run --Werror $(filter %.h %.cpp %.cu %.cuh,$(SOURCES))
+
+format: $(VENV)/.ready
+	$(PY) -m ruff check --fix .
+	$(PY) -m ruff format .
+	$(VENV)/bin/clang-format -i $(filter %.h %.cpp %.cu %.cuh,$(SOURCES))
+
+# ---- on a GPU machine: nothing is installed, nothing downloaded ------------------------------------------------------
+GPU_SITE := $(abspath build/gpu)
+gpu:
+	ADAHESSIAN_CUDA=ON ADAHESSIAN_NATIVE=ON $(PYTHON) setup.py -q build --build-lib $(GPU_SITE)
+	mkdir -p $(OUT)
+	cd tests && PYTHONPATH=$(GPU_SITE) $(PYTHON) -m adahessian_fused info
+	PYTHONSAFEPATH=1 PYTHONPATH=$(GPU_SITE) $(PYTHON) -m pytest -q --device cuda --require native,triton,reference $(ARGS)
+	PYTHONSAFEPATH=1 PYTHONPATH=$(GPU_SITE) $(PYTHON) bench/run.py --device cuda --out $(OUT)
+
+clean:
+	rm -rf build dist *.egg-info adahessian_fused/*.so adahessian_fused/__pycache__ $(VENV)/.built

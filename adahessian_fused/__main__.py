@@ -1,0 +1,65 @@
+"""``python -m adahessian_fused info``: what can run here and, for what cannot, why."""
+
+from __future__ import annotations
+
+import argparse
+import platform
+
+import torch
+
+from . import __version__
+from .backends import available_backends, choose
+
+
+def _build_lines() -> list[str]:
+    try:
+        from ._native import build_info
+
+        info = build_info()
+    except (ImportError, OSError, RuntimeError) as error:
+        return [f"native library   missing: {error}"]
+    sets = ", ".join(info["instruction_sets"])
+    return [
+        f"native library   {info['compiler']}, headers of torch {info['torch_headers']}",
+        f"  CPU            compiled for {sets}; in use here: {info['instruction_set_in_use']}",
+        f"  CUDA           {info['cuda_decision']}",
+    ]
+
+
+def _device_lines(device: str) -> list[str]:
+    lines = []
+    for name, reason in available_backends(device).items():
+        lines.append(f"  {name:<14} {'can run' if reason is None else 'cannot run: ' + reason}")
+    return [*lines, f'  backend="auto" takes {choose("auto", device)}']
+
+
+def _gpu_lines() -> list[str]:
+    if not torch.cuda.is_available():
+        return ["on GPU tensors: no GPU is visible to torch"]
+    names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    return [f"on GPU tensors ({', '.join(names)})", *_device_lines("cuda")]
+
+
+def info() -> str:
+    """Versions, build and backends as text."""
+    lines = [
+        f"adahessian_fused {__version__} (Python {platform.python_version()}, torch {torch.__version__})",
+        *_build_lines(),
+        f"on CPU tensors ({torch.get_num_threads()} threads)",
+        *_device_lines("cpu"),
+        *_gpu_lines(),
+    ]
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Run the command line."""
+    parser = argparse.ArgumentParser(prog="python -m adahessian_fused", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    commands.add_parser("info", help="what can run here, and why not what cannot")
+    parser.parse_args()
+    print(info())
+
+
+if __name__ == "__main__":
+    main()
