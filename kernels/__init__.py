@@ -1,0 +1,11 @@
+"""The Triton backend: the ops of :mod:`adahessian_fused.reference` for CUDA and ROCm; interpreted, for tests on a CPU.
+
+One file an op, under the op's name. ``adahessian_math`` holds the maths of one element, ``tile`` what a kernel does to
+find its elements and average them, ``table`` what the host prepares before a launch.
+"""
+
+from .adahessian_step import adahessian_step
+from .hessian_diag import hessian_diag
+from .rademacher import rademacher
+
+__all__ = ["adahessian_step", "hessian_diag", "rademacher"]

@@ -1,0 +1,135 @@
+"""The maths of AdaHessian (Yao et al. 2021, Algorithm 1) for one element, and the Philox generator behind the probe.
+
+Same names and order as csrc/adahessian_math.h; adahessian_fused/reference.py is the specification.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Any, NamedTuple
+
+import triton
+import triton.language as tl
+
+# ---- Rademacher probe ------------------------------------------------------------------------------------------------
+
+# One Philox call is 128 bits, the signs of 128 consecutive elements of a parameter.
+SIGNS_PER_CALL = tl.constexpr(128)
+
+
+@triton.jit
+def philox4x32(c0, c1, c2, c3, k0, k1):
+    """Philox4x32-10 (Salmon et al. 2011): four uint32 words from a counter and a key of uint32."""
+    for _ in tl.static_range(10):
+        product0_high = tl.umulhi(c0, 0xD2511F53)
+        product1_high = tl.umulhi(c2, 0xCD9E8D57)
+        product0_low = tl.mul(c0, 0xD2511F53, sanitize_overflow=False)  # meant to wrap around
+        product1_low = tl.mul(c2, 0xCD9E8D57, sanitize_overflow=False)
+        c0 = product1_high ^ c1 ^ k0
+        c2 = product0_high ^ c3 ^ k1
+        c1 = product1_low
+        c3 = product0_low
+        k0 = tl.add(k0, 0x9E3779B9, sanitize_overflow=False)
+        k1 = tl.add(k1, 0xBB67AE85, sanitize_overflow=False)
+    return c0, c1, c2, c3
+
+
+class ProbeKey(NamedTuple):
+    """Identifies the probe of one parameter: everything but the element's index. All uint32."""
+
+    seed_low: Any
+    seed_high: Any
+    param_id: Any
+    hessian_step: Any
+    sample: Any
+
+
+@triton.jit
+def rademacher_words(key, call):
+    """The signs of logical elements 128 * call ... 128 * call + 127.
+
+    Element l reads bit l % 32 of word (l // 32) % 4; a set bit means -1.
+    """
+    return philox4x32(call, key.param_id, key.hessian_step, key.sample, key.seed_low, key.seed_high)
+
+
+# ---- the update ------------------------------------------------------------------------------------------------------
+
+
+class Coefficients(NamedTuple):
+    """What the update of an element needs, the same for all elements of a parameter: a row of a table."""
+
+    beta1: Any
+    one_minus_beta1: Any
+    beta2: Any
+    one_minus_beta2: Any
+    decay: Any  # 1 - lr * weight_decay
+    step_size: Any  # lr / (1 - beta1^t)
+    inv_sqrt_bias2: Any  # 1 / sqrt(1 - beta2^h)
+    eps: Any
+    power: Any
+    grad_factor: Any  # -1 to maximize; the kernel divides it by grad_scale
+    hessian_factor: Any  # 1; the kernel divides it by grad_scale
+    moves: Any  # 0 until the parameter has seen curvature (h = 0)
+
+
+@triton.jit
+def divide_rn(a, b):
+    """IEEE division; Triton's own is approximate in float32."""
+    return tl.div_rn(a, b) if b.dtype == tl.float32 else a / b
+
+
+@triton.jit
+def square_root(x):
+    """IEEE square root; Triton's own is approximate in float32."""
+    return tl.sqrt_rn(x) if x.dtype == tl.float32 else tl.sqrt(x)
+
+
+@triton.jit
+def power_of(x, k):
+    """Raise x >= 0 to the power k >= 0; 0^0 is 1."""
+    zero = x == 0
+    power = tl.exp2(k * tl.log2(tl.where(zero, 1.0, x)))
+    return tl.where(zero, tl.where(k > 0, 0.0, 1.0), power)
+
+
+@triton.jit
+def update_exp_avg(m, g, c):
+    """First moment: m <- beta1 m + (1 - beta1) g."""
+    return c.beta1 * m + c.one_minus_beta1 * (c.grad_factor * g)
+
+
+@triton.jit
+def update_exp_hessian_diag_sq(v, ds, c):
+    """Second moment of the averaged diagonal (Eq. 8): v <- beta2 v + (1 - beta2) Ds^2."""
+    scaled = c.hessian_factor * ds
+    return c.beta2 * v + c.one_minus_beta2 * (scaled * scaled)
+
+
+@triton.jit
+def update_param(p, m, v, c):
+    """Eq. 8, 9: p <- p (1 - lr wd) - lr / (1 - beta1^t) * m / ((sqrt(v) / sqrt(1 - beta2^h))^k + eps)."""
+    root = square_root(v) * c.inv_sqrt_bias2
+    if c.power == 1.0:
+        denom = root
+    elif c.power == 0.5:
+        denom = square_root(root)
+    else:
+        denom = power_of(root, c.power)
+    return p * c.decay - c.step_size * divide_rn(m, denom + c.eps)
+
+
+# ---- storage ---------------------------------------------------------------------------------------------------------
+
+_INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
+
+
+@triton.jit
+def round_to(x, dtype: tl.constexpr):
+    """Convert x to the dtype it is stored in, rounding to nearest even."""
+    if _INTERPRETED and dtype == tl.bfloat16:
+        # The interpreter truncates: round to a number that it converts exactly.
+        bits = x.to(tl.uint32, bitcast=True)
+        rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000
+        x = tl.where(x == x, rounded.to(tl.float32, bitcast=True), x)
+    return x.to(dtype)
