@@ -1,5 +1,7 @@
 // adahessian_step on the CPU: probe, block mean, moving averages and update of every segment in one pass
 // (Algorithm 1, lines 5-9).
+#include <type_traits>
+
 #include "tile.h"
 
 namespace adahessian::cpu {
@@ -102,6 +104,7 @@ ADAHESSIAN_HD void step_tile(const Tile& tile, const Work<T>& work) {
   if (s.block == 1 && work.diag == nullptr) {
     // D^2 = Hz^2: neither probe nor order matters, so the range is taken in storage order.
     const T* hessian = static_cast<const T*>(s.hessian) + tile.begin;
+    if constexpr (std::is_same_v<T, S>) return update(work, tile.begin, tile.size(), hessian);
     for (int64_t i = 0; i < tile.size(); ++i) spread[i] = load_as(hessian[i]);
     return update(work, tile.begin, tile.size(), spread);
   }

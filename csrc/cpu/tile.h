@@ -19,8 +19,11 @@
 
 namespace adahessian::cpu {
 
-constexpr int64_t kTile = 2048;   // elements; three float arrays of this length leave half of a 48 KB L1 free
-constexpr int64_t kGrain = 4;     // tiles a thread takes at least
+constexpr int64_t kTile = 2048;  // most elements of a tile: three float arrays of this length fit into the L1 cache
+// Usual length of a tile. Short, because while its diagonal is worked out of the cache, the hardware fetches the tensors
+// of its update, and it only looks some 20 cache lines ahead.
+constexpr int64_t kUsualTile = 512;
+constexpr int64_t kGrain = 16;  // tiles a thread takes at least
 constexpr int64_t kRowBlock = 64;  // from this length on an averaging block is summed by itself
 constexpr int64_t kPadding = 8 * kRowBlock;  // elements that vector code may run past the end of a tile's scratch
 
@@ -38,7 +41,7 @@ struct SegmentTiling {
   explicit SegmentTiling(const Segment& s) {
     const bool is_long = s.block > kTile;
     span = is_long ? s.block : std::max<int64_t>(s.numel, 1);
-    length = is_long ? kTile : kTile / s.block * s.block;
+    length = is_long ? kTile : s.block >= kUsualTile ? s.block : kUsualTile / s.block * s.block;
     per_span = (span + length - 1) / length;
   }
   int64_t count(const Segment& s) const {

@@ -1,0 +1,24 @@
+#include "emulate.h"
+
+#include "dispatch.h"
+#include "rademacher.h"
+#include "step_plan.h"
+
+namespace adahessian::emulated {
+
+void rademacher(const RademacherArgs& args, const Context& context) {
+  gpu::EmulatedDevice device("rademacher", context);
+  gpu::with_type_of(args.dtype, [&](auto type) { gpu::rademacher<decltype(type)>(args, device); });
+}
+
+void hessian_diag(const HessianDiagArgs& args, const Context& context) {
+  gpu::EmulatedDevice device("hessian_diag", context);
+  gpu::with_type_of(args.dtype, [&](auto type) { gpu::hessian_diag<decltype(type)>(args, device); });
+}
+
+void adahessian_step(const AdaHessianStepArgs& args, const Context& context) {
+  gpu::EmulatedDevice device("adahessian_step", context);
+  gpu::with_type_of(args.dtype, [&](auto type) { gpu::adahessian_step<decltype(type)>(args, device); });
+}
+
+}  // namespace adahessian::emulated

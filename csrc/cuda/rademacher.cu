@@ -1,0 +1,13 @@
+#include "rademacher.h"
+
+#include "dispatch.h"
+#include "launch.cuh"
+
+namespace adahessian::cuda {
+
+void rademacher(const RademacherArgs& args, const Context& context) {
+  gpu::CudaDevice device("rademacher", context);
+  gpu::with_type_of(args.dtype, [&](auto type) { gpu::rademacher<decltype(type)>(args, device); });
+}
+
+}  // namespace adahessian::cuda

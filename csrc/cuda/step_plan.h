@@ -1,0 +1,165 @@
+// Host side of adahessian_step: the table of a step and its launches.
+#pragma once
+
+#include <map>
+#include <tuple>
+
+#include "adahessian_step.h"
+#include "reduction.h"
+
+namespace adahessian::gpu {
+
+// The distinct sets of coefficients of a step; most parameters share one.
+template <typename S>
+class CoefficientsTable {
+ public:
+  explicit CoefficientsTable(const AdaHessianStepArgs& args) : args_(args) {}
+
+  uint32_t index_of(const Segment& s, bool has_curvature) {
+    if (args_.counts.on_device) return 0;
+    const int64_t* counts = args_.counts.steps + 2 * s.slot;
+    const Key key = {s.group, counts[0] + 1, counts[1] + has_curvature};
+    if (!entries_.empty() && key == last_) return last_index_;
+    const auto [found, is_new] = index_.try_emplace(key, uint32_t(entries_.size()));
+    if (is_new) {
+      const Hyper& hyper = reinterpret_cast<const Hyper*>(args_.groups)[s.group];
+      entries_.push_back(coefficients<S>(hyper, std::get<1>(key), std::get<2>(key), 1.0));
+    }
+    last_ = key;
+    return last_index_ = found->second;
+  }
+
+  // Never empty: with counts on the device there is an entry that nobody reads.
+  std::vector<Coefficients<S>> take() {
+    if (entries_.empty()) entries_.emplace_back();
+    return std::move(entries_);
+  }
+
+ private:
+  using Key = std::tuple<int32_t, int64_t, int64_t>;  // group, t, h
+  const AdaHessianStepArgs& args_;
+  std::map<Key, uint32_t> index_;
+  std::vector<Coefficients<S>> entries_;
+  Key last_ = {};
+  uint32_t last_index_ = 0;
+};
+
+// A parameter's source of curvature and the tiles that suit it.
+template <typename T>
+struct Choice {
+  Curvature curvature;
+  Geometry geometry;
+
+  Choice(const Segment& s, const void* diag) {
+    const Tiler tiler = Tiler::of<T>();
+    const int64_t block = std::min(s.block, s.numel);
+    const bool is_flat = s.period == 1 || s.stride == 1;
+    curvature = Curvature::kNone;
+    geometry = tiler.flat(s.numel);
+    if (s.hessian == nullptr && diag == nullptr) return;
+    if (block == 1 && (diag == nullptr || is_flat)) {
+      curvature = diag != nullptr ? Curvature::kDiag : Curvature::kElementwise;
+      return;
+    }
+    geometry = tiler.ordered(s.numel, block, s.period, s.stride);
+    curvature = diag != nullptr ? Curvature::kDiagBlocks : Curvature::kBlocks;
+    if (geometry.length > 0) return;
+    curvature = Curvature::kUniform;
+    geometry = block < s.numel ? tiler.inside_blocks(s.numel, block, s.period, s.stride) : tiler.flat(s.numel);
+    geometry.block = block;
+  }
+
+  Order order() const {
+    if (geometry.layout == Layout::kGather) return Order::kAny;
+    const bool averages = curvature == Curvature::kBlocks || curvature == Curvature::kDiagBlocks;
+    return averages || geometry.layout != Layout::kFlat ? Order::kLogical : Order::kFlat;
+  }
+};
+
+template <typename T>
+uint32_t flags_of(const AdaHessianStepArgs& args, const Segment& s, const StepRow& row) {
+  if (!row.geometry.takes_vectors(Traits<T>::kVector)) return s.absolute ? StepRow::kAbsolute : 0;
+  using S = StateOf<T>;
+  const bool states = is_aligned(static_cast<S*>(args.exp_avg) + s.offset) &&
+                      is_aligned(static_cast<S*>(args.exp_hessian_diag_sq) + s.offset) &&
+                      (args.master == nullptr || is_aligned(args.master + s.offset));
+  return (is_aligned(s.param) ? StepRow::kParamAligned : 0) | (is_aligned(s.grad) ? StepRow::kGradAligned : 0) |
+         (is_aligned(s.hessian) ? StepRow::kHessianAligned : 0) | (is_aligned(row.diag) ? StepRow::kDiagAligned : 0) |
+         (states ? StepRow::kStateAligned : 0) | (s.absolute ? StepRow::kAbsolute : 0);
+}
+
+// Means of the averaging blocks that no tile can hold, into a workspace that the rows are told of.
+template <typename T, class Device>
+void average_long_blocks(const AdaHessianStepArgs& args, Device& device, std::vector<StepRow>& rows,
+                         const std::vector<const Segment*>& segments) {
+  using S = StateOf<T>;
+  std::vector<Reduction> reductions;
+  std::vector<StepRow*> waiting;
+  int64_t n_blocks = 0;
+  for (size_t i = 0; i < rows.size(); ++i) {
+    if (rows[i].curvature != Curvature::kUniform || args.diag != nullptr) continue;
+    reductions.push_back(reduction_of(*segments[i], nullptr, args.counts));
+    waiting.push_back(&rows[i]);
+    n_blocks += (reductions.back().numel - 1) / reductions.back().block + 1;
+  }
+  if (reductions.empty()) return;
+  S* means = static_cast<S*>(device.allocate(size_t(n_blocks) * sizeof(S)));
+  for (size_t i = 0; i < reductions.size(); ++i) {
+    reductions[i].target = means;
+    waiting[i]->diag = means;
+    means += (reductions[i].numel - 1) / reductions[i].block + 1;
+  }
+  HessianDiagArguments arguments;
+  arguments.probe = probe_source(args.probe, args.counts);
+  arguments.scale = 1.0;
+  arguments.accumulate = false;
+  reduce<T>(device, arguments, reductions);
+}
+
+template <typename T>
+StepArguments<StateOf<T>> step_arguments(const AdaHessianStepArgs& args) {
+  using S = StateOf<T>;
+  StepArguments<S> arguments;
+  arguments.exp_avg = static_cast<S*>(args.exp_avg);
+  arguments.exp_hessian_diag_sq = static_cast<S*>(args.exp_hessian_diag_sq);
+  arguments.master = args.master;
+  arguments.groups = args.counts.on_device ? reinterpret_cast<const Hyper*>(args.groups) : nullptr;
+  arguments.grad_scale = args.grad_scale;
+  arguments.found_inf = args.found_inf;
+  arguments.probe = probe_source(args.probe, args.counts);
+  return arguments;
+}
+
+template <typename T, class Device>
+void adahessian_step(const AdaHessianStepArgs& args, Device& device) {
+  using S = StateOf<T>;
+  if (args.master != nullptr && !std::is_same_v<S, float>) {
+    throw std::runtime_error("adahessian_step: master weights are given for float64 parameters; expected none");
+  }
+  CoefficientsTable<S> coefficients(args);
+  std::vector<StepRow> rows;
+  std::vector<const Segment*> segments;
+  rows.reserve(args.segments.size());
+  segments.reserve(args.segments.size());
+  Order order = Order::kFlat;
+  for (const Segment& s : args.segments) {
+    if (s.numel == 0) continue;
+    const Choice<T> choice(s, args.diag);
+    const S* diag = args.diag != nullptr ? static_cast<const S*>(args.diag) + s.diag_offset : nullptr;
+    const uint32_t constant = coefficients.index_of(s, choice.curvature != Curvature::kNone);
+    rows.push_back({choice.geometry, s.param, s.grad, s.hessian, diag, s.offset, probe_row(s, args.counts),
+                    uint32_t(s.group), 0, constant, choice.curvature, 0});
+    rows.back().flags = flags_of<T>(args, s, rows.back());
+    segments.push_back(&s);
+    order = std::max(order, choice.order());
+  }
+  average_long_blocks<T>(args, device, rows, segments);
+  StepArguments<S> arguments = step_arguments<T>(args);
+  switch (order) {
+    case Order::kFlat: return launch_rows<StepBody<T, Order::kFlat>>(device, arguments, rows, coefficients.take());
+    case Order::kLogical: return launch_rows<StepBody<T, Order::kLogical>>(device, arguments, rows, coefficients.take());
+    case Order::kAny: return launch_rows<StepBody<T, Order::kAny>>(device, arguments, rows, coefficients.take());
+  }
+}
+
+}  // namespace adahessian::gpu

@@ -1,0 +1,117 @@
+// The table of parameters that a launch works on: rows in the order of their tiles, and constants that rows share.
+#pragma once
+
+#include <algorithm>
+#include <cstring>
+#include <limits>
+#include <stdexcept>
+#include <vector>
+
+#include "geometry.h"
+#include "memory.h"
+
+namespace adahessian::gpu {
+
+// A table travels as part of a kernel's arguments, which CUDA limits to 32,764 bytes; a longer one is uploaded.
+constexpr int kArgumentBytes = 32764;
+constexpr int kTableBytes = kArgumentBytes - 160;
+
+struct NoConstant {};
+
+// Row has first_tile, constant (an index) and geometry.
+template <class Row, class Constant, int kConstants>
+struct Table {
+  static constexpr int kRows = (kTableBytes - kConstants * int(sizeof(Constant))) / int(sizeof(Row));
+  static constexpr int kMaxConstants = kConstants;
+  using RowType = Row;
+  using ConstantType = Constant;
+
+  const Row* uploaded_rows;  // null: the arrays below are used
+  const Constant* uploaded_constants;
+  int n_rows;
+  Row rows[kRows];
+  Constant constants[kConstants];
+};
+
+// The row that a tile belongs to: the last one whose first tile is not behind it.
+template <class Row>
+ADAHESSIAN_HD int find_row(const Row* rows, int n_rows, uint32_t tile) {
+  int low = 0, high = n_rows;
+  while (high - low > 1) {
+    const int middle = (low + high) / 2;
+    (rows[middle].first_tile <= tile ? low : high) = middle;
+  }
+  return low;
+}
+
+template <class Row, class Constant, int kConstants>
+ADAHESSIAN_HD Row row_of_tile(const Table<Row, Constant, kConstants>& table, uint32_t tile) {
+  if (table.uploaded_rows == nullptr) return table.rows[find_row(table.rows, table.n_rows, tile)];
+  const Row* rows = in_global(table.uploaded_rows);
+  return rows[find_row(rows, table.n_rows, tile)];
+}
+
+template <class Row, class Constant, int kConstants>
+ADAHESSIAN_HD Constant constant_of_row(const Table<Row, Constant, kConstants>& table, const Row& row) {
+  if (table.uploaded_constants == nullptr) return table.constants[row.constant];
+  return in_global(table.uploaded_constants)[row.constant];
+}
+
+// Numbers the tiles of the rows through; returns how many there are.
+template <class Row>
+uint32_t number_tiles(Row* rows, size_t n_rows) {
+  int64_t tiles = 0;
+  for (size_t i = 0; i < n_rows; ++i) {
+    rows[i].first_tile = uint32_t(tiles);
+    tiles += rows[i].geometry.n_tiles();
+    if (tiles > std::numeric_limits<int32_t>::max()) throw std::runtime_error("adahessian_fused: too many elements");
+  }
+  return uint32_t(tiles);
+}
+
+// Moves rows from `next` on into the arguments' own table until it is full; returns the first row left over.
+template <class Row, class Constant, int kConstants>
+size_t fill_table(Table<Row, Constant, kConstants>& table, const std::vector<Row>& rows,
+                  const std::vector<Constant>& constants, size_t next) {
+  std::vector<int64_t> place(constants.size(), -1);
+  int n_constants = 0;
+  table.uploaded_rows = nullptr;
+  table.uploaded_constants = nullptr;
+  for (table.n_rows = 0; next < rows.size() && table.n_rows < table.kRows; ++next) {
+    int64_t& constant = place[rows[next].constant];
+    if (constant < 0) {
+      if (n_constants == kConstants) break;
+      constant = n_constants++;
+      table.constants[constant] = constants[rows[next].constant];
+    }
+    Row& row = table.rows[table.n_rows++] = rows[next];
+    row.constant = uint32_t(constant);
+  }
+  return next;
+}
+
+// One launch over all rows. Only where nothing can be uploaded, a long table takes several: during stream capture, since
+// a captured copy would read this call's memory again on every replay, and without an allocator.
+template <class Body, class Device>
+void launch_rows(Device& device, typename Body::Arguments& arguments,
+                 std::vector<typename Body::Arguments::TableType::RowType>& rows,
+                 const std::vector<typename Body::Arguments::TableType::ConstantType>& constants) {
+  using TableType = typename Body::Arguments::TableType;
+  static_assert(sizeof(typename Body::Arguments) <= kArgumentBytes, "kernel arguments are limited to 32,764 bytes");
+  TableType& table = arguments.table;
+  const bool fits = rows.size() <= size_t(table.kRows) && constants.size() <= size_t(table.kMaxConstants);
+  if (!fits && device.can_upload()) {
+    const uint32_t tiles = number_tiles(rows.data(), rows.size());
+    table.n_rows = int(rows.size());
+    table.uploaded_rows = device.upload(rows);
+    table.uploaded_constants = device.upload(constants);
+    device.template launch<Body>(arguments, tiles);
+    return;
+  }
+  for (size_t next = 0; next < rows.size();) {
+    next = fill_table(table, rows, constants, next);
+    device.template launch<Body>(arguments, number_tiles(table.rows, size_t(table.n_rows)));
+  }
+}
+
+}  // namespace adahessian::gpu
