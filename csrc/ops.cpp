@@ -6,6 +6,8 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/util/Exception.h>
 
+#include <algorithm>
+#include <cstdint>
 #include <optional>
 #include <string>
 #include <vector>
@@ -94,12 +96,14 @@ std::vector<Segment> read_segments(const char* op, const Tensor& table, const Te
          row[kDiagOffset], row[kSlot],  uint32_t(row[kParamId]), int32_t(row[kGroup]), row[kAbsolute] != 0,
          nullptr,          nullptr,     nullptr};
     STD_TORCH_CHECK(s.offset >= 0 && s.numel >= 0 && s.block >= 1 && s.period >= 1 && s.stride >= 1 &&
-                        s.diag_offset >= 0 && row[kGroup] >= 0,
+                        s.diag_offset >= 0 && row[kGroup] >= 0 && row[kGroup] <= INT32_MAX,
                     op, ": segments row ", i, " has offset ", s.offset, ", numel ", s.numel, ", block ", s.block,
                     ", period ", s.period, ", stride ", s.stride, ", diag_offset ", s.diag_offset, ", group ",
                     row[kGroup], "; expected block, period, stride >= 1 and none of the others negative");
-    STD_TORCH_CHECK(s.numel % (s.period * s.stride) == 0, op, ": segments row ", i, " has numel ", s.numel,
-                    "; expected a multiple of period * stride = ", s.period * s.stride);
+    // Written without products that could overflow.
+    STD_TORCH_CHECK(s.numel % s.period == 0 && s.numel / s.period % s.stride == 0, op, ": segments row ", i, " has numel ", s.numel,
+                    "; expected a multiple of period ", s.period, " times stride ", s.stride);
+    s.block = std::min(s.block, std::max<int64_t>(s.numel, 1));  // a longer block averages what there is
     STD_TORCH_CHECK(s.slot >= 0 && s.slot < steps.size(0), op, ": segments row ", i, " has slot ", s.slot,
                     "; expected a row of steps, which has ", steps.size(0));
   }
@@ -118,9 +122,9 @@ void check_inside(const char* op, const char* argument, const Tensor& flat, cons
 // The same for the compact diagonal.
 void check_inside_diag(const char* op, const Tensor& diag, const std::vector<Segment>& segments) {
   for (const Segment& s : segments) {
-    const int64_t end = s.diag_offset + (s.numel + s.block - 1) / s.block;
-    STD_TORCH_CHECK(end <= diag.numel(), op, ": diag has ", diag.numel(), " elements; expected at least ", end,
-                    " for the segment with diag_offset ", s.diag_offset);
+    const int64_t blocks = (s.numel + s.block - 1) / s.block;
+    STD_TORCH_CHECK(blocks <= diag.numel() && s.diag_offset <= diag.numel() - blocks, op, ": diag has ", diag.numel(),
+                    " elements; expected room for ", blocks, " blocks from diag_offset ", s.diag_offset, " on");
   }
 }
 
@@ -248,7 +252,10 @@ template <typename Launchers>
 void hessian_diag(TensorList hessians, Tensor diag, Tensor segments, Tensor steps, int64_t seed, int64_t sample,
                   bool draw, double scale, bool accumulate) {
   const char* op = "hessian_diag";
-  if (hessians.empty()) return;
+  if (hessians.empty()) {
+    STD_TORCH_CHECK(segments.numel() == 0, op, ": hessians is empty; expected ", segments.size(0), " tensors");
+    return;
+  }
   HessianDiagArgs args;
   args.dtype = dtype_of(op, "hessians[0]", hessians[0]);
   args.segments = read_segments(op, segments, steps);
@@ -270,7 +277,10 @@ void adahessian_step(TensorList params, TensorList grads, TensorList hessians, O
                      Tensor exp_hessian_diag_sq, OptionalTensor master, Tensor segments, Tensor steps, Tensor groups,
                      int64_t seed, int64_t sample, bool draw, OptionalTensor grad_scale, OptionalTensor found_inf) {
   const char* op = "adahessian_step";
-  if (params.empty()) return;
+  if (params.empty()) {
+    STD_TORCH_CHECK(segments.numel() == 0, op, ": params is empty; expected ", segments.size(0), " tensors");
+    return;
+  }
   AdaHessianStepArgs args;
   args.dtype = dtype_of(op, "params[0]", params[0]);
   const ScalarType type = params[0].scalar_type();

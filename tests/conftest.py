@@ -1,0 +1,100 @@
+"""Which backends and which device the tests run on.
+
+By default every backend that can run here is tested, and the others skip with their reason. With ``--device cuda`` the
+same tests run on CUDA tensors. ``--require native,triton`` makes a backend of the list fail where it cannot run.
+"""
+
+from __future__ import annotations
+
+import os
+from types import SimpleNamespace
+
+import pytest
+import torch
+from cases import cases_for
+
+OPS = ("rademacher", "hessian_diag", "adahessian_step")
+BACKENDS = {"cpu": ("reference", "native", "emulated", "triton"), "cuda": ("reference", "native", "triton")}
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--device", choices=sorted(BACKENDS), default="cpu", help="where the tensors under test live")
+    parser.addoption("--require", default="", metavar="A,B", help="backends that fail, not skip, where they cannot run")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "cases(list): run the test once for each backend and case of the list")
+    if config.getoption("--device") == "cpu":
+        os.environ["TRITON_INTERPRET"] = "1"  # before anything imports the Triton kernels
+    known = {name for names in BACKENDS.values() for name in names}
+    unknown = set(filter(None, config.getoption("--require").split(","))) - known
+    if unknown:
+        raise pytest.UsageError(f"--require: unknown backend {sorted(unknown)}; expected some of {sorted(known)}")
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "backend" not in metafunc.fixturenames:
+        return
+    device = metafunc.config.getoption("--device")
+    marker = metafunc.definition.get_closest_marker("cases")
+    if marker is None:
+        metafunc.parametrize("backend", BACKENDS[device], indirect=True)
+        return
+    pairs = [(backend, case) for backend in BACKENDS[device] for case in cases_for(backend, device, marker.args[0])]
+    metafunc.parametrize(("backend", "case"), pairs, indirect=["backend"], ids=[f"{b}-{c}" for b, c in pairs])
+
+
+def _emulated() -> SimpleNamespace:
+    from adahessian_fused import backends
+
+    backends.get("native")  # loads the library that has the emulated kernels too
+    ops = torch.ops.adahessian_fused_emulated
+    return SimpleNamespace(**{op: getattr(ops, op).default for op in OPS})
+
+
+def _load(name: str, device: str) -> tuple[object | None, str | None]:
+    """The backend, or the reason why it cannot run."""
+    from adahessian_fused import backends
+
+    if name != "emulated":
+        reason = backends.unavailable_reason(name, device)
+        return (None, reason) if reason else (backends.get(name), None)
+    reason = backends.unavailable_reason("native", "cpu")
+    try:
+        return (None, f"needs the native library: {reason}") if reason else (_emulated(), None)
+    except AttributeError as error:
+        return None, str(error)
+
+
+def _require(name: str, request: pytest.FixtureRequest) -> SimpleNamespace:
+    ops, reason = _load(name, request.config.getoption("--device"))
+    if ops is None:
+        required = name in request.config.getoption("--require").split(",")
+        (pytest.fail if required else pytest.skip)(f"backend {name} cannot run here: {reason}")
+    return SimpleNamespace(name=name, **{op: getattr(ops, op) for op in OPS})
+
+
+@pytest.fixture(scope="session")
+def device(request: pytest.FixtureRequest) -> str:
+    """Where the tensors under test live: "cpu" or "cuda"."""
+    return request.config.getoption("--device")
+
+
+@pytest.fixture(scope="session")
+def backend(request: pytest.FixtureRequest) -> SimpleNamespace:
+    """One backend: its name and its three ops."""
+    return _require(request.param, request)
+
+
+@pytest.fixture(scope="session")
+def native(request: pytest.FixtureRequest) -> SimpleNamespace:
+    """The native backend alone, for what only compiled operators promise."""
+    return _require("native", request)
+
+
+@pytest.fixture
+def set_threads():
+    """torch.set_num_threads, undone afterwards."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)

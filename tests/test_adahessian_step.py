@@ -1,0 +1,249 @@
+"""One fused step of every backend against the reference in float64."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+from cases import CASES, DTYPES, GROUPS, MIXED_STEPS, SMALL_CASES, Case, Place, Spec, any_case, examples, specs
+from hypothesis import given, settings
+from problem import Problem, bits, build
+from tolerances import assert_within, step_bounds
+
+from adahessian_fused import reference
+from adahessian_fused.segments import Hyper
+
+MIXED = Case(
+    "mixed",
+    (
+        *(Spec((300,), 7), Spec((7, 40), "row", True), Spec((6, 5, 3, 3), 9, order="channels_last")),
+        *(Spec((5,)), Spec((0,)), Spec((12,), 5)),
+    ),
+    groups=GROUPS,
+    steps=MIXED_STEPS,
+)
+STATES = ("exp_avg", "exp_hessian_diag_sq", "master", "param")
+INF, NAN = torch.inf, torch.nan
+NOT_FINITE = ((1, 150, NAN), (1, 299, INF), (7, 0, NAN), (7, 150, INF), (7, 299, NAN), (300, 0, INF), (300, 299, NAN))
+
+
+def check_step(backend, problem: Problem, curvature: str = "hessian", grad_scale: float = 1.0, **options) -> None:
+    """Within the rounding bounds of the float64 reference, and nothing but the four outputs changed."""
+    before, expected = problem.copy(), problem.copy(torch.float64)
+    if grad_scale != 1.0:
+        options["grad_scale"] = torch.tensor(grad_scale, device=problem.arenas["param"].device)
+    if curvature == "hessian":
+        diag_options = {name: options[name] for name in ("seed", "sample", "draw") if name in options}
+        expected.run_hessian_diag(reference, **diag_options)
+    ds = None if curvature == "none" else expected.windows("diag")
+    for ops, tensors in ((backend, problem), (reference, expected)):
+        tensors.run_step(ops, curvature, **options)
+    for kind, bounds in step_bounds(before, expected, ds, 1 / grad_scale).items():
+        for i, bound in enumerate(bounds if kind in problem.arenas else []):
+            assert_within(problem.window(kind, i), expected.window(kind, i), bound, f"{problem.case}: {kind} {i}")
+    check_untouched(before, problem)
+    if problem.case.master:
+        for p, master in zip(problem.windows("param"), problem.windows("master"), strict=True):
+            assert torch.equal(p, master.to(p.dtype)), "the parameter is not its master weight, rounded"
+
+
+def check_untouched(before: Problem, after: Problem, changing: tuple[str, ...] = STATES) -> None:
+    """Bit for bit the same, but for the windows of what a step changes."""
+    for kind in before.arenas:
+        assert torch.equal(before.outside(kind), after.outside(kind)), f"{before.case}: wrote outside, in {kind}"
+        if kind not in changing:
+            assert torch.equal(bits(before.arenas[kind]), bits(after.arenas[kind])), f"{before.case}: changed {kind}"
+    assert torch.equal(before.steps, after.steps)
+    assert torch.equal(before.groups, after.groups)
+
+
+@pytest.mark.cases(CASES)
+def test_with_hessian_vector_products(backend, case, device):
+    check_step(backend, build(case, device))
+
+
+@pytest.mark.cases(SMALL_CASES)
+def test_with_the_compact_diagonal(backend, case, device):
+    check_step(backend, build(case, device), "diag")
+
+
+@pytest.mark.cases(SMALL_CASES)
+def test_off_step(backend, case, device):
+    problem = build(case, device)
+    v = bits(problem.arenas["exp_hessian_diag_sq"]).clone()
+    check_step(backend, problem, "none")
+    assert torch.equal(bits(problem.arenas["exp_hessian_diag_sq"]), v)
+
+
+def test_any_layout(backend, device):
+    @settings(max_examples=examples(backend), deadline=None, derandomize=True, database=None)
+    @given(any_case())
+    def check(case: Case) -> None:
+        for curvature in ("hessian", "diag", "none"):
+            check_step(backend, build(case, device), curvature)
+
+    check()
+
+
+@pytest.mark.parametrize("curvature", ["hessian", "diag", "none"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_master_weights(backend, dtype, curvature, device):
+    check_step(backend, build(dataclasses.replace(MIXED, dtype=dtype, master=True), device), curvature)
+
+
+@pytest.mark.parametrize("options", [{"draw": False}, {"sample": 5}, {"seed": -1}, {"sample": 2**32 - 1}], ids=str)
+def test_options(backend, options, device):
+    check_step(backend, build(MIXED, device), **options)
+
+
+@pytest.mark.parametrize("power", [0.0, 0.5, 0.75, 1.0, 1.5])
+def test_no_curvature_at_all_anywhere(backend, power, device):
+    problem = build(dataclasses.replace(MIXED, steps=((0, 0), (0, 0))), device)  # v = 0
+    problem.groups[:, Hyper.HESSIAN_POWER] = power
+    problem.arenas["hessian"].zero_()
+    check_step(backend, problem)
+
+
+@pytest.mark.parametrize("block", [2**31, 2**40, 2**63 - 1])
+def test_a_block_longer_than_the_parameter_is_the_whole_parameter(backend, block, device):
+    problem, whole = (build(Case("long", specs((300,), (7, 40), block=b)), device) for b in (block, "tensor"))
+    for tensors in (problem, whole):
+        tensors.run_hessian_diag(backend), tensors.run_step(backend)
+    for kind in ("diag", *STATES):
+        assert kind not in whole.arenas or torch.equal(bits(problem.arenas[kind]), bits(whole.arenas[kind])), kind
+
+
+def test_counts_and_groups_on_the_device(backend, device):
+    problem = build(MIXED, device)
+    problem.steps, problem.groups = problem.steps.to(device), problem.groups.to(device)
+    check_step(backend, problem)
+
+
+# ---- GradScaler -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("curvature", ["hessian", "diag", "none"])
+@pytest.mark.parametrize("grad_scale", [65536.0, 3.0])
+def test_grad_scale_divides_gradient_and_curvature(backend, grad_scale, curvature, device):
+    check_step(backend, build(MIXED, device), curvature, grad_scale)
+
+
+@pytest.mark.parametrize(("place", "value", "shape"), [(0, NAN, ()), (150, INF, (1,)), (299, NAN, ())])
+def test_found_inf_changes_nothing(backend, place, value, shape, device):
+    problem = build(MIXED, device)
+    problem.window("grad", 0)[place] = problem.window("hessian", 0)[place] = value
+    before = problem.copy()
+    problem.run_step(backend, found_inf=torch.full(shape, 1.0, device=device))
+    check_untouched(before, problem, changing=())
+
+
+@pytest.mark.parametrize("found_inf", [1e-30, INF, NAN])
+def test_found_inf_is_anything_but_zero(backend, found_inf, device):
+    problem = build(MIXED, device)
+    before = problem.copy()
+    problem.run_step(backend, found_inf=torch.tensor(found_inf, device=device))
+    check_untouched(before, problem, changing=())
+
+
+def test_found_inf_of_zero_changes_nothing_about_the_step(backend, device):
+    problem, plain = build(MIXED, device), build(MIXED, device)
+    zero, one = torch.zeros((), device=device), torch.ones((), device=device)
+    problem.run_step(backend, found_inf=zero, grad_scale=one), plain.run_step(backend)
+    for kind in plain.arenas:
+        assert torch.equal(bits(problem.arenas[kind]), bits(plain.arenas[kind])), kind
+
+
+# ---- properties -----------------------------------------------------------------------------------------------------
+
+
+def test_hz_and_the_backend_s_own_diagonal_agree(backend, device):
+    problem, expected = build(MIXED, device), build(MIXED, device).copy(torch.float64)
+    before = problem.copy()
+    for ops, tensors, curvature in ((backend, problem, "diag"), (reference, expected, "hessian")):
+        tensors.run_hessian_diag(ops)
+        tensors.run_step(ops, curvature)
+    for kind, bounds in step_bounds(before, expected, expected.windows("diag"), 1.0).items():
+        for i, bound in enumerate(bounds if kind != "master" else []):
+            assert_within(problem.window(kind, i), expected.window(kind, i), bound, f"{kind} {i}")
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_zero_gradients_move_nothing(backend, dtype, device):
+    problem = build(Case("zero", MIXED.specs, dtype, steps=((0, 0),)), device)  # m = 0, no weight decay
+    problem.arenas["grad"].zero_()
+    before = problem.copy()
+    problem.run_step(backend)
+    check_untouched(before, problem, changing=("exp_hessian_diag_sq",))
+
+
+def outputs_that_differ(clean: Problem, dirty: Problem, kind: str) -> list[int]:
+    """Elements of the second parameter that differ; the others must not."""
+    differs = (bits(clean.arenas[kind]) != bits(dirty.arenas[kind])).nonzero().reshape(-1)
+    return (differs - clean.begins[kind][1]).tolist()
+
+
+@pytest.mark.parametrize(("block", "place", "value"), NOT_FINITE)
+def test_curvature_that_is_not_finite_stays_in_its_block(backend, block, place, value, device):
+    clean = build(Case("contained", specs((300,), (300,), (300,), block=block)), device)
+    dirty = clean.copy()
+    dirty.window("hessian", 1)[place] = value
+    clean.run_step(backend), dirty.run_step(backend)
+    whole_block = list(range(place // block * block, min(place // block * block + block, 300)))
+    assert outputs_that_differ(clean, dirty, "exp_hessian_diag_sq") == whole_block
+    assert outputs_that_differ(clean, dirty, "param") == whole_block
+    assert outputs_that_differ(clean, dirty, "exp_avg") == []
+
+
+@pytest.mark.parametrize(("place", "value"), [(0, INF), (150, NAN), (299, INF)])
+def test_a_gradient_that_is_not_finite_stays_in_its_element(backend, place, value, device):
+    clean = build(Case("contained", specs((300,), (300,), (300,), block=7)), device)
+    dirty = clean.copy()
+    dirty.window("grad", 1)[place] = value
+    clean.run_step(backend), dirty.run_step(backend)
+    assert outputs_that_differ(clean, dirty, "exp_hessian_diag_sq") == []
+    for kind in ("exp_avg", "param"):
+        assert outputs_that_differ(clean, dirty, kind) == [place], kind
+
+
+SPLITS = {"one_by_one": [[0], [1], [2], [3], [4], [5]], "halves_unsorted": [[3, 0, 5], [4, 1, 2]]}
+
+
+@pytest.mark.parametrize("split", SPLITS.values(), ids=SPLITS)
+def test_the_grouping_does_not_matter(backend, split, device):
+    case = dataclasses.replace(MIXED, gaussian=True)
+    together, apart = build(case, device), build(case, device)
+    together.run_step(backend)
+    for only in split:
+        apart.run_step(backend, only=only)
+    for kind in together.arenas:
+        assert torch.equal(bits(together.arenas[kind]), bits(apart.arenas[kind])), kind
+
+
+PLACEMENTS = {
+    "padded": {"state_at": Place(64, 0, 1)},
+    "states_misaligned": {"state_at": Place(64, 3, 1)},
+    "all_misaligned": {f"{kind}_at": Place(64, 1, 1) for kind in ("param", "grad", "hessian", "state")},
+}
+
+
+@pytest.mark.parametrize("places", PLACEMENTS.values(), ids=PLACEMENTS)
+def test_the_places_do_not_matter(backend, places, device):
+    case = dataclasses.replace(MIXED, gaussian=True)
+    packed, placed = build(case, device), build(dataclasses.replace(case, **places), device)
+    packed.run_step(backend), placed.run_step(backend)
+    for kind in packed.arenas:
+        for a, b in zip(packed.windows(kind), placed.windows(kind), strict=True):
+            assert torch.equal(a, b), kind
+
+
+@pytest.mark.parametrize("block", [1, 9, 4095, "tensor"])
+def test_the_threads_do_not_matter(native, block, set_threads, device):
+    case = Case("threads", specs((300_001,), (3,), (65_537,), block=block), groups=GROUPS, gaussian=True)
+    results = []
+    for threads in (1, 2):
+        set_threads(threads)
+        problem = build(case, device)
+        problem.run_step(native)
+        results.append(torch.cat([bits(problem.arenas[kind]) for kind in ("param", "exp_avg", "exp_hessian_diag_sq")]))
+    assert torch.equal(*results)

@@ -1,0 +1,220 @@
+"""The specification itself against known answers: everything else is tested against it."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from cases import Case, Spec
+from problem import SEED, Problem, bits, build
+
+from adahessian_fused import reference
+from adahessian_fused.reference import block_mean, philox4x32, rademacher_signs, to_logical, to_stored
+
+ONES = 0xFFFFFFFF
+KNOWN_PHILOX = (  # Random123's kat_vectors: counter, key, result
+    ((0,) * 4, (0, 0), (0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8)),
+    ((ONES,) * 4, (ONES, ONES), (0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD)),
+    (
+        (0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344),
+        (0xA4093822, 0x299F31D0),
+        (0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1),
+    ),
+)
+
+
+@pytest.mark.parametrize(("counter", "key", "words"), KNOWN_PHILOX, ids=("zeros", "ones", "pi"))
+def test_philox_gives_the_published_vectors(counter, key, words):
+    found = philox4x32(tuple(torch.tensor([c]) for c in counter), key[0] | key[1] << 32)
+    assert tuple(word.item() for word in found) == words
+
+
+def test_a_negative_seed_is_the_same_64_bits():
+    counter = tuple(torch.tensor([ONES]) for _ in range(4))
+    assert philox4x32(counter, -1) == philox4x32(counter, 2**64 - 1)
+
+
+def test_signs_are_the_bits_of_the_words():
+    # Counter (call, param_id, hessian_step, sample): element 128 * call + 32 * word + bit; a set bit is -1.
+    z = rademacher_signs(300, 5, torch.tensor(6), SEED, 7).tolist()
+    calls = [philox4x32(tuple(torch.tensor([c]) for c in (call, 5, 6, 7)), SEED) for call in range(3)]
+    expected = [1 - 2 * (calls[e // 128][e % 128 // 32].item() >> e % 32 & 1) for e in range(300)]
+    assert z == expected
+
+
+BLOCK_MEANS = (
+    (1, [1, 2, 3, 4, 5], [1, 2, 3, 4, 5]),
+    (2, [1, 2, 3, 4, 5], [1.5, 3.5, 5]),
+    (3, [1, -2, 4, 8, 2], [1, 5]),
+    (5, [1, 2, 3, 4, 5], [3]),
+    (9, [1, 2], [1.5]),
+    (4, [], []),
+)
+
+
+@pytest.mark.parametrize(("block", "values", "means"), BLOCK_MEANS)
+def test_block_mean(block, values, means):
+    assert block_mean(torch.tensor(values, dtype=torch.float64), block).tolist() == means
+
+
+@pytest.mark.parametrize("order", ["channels_last", "transposed"])
+def test_storage_order_is_torch_s_own(order):
+    spec = Spec((3, 4, 5, 2), order=order)
+    tensor = torch.arange(120).reshape(spec.shape).clone()
+    stored = torch.empty_strided(spec.shape, spec.strides(), dtype=torch.int64).copy_(tensor)
+    flat = stored.as_strided((120,), (1,))
+    assert torch.equal(to_logical(flat, *spec.period_and_stride()), tensor.reshape(-1))
+    assert torch.equal(to_stored(tensor.reshape(-1), *spec.period_and_stride()), flat)
+    if order == "channels_last":
+        assert stored.is_contiguous(memory_format=torch.channels_last)
+
+
+# ---- Algorithm 1 ----------------------------------------------------------------------------------------------------
+
+CLOSE = {"rel": 64 * torch.finfo(torch.float64).eps, "abs": 0}  # three steps of at most 20 roundings each
+
+
+def algorithm_1(p, grads, diagonals, blocks, lr, beta1, beta2, eps, weight_decay, k, maximize):
+    """Algorithm 1 with plain floats; a diagonal that is None is an off-step."""
+    sign = -1.0 if maximize else 1.0
+    m, v, h = [0.0] * len(p), [0.0] * len(p), 0
+    for t, (g, d) in enumerate(zip(grads, diagonals, strict=True), start=1):
+        m = [beta1 * mi + (1 - beta1) * sign * gi for mi, gi in zip(m, g, strict=True)]
+        if d is not None:
+            h += 1
+            mean = {i: sum(d[j] for j in block) / len(block) for block in blocks for i in block}
+            v = [beta2 * vi + (1 - beta2) * mean[i] * mean[i] for i, vi in enumerate(v)]
+        if h == 0:
+            continue
+        for i in range(len(p)):
+            denom = math.pow(math.sqrt(v[i]) / math.sqrt(1 - math.pow(beta2, h)), k) + eps
+            p[i] = p[i] - lr * weight_decay * p[i] - lr * (m[i] / (1 - math.pow(beta1, t))) / denom
+    return p, m, v
+
+
+GRADS = ([0.5, -1.0, 2.0], [0.25, 3.0, -1.0], [-4.0, 0.125, 1.0])
+DIAGONALS = ([3.0, -1.0, 0.5], [0.25, 2.0, -7.0], [1.0, 1.5, 6.0])
+OFF_STEPS = ([None, DIAGONALS[0], None], [DIAGONALS[0], None, DIAGONALS[1]], [None, None, None])
+
+
+def three_steps(diagonals, hyper, master=False, dtype=torch.float64) -> Problem:
+    """The same on the reference: one parameter of three elements, blocks of two, curvature given as D."""
+    case = Case("three_steps", (Spec((3,), block=2),), dtype, groups=(hyper,), steps=((0, 0),), master=master)
+    problem = build(case)
+    for kind, start in (("param", [1.0, -2.0, 0.5]), ("exp_avg", [0.0] * 3), ("exp_hessian_diag_sq", [0.0] * 3)):
+        problem.window(kind, 0).copy_(torch.tensor(start))
+    if master:
+        problem.window("master", 0).copy_(torch.tensor([1.0, -2.0, 0.5]))
+    for g, d in zip(GRADS, diagonals, strict=True):
+        problem.window("grad", 0).copy_(torch.tensor(g))
+        problem.window("hessian", 0).copy_(torch.tensor(d if d is not None else [math.nan] * 3))
+        problem.run_step(reference, "hessian" if d is not None else "none", draw=False)
+        problem.steps += torch.tensor([1, d is not None])
+    return problem
+
+
+HYPERS = {
+    "paper": (0.15, 0.9, 0.999, 1e-4, 0.0, 1.0, 0),
+    "half_power": (0.1, 0.9, 0.99, 1e-8, 0.0, 0.5, 0),
+    "momentum_only": (0.1, 0.9, 0.99, 0.0, 0.0, 0.0, 0),
+    "power_two_thirds": (0.1, 0.8, 0.98, 1e-2, 0.0, 2 / 3, 0),
+    "weight_decay": (0.1, 0.9, 0.99, 1e-4, 0.5, 1.0, 0),
+    "maximize": (0.1, 0.9, 0.99, 1e-4, 0.5, 1.0, 1),
+}
+
+
+@pytest.mark.parametrize("hyper", HYPERS.values(), ids=HYPERS)
+@pytest.mark.parametrize("diagonals", [DIAGONALS, *OFF_STEPS], ids=["every_step", "late", "middle_off", "never"])
+def test_three_steps_of_algorithm_1_by_hand(hyper, diagonals):
+    expected = algorithm_1([1.0, -2.0, 0.5], GRADS, diagonals, [(0, 1), (2,)], *hyper)
+    problem = three_steps(diagonals, hyper)
+    for kind, values in zip(("param", "exp_avg", "exp_hessian_diag_sq"), expected, strict=True):
+        assert problem.window(kind, 0).tolist() == pytest.approx(values, **CLOSE), kind
+
+
+def test_without_any_curvature_nothing_moves():
+    assert three_steps([None] * 3, HYPERS["weight_decay"]).window("param", 0).tolist() == [1.0, -2.0, 0.5]
+
+
+def test_off_step_keeps_v():
+    problem = build(Case("off_step", (Spec((4, 5), block=9),)))
+    before, moments = problem.copy(), problem.copy()
+    problem.run_step(reference, "none")
+    assert torch.equal(bits(problem.arenas["exp_hessian_diag_sq"]), bits(before.arenas["exp_hessian_diag_sq"]))
+    assert not torch.equal(problem.window("param", 0), moments.window("param", 0))
+
+
+def test_maximize_is_minimizing_the_negative():
+    problem = build(Case("maximize", (Spec((40,), block=3),), torch.float64, groups=(HYPERS["maximize"],)))
+    negative = problem.copy()
+    negative.groups[:, -1] = 0
+    for kind in ("grad", "hessian"):
+        negative.arenas[kind].neg_()
+    problem.run_step(reference), negative.run_step(reference)
+    for kind in ("param", "exp_avg", "exp_hessian_diag_sq"):
+        assert torch.equal(bits(problem.arenas[kind]), bits(negative.arenas[kind])), kind
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
+def test_master_weights_keep_what_16_bits_lose(dtype):
+    tiny = (1e-5, 0.9, 0.999, 1e-4, 0.0, 1.0, 0)  # steps far below half a unit in the last place
+    kept, lost = three_steps(DIAGONALS, tiny, True, dtype), three_steps(DIAGONALS, tiny, False, dtype)
+    expected, _, _ = algorithm_1([1.0, -2.0, 0.5], GRADS, DIAGONALS, [(0, 1), (2,)], *tiny)
+    # Three steps, each off by at most half a unit in the last place of 2 (the largest parameter).
+    assert kept.window("master", 0).tolist() == pytest.approx(expected, rel=0, abs=3 * torch.finfo(torch.float32).eps)
+    assert torch.equal(kept.window("param", 0), kept.window("master", 0).to(dtype))
+    assert lost.window("param", 0).tolist() == [1.0, -2.0, 0.5]
+
+
+# ---- the probe and Hutchinson's estimator ---------------------------------------------------------------------------
+
+
+def signs(numel: int, param_id: int = 1, hessian_step: int = 0, seed: int = SEED, sample: int = 0) -> torch.Tensor:
+    return rademacher_signs(numel, param_id, torch.tensor(hessian_step), seed, sample)
+
+
+def test_z_has_mean_zero_and_no_correlations():
+    n = 1 << 16
+    variants = [{}, {"param_id": 2}, {"hessian_step": 1}, {"sample": 1}, {"seed": SEED + 1}, {"seed": SEED + 2**32}]
+    z = torch.stack([signs(n, **variant) for variant in variants]).double()
+    shifted = torch.stack([z[0].roll(lag) for lag in (1, 2, 32, 64, 128, 129)])
+    sums = torch.cat([z.sum(1), (z @ z.T).triu(1)[tuple(torch.triu_indices(6, 6, 1))], shifted @ z[0]])
+    assert set(z.unique().tolist()) == {-1.0, 1.0}
+    assert sums.abs().max() < 5 * math.sqrt(n)  # 27 sums of n independent signs, each of standard deviation sqrt(n)
+
+
+def hutchinson_samples(hessian: torch.Tensor, n: int) -> torch.Tensor:
+    """Draws of z * (H z), one a row, with n probes."""
+    size = hessian.shape[0]
+    z = signs(n * size).reshape(n, size).double()
+    return z * (z @ hessian)
+
+
+def test_hutchinson_has_the_diagonal_as_its_mean_and_the_known_variance():
+    root = torch.randn(6, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    hessian, n = root + root.T, 100_000
+    d = hutchinson_samples(hessian, n)
+    off = hessian - hessian.diag().diag()
+    variance = (off**2).sum(1)  # Var_i = sum over j != i of H_ij^2
+    fourth = ((d - hessian.diag()) ** 4).mean(0)
+    assert ((d.mean(0) - hessian.diag()).abs() < 5 * (variance / n).sqrt()).all()
+    assert ((d.var(0) - variance).abs() < 5 * ((fourth - variance**2) / n).sqrt()).all()
+
+
+def test_signed_block_average_is_unbiased_and_the_absolute_one_is_not():
+    hessian = torch.tensor([[2.0, 3.0], [3.0, -2.0]], dtype=torch.float64)
+    d = hutchinson_samples(hessian, 2000)
+    assert block_mean(d.reshape(-1), 2).mean().abs() < 5 * 3 / math.sqrt(2000)  # trace 0; one draw deviates by 3
+    assert block_mean(d.abs().reshape(-1), 2).mean() > 2
+
+
+def test_a_diagonal_hessian_gives_its_diagonal_bit_for_bit():
+    problem = build(Case("diagonal", (Spec((7, 31)), Spec((6, 5, 3, 3), order="channels_last"))))
+    reference.rademacher(problem.arenas["z"], problem.segments, problem.steps, SEED, 4)
+    diagonals = [w.clone() for w in problem.windows("hessian")]
+    for hz, z in zip(problem.windows("hessian"), problem.windows("z"), strict=True):
+        hz.mul_(z)
+    problem.run_hessian_diag(reference, sample=4)
+    for i, (spec, diagonal) in enumerate(zip(problem.case.specs, diagonals, strict=True)):
+        assert torch.equal(problem.window("diag", i), to_logical(diagonal, *spec.period_and_stride()))

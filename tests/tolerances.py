@@ -1,0 +1,120 @@
+"""How far a result may be from the float64 reference: the rounding errors of the formulas themselves, counted.
+
+Notation: S is the type of the states and of all arithmetic, u = eps(S) / 2 its unit roundoff; every +, *, / and sqrt,
+and every hyperparameter rounded to S, contributes one relative error of at most u. A term that has passed through n of
+them is off by at most n u of its magnitude, whatever the order of the operations and with or without fused
+multiply-adds. The expected values come from reference.py in float64 on the same (already rounded) inputs; their own
+error counts only when S is float64, which doubles u. Inputs are far from overflow and underflow.
+
+    D    = z Hz                 exact
+    Ds   = mean of b values     4 u |Ds| for the division (or 1 / b rounded, and a product) and for the factor on it
+                                (rounded, and a product), plus the sum: exact in any order for multiples of 1/8 up to
+                                16 and b < 2^17; otherwise 4 sqrt(b) u mean|D| (Higham and Mary 2019, Theorem 2.4, with
+                                lambda = 4; for plain summation, so with room to spare for pairwise and vector sums)
+    m                           beta1 m: 3, (1 - beta1) g / scale: 6
+    v                           beta2 v: 3, (1 - beta2) (Ds / scale)^2: 8, plus 2 |Ds| e + e^2 for an error e in Ds
+    root = sqrt(v) / sqrt(..)   half of v's 8, 3 for sqrt, 1 / sqrt(1 - beta2^h) and the product; an error e in Ds moves
+                                sqrt(v) by at most sqrt(1 - beta2) e, since v is the square of a 2-norm
+    root^k                      the power of both ends of root's interval (no derivative: there is none at 0); k = 1
+                                adds nothing, k = 1/2 one u, a general power 8 + |k log2 root| units (CUDA's powf is
+                                off by up to 4 ulp; in exp2(k log2 x) the product's rounding becomes a relative error)
+    p                           decay p: 4, the update: 6, plus the errors of m and of the denominator
+    storage                     half a unit in the last place of a 16-bit parameter
+"""
+
+from __future__ import annotations
+
+import torch
+from problem import Problem
+from torch import Tensor
+
+from adahessian_fused.reference import block_mean, to_logical, to_stored
+from adahessian_fused.segments import Hyper, Segment, Steps
+
+
+def unit(dtype: torch.dtype) -> float:
+    """Unit roundoff, doubled where the expected values are no more precise than the results."""
+    eps = torch.finfo(dtype).eps
+    return eps if dtype == torch.float64 else eps / 2
+
+
+def storage_rounding(value: Tensor, dtype: torch.dtype) -> Tensor:
+    """Half a unit in the last place at ``value`` in a 16-bit dtype; in the others it is counted already."""
+    if torch.finfo(dtype).bits > 16:
+        return torch.zeros_like(value)
+    info = torch.finfo(dtype)
+    return (value.abs() * info.eps / 2).clamp_min(info.smallest_normal * info.eps / 2)
+
+
+def diag_bound(problem: Problem, ds: Tensor, i: int) -> Tensor:
+    """Error of the block means ``ds`` of parameter i, before any accumulation."""
+    row = problem.segments[i].tolist()
+    u = unit(problem.case.state_dtype)
+    bound = 4 * u * ds.abs()
+    if problem.case.gaussian:
+        d = to_logical(problem.window("hessian", i).double().abs(), row[Segment.PERIOD], row[Segment.STRIDE])
+        bound = bound + 4 * min(row[Segment.BLOCK], row[Segment.NUMEL]) ** 0.5 * u * block_mean(d, row[Segment.BLOCK])
+    return bound
+
+
+def _spread(means: Tensor, row: list[int]) -> Tensor:
+    """Every block's number to its elements, in storage order."""
+    elements = means.repeat_interleave(min(row[Segment.BLOCK], row[Segment.NUMEL]))[: row[Segment.NUMEL]]
+    return to_stored(elements, row[Segment.PERIOD], row[Segment.STRIDE])
+
+
+def step_bounds(before: Problem, after: Problem, ds: list[Tensor] | None, unscale: float) -> dict[str, list[Tensor]]:
+    """Errors of one step for each kind of result and each parameter, in storage order.
+
+    Args:
+        before: the inputs, as given to the backend.
+        after: the float64 reference's results.
+        ds: float64 block means of every parameter; None on an off-step.
+        unscale: 1 / grad_scale.
+    """
+    bounds = {"exp_avg": [], "exp_hessian_diag_sq": [], "param": [], "master": []}
+    u = unit(before.case.state_dtype)
+    for i, row in enumerate(before.segments.tolist()):
+        lr, beta1, beta2, eps, weight_decay, k = before.groups[row[Segment.GROUP], : Hyper.MAXIMIZE].tolist()
+        t = before.steps[row[Segment.SLOT], Steps.STEP].item() + 1
+        h = before.steps[row[Segment.SLOT], Steps.HESSIAN_STEP].item() + (ds is not None)
+        p0 = before.window("master" if before.case.master else "param", i).double()
+        m0, g = before.window("exp_avg", i).double(), before.window("grad", i).double() * unscale
+        m1, v1, p1 = (after.window(kind, i) for kind in ("exp_avg", "exp_hessian_diag_sq", "param"))
+
+        m_error = u * (3 * beta1 * m0.abs() + 6 * (1 - beta1) * g.abs())
+        v_error, root_shift = torch.zeros_like(v1), torch.zeros_like(v1)
+        if ds is not None:
+            d, e = (_spread(means, row) * unscale for means in (ds[i], diag_bound(before, ds[i], i)))
+            v_error = 8 * u * v1 + (1 - beta2) * (2 * d.abs() * e + e**2)
+            root_shift = (1 - beta2) ** 0.5 * e
+        p_error = torch.zeros_like(p1)
+        if h > 0:  # otherwise the parameter does not move at all
+            bias2 = (1 - beta2**h) ** 0.5
+            root = v1.sqrt() / bias2
+            root_error = 7 * u * root + root_shift / bias2
+            power, low, high = root**k, (root - root_error).clamp_min(0) ** k, (root + root_error) ** k
+            units = {1.0: 0.0, 0.5: 1.0, 0.0: 0.0}.get(k, 8 + k * root.clamp_min(1e-300).log2().abs())
+            denom_error = torch.maximum(high - power, power - low) + units * u * high + 2 * u * (power + eps)
+            update = lr / (1 - beta1**t) * m1.abs() / (power + eps)
+            step_error = lr / (1 - beta1**t) * m_error / (low + eps) + update * (denom_error / (low + eps) + 6 * u)
+            p_error = step_error + 4 * u * (p0 * (1 - lr * weight_decay)).abs()
+        bounds["exp_avg"].append(m_error)
+        bounds["exp_hessian_diag_sq"].append(v_error)
+        bounds["master"].append(p_error)
+        rounded = h > 0 or before.case.master
+        bounds["param"].append(p_error + rounded * storage_rounding(p1.abs() + p_error, before.case.dtype))
+    return bounds
+
+
+def assert_within(actual: Tensor, expected: Tensor, bound: Tensor, what: str) -> None:
+    """|actual - expected| <= bound everywhere, NaN where NaN is expected; the message names the worst element."""
+    actual, expected = actual.detach().double(), expected.double()
+    same = (actual == expected) | (actual.isnan() & expected.isnan())
+    excess = torch.where(same, 0.0, (actual - expected).abs() / bound).nan_to_num(torch.inf)
+    if excess.numel() and excess.max() > 1:
+        i = int(excess.argmax())
+        raise AssertionError(
+            f"{what}[{i}] of {excess.numel()}: found {actual[i]:.9g}, expected {expected[i]:.9g} +- {bound[i]:.3g} "
+            f"({excess[i]:.4g} times the bound; {int((excess > 1).sum())} elements are outside)"
+        )
