@@ -73,7 +73,7 @@ def unavailable_reason(name: str, device_type: str = "cpu") -> str | None:
 
 
 def available_backends(device_type: str = "cpu") -> dict[str, str | None]:
-    """Every backend, in order of preference, with the reason it cannot run on ``device_type`` here, or None if it can."""
+    """Every backend, best first, with the reason it cannot run on ``device_type`` here, or None if it can."""
     return {name: unavailable_reason(name, device_type) for name in PREFERENCE}
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .segments import Hyper, Segment, Steps, n_blocks
+from .segments import Segment, Steps, n_blocks
 
 _MASK32 = 0xFFFFFFFF
 _PHILOX_M0, _PHILOX_M1 = 0xD2511F53, 0xCD9E8D57
@@ -36,7 +36,7 @@ def philox4x32(counter: tuple[Tensor, ...], seed: int) -> tuple[Tensor, ...]:
 
 
 def rademacher_signs(numel: int, param_id: int, hessian_step: Tensor, seed: int, sample: int) -> Tensor:
-    """z for elements 0 ... numel - 1 of a parameter, in logical order: int64 tensor of +1 and -1 on the device of hessian_step.
+    """The probe z of a parameter's elements 0 ... numel - 1, in logical order: +1 and -1, int64, where hessian_step is.
 
     Philox call number l // 128 of the parameter gives the signs of elements 128 (l // 128) ... + 127: element l reads
     bit l % 32 of word (l // 32) % 4, and a set bit means -1.
@@ -92,7 +92,9 @@ def rademacher(z: Tensor, segments: Tensor, steps: Tensor, seed: int, sample: in
         z[offset : offset + numel] = to_stored(signs, row[Segment.PERIOD], row[Segment.STRIDE]).to(z.dtype)
 
 
-def _averaged(hessian: Tensor, row: list[int], steps: Tensor, seed: int, sample: int, draw: bool, dtype: torch.dtype) -> Tensor:
+def _averaged(
+    hessian: Tensor, row: list[int], steps: Tensor, seed: int, sample: int, draw: bool, dtype: torch.dtype
+) -> Tensor:
     """D = z * Hz (Eq. 6), then its block means (Eq. 7): shape ``(n_blocks,)``, logical order."""
     d = to_logical(_storage(hessian), row[Segment.PERIOD], row[Segment.STRIDE]).to(dtype)
     if draw:

@@ -50,11 +50,12 @@ def _expected(problem: Problem) -> list[tuple[torch.Tensor, torch.Tensor]]:
         setattr(shortened, name, [cut(tensor) for tensor in getattr(problem, name)])
     step, opt = ours(shortened, "reference")
     step()
-    return [(p.detach().flatten(), _slope(p, h, opt)) for p, h in zip(opt.param_groups[0]["params"], shortened.hessians)]
+    pairs = zip(opt.param_groups[0]["params"], shortened.hessians, strict=True)
+    return [(p.detach().flatten(), _slope(p, h, opt)) for p, h in pairs]
 
 
 def _slope(p: torch.Tensor, hessian: torch.Tensor, opt: AdaHessian) -> torch.Tensor:
-    """lr |m| / denom^2 times the block mean of |Hz|."""
+    """How far a parameter moves if Ds moves by the block mean of |Hz|: lr |m| / denom^2 of it."""
     block = opt._entries[p].block
     magnitude = block_mean(hessian.flatten().abs(), block).repeat_interleave(block)[: p.numel()]
     denom = opt.hessian_diag(p).flatten() + opt.param_groups[0]["eps"]

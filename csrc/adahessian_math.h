@@ -7,10 +7,15 @@
 
 #if defined(__CUDACC__)
 #define ADAHESSIAN_HD __host__ __device__ __forceinline__
-#define ADAHESSIAN_UNROLL _Pragma("unroll")
 #else
 // Internal linkage and always inlined: the callers are compiled once for each instruction set.
 #define ADAHESSIAN_HD static inline __attribute__((always_inline))
+#endif
+#if defined(__CUDA_ARCH__)
+#define ADAHESSIAN_UNROLL _Pragma("unroll")
+#elif defined(__CUDACC__)
+#define ADAHESSIAN_UNROLL  // nvcc's host pass
+#else
 #define ADAHESSIAN_UNROLL _Pragma("GCC unroll 10")
 #endif
 

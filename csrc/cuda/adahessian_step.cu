@@ -1,7 +1,6 @@
-#include "step_plan.h"
-
 #include "dispatch.h"
 #include "launch.cuh"
+#include "step_plan.h"
 
 namespace adahessian::gpu {
 

@@ -4,52 +4,9 @@
 #include <type_traits>
 
 #include "hessian_diag.h"
+#include "step_table.h"
 
 namespace adahessian::gpu {
-
-// Where a parameter's Ds comes from.
-enum class Curvature : uint32_t {
-  kNone,         // an off-step
-  kElementwise,  // Hz, blocks of one element: only D^2 = Hz^2 enters
-  kBlocks,       // Hz, averaged here
-  kDiag,         // the compact diagonal, blocks of one element in storage order
-  kDiagBlocks,   // the compact diagonal, a lookup for each element
-  kUniform       // the compact diagonal, one block for the whole tile
-};
-
-struct StepRow {
-  static constexpr uint32_t kParamAligned = 1;
-  static constexpr uint32_t kGradAligned = 2;
-  static constexpr uint32_t kHessianAligned = 4;
-  static constexpr uint32_t kDiagAligned = 8;
-  static constexpr uint32_t kStateAligned = 16;
-  static constexpr uint32_t kAbsolute = 32;
-  Geometry geometry;
-  void* param;
-  const void* grad;
-  const void* hessian;
-  const void* diag;  // at the parameter's first block
-  int64_t offset;    // in the flat buffers
-  ProbeRow probe;
-  uint32_t group;    // if the step counts are on the device
-  uint32_t first_tile;
-  uint32_t constant;  // its Coefficients, if the step counts are on the host
-  Curvature curvature;
-  uint32_t flags;
-};
-
-template <typename S>
-struct StepArguments {
-  using TableType = Table<StepRow, Coefficients<S>, 24>;
-  S* exp_avg;
-  S* exp_hessian_diag_sq;
-  float* master;
-  const Hyper* groups;  // null if the step counts are on the host
-  const float* grad_scale;
-  const float* found_inf;
-  ProbeSource probe;
-  TableType table;
-};
 
 template <typename T, Order kOrder>
 struct StepBody {
@@ -109,11 +66,6 @@ ADAHESSIAN_HD bool takes_hessian(const StepRow& row) {
 template <typename S>
 ADAHESSIAN_HD bool draws(const StepArguments<S>& arguments, const StepRow& row) {
   return arguments.probe.draw && row.curvature == Curvature::kBlocks && !(row.flags & StepRow::kAbsolute);
-}
-
-// Whether the means of the tile's blocks are in shared memory.
-ADAHESSIAN_HD bool averages(const StepRow& row) {
-  return row.curvature == Curvature::kBlocks || row.curvature == Curvature::kDiagBlocks;
 }
 
 // Master weights are float, and only where the states are float too.
@@ -192,9 +144,8 @@ ADAHESSIAN_HD void load_all(const StepArguments<StateOf<T>>& arguments, StepShar
     const Slot slot = slot_of<kVector, kOrder>(tile, thread + i * kThreads);
     if (kOrder == Order::kAny && tile.layout == Layout::kGather) {
       for_each_place<kVector>(tile, slot, [&](int e, int64_t index) {
-        visit_inputs<T, kOrder>(arguments, row, state, i, [&](auto& vec, const auto* array, bool) {
-          set(vec, e, in_global(array)[index]);
-        });
+        visit_inputs<T, kOrder>(arguments, row, state, i,
+                                [&](auto& vec, const auto* array, bool) { set(vec, e, in_global(array)[index]); });
       });
     } else {
       visit_inputs<T, kOrder>(arguments, row, state, i, [&](auto& vec, const auto* array, bool aligned) {
@@ -232,7 +183,8 @@ ADAHESSIAN_HD void fill_blocks(const StepArguments<StateOf<T>>& arguments, StepS
   ADAHESSIAN_UNROLL
   for (int i = 0; i < Traits<T>::kSlots; ++i) {
     const Slot slot = slot_of<kVector, kOrder>(tile, thread + i * kThreads);
-    const uint32_t negative = draws(arguments, shared.row) ? negative_signs<kVector, kOrder>(shared.signs, tile, slot) : 0;
+    const uint32_t negative =
+        draws(arguments, shared.row) ? negative_signs<kVector, kOrder>(shared.signs, tile, slot) : 0;
     ADAHESSIAN_UNROLL
     for (int e = 0; e < kVector; ++e) {
       const StateOf<T> d = get(state.d[i], e);
@@ -268,7 +220,8 @@ ADAHESSIAN_HD void update_slot(const StepArguments<StateOf<T>>& arguments, StepS
     for (int e = 0; e < kVector; ++e) {
       S ds = get(state.d[i], e);
       if constexpr (kOrder != Order::kFlat) {
-        if (averages(shared.row)) ds = mean_at(shared.blocks, shared.tile, logical_index<kOrder>(shared.tile, slot, e));
+        if (averages(shared.row.curvature))
+          ds = mean_at(shared.blocks, shared.tile, logical_index<kOrder>(shared.tile, slot, e));
       }
       set(v, e, update_exp_hessian_diag_sq(get(v, e), ds, c));
     }
@@ -293,14 +246,13 @@ ADAHESSIAN_HD void store_slot(const StepArguments<StateOf<T>>& arguments, StepSh
   for (int e = 0; e < Traits<T>::kVector; ++e) set(param, e, stored<T>(get(state.weight[i], e)));
   if (kOrder == Order::kAny && tile.layout == Layout::kGather) {
     for_each_place<Traits<T>::kVector>(tile, slot, [&](int e, int64_t index) {
-      visit_outputs<T, kOrder>(arguments, shared.row, moves, state, param, i, [&](const auto& vec, auto* array, bool) {
-        in_global(array)[index] = get(vec, e);
-      });
+      visit_outputs<T, kOrder>(arguments, shared.row, moves, state, param, i,
+                               [&](const auto& vec, auto* array, bool) { in_global(array)[index] = get(vec, e); });
     });
   } else {
-    visit_outputs<T, kOrder>(arguments, shared.row, moves, state, param, i, [&](const auto& vec, auto* array, bool aligned) {
-      store<Order::kFlat>(array, vec, tile, slot, aligned);
-    });
+    visit_outputs<T, kOrder>(
+        arguments, shared.row, moves, state, param, i,
+        [&](const auto& vec, auto* array, bool aligned) { store<Order::kFlat>(array, vec, tile, slot, aligned); });
   }
 }
 
@@ -313,7 +265,7 @@ ADAHESSIAN_HD void run(StepBody<T, kOrder>, Executor& executor, const StepArgume
   if (shared.skip) return;
   executor.phase([&](int thread, auto& state) { load_all<T, kOrder>(arguments, shared, state, thread); });
   if constexpr (kOrder != Order::kFlat) {
-    if (averages(shared.row)) {
+    if (averages(shared.row.curvature)) {
       executor.phase([&](int thread, auto& state) { fill_blocks<T, kOrder>(arguments, shared, state, thread); });
     }
     if (shared.row.curvature == Curvature::kBlocks) {

@@ -1,6 +1,6 @@
 // The GPU as the planning code sees it, on the host, for tests where there is no GPU: kernel bodies run tile by tile,
-// phase by phase, thread by thread. Planning, table and indexing are the GPU's; shared memory and registers begin as NaNs,
-// and the threads run forwards and backwards in turn, so that a missing barrier or an uninitialised value shows.
+// phase by phase, thread by thread. Planning, table and indexing are the GPU's. Shared memory and registers begin as
+// NaNs, and the threads run forwards and backwards in turn, so that a missing barrier or an uninitialised value shows.
 #pragma once
 
 #include <cstring>
@@ -14,6 +14,7 @@
 #include "geometry.h"
 
 namespace adahessian::gpu {
+
 template <class Object>
 void poison(Object& object) {
   static_assert(std::is_trivially_copyable_v<Object>, "shared memory and registers hold plain data");

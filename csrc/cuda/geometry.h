@@ -29,14 +29,14 @@ enum class Layout : int32_t {
 
 struct Geometry {
   int64_t numel;
-  int64_t block;            // averaging block; 0: each tile is one
+  int64_t block;  // averaging block; 0: each tile is one
   int64_t period, stride;
-  int64_t span;             // tiles do not straddle its multiples
+  int64_t span;  // tiles do not straddle its multiples
   uint32_t tiles_per_span;
-  int32_t length;           // elements of a tile; the last tile of a span may be shorter. 0: the block does not fit
-  int32_t unit;             // elements of a tile that are averaged together
-  int32_t lanes;            // threads that share the sum of a unit; a power of two
-  int32_t rows;             // kMatrices, kStrips: matrix rows in a tile
+  int32_t length;  // elements of a tile; the last tile of a span may be shorter. 0: the block does not fit
+  int32_t unit;    // elements of a tile that are averaged together
+  int32_t lanes;   // threads that share the sum of a unit; a power of two
+  int32_t rows;    // kMatrices, kStrips: matrix rows in a tile
   Layout layout;
 
   // Whether whole slots can be one access each, if the array is aligned.
@@ -61,8 +61,8 @@ class Tiler {
   // Tiles that hold whole averaging blocks, in logical order; length 0 if a block does not fit.
   Geometry ordered(int64_t numel, int64_t block, int64_t period, int64_t stride) const {
     if (period == 1 || stride == 1) return flat(numel, block);
-    Geometry g = {numel, block, period, stride, numel, 1, int32_t(numel), int32_t(block), 1, int32_t(stride),
-                  Layout::kMatrices};
+    Geometry g = {numel,          block, period,          stride,           numel, 1, int32_t(numel),
+                  int32_t(block), 1,     int32_t(stride), Layout::kMatrices};
     if (numel > tile_ && !fit_matrices(g) && !fit_strips(g)) {
       g.layout = Layout::kGather;
       g.length = int32_t(tile_ / block * block);

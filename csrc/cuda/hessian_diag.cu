@@ -1,7 +1,6 @@
-#include "reduction.h"
-
 #include "dispatch.h"
 #include "launch.cuh"
+#include "reduction.h"
 
 namespace adahessian::gpu {
 

@@ -1,7 +1,7 @@
 // The block-averaged Hutchinson diagonal (Eq. 6 and 7): kernel body and planning, for the GPU and for its emulation.
 //
-// Blocks that fit into a tile take one launch. Longer ones leave one partial sum a tile in a workspace; the partial sums
-// of a block are a block of a shorter array, which the same body reduces in its turn.
+// Blocks that fit into a tile take one launch. Longer ones leave one partial sum a tile in a workspace; the partial
+// sums of a block are a block of a shorter array, which the same body reduces in its turn.
 #pragma once
 
 #include "block_mean.h"
@@ -14,8 +14,8 @@ struct HessianDiagRow {
   static constexpr uint32_t kHessianAligned = 1;
   static constexpr uint32_t kTargetAligned = 2;
   static constexpr uint32_t kAbsolute = 4;
-  static constexpr uint32_t kElementwise = 8;  // blocks of one element in storage order
-  static constexpr uint32_t kPartial = 16;  // the target is a double for each tile, its sum
+  static constexpr uint32_t kElementwise = 8;   // blocks of one element in storage order
+  static constexpr uint32_t kPartial = 16;      // the target is a double for each tile, its sum
   static constexpr uint32_t kFloatTarget = 32;  // the target is float although the kernel computes in double
   Geometry geometry;
   const void* hessian;
@@ -98,7 +98,7 @@ ADAHESSIAN_HD void write_elements(const HessianDiagArguments& arguments, typenam
     Vec<S, kVector> d, old = {};
     if (arguments.accumulate) load<Order::kFlat>(old, target, shared.tile, slot, aligned);
     multiply_probe<T, Order::kFlat>(d, state.hessian[i], shared.signs, shared.tile, slot, arguments.probe.draw,
-                             flags & HessianDiagRow::kAbsolute);
+                                    flags & HessianDiagRow::kAbsolute);
     ADAHESSIAN_UNROLL
     for (int e = 0; e < kVector; ++e) set(d, e, get(old, e) + get(d, e) * S(arguments.scale));
     store<Order::kFlat>(target, d, shared.tile, slot, aligned);
@@ -136,7 +136,7 @@ ADAHESSIAN_HD void run(HessianDiagBody<T>, Executor& executor, const HessianDiag
     for (int i = 0; i < Traits<T>::kSlots; ++i) {
       const Slot slot = slot_of<kVector, Order::kAny>(tile, thread + i * kThreads);
       load<Order::kAny>(state.hessian[i], static_cast<const T*>(row.hessian), tile, slot,
-                 row.flags & HessianDiagRow::kHessianAligned);
+                        row.flags & HessianDiagRow::kHessianAligned);
     }
     if (arguments.probe.draw) draw_signs(shared.signs, arguments.probe, row.probe, tile, thread);
   });
@@ -150,7 +150,7 @@ ADAHESSIAN_HD void run(HessianDiagBody<T>, Executor& executor, const HessianDiag
       const Slot slot = slot_of<kVector, Order::kAny>(tile, thread + i * kThreads);
       Vec<StateOf<T>, kVector> d;
       multiply_probe<T, Order::kAny>(d, state.hessian[i], shared.signs, tile, slot, arguments.probe.draw,
-                              row.flags & HessianDiagRow::kAbsolute);
+                                     row.flags & HessianDiagRow::kAbsolute);
       scatter<Order::kAny>(shared.blocks, d, tile, slot);
     }
   });

@@ -1,7 +1,6 @@
-#include "rademacher.h"
-
 #include "dispatch.h"
 #include "launch.cuh"
+#include "rademacher.h"
 
 namespace adahessian::cuda {
 

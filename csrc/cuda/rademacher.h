@@ -58,9 +58,8 @@ ADAHESSIAN_HD void run(RademacherBody<T, kOrder>, Executor& executor, const Rade
     shared.row = row_of_tile(arguments.table, tile);
     shared.tile = cut<Traits<T>::kVector, kOrder>(shared.row.geometry, tile - shared.row.first_tile);
   });
-  executor.phase([&](int thread, auto&) {
-    draw_signs(shared.signs, arguments.probe, shared.row.probe, shared.tile, thread);
-  });
+  executor.phase(
+      [&](int thread, auto&) { draw_signs(shared.signs, arguments.probe, shared.row.probe, shared.tile, thread); });
   executor.last([&](int thread, auto&) { write_probe<T, kOrder>(arguments, shared, thread); });
 }
 

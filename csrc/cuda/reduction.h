@@ -18,8 +18,8 @@ struct Reduction {
 
 inline Reduction reduction_of(const Segment& s, void* target, const Counts& counts) {
   const int64_t block = std::min(s.block, s.numel);
-  return {s.hessian, target, s.numel, block, s.period, s.stride, block, s.numel, probe_row(s, counts), s.absolute,
-          false};
+  return {s.hessian,  target, s.numel, block, s.period, s.stride, block, s.numel, probe_row(s, counts),
+          s.absolute, false};
 }
 
 template <typename T>

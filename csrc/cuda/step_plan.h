@@ -71,8 +71,7 @@ struct Choice {
 
   Order order() const {
     if (geometry.layout == Layout::kGather) return Order::kAny;
-    const bool averages = curvature == Curvature::kBlocks || curvature == Curvature::kDiagBlocks;
-    return averages || geometry.layout != Layout::kFlat ? Order::kLogical : Order::kFlat;
+    return averages(curvature) || geometry.layout != Layout::kFlat ? Order::kLogical : Order::kFlat;
   }
 };
 
@@ -157,7 +156,8 @@ void adahessian_step(const AdaHessianStepArgs& args, Device& device) {
   StepArguments<S> arguments = step_arguments<T>(args);
   switch (order) {
     case Order::kFlat: return launch_rows<StepBody<T, Order::kFlat>>(device, arguments, rows, coefficients.take());
-    case Order::kLogical: return launch_rows<StepBody<T, Order::kLogical>>(device, arguments, rows, coefficients.take());
+    case Order::kLogical:
+      return launch_rows<StepBody<T, Order::kLogical>>(device, arguments, rows, coefficients.take());
     case Order::kAny: return launch_rows<StepBody<T, Order::kAny>>(device, arguments, rows, coefficients.take());
   }
 }

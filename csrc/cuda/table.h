@@ -90,8 +90,8 @@ size_t fill_table(Table<Row, Constant, kConstants>& table, const std::vector<Row
   return next;
 }
 
-// One launch over all rows. Only where nothing can be uploaded, a long table takes several: during stream capture, since
-// a captured copy would read this call's memory again on every replay, and without an allocator.
+// One launch over all rows. Only where nothing can be uploaded, a long table takes several: during stream capture,
+// since a captured copy would read this call's memory again on every replay, and without an allocator.
 template <class Body, class Device>
 void launch_rows(Device& device, typename Body::Arguments& arguments,
                  std::vector<typename Body::Arguments::TableType::RowType>& rows,

@@ -30,18 +30,18 @@ ADAHESSIAN_HD int quotient(int n, Divisor d) {
 }
 
 struct Tile {
-  int64_t numel;         // of the parameter
-  int64_t begin;         // first logical element
-  int64_t base;          // kStrips: storage of the first strip
-  int64_t first_block;   // number of the first averaging block
-  int64_t matrix, row;   // kGather: the first element is row `row` and column `column` of the matrix stored there
+  int64_t numel;        // of the parameter
+  int64_t begin;        // first logical element
+  int64_t base;         // kStrips: storage of the first strip
+  int64_t first_block;  // number of the first averaging block
+  int64_t matrix, row;  // kGather: the first element is row `row` and column `column` of the matrix stored there
   int64_t column;
   int64_t period, stride;
-  int count;             // elements
-  int unit, units;       // length and number of averaging blocks inside
-  int lanes, chunk;      // threads to a unit, elements to a thread
-  int rows;              // kMatrices, kStrips
-  int slots_per_strip;   // kStrips
+  int count;            // elements
+  int unit, units;      // length and number of averaging blocks inside
+  int lanes, chunk;     // threads to a unit, elements to a thread
+  int rows;             // kMatrices, kStrips
+  int slots_per_strip;  // kStrips
   Divisor by_unit, by_rows, by_period, by_stride, by_slots;
   Layout layout;
 };

@@ -1,0 +1,58 @@
+// What the kernel of adahessian_step is given: rows of parameters and the arguments they share.
+#pragma once
+
+#include "probe.h"
+#include "table.h"
+
+namespace adahessian::gpu {
+
+// Where a parameter's Ds comes from.
+enum class Curvature : uint32_t {
+  kNone,         // an off-step
+  kElementwise,  // Hz, blocks of one element: only D^2 = Hz^2 enters
+  kBlocks,       // Hz, averaged here
+  kDiag,         // the compact diagonal, blocks of one element in storage order
+  kDiagBlocks,   // the compact diagonal, a lookup for each element
+  kUniform       // the compact diagonal, one block for the whole tile
+};
+
+// Whether the means of a tile's blocks are in shared memory.
+ADAHESSIAN_HD bool averages(Curvature curvature) {
+  return curvature == Curvature::kBlocks || curvature == Curvature::kDiagBlocks;
+}
+
+struct StepRow {
+  static constexpr uint32_t kParamAligned = 1;
+  static constexpr uint32_t kGradAligned = 2;
+  static constexpr uint32_t kHessianAligned = 4;
+  static constexpr uint32_t kDiagAligned = 8;
+  static constexpr uint32_t kStateAligned = 16;
+  static constexpr uint32_t kAbsolute = 32;
+  Geometry geometry;
+  void* param;
+  const void* grad;
+  const void* hessian;
+  const void* diag;  // at the parameter's first block
+  int64_t offset;    // in the flat buffers
+  ProbeRow probe;
+  uint32_t group;  // if the step counts are on the device
+  uint32_t first_tile;
+  uint32_t constant;  // its Coefficients, if the step counts are on the host
+  Curvature curvature;
+  uint32_t flags;
+};
+
+template <typename S>
+struct StepArguments {
+  using TableType = Table<StepRow, Coefficients<S>, 24>;
+  S* exp_avg;
+  S* exp_hessian_diag_sq;
+  float* master;
+  const Hyper* groups;  // null if the step counts are on the host
+  const float* grad_scale;
+  const float* found_inf;
+  ProbeSource probe;
+  TableType table;
+};
+
+}  // namespace adahessian::gpu

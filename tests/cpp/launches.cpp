@@ -1,0 +1,248 @@
+// What Python cannot reach of the CUDA planning: how many launches there are, the table during stream capture, step
+// counts on the device, and parameters of more than 2^31 elements. Runs on the host; prints what failed.
+#include <array>
+#include <cstdio>
+#include <cstring>
+#include <functional>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "../../csrc/cuda/emulate.h"
+#include "../../csrc/cuda/rademacher.h"
+#include "../../csrc/cuda/step_plan.h"
+
+namespace {
+
+using namespace adahessian;
+using gpu::EmulatedDevice;
+
+int failures = 0;
+
+void check(bool condition, const std::string& what) {
+  if (condition) return;
+  std::printf("FAILED: %s\n", what.c_str());
+  ++failures;
+}
+
+void check_equal(int64_t found, int64_t expected, const std::string& what) {
+  check(found == expected, what + ": found " + std::to_string(found) + ", expected " + std::to_string(expected));
+}
+
+struct Shape {
+  int64_t numel, block, period = 1, stride = 1;
+};
+
+// Tensors of one step, with a context whose workspaces live as long as it does.
+struct Problem {
+  explicit Problem(std::vector<Shape> shapes, int n_groups = 1, int n_slots = 1) {
+    int64_t offset = 0, diag_offset = 0;
+    for (const Shape& s : shapes) {
+      const int64_t i = int64_t(segments.size());
+      segments.push_back({offset, s.numel, s.block, s.period, s.stride, diag_offset, i % n_slots, uint32_t(i),
+                          int32_t(i % n_groups), false, nullptr, nullptr, nullptr});
+      offset += (s.numel + 3) / 4 * 4;
+      diag_offset += (s.numel + s.block - 1) / s.block;
+    }
+    for (auto* array : {&param, &grad, &hessian, &exp_avg, &exp_hessian_diag_sq, &z}) array->resize(offset);
+    diag.resize(diag_offset);
+    for (int64_t i = 0; i < offset; ++i) {
+      param[i] = float(i % 17) - 8;
+      grad[i] = float(i % 29) / 16 - 1;
+      hessian[i] = float(i % 37) / 8 - 2;
+      exp_hessian_diag_sq[i] = float(i % 5);
+    }
+    for (Segment& s : segments) {
+      s.param = param.data() + s.offset;
+      s.grad = grad.data() + s.offset;
+      s.hessian = hessian.data() + s.offset;
+    }
+    for (int i = 0; i < n_slots; ++i) steps.insert(steps.end(), {i, i});
+    for (int i = 0; i < n_groups; ++i) groups.push_back({0.1 + i, 0.9, 0.99, 1e-3, 0.01, 1.0, double(i % 2)});
+    context.allocate = [this](size_t bytes) {
+      workspaces.push_back(std::make_unique<double[]>(bytes / sizeof(double) + 1));
+      return static_cast<void*>(workspaces.back().get());
+    };
+  }
+
+  int step(bool counts_on_device = false) {
+    EmulatedDevice device("adahessian_step", context);
+    gpu::adahessian_step<float>({Dtype::kFloat32,
+                                 segments,
+                                 nullptr,
+                                 exp_avg.data(),
+                                 exp_hessian_diag_sq.data(),
+                                 nullptr,
+                                 {steps.data(), counts_on_device},
+                                 reinterpret_cast<const double*>(groups.data()),
+                                 int64_t(groups.size()),
+                                 {7, 0, true},
+                                 nullptr,
+                                 nullptr},
+                                device);
+    return device.launches;
+  }
+
+  int hessian_diag() {
+    EmulatedDevice device("hessian_diag", context);
+    gpu::hessian_diag<float>({Dtype::kFloat32, diag.data(), segments, {steps.data(), false}, {7, 0, true}, 1.0, false},
+                             device);
+    return device.launches;
+  }
+
+  int rademacher() {
+    EmulatedDevice device("rademacher", context);
+    gpu::rademacher<float>({Dtype::kFloat32, z.data(), segments, {steps.data(), false}, {7, 0, true}}, device);
+    return device.launches;
+  }
+
+  bool same_results(const Problem& other) const {
+    return param == other.param && exp_avg == other.exp_avg && exp_hessian_diag_sq == other.exp_hessian_diag_sq &&
+           diag == other.diag && z == other.z;
+  }
+
+  Problem(const Problem&) = delete;
+  std::vector<Segment> segments;
+  std::vector<float> param, grad, hessian, exp_avg, exp_hessian_diag_sq, z, diag;
+  std::vector<int64_t> steps;
+  std::vector<Hyper> groups;
+  Context context;
+  std::vector<std::unique_ptr<double[]>> workspaces;
+};
+
+std::vector<Shape> mixed_shapes(int n) {
+  const Shape shapes[] = {{7, 1}, {576, 9, 9, 64}, {0, 1}, {300, 32}, {2048, 2048}, {130, 130}, {64, 4, 8, 8}};
+  std::vector<Shape> result;
+  for (int i = 0; i < n; ++i) result.push_back(shapes[i % std::size(shapes)]);
+  return result;
+}
+
+// Blocks that fit into a tile: one launch an op, whatever the number of tensors. Longer ones: a launch a level more.
+void test_number_of_launches() {
+  for (const int n : {7, 1000}) {
+    Problem problem(mixed_shapes(n), 3);
+    const std::string name = std::to_string(n) + " tensors, ";
+    check_equal(problem.rademacher(), 1, name + "rademacher");
+    check_equal(problem.hessian_diag(), 1, name + "hessian_diag");
+    check_equal(problem.step(), 1, name + "step");
+  }
+  Problem lengthy({{5, 1}, {9000, 5000}, {10001, 10001}});
+  check_equal(lengthy.hessian_diag(), 2, "block 5000, hessian_diag");
+  check_equal(lengthy.step(), 3, "block 5000, step");
+  Problem huge({{3000001, 3000001}});
+  check_equal(huge.hessian_diag(), 3, "block 3000001, hessian_diag");
+  Problem empty({{0, 1}, {0, 5}});
+  check_equal(empty.rademacher() + empty.hessian_diag() + empty.step(), 0, "nothing to do");
+}
+
+// A table that is uploaded, and one that is spread over launches because nothing may be, give the same numbers.
+void test_long_tables() {
+  for (const int n_groups : {1, 60}) {
+    Problem uploaded(mixed_shapes(1000), n_groups, 7), captured(mixed_shapes(1000), n_groups, 7);
+    captured.context.allocate = nullptr;
+    uploaded.rademacher(), uploaded.hessian_diag(), uploaded.step();
+    check(captured.rademacher() > 1 && captured.hessian_diag() > 1 && captured.step() > 3, "capture takes launches");
+    check(uploaded.same_results(captured), "capture gives the same results");
+  }
+}
+
+void test_counts_on_the_device() {
+  for (const int n : {20, 1000}) {
+    Problem on_host(mixed_shapes(n), 3, 5), on_device(mixed_shapes(n), 3, 5);
+    on_host.step(), on_device.step(true);
+    check(on_host.same_results(on_device), "counts on the device give the same results");
+  }
+}
+
+// hessian_diag and then a step on its result is the step on Hz, bit for bit.
+void test_compact_diagonal() {
+  const std::vector<Shape> shapes = {{4096, 9},        {2048, 32},   {10000, 5000},
+                                     {5184, 9, 9, 64}, {1155, 1155}, {700, 7, 20, 5}};
+  Problem direct(shapes), twice(shapes);
+  direct.step();
+  direct.hessian_diag();
+  twice.hessian_diag();
+  for (size_t i = 0; i < shapes.size(); ++i) {
+    const Segment& s = twice.segments[i];
+    EmulatedDevice device("adahessian_step", twice.context);
+    Segment without = s;
+    without.hessian = nullptr;
+    gpu::adahessian_step<float>({Dtype::kFloat32,
+                                 {without},
+                                 twice.diag.data(),
+                                 twice.exp_avg.data(),
+                                 twice.exp_hessian_diag_sq.data(),
+                                 nullptr,
+                                 {twice.steps.data(), false},
+                                 reinterpret_cast<const double*>(twice.groups.data()),
+                                 1,
+                                 {7, 0, true},
+                                 nullptr,
+                                 nullptr},
+                                device);
+  }
+  check(direct.same_results(twice), "the compact diagonal gives the same step");
+}
+
+// The tiles of a parameter follow each other without a gap, and every place is inside it.
+template <gpu::Order kOrder>
+void check_tiles(const gpu::Geometry& g, const std::string& name) {
+  const int64_t n = g.n_tiles();
+  int64_t next = 0;
+  for (int64_t i = 0; i < n; ++i) {
+    const gpu::Tile tile = gpu::cut<4, kOrder>(g, uint32_t(i));
+    if (tile.begin != next || tile.count <= 0 || tile.count > gpu::Traits<float>::kTile) {
+      return check(false, name + ": tile " + std::to_string(i) + " begins at " + std::to_string(tile.begin));
+    }
+    next += tile.count;
+    if (i > 3 && i < n - 3 && i % 100003 != 0) continue;
+    int64_t elements = 0;
+    for (int slot_number = 0; slot_number < 2 * gpu::kThreads; ++slot_number) {
+      const gpu::Slot slot = gpu::slot_of<4, kOrder>(tile, slot_number);
+      for (int e = 0; e < 4; ++e) {
+        if (!gpu::has(slot, e)) continue;
+        const int64_t logical = tile.begin + gpu::logical_index<kOrder>(tile, slot, e);
+        const int64_t matrix = g.period * g.stride, inside = logical % matrix;
+        const int64_t place = logical - inside + inside % g.period * g.stride + inside / g.period;
+        if (gpu::storage_index<kOrder>(tile, slot, e) != place) return check(false, name + ": wrong place");
+        ++elements;
+      }
+    }
+    if (elements != tile.count) return check(false, name + ": elements without a slot");
+  }
+  check_equal(next, g.numel, name + ": elements in tiles");
+}
+
+void test_many_elements() {
+  const gpu::Tiler tiler = gpu::Tiler::of<float>();
+  const int64_t big = (int64_t{1} << 32) + 12345;
+  check_tiles<gpu::Order::kFlat>(tiler.flat(big), "elementwise");
+  for (const int64_t block : {2, 9, 127, 1025, 2044}) {
+    check_tiles<gpu::Order::kLogical>(tiler.ordered(big, block, 1, 1), "block " + std::to_string(block));
+  }
+  check_tiles<gpu::Order::kFlat>(tiler.inside_blocks(big, big / 2 - 1, 1, 1), "two long blocks");
+  const int64_t half = 65537;
+  const std::array<int64_t, 3> block_period_stride[] = {{9, 9, 64},    {9, 9, 1000},     {9, 9, 227},
+                                                        {3, 3, 5},     {32, half, 8192}, {half, half, 4099},
+                                                        {4, 16, half}, {1, half, half},  {1, 2, 3}};
+  for (const auto& [block, period, stride] : block_period_stride) {
+    const int64_t numel = ((int64_t{1} << 32) / (period * stride) + 1) * period * stride;
+    const auto name =
+        "block " + std::to_string(block) + " of " + std::to_string(stride) + " x " + std::to_string(period);
+    gpu::Geometry g = tiler.ordered(numel, block, period, stride);
+    if (g.length == 0) g = tiler.inside_blocks(numel, block, period, stride);
+    check_tiles<gpu::Order::kAny>(g, name);
+  }
+}
+
+}  // namespace
+
+int main() {
+  test_number_of_launches();
+  test_long_tables();
+  test_counts_on_the_device();
+  test_compact_diagonal();
+  test_many_elements();
+  std::printf("%d failures\n", failures);
+  return failures != 0;
+}
