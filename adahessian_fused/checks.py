@@ -33,7 +33,10 @@ def check_block_size(value: Any) -> None:
 
 
 def _check_number(name: str, value: Any, low: float, high: float, *, high_included: bool) -> None:
-    inside = low <= value and (value <= high if high_included else value < high)
+    try:
+        inside = low <= value and (value <= high if high_included else value < high)
+    except TypeError:  # no number at all
+        inside = False
     if not inside:  # also catches NaN
         raise ValueError(f"{name}={value!r}; expected {low} <= {name} {'<=' if high_included else '<'} {high}")
 
@@ -61,6 +64,9 @@ def check_group(group: dict[str, Any]) -> None:
     _check_number("hessian_power", group["hessian_power"], 0.0, 1.0, high_included=True)
     _check_count("update_each", group["update_each"])
     _check_count("n_samples", group["n_samples"])
+    for name in ("maximize", "capturable", "master_weights"):
+        if group[name] not in (True, False):
+            raise ValueError(f"{name}={group[name]!r}; expected True or False")
     check_block_size(group["block_size"])
     for name, choices in CHOICES.items():
         check_choice(name, group[name], choices)

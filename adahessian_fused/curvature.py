@@ -24,7 +24,7 @@ def by_bucket(entries: Sequence[Entry]) -> dict[Bucket, list[Entry]]:
 def draw_probe(
     entries: Sequence[Entry], backends: Mapping[str, Any], *, probe: str, seed: int, sample: int
 ) -> dict[Entry, Tensor]:
-    """The probe z of each parameter, in its shape, storage order and dtype."""
+    """The probe z of each parameter, in its shape and dtype."""
     z = {}
     for bucket, members in by_bucket(entries).items():
         flat = torch.empty(bucket.numel, dtype=bucket.dtype, device=bucket.device)
@@ -35,11 +35,23 @@ def draw_probe(
             generator = torch.Generator(bucket.device)
             # One stream for each step and sample, so that a resumed run draws what the uninterrupted one would.
             step = max(int(bucket.steps[entry.row, Steps.HESSIAN_STEP]) for entry in members)
-            stream = (step << 32) + (sample << 16) + members[0].param_id
-            generator.manual_seed((seed + 0x9E3779B97F4A7C15 * (stream + 1)) % 2**63)
+            generator.manual_seed(_mixed(seed, step, sample, members[0].param_id))
             flat.normal_(generator=generator)
-        z.update((entry, bucket.view(flat, entry)) for entry in members)
+        for entry in members:
+            # Gaussian numbers in logical order: the same probe in any memory format.
+            z[entry] = bucket.view(flat, entry) if probe == "rademacher" else bucket.logical_view(flat, entry)
     return z
+
+
+def _mixed(*words: int) -> int:
+    """63 bits of which each, the low 32 that a CPU generator looks at too, depends on every word (splitmix64)."""
+    state, mask = 0, 2**64 - 1
+    for word in words:
+        state = (state + word + 0x9E3779B97F4A7C15) & mask
+        state = ((state ^ (state >> 30)) * 0xBF58476D1CE4E5B9) & mask
+        state = ((state ^ (state >> 27)) * 0x94D049BB133111EB) & mask
+        state ^= state >> 31
+    return state >> 1
 
 
 class Curvature:
@@ -113,6 +125,12 @@ class Curvature:
         if products:
             torch._amp_foreach_non_finite_check_and_unscale_(list(products), self._found_inf, inverse_scale)
 
+    def report(self, grads: Sequence[Tensor]) -> None:
+        """Make a gradient infinite if Hz is not: GradScaler looks at gradients only, and has to lower its scale."""
+        smallest = min((grad for grad in grads if grad.numel()), key=Tensor.numel, default=None)
+        if self._found_inf is not None and smallest is not None:
+            smallest.add_(torch.where(self._found_inf > 0, torch.inf, 0.0).to(smallest))
+
     def check_finite(self, found_inf: Tensor) -> Tensor:
         """GradScaler's flag, raised if any of the curvature is not finite either."""
         found_inf = found_inf.clone()
@@ -142,12 +160,12 @@ class Curvature:
 
     def _fold(self, products: dict[Entry, Tensor], sample: int, draw: bool, weight: float) -> None:
         for bucket, members in by_bucket(list(products)).items():
-            fine = _averages_magnitudes(bucket)
+            fine = bucket.averages_magnitudes
             if bucket not in self.diags:
                 self.diags[bucket] = bucket.new_flat() if fine else bucket.new_diag()
             table = bucket.table_of(members)
             self._backends[bucket.device.type].hessian_diag(
-                [products[entry] for entry in members],
+                [entry.stored(products[entry], products[entry].dtype) for entry in members],
                 self.diags[bucket],
                 _fine(table) if fine else table,
                 bucket.steps,
@@ -161,14 +179,14 @@ class Curvature:
     def hessians(self, entries: Sequence[Entry]) -> list[Tensor]:
         """Hz of some of a bucket's parameters; zeros for parameters that are linear in the loss."""
         found = self.products
-        return [found[e] if e in found else e.stored(torch.zeros_like(e.param)) for e in entries]
+        return [e.stored(found[e] if e in found else torch.zeros_like(e.param)) for e in entries]
 
     def diag(self, bucket: Bucket) -> Tensor:
         """The compact diagonal of a bucket, after :meth:`fold`."""
         folded = self.diags.get(bucket)
         if folded is None:
             return bucket.new_diag()
-        if not _averages_magnitudes(bucket):
+        if not bucket.averages_magnitudes:
             return folded
         # D is complete only now, so only now can its magnitudes be averaged.
         compact, table = bucket.new_diag(), bucket.segments.clone()
@@ -186,17 +204,12 @@ class Curvature:
             bucket, row = old.get(entry, (None, -1))
             if bucket not in folded:
                 continue
-            fine = _averages_magnitudes(bucket)
+            fine = bucket.averages_magnitudes
             target = self.diags.setdefault(entry.bucket, entry.bucket.new_flat() if fine else entry.bucket.new_diag())
             column = Segment.OFFSET if fine else Segment.DIAG_OFFSET
             count = entry.param.numel() if fine else -(-entry.param.numel() // entry.block)
             begin, new = bucket.rows[row][column], entry.bucket.rows[entry.row][column]
             target[new : new + count] = folded[bucket][begin : begin + count]
-
-
-def _averages_magnitudes(bucket: Bucket) -> bool:
-    """Whether |D| is averaged somewhere: then D has to be summed up element by element before it is averaged."""
-    return any(entry.absolute and entry.block > 1 for entry in bucket.entries)
 
 
 def _fine(table: Tensor) -> Tensor:

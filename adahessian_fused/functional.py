@@ -81,6 +81,9 @@ def adahessian(
     for name, tensors in lists.items():
         if len(tensors) != len(params):
             raise ValueError(f"{name} has {len(tensors)} tensors; expected {len(params)}, one for each parameter")
+        for i, (p, tensor) in enumerate(zip(params, tensors, strict=True)):
+            if name in ("grads", "hvps") and tensor.shape != p.shape:
+                raise ValueError(f"{name}[{i}] has shape {tuple(tensor.shape)}; expected {tuple(p.shape)}")
     if found_inf is not None and found_inf.item() != 0:
         return
     keys = ("exp_avg", "exp_hessian_diag_sq", "step", "hessian_step")

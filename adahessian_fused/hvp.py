@@ -14,6 +14,11 @@ NO_CURVATURE = (
     "loss.backward(create_graph=opt.needs_hessian), or opt.step(closure) with a closure that returns the loss"
 )
 
+TWO_WAYS = (
+    "opt.backward(loss) has gathered curvature for this step, but some gradients carry the graph of a "
+    "loss.backward(create_graph=True) too. Use one of the two, with opt.zero_grad() between"
+)
+
 
 def differentiable(grads: Sequence[Tensor | None]) -> list[int]:
     """Indices of the gradients that can be differentiated again; the others have a zero Hessian row or no graph."""
@@ -55,9 +60,18 @@ def check_loss(loss: Any, gradient: Tensor | None) -> None:
         raise RuntimeError(f"loss has shape {tuple(loss.shape)}; expected one number, for example its mean")
 
 
-def accumulate_grads(params: Sequence[Tensor], grads: Sequence[Tensor | None]) -> None:
-    """Add gradients to ``p.grad`` as loss.backward() does, without keeping their graph."""
-    old, new, seen = [], [], set()
+def accumulate_grads(
+    params: Sequence[Tensor], grads: Sequence[Tensor | None], seed_gradient: Tensor | None = None
+) -> None:
+    """Add gradients to ``p.grad`` as loss.backward() does, without keeping their graph.
+
+    Args:
+        params: parameters.
+        grads: their gradients; None is passed over.
+        seed_gradient: what the backward pass started from, which must not become anybody's ``p.grad``.
+    """
+    old, new = [], []
+    seen = set() if seed_gradient is None else {seed_gradient.data_ptr()}
     for p, g in zip(params, grads, strict=True):
         if g is None:
             continue

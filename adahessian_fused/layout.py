@@ -80,7 +80,7 @@ class Entry:
     bucket: Bucket | None = None
     row: int = -1
     pointer: int = 0
-    version: int = -1
+    version: int = -1  # of the parameter after our last write; -1: others may have written since
     views: dict[str, Tensor] = field(default_factory=dict)
 
     def describe(self, block_size: int | str, averaging: str) -> None:
@@ -106,11 +106,14 @@ class Entry:
     def fits(self) -> bool:
         """Whether the parameter still is what this entry was made for (users rebind ``p.data``)."""
         p = self.param
+        if p.stride() != self.strides:
+            return False
         pointer = p.data_ptr()
         if pointer != self.pointer:
-            if p.device != self.bucket.device or p.dtype != self.bucket.dtype or p.stride() != self.strides:
+            shape = self.views["exp_avg"].shape
+            if p.device != self.bucket.device or p.dtype != self.bucket.dtype or p.shape != shape:
                 return False
-            self.pointer = pointer
+            self.pointer, self.version = pointer, -1
         state, views = self.state, self.views
         # The tensors users may have replaced; a loop over all keys would cost more than the rest of this check.
         return (
@@ -158,11 +161,14 @@ class Bucket:
         with_states: bool = True,
     ) -> None:
         first = entries[0].param
-        self.entries = entries
+        # The entries know their bucket, not the other way round: a reference cycle would keep its buffers alive.
+        self.count = len(entries)
         self.has_copied = any(entry.copied for entry in entries)
+        # Where |D| is averaged, D has to be summed up element by element before it is averaged.
+        self.averages_magnitudes = any(entry.absolute and entry.block > 1 for entry in entries)
         self.device, self.dtype = first.device, first.dtype
         self.state_dtype = state_dtype(first.dtype)
-        self._make_table()
+        self._make_table(entries)
         count_device = self.device if capturable else torch.device("cpu")
         self.steps = torch.zeros(len(entries), len(Steps), dtype=torch.int64, device=count_device)
         self._subset: tuple[tuple[int, ...], Tensor, Tensor] | None = None
@@ -176,9 +182,9 @@ class Bucket:
         for entry in entries:
             self._adopt(entry)
 
-    def _make_table(self) -> None:
+    def _make_table(self, entries: Sequence[Entry]) -> None:
         rows, offset, diag_offset = [], 0, 0
-        for row, entry in enumerate(self.entries):
+        for row, entry in enumerate(entries):
             entry.bucket, entry.row, entry.pointer = self, row, entry.param.data_ptr()
             numel = entry.param.numel()
             period, stride = entry.order or (1, 1)
@@ -203,6 +209,11 @@ class Bucket:
         """The part of a flat buffer that belongs to a parameter, in its shape and storage order."""
         return flat.as_strided(entry.param.shape, entry.dense_strides, self.rows[entry.row][Segment.OFFSET])
 
+    def logical_view(self, flat: Tensor, entry: Entry) -> Tensor:
+        """The part of a flat buffer that belongs to a parameter, in its shape and row-major order."""
+        begin = self.rows[entry.row][Segment.OFFSET]
+        return flat[begin : begin + entry.param.numel()].view(entry.param.shape)
+
     def diag_view(self, diag: Tensor, entry: Entry) -> Tensor:
         """The blocks of a compact diagonal that belong to a parameter, in logical order."""
         begin = self.rows[entry.row][Segment.DIAG_OFFSET]
@@ -219,7 +230,8 @@ class Bucket:
 
     def spread(self, diag: Tensor, entry: Entry) -> Tensor:
         """The diagonal of a parameter in its shape: every element has its block's mean."""
-        blocks = self.diag_view(diag, entry).repeat_interleave(entry.block)
+        width = min(entry.block, entry.param.numel())  # a block may be longer than its parameter
+        blocks = self.diag_view(diag, entry).repeat_interleave(width)
         return blocks[: entry.param.numel()].reshape(entry.param.shape)
 
     def _adopt(self, entry: Entry) -> None:
@@ -232,8 +244,9 @@ class Bucket:
         }
         if self.master is not None:
             views["master_param"] = self.view(self.master, entry)
-        if self.diag is not None:
-            views["hessian_diag"] = self.diag_view(self.diag, entry)
+        d = entry.state.pop("hessian_diag", None)
+        if self.diag is not None and d is not None and d.shape == self.diag_view(self.diag, entry).shape:
+            entry.state["hessian_diag"], views["hessian_diag"] = d, self.diag_view(self.diag, entry)
         for key, view in views.items():
             old = entry.state.get(key)
             if isinstance(old, Tensor) and old.shape != view.shape:
@@ -246,7 +259,13 @@ class Bucket:
             elif key == "master_param":
                 view.copy_(entry.param)
             entry.state[key] = view
-        entry.views, entry.version = views, entry.param._version
+        entry.views, entry.version = views, -1
+
+    def keep_diag(self, diag: Tensor, entries: Iterable[Entry]) -> None:
+        """Remember the diagonal of a Hessian step for the stale steps after it."""
+        for entry in entries:
+            view = self.diag_view(self.diag, entry).copy_(self.diag_view(diag, entry))
+            entry.state["hessian_diag"] = entry.views.setdefault("hessian_diag", view)
 
     def refresh_master(self, entries: Iterable[Entry]) -> None:
         """Take over what was written to 16-bit parameters since the last step, leaving the rest of their master weights."""
@@ -263,11 +282,11 @@ class Bucket:
 
     def table_of(self, entries: Sequence[Entry]) -> Tensor:
         """Segment table of some of the bucket's entries, in their order; the last one asked for is remembered."""
-        return self.segments if len(entries) == len(self.entries) else self._select(entries)[0]
+        return self.segments if len(entries) == self.count else self._select(entries)[0]
 
     def count_step(self, entries: Sequence[Entry], *, with_curvature: bool, found_inf: Tensor | None) -> None:
         """Advance the step counts of some entries, unless ``found_inf`` says that the step was skipped."""
-        rows = slice(None) if len(entries) == len(self.entries) else self._select(entries)[1]
+        rows = slice(None) if len(entries) == self.count else self._select(entries)[1]
         columns = slice(None) if with_curvature else slice(0, 1)
         if rows == slice(None):
             self.steps[:, columns] += 1 if found_inf is None else (found_inf == 0)

@@ -19,6 +19,11 @@ from .update import HyperTable, update_bucket
 _OPTIMIZER_WIDE = ("n_samples", "probe", "seed", "hvp", "capturable", "master_weights")
 
 
+def _keeps_diag(group: dict[str, Any]) -> bool:
+    """Whether the diagonal of a Hessian step is used on the steps after it."""
+    return group["off_step"] == "stale" and group["update_each"] > 1
+
+
 class AdaHessian(PortableState):
     r"""AdaHessian (Yao et al. 2021, Algorithm 1) on fused kernels.
 
@@ -122,12 +127,11 @@ class AdaHessian(PortableState):
     def _reset(self) -> None:
         """Forget everything that can be derived from ``state`` and ``param_groups``."""
         self._entries: dict[Tensor, Entry] = {}
-        self._clocks: list[int] | None = None
         self._curvature: Curvature | None = None
         self._grads_before: list[tuple[Tensor | None, int]] | None = None
         self._hyper = HyperTable()
         self._tools = backends.ByDevice(self.backend)
-        self._options: list[tuple[int | str, str]] = []
+        self._options: list[tuple[int | str, str, bool]] = []
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a parameter group; checked as a whole, and not added if anything is wrong with it."""
@@ -145,22 +149,27 @@ class AdaHessian(PortableState):
         except (TypeError, ValueError, RuntimeError):
             self.param_groups.pop()
             raise
-        self._clocks = None
+        group.setdefault("step", 0)
 
     def _ensure(self, params: Sequence[tuple[int, Tensor]]) -> list[Entry]:
         """The entries of (group number, parameter) pairs, after rebuilding the buckets if anything about them changed."""
-        options = [(group["block_size"], group["averaging"]) for group in self.param_groups]
+        options = [(group["block_size"], group["averaging"], _keeps_diag(group)) for group in self.param_groups]
         entries = [self._entries.get(p) for _, p in params]
-        if None in entries or options != self._options or not all([entry.fits() for entry in entries]):
+        if (
+            None in entries
+            or options != self._options
+            or not all([entry.fits() and entry.state is self.state.get(entry.param) for entry in entries])
+        ):
             self._rebuild([p for _, p in params])
             self._options = options
             entries = [self._entries[p] for _, p in params]
         return entries
 
     def _rebuild(self, params: Iterable[Tensor]) -> None:
-        """Sort all parameters that have had a gradient into new buckets; their state moves along."""
-        wanted = set(params).union(self._entries)
-        moved = {entry: (entry.bucket, entry.row) for entry in self._entries.values()}
+        """Sort all parameters that have had a gradient, before a checkpoint too, into new buckets with their state."""
+        wanted = set(params).union(p for p, state in self.state.items() if "exp_avg" in state)
+        known, self._entries = self._entries, {}  # an error below leaves nothing half done
+        moved = {entry: (entry.bucket, entry.row) for entry in known.values()}
         entries: dict[Tensor, Entry] = {}
         param_id = 0
         for number, group in enumerate(self.param_groups):
@@ -168,17 +177,17 @@ class AdaHessian(PortableState):
             names = group.get("param_names") or [f"parameter {i} of group {number}" for i in range(len(group["params"]))]
             for name, p in zip(names, group["params"], strict=True):
                 if p in wanted:
-                    entry = self._entries.get(p) or Entry(p, name, param_id, number, self.state[p])
+                    entry = known.get(p) or Entry(p, name, param_id, number, self.state[p])
+                    entry.state = self.state[p]  # users may have replaced it
                     entry.describe(group["block_size"], group["averaging"])
                     entries[p] = entry
                 param_id += 1
         first = self.param_groups[0]
-        keep_diag = any(group["off_step"] == "stale" and group["update_each"] > 1 for group in self.param_groups)
         make_buckets(
             entries.values(),
             capturable=first["capturable"],
             master_weights=first["master_weights"],
-            keep_diag=keep_diag,
+            keep_diag=any(_keeps_diag(group) for group in self.param_groups),
         )
         self._entries = entries
         if self._curvature is not None:
@@ -186,20 +195,11 @@ class AdaHessian(PortableState):
 
     # ---- the schedule ------------------------------------------------------------------------------------------------
 
-    def _clock(self) -> list[int]:
-        """Steps each group has completed."""
-        if self._clocks is None:
-            self._clocks = [
-                max((int(self.state[p].get("step", 0)) for p in group["params"] if p in self.state), default=0)
-                for group in self.param_groups
-            ]
-        return self._clocks
-
     def _due(self) -> list[bool]:
         """Whether the coming step uses new curvature, for each group."""
         return [
-            steps % group["update_each"] == 0 and any(p.requires_grad for p in group["params"])
-            for steps, group in zip(self._clock(), self.param_groups, strict=True)
+            group["step"] % group["update_each"] == 0 and any(p.requires_grad for p in group["params"])
+            for group in self.param_groups
         ]
 
     @property
@@ -237,6 +237,8 @@ class AdaHessian(PortableState):
             inverse_scale = 1 / grad_scaler.scale(torch.ones((), device=loss.device))
             loss = grad_scaler.scale(loss)
         due = self._due()
+        if not params:
+            return
         if not any(due):
             torch.autograd.backward(loss, gradient, retain_graph=retain_graph, inputs=[p for _, p in params])
             return
@@ -245,7 +247,9 @@ class AdaHessian(PortableState):
         entries = self._ensure([(n, p) for n, p, _ in found])
         pairs = [(entry, g) for entry, (n, _, g) in zip(entries, found, strict=True) if due[n] and g.requires_grad]
         self._differentiate(pairs, retain_graph=retain_graph, inverse_scale=inverse_scale)
-        hvp.accumulate_grads([p for _, p, _ in found], [g for _, _, g in found])
+        hvp.accumulate_grads([p for _, p, _ in found], [g for _, _, g in found], gradient)
+        with torch.no_grad():
+            self._curvature.report([p.grad for _, p, _ in found])
 
     def _differentiate(
         self, pairs: Sequence[tuple[Entry, Tensor]], *, retain_graph: bool, inverse_scale: Tensor | None = None
@@ -282,14 +286,16 @@ class AdaHessian(PortableState):
         if len(hessian) != len(params):
             raise ValueError(f"hessian has {len(hessian)} entries; expected {len(params)}, one for each parameter")
         given = dict(zip(params, hessian, strict=True))
-        d = {}
         for entry in entries:
             h = given[entry.param]
-            if h is None or h.shape != entry.param.shape:
-                what = "None" if h is None else f"of shape {tuple(h.shape)}"
+            if not isinstance(h, Tensor) or h.shape != entry.param.shape:
+                what = f"of shape {tuple(h.shape)}" if isinstance(h, Tensor) else repr(h)
                 raise ValueError(f"hessian of {entry.name} is {what}; expected shape {tuple(entry.param.shape)}")
-            same = h.dtype == entry.param.dtype
-            d[entry] = entry.stored(h.to(entry.param.device), None if same else entry.bucket.state_dtype)
+        same = all(given[entry.param].dtype == entry.param.dtype for entry in entries)
+        d = {
+            entry: entry.stored(given[entry.param].to(entry.param.device), None if same else entry.bucket.state_dtype)
+            for entry in entries
+        }
         self._curvature = Curvature(self._tools, self.param_groups[0]["seed"])
         self._curvature.unscaled = True
         self._curvature.add(d, sample=0, draw=False)
@@ -349,7 +355,7 @@ class AdaHessian(PortableState):
         Returns:
             What the closure returned.
         """
-        # torch < 2.12 has it under the older name.
+        # Older versions of torch know it by the name of CUDA alone.
         getattr(self, "_accelerator_graph_capture_health_check", self._cuda_graph_capture_health_check)()
         loss = None if closure is None else self._evaluate(closure)
         params = [(n, p) for n, group in enumerate(self.param_groups) for p in group["params"] if p.grad is not None]
@@ -366,6 +372,8 @@ class AdaHessian(PortableState):
             due = [True] * len(due)
         elif self._curvature is None and any(due[entry.group] for entry in entries):
             self._from_graph(entries, due)
+        elif self._curvature is not None and hvp.differentiable(grads):
+            raise RuntimeError(hvp.TWO_WAYS)
         hvp.release_graph(grads)
         curvature, self._curvature = self._curvature, None
         self._update(entries, due, curvature)
@@ -403,8 +411,8 @@ class AdaHessian(PortableState):
                     grad_scale=None if grad_scale is None else grad_scale.to(bucket.device),
                     found_inf=None if found_inf is None else found_inf.to(bucket.device),
                 )
-        active = {entry.group for entry in entries}
-        self._clocks = [steps + (n in active) for n, steps in enumerate(self._clock())]
+        for number in {entry.group for entry in entries}:
+            self.param_groups[number]["step"] += 1
 
     def _by_kind(self, entries: Sequence[Entry], due: Sequence[bool]) -> dict[str, list[Entry]]:
         """Split entries by where the curvature of this step comes from."""
@@ -412,7 +420,7 @@ class AdaHessian(PortableState):
         for entry in entries:
             if due[entry.group]:
                 kind = "fresh"
-            elif self.param_groups[entry.group]["off_step"] == "stale" and int(entry.views["hessian_step"]) > 0:
+            elif self.param_groups[entry.group]["off_step"] == "stale" and "hessian_diag" in entry.views:
                 kind = "stale"
             else:
                 kind = "hold"
@@ -424,10 +432,14 @@ class AdaHessian(PortableState):
 
         Raises:
             RuntimeError: the parameter has not seen any curvature yet.
+            ValueError: it is not a parameter of this optimizer.
         """
+        group = next((group for group in self.param_groups if any(p is param for p in group["params"])), None)
+        if group is None:
+            raise ValueError(f"a tensor of shape {tuple(param.shape)}; it is not a parameter of this optimizer")
         state = self.state.get(param, {})
         h = int(state.get("hessian_step", 0))
         if h == 0:
             raise RuntimeError("this parameter has not seen any curvature yet; call step() first")
-        beta2 = next(group["betas"][1] for group in self.param_groups if any(p is param for p in group["params"]))
+        beta2 = group["betas"][1]
         return (state["exp_hessian_diag_sq"] / (1 - beta2**h)).sqrt()

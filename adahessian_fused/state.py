@@ -20,12 +20,13 @@ def normalized_state(state: Mapping[str, Any], group: Mapping[str, Any], param: 
 
     Understands its own state dicts and those of the official code, torch-optimizer, timm, davda54/ada-hessian (one
     ``step`` a parameter, v updated on every step) and pytorch-optimizer (``step`` in the group, v updated every
-    ``update_period`` steps). Moving averages keep their precision: they are never cast to the parameter's dtype.
+    ``update_each`` steps). Moving averages keep their precision: they are never cast to the parameter's dtype.
     """
     if "exp_avg" not in state:
         return {}
     step = int(state.get("step", group.get("step", 0)))
-    hessian_step = int(state.get("hessian_step", math.ceil(step / group.get("update_period", 1))))
+    updates = step if "step" in state else math.ceil(step / group["update_each"])
+    hessian_step = int(state.get("hessian_step", updates))
     result: dict[str, Any] = {"step": step, "hessian_step": hessian_step}
     for key in ("exp_avg", "exp_hessian_diag_sq", "master_param", "hessian_diag"):
         if isinstance(state.get(key), Tensor):
@@ -60,7 +61,12 @@ class PortableState(Optimizer):
             ValueError: the state dict has other groups or parameters than this optimizer.
         """
         saved = state_dict["state"]
-        super().load_state_dict(state_dict)
+        # Options that the state dict does not know keep the values they have here.
+        own = [{k: v for k, v in group.items() if k not in ("params", "step")} for group in self.param_groups]
+        groups = [*state_dict["param_groups"]]
+        if len(groups) == len(own):
+            groups = [options | group for options, group in zip(own, groups, strict=True)]
+        super().load_state_dict({**state_dict, "param_groups": groups})
         ids = [i for group in state_dict["param_groups"] for i in group["params"]]
         groups = [group for group in self.param_groups for _ in group["params"]]
         params = [p for group in self.param_groups for p in group["params"]]
@@ -69,6 +75,9 @@ class PortableState(Optimizer):
             loaded = normalized_state(saved[i], group, p) if i in saved else {}
             if loaded:
                 self.state[p] = loaded
+        for group in self.param_groups:
+            steps = [self.state[p]["step"] for p in group["params"] if p in self.state]
+            group["step"] = int(group.get("step", max(steps, default=0)))
         self._reset()
 
     def __getstate__(self) -> dict[str, Any]:

@@ -78,8 +78,7 @@ def update_bucket(
     if kind == "fresh" and bucket.diag is not None:
         if grad_scale is not None and not curvature.unscaled:
             diag.div_(grad_scale)
-        for entry in members:
-            entry.views["hessian_diag"].copy_(bucket.diag_view(diag, entry))
+        bucket.keep_diag(diag, members)
     diag_is_unscaled = kind == "stale" or bucket.diag is not None or (curvature is not None and curvature.unscaled)
     if grad_scale is not None and kind != "hold" and diag_is_unscaled:
         grads = torch._foreach_mul(grads, grad_scale.reciprocal())
@@ -87,7 +86,7 @@ def update_bucket(
     if bucket.master is not None:
         bucket.refresh_master(members)
 
-    params = bucket.stored(members, [entry.param for entry in members])
+    params = [entry.param.contiguous() if entry.copied else entry.param for entry in members]
     backend.adahessian_step(
         params,
         grads,

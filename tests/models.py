@@ -1,0 +1,288 @@
+"""Small models, ways of stepping and Algorithm 1 by hand, for the tests of the optimizer.
+
+Import ``pytest_generate_tests`` from here into a test module, and its tests may ask for ``engine`` (every backend that
+is fast enough to run all of them) or ``every_engine`` (interpreted Triton as well).
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Sequence
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from adahessian_fused import AdaHessian, backends
+from adahessian_fused.reference import block_mean, rademacher_signs
+
+ENGINES = {
+    ("engine", "cpu"): ("reference", "native"),
+    ("every_engine", "cpu"): ("reference", "native", "triton"),
+    ("engine", "cuda"): ("reference", "native", "triton"),
+    ("every_engine", "cuda"): ("reference", "native", "triton"),
+}
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    device = metafunc.config.getoption("--device")
+    required = metafunc.config.getoption("--require").split(",")
+    for argument in {"engine", "every_engine"}.intersection(metafunc.fixturenames):
+        reasons = {name: backends.unavailable_reason(name, device) for name in ENGINES[argument, device]}
+        skips = {
+            name: [pytest.mark.skip(reason=f"backend {name} cannot run here: {why}")] for name, why in reasons.items()
+        }
+        values = [
+            pytest.param(name, marks=[] if why is None or name in required else skips[name])
+            for name, why in reasons.items()
+        ]
+        metafunc.parametrize(argument, values)
+
+
+# ---- models and data ------------------------------------------------------------------------------------------------
+
+
+def mlp(dtype: torch.dtype = torch.float64, device: str = "cpu") -> nn.Sequential:
+    """A smooth network of three layers."""
+    torch.manual_seed(1)
+    layers = nn.Linear(3, 5), nn.Tanh(), nn.Linear(5, 4), nn.Tanh(), nn.Linear(4, 2)
+    return nn.Sequential(*layers).to(device, dtype)
+
+
+def conv_net(dtype: torch.dtype = torch.float64, device: str = "cpu") -> nn.Sequential:
+    """Convolutions, batch normalisation and a head; takes 3 numbers a sample, like :func:`mlp`."""
+    torch.manual_seed(2)
+    layers = nn.Linear(3, 50), nn.Unflatten(1, (2, 5, 5)), nn.Conv2d(2, 3, 3), nn.BatchNorm2d(3), nn.Tanh()
+    return nn.Sequential(*layers, nn.Conv2d(3, 2, 3), nn.Flatten()).to(device, dtype)
+
+
+def batch(i: int, like: nn.Module, size: int = 8) -> tuple[Tensor, Tensor]:
+    """Inputs and targets of step i, in the dtype and on the device of a model."""
+    p = next(like.parameters())
+    generator = torch.Generator().manual_seed(100 + i)
+    x, y = (torch.randn(size, n, dtype=torch.float64, generator=generator) for n in (3, 2))
+    return x.to(p), y.to(p)
+
+
+def loss_of(model: nn.Module, i: int = 0, size: int = 8) -> Tensor:
+    """Mean squared error on batch i."""
+    x, y = batch(i, model, size)
+    return (model(x) - y).square().mean()
+
+
+# ---- ways of stepping -----------------------------------------------------------------------------------------------
+
+
+def _create_graph(opt, model, i):
+    opt.zero_grad()
+    loss_of(model, i).backward(create_graph=True)
+    opt.step()
+
+
+def _needs_hessian(opt, model, i):
+    opt.zero_grad()
+    loss_of(model, i).backward(create_graph=opt.needs_hessian)
+    opt.step()
+
+
+def _backward(opt, model, i):
+    opt.zero_grad()
+    opt.backward(loss_of(model, i))
+    opt.step()
+
+
+def _closure_returns_loss(opt, model, i):
+    opt.step(lambda: loss_of(model, i))
+
+
+def _closure_zeroes_returns_loss(opt, model, i, **options):
+    def closure():
+        opt.zero_grad(**options)
+        return loss_of(model, i)
+
+    opt.step(closure)
+
+
+def _closure_zeroes_in_place(opt, model, i):
+    _closure_zeroes_returns_loss(opt, model, i, set_to_none=False)
+
+
+def _closure_standard(opt, model, i, **options):
+    def closure():
+        opt.zero_grad()
+        loss = loss_of(model, i)
+        loss.backward(**options)
+        return loss
+
+    opt.step(closure)
+
+
+def _closure_retains_graph(opt, model, i):
+    _closure_standard(opt, model, i, retain_graph=True)
+
+
+def _closure_create_graph(opt, model, i):
+    _closure_standard(opt, model, i, create_graph=True)
+
+
+def _closure_opt_backward(opt, model, i):
+    def closure():
+        opt.zero_grad()
+        loss = loss_of(model, i)
+        opt.backward(loss)
+        return loss
+
+    opt.step(closure)
+
+
+def _closure_returns_nothing(opt, model, i):
+    def closure():
+        model.zero_grad()
+        loss_of(model, i).backward()
+
+    opt.step(closure)
+
+
+STYLES: dict[str, Callable[[AdaHessian, nn.Module, int], None]] = {
+    style.__name__[1:]: style
+    for style in (
+        _create_graph,
+        _needs_hessian,
+        _backward,
+        _closure_returns_loss,
+        _closure_zeroes_returns_loss,
+        _closure_zeroes_in_place,
+        _closure_standard,
+        _closure_retains_graph,
+        _closure_create_graph,
+        _closure_opt_backward,
+        _closure_returns_nothing,
+    )
+}
+
+
+def train(opt: AdaHessian, model: nn.Module, steps: Sequence[int] | int = 5, style: str = "backward") -> list[Tensor]:
+    """Step on batches 0, 1, ... or those listed; the weights afterwards."""
+    for i in range(steps) if isinstance(steps, int) else steps:
+        STYLES[style](opt, model, i)
+    return weights(model)
+
+
+def fresh(model: nn.Module, **options) -> tuple[nn.Module, AdaHessian]:
+    """A copy of the model and an optimizer for it."""
+    model = copy.deepcopy(model)
+    return model, AdaHessian(model.parameters(), **options)
+
+
+def weights(model: nn.Module) -> list[Tensor]:
+    """Copies of the parameters."""
+    return [p.detach().clone() for p in model.parameters()]
+
+
+def assert_same(found: Sequence[Tensor], expected: Sequence[Tensor]) -> None:
+    """Bit for bit, and not because nothing has moved: the tensors have to be finite."""
+    for i, (a, b) in enumerate(zip(found, expected, strict=True)):
+        assert a.isfinite().all(), f"tensor {i} is not finite"
+        assert torch.equal(a, b), f"tensor {i} differs by up to {(a - b).abs().max():.3g}"
+
+
+# ---- Algorithm 1 by hand --------------------------------------------------------------------------------------------
+
+
+def probe(p: Tensor, param_id: int, h: int, seed: int = 0, sample: int = 0) -> Tensor:
+    """Z of parameter ``param_id`` after h Hessian steps."""
+    return rademacher_signs(p.numel(), param_id, torch.tensor(h), seed, sample).to(p).reshape(p.shape)
+
+
+ROUNDINGS = 32  # a step has fewer roundings than this, block means of up to 15 elements included
+
+
+class ByHand:
+    """Algorithm 1 for one parameter in float64, straight from the paper, one line an equation.
+
+    Next to each result stands the size of what was added up to make it: rounding errors are relative to that.
+    """
+
+    def __init__(
+        self, p, param_id, *, lr=0.15, betas=(0.9, 0.999), eps=1e-4, weight_decay=0.0, hessian_power=1.0,
+        block_size="auto", averaging="signed", update_each=1, off_step="hold", n_samples=1, seed=0, maximize=False,
+    ):  # fmt: skip
+        self.param_id, self.lr, self.betas, self.eps, self.wd, self.k = (
+            param_id,
+            lr,
+            betas,
+            eps,
+            weight_decay,
+            hessian_power,
+        )
+        auto = math.prod(p.shape[2:]) if p.dim() > 2 else 1
+        self.block = {"auto": auto, "row": p.shape[-1], "tensor": p.numel()}.get(block_size, block_size)
+        self.absolute, self.update_each, self.stale = averaging == "abs", update_each, off_step == "stale"
+        self.n_samples, self.seed, self.sign = n_samples, seed, -1 if maximize else 1
+        self.p, self.m, self.v, self.d = p.detach().clone(), torch.zeros_like(p), torch.zeros_like(p), None
+        self.t = self.h = 0
+
+    def z(self, sample: int = 0) -> Tensor:
+        return probe(self.p, self.param_id, self.h, self.seed, sample)
+
+    def average(self, d: Tensor) -> Tensor:
+        means = block_mean(d.reshape(-1), self.block).repeat_interleave(self.block)
+        return means[: d.numel()].reshape(self.p.shape)
+
+    def step(self, g: Tensor, d: Tensor) -> None:
+        """One step with the gradient and D, which is used on Hessian steps only."""
+        (b1, b2), g = self.betas, self.sign * g
+        if self.t % self.update_each == 0:
+            self.d = self.average(d.abs() if self.absolute else d), self.average(d.abs())
+        fresh_or_stale = self.t % self.update_each == 0 or self.stale
+        self.t += 1
+        m_size = b1 * self.m.abs() + (1 - b1) * g.abs()
+        self.m = b1 * self.m + (1 - b1) * g
+        v_size = self.v
+        if fresh_or_stale:
+            self.h += 1
+            v_size = b2 * self.v + (1 - b2) * self.d[1] ** 2
+            self.v = b2 * self.v + (1 - b2) * self.d[0] ** 2
+        denominator = (self.v / (1 - b2**self.h)).sqrt() ** self.k + self.eps
+        rate = self.lr / (1 - b1**self.t)
+        p_size = self.p.abs() + rate * m_size / denominator * (1 + v_size / self.v.clamp_min(1e-300))
+        self.p = self.p * (1 - self.lr * self.wd) - rate * self.m / denominator
+        self.sizes = {"p": p_size, "m": m_size, "v": v_size}
+
+    def check(self, p: Tensor, state: dict[str, Tensor]) -> None:
+        """The optimizer has found the same; go on from its numbers, so that roundings do not add up over the steps."""
+        assert (int(state["step"]), int(state["hessian_step"])) == (self.t, self.h)
+        found = {"p": p.detach(), "m": state["exp_avg"], "v": state["exp_hessian_diag_sq"]}
+        for name, value in found.items():
+            error, bound = (
+                (value - getattr(self, name)).abs(),
+                ROUNDINGS * torch.finfo(value.dtype).eps * self.sizes[name],
+            )
+            assert (error <= bound).all(), (
+                f"{name} of parameter {self.param_id} is off by {(error / bound).max()} bounds"
+            )
+            setattr(self, name, value.clone())
+
+
+def derivatives(model: nn.Module, hands: Sequence[ByHand], i: int) -> tuple[list[Tensor], list[Tensor]]:
+    """G and D = z * Hz (mean over the samples) of batch i; z is 0 for parameters that are not due."""
+    model = copy.deepcopy(model)
+    params = list(model.parameters())
+    grads = torch.autograd.grad(loss_of(model, i), params, create_graph=True)
+    d = [torch.zeros_like(p) for p in params]
+    for sample in range(hands[0].n_samples):
+        z = [hand.z(sample) * (hand.t % hand.update_each == 0) for hand in hands]
+        products = torch.autograd.grad(grads, params, z, retain_graph=True)
+        d = [a + b * c / hands[0].n_samples for a, b, c in zip(d, z, products, strict=True)]
+    return [g.detach() for g in grads], d
+
+
+def assert_follows_paper(opt: AdaHessian, model: nn.Module, hands: Sequence[ByHand], steps: int = 4) -> None:
+    """Train, and compare every step with Algorithm 1 by hand."""
+    for i in range(steps):
+        g, d = derivatives(model, hands, i)
+        train(opt, model, [i])
+        for hand, p, gradient, diagonal in zip(hands, model.parameters(), g, d, strict=True):
+            hand.step(gradient, diagonal)
+            hand.check(p, opt.state[p])

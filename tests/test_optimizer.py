@@ -1,0 +1,253 @@
+"""The optimizer's promises: known answers, off-steps at first-order price, parameters that come and go, conventions."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import pytest
+import torch
+from models import (
+    assert_same,
+    fresh,
+    loss_of,
+    mlp,
+    pytest_generate_tests,  # noqa: F401
+    train,
+)
+from torch import nn
+
+from adahessian_fused import AdaHessian
+from adahessian_fused.reference import rademacher_signs
+
+# ---- known answers ---------------------------------------------------------------------------------------------------
+
+DIAGONAL = torch.tensor([[1.0, 2.0, 0.25], [8.0, 0.5, 4.0]])  # powers of two: every product below is exact
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_diagonal_hessian_is_found_bit_for_bit(every_engine, device, dtype):
+    p, diagonal = nn.Parameter(torch.ones(2, 3, dtype=dtype, device=device)), DIAGONAL.to(device, dtype)
+    opt = AdaHessian([p], betas=(0.9, 0.0), backend=every_engine)  # beta2 = 0: v = D^2, nothing to debias
+    opt.backward((diagonal * p**2).sum() / 2)
+    opt.step()
+    assert torch.equal(opt.hessian_diag(p), diagonal.to(opt.hessian_diag(p)))
+
+
+def test_three_steps_of_algorithm_1_with_numbers_worked_out_by_hand(engine, device):
+    # Loss p^2 / 2: g = p, D = 1, so v / (1 - beta2^t) = 1 and p <- p - lr m / (1 - beta1^t), beta1 = lr = 1/2:
+    # m = 1/2, p = 1 - 1/2 = 1/2;  m = 1/4 + 1/4 = 1/2, p = 1/2 - 1/2 (1/2) / (3/4) = 1/6;  m = 1/4 + 1/12 = 1/3,
+    # p = 1/6 - 1/2 (1/3) / (7/8) = -1/42
+    p, found = nn.Parameter(torch.ones(1, dtype=torch.float64, device=device)), []
+    opt = AdaHessian([p], lr=0.5, betas=(0.5, 0.5), eps=0.0, backend=engine)
+    for _ in range(3):
+        opt.zero_grad()
+        opt.backward(p.square().sum() / 2)
+        opt.step()
+        found.append(p.item())
+    assert found == pytest.approx([1 / 2, 1 / 6, -1 / 42], rel=0, abs=16 * torch.finfo(torch.float64).eps)
+
+
+def test_hessian_with_off_diagonal_elements(engine, device):
+    # H = [[2, 1], [1, 3]]: D = H_ii + z_1 z_2, equal in both coordinates up to the sign of z_1 z_2.
+    h = torch.tensor([[2.0, 1.0], [1.0, 3.0]], device=device)
+    p = nn.Parameter(torch.ones(2, device=device))
+    opt = AdaHessian([p], betas=(0.9, 0.0), seed=11, backend=engine)
+    z = rademacher_signs(2, 0, torch.tensor(0), 11, 0)
+    opt.backward(p @ h @ p / 2)
+    opt.step()
+    assert opt.hessian_diag(p).tolist() == [2.0 + z[0] * z[1], 3.0 + z[0] * z[1]]
+
+
+def test_a_step_with_zero_gradient_and_curvature_changes_nothing(engine, device):
+    p = nn.Parameter(torch.randn(5, device=device))
+    opt, before = AdaHessian([p], backend=engine), p.detach().clone()
+    opt.backward((0 * p).sum())
+    opt.step()
+    assert_same([p.detach()], [before])
+
+
+# ---- off-steps -------------------------------------------------------------------------------------------------------
+
+
+class Counted(torch.autograd.Function):
+    """x^3 that counts its differentiations."""
+
+    calls: ClassVar[list[str]] = []
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return x**3
+
+    @staticmethod
+    def backward(ctx, g):
+        Counted.calls.append("graph" if torch.is_grad_enabled() else "first order")
+        return CountedAgain.apply(g, *ctx.saved_tensors)
+
+
+class CountedAgain(torch.autograd.Function):
+    """g times the derivative of x^3."""
+
+    @staticmethod
+    def forward(ctx, g, x):
+        ctx.save_for_backward(g, x)
+        return 3 * g * x**2
+
+    @staticmethod
+    def backward(ctx, h):
+        Counted.calls.append("second order")
+        g, x = ctx.saved_tensors
+        return 3 * h * x**2, 6 * h * g * x
+
+
+def _closure(opt, p):
+    def closure():
+        opt.zero_grad()
+        loss = Counted.apply(p).sum()
+        loss.backward()
+        return loss
+
+    opt.step(closure)
+
+
+def _backward(opt, p):
+    opt.zero_grad()
+    opt.backward(Counted.apply(p).sum())
+    opt.step()
+
+
+def _returns_loss(opt, p):
+    opt.step(lambda: Counted.apply(p).sum())
+
+
+@pytest.mark.parametrize("off_step", ["hold", "stale"])
+@pytest.mark.parametrize("step", [_backward, _closure, _returns_loss])
+def test_off_steps_cost_a_first_order_step(device, step, off_step):
+    p = nn.Parameter(torch.rand(4, device=device) + 1)
+    opt, calls = AdaHessian([p], lr=0.01, update_each=3, off_step=off_step, n_samples=2), []
+    for _ in range(4):
+        Counted.calls.clear()
+        step(opt, p)
+        calls.append(list(Counted.calls))
+    hessian_step, off_step = ["graph", "second order", "second order"], ["first order"]
+    assert calls == [hessian_step, off_step, off_step, hessian_step]
+
+
+def test_off_steps_need_no_graph(device):
+    model, opt = fresh(mlp(device=device), update_each=2)
+    train(opt, model, 1)
+    loss_of(model, 1).backward()
+    opt.step()
+    assert [int(opt.state[p]["step"]) for p in model.parameters()] == [2] * 6
+
+
+# ---- parameters that come and go -------------------------------------------------------------------------------------
+
+
+START = torch.tensor([1.0, 1.25, 1.5, 2.0], dtype=torch.float64)
+
+
+def three(device, **options):
+    """Three parameters and an optimizer for them."""
+    params = [nn.Parameter(START.to(device).clone()) for _ in range(3)]
+    return params, AdaHessian(params, **options)
+
+
+@pytest.mark.parametrize("hole", [0, 1, 2])
+def test_parameters_without_gradient_are_skipped(engine, device, hole):
+    params, opt = three(device, backend=engine)
+    opt.backward(sum((p**3).sum() for i, p in enumerate(params) if i != hole))
+    opt.step()
+    assert [int(opt.state[p]["step"]) if p in opt.state else None for p in params] == [
+        None if i == hole else 1 for i in range(3)
+    ]
+    assert [torch.equal(p, START.to(device)) for p in params] == [i == hole for i in range(3)]
+
+
+@pytest.mark.filterwarnings("ignore:Using backward\\(\\) with create_graph=True")
+@pytest.mark.parametrize("way", ["backward", "create_graph", "closure"])
+def test_a_parameter_that_is_linear_in_the_loss_has_no_curvature(engine, device, way):
+    (a, b, c), opt = three(device, backend=engine, eps=0.5, betas=(0.0, 0.0), lr=0.25)
+    loss = (a**3).sum() + 2 * b.sum() + (c**2).sum()
+    if way == "backward":
+        opt.backward(loss)
+    elif way == "create_graph":
+        loss.backward(create_graph=True)
+    opt.step(None if way != "closure" else lambda: loss)
+    assert torch.equal(b, START.to(device) - 0.25 * 2 / 0.5)
+    assert [int(opt.state[p]["hessian_step"]) for p in (a, b, c)] == [1, 1, 1]
+
+
+def test_a_loss_that_is_linear_in_everything_is_no_error(device):
+    (a, *_), opt = three(device)
+    opt.backward(a.sum())
+    opt.step()
+    assert int(opt.state[a]["hessian_step"]) == 1
+
+
+@pytest.mark.parametrize("off_step", ["hold", "stale"])
+def test_a_parameter_that_appears_on_an_off_step_waits_for_curvature(engine, device, off_step):
+    (a, b, _), opt = three(device, backend=engine, update_each=2, off_step=off_step)
+    counts, before = [], b.detach().clone()
+    for losses in ([a], [a, b], [a, b]):
+        opt.zero_grad()
+        opt.backward(sum((p**3).sum() for p in losses))
+        opt.step()
+        state = opt.state.get(b, {"step": 0, "hessian_step": 0})
+        counts.append((int(state["step"]), int(state["hessian_step"]), torch.equal(b, before)))
+    assert counts == [(0, 0, True), (1, 0, True), (2, 1, False)]
+
+
+def test_frozen_and_unfrozen_parameters(engine, device):
+    params, opt = three(device, backend=engine)
+    steps = []
+    for frozen in (None, 0, 0, 1, None):
+        for i, p in enumerate(params):
+            p.requires_grad_(i != frozen)
+        opt.zero_grad()
+        opt.backward(sum((p**3).sum() for p in params))
+        opt.step()
+        steps.append([int(opt.state[p]["step"]) for p in params])
+    assert steps == [[1, 1, 1], [1, 2, 2], [1, 3, 3], [2, 3, 4], [3, 4, 5]]
+
+
+def test_a_schedule_outlives_the_parameters_that_began_it(device):
+    (a, b, _), opt = three(device, update_each=3)
+    due = []
+    for p in (a, a, a, a, b, b, b, b):
+        due.append(opt.needs_hessian)
+        opt.zero_grad()
+        opt.backward((p**3).sum())
+        opt.step()
+    assert due == [True, False, False, True, False, False, True, False]
+
+
+def test_backward_with_everything_frozen_leaves_others_their_gradients(device):
+    params, opt = three(device)
+    other = nn.Parameter(torch.ones(4, device=device))
+    for p in params:
+        p.requires_grad_(False)
+    opt.backward((other * sum(params)).sum())
+    opt.step()
+    assert not opt.state
+
+
+def test_external_curvature(engine, device):
+    options = {"backend": engine, "betas": (0.0, 0.0), "eps": 0.0, "lr": 1.0, "block_size": 2, "update_each": 5}
+    (a, _, c), opt = three(device, **options)
+    for _ in range(2):  # also on an off-step
+        before = [p.detach().clone() for p in (a, c)]
+        a.grad, c.grad = torch.ones_like(a), torch.ones_like(c)
+        opt.step(hessian=[torch.tensor([1.0, 3.0, -1.0, 1.5]).to(a), None, torch.full_like(c, 4.0)])
+    assert torch.equal(a, before[0] - 1 / torch.tensor([2.0, 2.0, 0.25, 0.25]).to(a))
+    assert torch.equal(c, before[1] - 1 / 4)
+
+
+def test_external_curvature_in_several_dtypes(engine, device):
+    params = [nn.Parameter(torch.ones(4, dtype=torch.bfloat16, device=device)) for _ in range(2)]
+    opt = AdaHessian(params, betas=(0.0, 0.0), backend=engine)
+    for p in params:
+        p.grad = torch.ones_like(p)
+    d = torch.tensor([1.0, 2.0, 4.0, 0.5], device=device)
+    opt.step(hessian=[d, d.bfloat16()])
+    assert_same([opt.hessian_diag(p) for p in params], [d, d])

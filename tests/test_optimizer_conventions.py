@@ -1,0 +1,183 @@
+"""What users expect of any optimizer: schedulers, hooks, tied and empty parameters, groups, the functional form."""
+
+from __future__ import annotations
+
+import doctest
+import importlib
+
+import pytest
+import torch
+from models import (
+    assert_same,
+    conv_net,
+    fresh,
+    loss_of,
+    mlp,
+    probe,
+    pytest_generate_tests,  # noqa: F401
+    train,
+    weights,
+)
+from torch import nn
+
+from adahessian_fused import AdaHessian, adahessian
+
+SCHEDULERS = {
+    "step": lambda opt: torch.optim.lr_scheduler.StepLR(opt, 2, 0.5),
+    "cosine": lambda opt: torch.optim.lr_scheduler.CosineAnnealingLR(opt, 6),
+    "one_cycle": lambda opt: torch.optim.lr_scheduler.OneCycleLR(opt, 0.3, total_steps=8),
+}
+
+
+@pytest.mark.parametrize("scheduler", SCHEDULERS.values(), ids=SCHEDULERS)
+def test_schedulers_with_a_number_and_with_a_tensor(engine, device, scheduler):
+    found = []
+    for lr in (0.125, torch.tensor(0.125, dtype=torch.float64)):
+        model, opt = fresh(mlp(device=device), lr=lr, betas=[0.9, 0.999], backend=engine)
+        schedule = scheduler(opt)
+        for i in range(4):
+            train(opt, model, [i])
+            schedule.step()
+        found.append(weights(model))
+    assert_same(found[1], found[0])
+
+
+def test_step_hooks(device):
+    model, opt = fresh(mlp(device=device))
+    calls = []
+    opt.register_step_pre_hook(lambda *_: calls.append("before"))
+    opt.register_step_post_hook(lambda *_: calls.append("after"))
+    train(opt, model, 2)
+    assert calls == ["before", "after"] * 2
+
+
+@pytest.mark.parametrize("set_to_none", [True, False])
+def test_zero_grad(device, set_to_none):
+    (a, opt_a), (b, opt_b) = (fresh(mlp(device=device)) for _ in range(2))
+    for i in range(3):
+        opt_a.zero_grad(set_to_none)
+        opt_a.backward(loss_of(a, i))
+        opt_a.step()
+    assert_same(weights(a), train(opt_b, b, 3))
+
+
+def test_tied_parameters_are_stepped_once(engine, device):
+    model = nn.Sequential(nn.Linear(3, 3), nn.Tanh(), nn.Linear(3, 2)).to(device).double()
+    model[0].weight = nn.Parameter(model[2].weight.new_ones(3, 3))
+    tied = nn.Sequential(*model, nn.Linear(2, 3).to(device).double(), nn.Tanh(), nn.Linear(3, 2).to(device).double())
+    tied[5].weight = tied[2].weight
+    opt = AdaHessian(tied.parameters(), backend=engine)
+    train(opt, tied, 2)
+    assert len(opt.param_groups[0]["params"]) == 7
+    assert [int(opt.state[p]["step"]) for p in tied.parameters()] == [2] * 7
+
+
+def test_empty_parameters(every_engine, device):
+    model = conv_net(device=device) if every_engine == "reference" else mlp(device=device)
+    with_empty, without = fresh(model, backend=every_engine), fresh(model, backend=every_engine)
+    empty = nn.Parameter(torch.empty(0, 4, dtype=torch.float64, device=device))
+    with_empty[1].add_param_group({"params": [empty]})
+    for i in range(2):
+        with_empty[1].zero_grad()
+        with_empty[1].backward(loss_of(with_empty[0], i) + empty.square().sum())
+        with_empty[1].step()
+    assert_same(weights(with_empty[0]), train(without[1], without[0], 2))
+
+
+def test_named_parameters(device):
+    model = mlp(device=device)
+    opt = AdaHessian(model.named_parameters())
+    train(opt, model, 1)
+    assert opt.param_groups[0]["param_names"][0] == "0.weight"
+
+
+def test_many_groups_are_one_call(device, monkeypatch):
+    model, calls = mlp(device=device), []
+    opt = AdaHessian(
+        [{"params": [p], "lr": 0.1 / (i + 1), "block_size": i + 1} for i, p in enumerate(model.parameters())]
+    )
+    ops = opt._tools[device]
+    spy = type("Spy", (), {n: staticmethod(_recorded(getattr(ops, n), n, calls)) for n in OPS})
+    opt._tools = {device: spy}
+    train(opt, model, 1)
+    assert sorted(calls) == ["adahessian_step", "rademacher"]
+
+
+OPS = ("rademacher", "hessian_diag", "adahessian_step")
+
+
+def _recorded(function, name, calls):
+    def call(*args, **kwargs):
+        calls.append(name)
+        return function(*args, **kwargs)
+
+    return call
+
+
+# ---- the functional form ---------------------------------------------------------------------------------------------
+
+HYPER = {
+    "lr": 0.1,
+    "eps": 1e-3,
+    "weight_decay": 0.1,
+    "hessian_power": 0.5,
+    "block_size": 3,
+    "averaging": "abs",
+    "seed": 9,
+}
+
+
+def first_and_second_order(model, i, h):
+    """Gradients and Hz on batch i for the probe of Hessian step h."""
+    params = list(model.parameters())
+    grads = torch.autograd.grad(loss_of(model, i), params, create_graph=True)
+    z = [probe(p, j, h, HYPER["seed"]) for j, p in enumerate(params)]
+    return [g.detach() for g in grads], list(torch.autograd.grad(grads, params, z))
+
+
+def test_functional_form_equals_the_optimizer(engine, device):
+    model, opt = fresh(conv_net(device=device), backend=engine, update_each=2, **HYPER)
+    params, (m, v) = weights(model), ([torch.zeros_like(p) for p in model.parameters()] for _ in range(2))
+    t, h = ([torch.zeros((), dtype=torch.int64) for _ in params] for _ in range(2))
+    for i in range(4):
+        grads, products = first_and_second_order(model, i, int(h[0]))
+        products = products if opt.needs_hessian else None
+        adahessian(params, grads, products, m, v, t, h, beta1=0.9, beta2=0.999, backend=engine, **HYPER)
+        train(opt, model, [i])
+    assert_same(params, weights(model))
+    assert_same(m, [opt.state[p]["exp_avg"] for p in model.parameters()])
+    assert_same(v, [opt.state[p]["exp_hessian_diag_sq"] for p in model.parameters()])
+    assert [(int(a), int(b)) for a, b in zip(t, h, strict=True)] == [(4, 2)] * len(params)
+
+
+def test_functional_form_with_a_diagonal_and_gradient_scaling(engine, device):
+    p, g, d = (torch.tensor(x, device=device) for x in ([1.0, 2.0], [4.0, -8.0], [8.0, 16.0]))
+    m, v, t, h = torch.zeros(2, device=device), torch.zeros(2, device=device), torch.tensor(0), torch.tensor(0)
+    scale, flags = (
+        torch.tensor(4.0, device=device),
+        [torch.tensor(1.0, device=device), torch.tensor(0.0, device=device)],
+    )
+    for found_inf in flags:  # the first call does nothing
+        options = {"draw": False, "grad_scale": scale, "found_inf": found_inf, "backend": engine}
+        adahessian(
+            [p], [g], [d], [m], [v], [t], [h], lr=1.0, beta1=0.0, beta2=0.0, eps=0.0, weight_decay=0.0, **options
+        )
+    assert_same([p, m, v, t, h], [torch.tensor(x).to(y) for x, y in (
+        ([0.5, 2.5], p), ([1.0, -2.0], p), ([4.0, 16.0], p), (1, t), (1, t))])  # fmt: skip
+
+
+def test_functional_form_names_what_does_not_fit(device):
+    p, q, n = torch.ones(2, 3, device=device), torch.ones(3, device=device), torch.tensor(0)
+    numbers = {"lr": 1.0, "beta1": 0.9, "beta2": 0.9, "eps": 0.0, "weight_decay": 0.0}
+    with pytest.raises(ValueError, match="hvps has 0 tensors; expected 1"):
+        adahessian([p], [p], [], [p], [p], [n], [n], **numbers)
+    for name, args in {"grads": ([q], [p], [p]), "hvps": ([p], [q], [p]), "exp_avg": ([p], [p], [q])}.items():
+        with pytest.raises(ValueError, match=rf"{name}.*\(3,\); expected.*\(2, 3\)"):
+            adahessian([p], args[0], args[1], args[2], [p], [n], [n], **numbers)
+
+
+@pytest.mark.parametrize("module", ["optimizer", "functional"])
+def test_examples_in_the_documentation(module):
+    result = doctest.testmod(importlib.import_module(f"adahessian_fused.{module}"))
+    assert result.attempted > 0
+    assert result.failed == 0

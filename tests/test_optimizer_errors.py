@@ -1,0 +1,205 @@
+"""Errors name the argument or parameter, what was found and what was expected, and leave the optimizer as it was."""
+
+from __future__ import annotations
+
+import copy
+import re
+
+import pytest
+import torch
+from models import assert_same, fresh, loss_of, mlp, train, weights
+from torch import nn
+
+from adahessian_fused import AdaHessian, hutchinson_diagonal
+
+OUT_OF_RANGE = {
+    "lr": (-0.1, float("nan"), "fast", None, torch.ones(2)),
+    "betas": ((0.9, 1.0), (-0.1, 0.9), (0.9,), 0.9, None, ("a", 0.9)),
+    "eps": (-1e-8, float("nan"), None),
+    "weight_decay": (-1.0, "no"),
+    "hessian_power": (-0.5, 1.5, None),
+    "block_size": (0, -3, 1.5, "column", None, True),
+    "averaging": ("mean", None),
+    "update_each": (0, 1.5, None, True),
+    "off_step": ("skip", None),
+    "n_samples": (0, 2.0, None),
+    "probe": ("uniform", None),
+    "seed": (0.5, 2**64, None, "x"),
+    "hvp": ("forward", None),
+    "backend": ("cuda", ""),
+    "maximize": ("yes", 2, None),
+    "capturable": ("yes", None),
+    "master_weights": ("yes", None),
+}
+CASES = [(name, value) for name, values in OUT_OF_RANGE.items() for value in values]
+
+
+@pytest.mark.parametrize(("name", "value"), CASES, ids=[f"{n}={v!r}"[:30] for n, v in CASES])
+def test_arguments_out_of_range(name, value):
+    expected = rf"{name}.*{re.escape(str(tuple(value.shape)) if isinstance(value, torch.Tensor) else '')}.*expected"
+    with pytest.raises((ValueError, TypeError), match=expected) as raised:
+        AdaHessian([nn.Parameter(torch.ones(2))], **{name: value})
+    if not isinstance(value, (tuple, torch.Tensor)):
+        assert str(value) in str(raised.value)
+
+
+@pytest.mark.parametrize(("name", "value"), [c for c in CASES if c[0] not in ("backend",)], ids=str)
+def test_a_group_that_is_refused_leaves_the_optimizer_as_it_was(name, value):
+    opt = AdaHessian([nn.Parameter(torch.ones(2))])
+    before, state = copy.deepcopy(opt.param_groups), opt.state_dict()
+    with pytest.raises((ValueError, TypeError)):
+        opt.add_param_group({"params": [nn.Parameter(torch.ones(3))], name: value})
+    assert str(opt.param_groups) == str(before)
+    assert str(opt.state_dict()) == str(state)
+
+
+WIDE = {"n_samples": 2, "probe": "gaussian", "seed": 1, "capturable": True, "master_weights": True}
+
+
+@pytest.mark.parametrize(("name", "value"), WIDE.items())
+def test_options_of_the_whole_optimizer_cannot_differ_between_groups(name, value):
+    opt = AdaHessian([nn.Parameter(torch.ones(2))])
+    with pytest.raises(ValueError, match=f"{name}=.*expected.*the same for all groups"):
+        opt.add_param_group({"params": [nn.Parameter(torch.ones(3))], name: value})
+    assert len(opt.param_groups) == 1
+
+
+REFUSED = {
+    "sparse": (torch.eye(3).to_sparse(), r"parameter 1 of group 0 has layout torch.sparse_coo; expected a dense"),
+    "complex": (
+        torch.ones(3, dtype=torch.complex64),
+        r"parameter 1 of group 0 is torch.complex64; expected float32.*view_as_real",
+    ),
+    "float8": (torch.ones(3).to(torch.float8_e5m2), r"parameter 1 of group 0 is torch.float8_e5m2; expected float32"),
+}
+
+
+@pytest.mark.parametrize(("value", "message"), REFUSED.values(), ids=REFUSED)
+def test_parameters_that_no_backend_can_update(value, message):
+    with pytest.raises(TypeError, match=message):
+        AdaHessian([nn.Parameter(torch.ones(2)), nn.Parameter(value)])
+
+
+@pytest.mark.parametrize("update_each", [1, 2])
+def test_sparse_gradients(update_each):
+    p, table = nn.Parameter(torch.ones(2)), nn.Embedding(5, 2, sparse=True)
+    opt = AdaHessian([p, *table.parameters()], update_each=update_each)
+    if update_each == 2:
+        p.grad = torch.ones(2)
+        opt.step(hessian=[torch.ones(2), None])
+    p.grad = torch.ones(2)
+    table(torch.tensor([1, 3])).square().sum().backward()
+    with pytest.raises(
+        TypeError,
+        match=r"gradient of parameter 1 of group 0 has layout torch.sparse_coo; expected a dense.*sparse=False",
+    ):
+        opt.step(**({} if update_each == 2 else {"hessian": [torch.ones(2), torch.ones(5, 2)]}))
+
+
+def test_no_curvature_says_what_to_write():
+    model, opt = fresh(mlp())
+    loss_of(model).backward()
+    with pytest.raises(
+        RuntimeError, match=r"opt\.backward\(loss\).*create_graph=opt\.needs_hessian.*opt\.step\(closure\)"
+    ):
+        opt.step()
+
+
+def test_an_error_in_step_leaves_everything_as_it_was():
+    model, opt = fresh(mlp())
+    train(opt, model, 2)
+    before, state = weights(model), opt.state_dict()
+    opt.zero_grad()
+    loss_of(model).backward()
+    with pytest.raises(RuntimeError):
+        opt.step()
+    assert_same(weights(model), before)
+    assert str(opt.state_dict()) == str(state)
+
+
+def test_a_closure_that_does_nothing():
+    _, opt = fresh(mlp())
+    with pytest.raises(
+        RuntimeError, match=r"closure returned NoneType without a graph.*expected it to return the loss"
+    ):
+        opt.step(lambda: None)
+
+
+LOSSES = {
+    "number": (lambda p: 3.0, TypeError, "loss is a float; expected a tensor"),
+    "vector": (lambda p: p * 2, RuntimeError, r"loss has shape \(2,\); expected one number"),
+    "detached": (lambda p: p.sum().detach(), RuntimeError, "loss does not require grad; expected"),
+}
+
+
+@pytest.mark.parametrize(("loss", "error", "message"), LOSSES.values(), ids=LOSSES)
+@pytest.mark.parametrize("update_each", [1, 2])
+def test_what_is_no_loss(loss, error, message, update_each):
+    p = nn.Parameter(torch.ones(2))
+    opt = AdaHessian([p], update_each=update_each)
+    p.grad = torch.ones(2)
+    opt.step(hessian=[torch.ones(2)])
+    with pytest.raises(error, match=message):
+        opt.backward(loss(p))
+
+
+HESSIANS = {
+    "too_few": ([], "hessian has 0 entries; expected 2"),
+    "too_many": ([torch.ones(2)] * 3, "hessian has 3 entries; expected 2"),
+    "wrong_shape": (
+        [torch.ones(2), torch.ones(4)],
+        r"hessian of parameter 1 of group 0 is of shape \(4,\); expected shape \(3,\)",
+    ),
+    "none": ([torch.ones(2), None], r"hessian of parameter 1 of group 0 is None; expected shape \(3,\)"),
+    "number": ([torch.ones(2), 1.0], r"hessian of parameter 1 of group 0 is 1.0; expected shape \(3,\)"),
+}
+
+
+@pytest.mark.parametrize(("hessian", "message"), HESSIANS.values(), ids=HESSIANS)
+def test_external_curvature_that_does_not_fit(hessian, message):
+    params = [nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(3))]
+    opt = AdaHessian(params)
+    for p in params:
+        p.grad = torch.ones_like(p)
+    with pytest.raises(ValueError, match=message):
+        opt.step(hessian=hessian)
+
+
+def test_a_parameter_that_has_changed_its_shape():
+    model, opt = fresh(mlp())
+    train(opt, model, 1)
+    model[4].bias.data, model[4].weight.data = torch.ones(6).double(), torch.ones(6, 4).double()
+    for _ in range(2):  # the second time as well
+        with pytest.raises(
+            ValueError, match=r"state exp_avg of parameter 4 of group 0 has shape \(2, 4\); expected \(6, 4\)"
+        ):
+            opt.step(lambda: model(torch.ones(2, 3).double()).square().sum())
+
+
+def test_curvature_before_the_first_step():
+    p = nn.Parameter(torch.ones(2))
+    with pytest.raises(RuntimeError, match="has not seen any curvature yet"):
+        AdaHessian([p]).hessian_diag(p)
+
+
+def test_curvature_of_a_stranger():
+    with pytest.raises(ValueError, match="not a parameter of this optimizer"):
+        AdaHessian([nn.Parameter(torch.ones(2))]).hessian_diag(torch.ones(2))
+
+
+def test_backend_that_cannot_run(monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    with pytest.raises(
+        RuntimeError, match=r'backend="triton" cannot run on cpu tensors here: .*Available: .*reference'
+    ):
+        AdaHessian([nn.Parameter(torch.ones(2))], backend="triton")
+
+
+ESTIMATES = {"n_samples": 0, "block_size": 0, "averaging": "mean", "probe": "uniform", "backend": "cuda"}
+
+
+@pytest.mark.parametrize(("name", "value"), ESTIMATES.items())
+def test_arguments_of_the_estimate(name, value):
+    p = torch.ones(2, requires_grad=True)
+    with pytest.raises(ValueError, match=f"{name}.*{value}.*expected"):
+        hutchinson_diagonal((p**3).sum(), [p], **{name: value})

@@ -1,0 +1,249 @@
+"""Parameters in every kind of memory, and parameters whose memory changes between two steps."""
+
+from __future__ import annotations
+
+import collections
+import copy
+
+import pytest
+import torch
+from models import (
+    assert_same,
+    conv_net,
+    fresh,
+    loss_of,
+    mlp,
+    pytest_generate_tests,  # noqa: F401
+    train,
+    weights,
+)
+from torch import nn
+
+from adahessian_fused import AdaHessian
+
+# ---- strides ---------------------------------------------------------------------------------------------------------
+
+BASE = torch.linspace(-1, 1, 240, dtype=torch.float64)
+VIEWS = {
+    "sliced_columns": lambda base: base.view(10, 24)[2:7, 3:20:2],
+    "sliced_rows": lambda base: base.view(10, 24)[3:5],
+    "transposed": lambda base: base.view(10, 24).t(),
+    "transposed_slice": lambda base: base.view(10, 24)[:4].t(),
+    "permuted": lambda base: base.view(4, 5, 3, 4).permute(3, 1, 0, 2),
+    "channels_last": lambda base: base.view(4, 3, 4, 5).permute(0, 3, 1, 2),
+    "every_other": lambda base: base[1::2],
+    "rows_far_apart": lambda base: base.as_strided((5, 3), (40, 2), 7),
+    "single": lambda base: base[17:18],
+    "scalar": lambda base: base[17],
+}
+
+
+def run(p, gradients, **options):
+    """Three steps of a parameter along given gradients and diagonals; the second one is an off-step."""
+    opt = AdaHessian([p], update_each=2, weight_decay=0.1, block_size=3, **options)
+    for i, (g, d) in enumerate(gradients):
+        p.grad = g
+        opt.step(hessian=[d] if i != 1 else None)
+    return [p.detach().clone(), opt.hessian_diag(p).clone()]
+
+
+@pytest.mark.parametrize("gradient", ["like_parameter", "contiguous", "transposed", "expanded"])
+@pytest.mark.parametrize("view", VIEWS.values(), ids=VIEWS)
+def test_strides_do_not_matter_and_neighbours_stay(engine, device, view, gradient):
+    base = BASE.clone().to(device)
+    p, inside = nn.Parameter(view(base)), view(torch.zeros_like(base).fill_(0)).fill_(0)
+    mask = torch.ones_like(base)
+    view(mask).zero_()
+    dense = [
+        tuple(torch.cos(k + torch.arange(inside.numel(), device=device).double()).reshape(p.shape) for k in (i, i + 9))
+        for i in range(3)
+    ]
+    if gradient == "expanded":
+        dense = [tuple(torch.full_like(x, 0.5 + i).contiguous() for x in pair) for i, pair in enumerate(dense)]
+    found = run(p, [tuple(stored(x, p, gradient) for x in pair) for pair in dense], backend=engine)
+    expected = run(nn.Parameter(view(BASE).contiguous().to(device)), dense, backend=engine)
+    assert_same(found, expected)
+    assert torch.equal(base * mask, BASE.to(device) * mask)
+
+
+def stored(x, p, kind):
+    """A tensor with the same values in another memory layout."""
+    if kind == "like_parameter":
+        return torch.empty_like(p).copy_(x)
+    if kind == "transposed":
+        return x.mT.contiguous().mT if x.dim() > 1 else x.repeat_interleave(2)[::2].reshape(x.shape) if x.dim() else x
+    if kind == "expanded":
+        return x.reshape(-1)[0].expand(x.shape)
+    return x
+
+
+def kernel(device, memory_format):
+    """A convolution kernel of few-bit fractions, so that sums are exact in any order."""
+    values = ((torch.arange(4 * 6 * 3 * 3, dtype=torch.float64, device=device) * 7) % 33 - 16.5) / 8
+    return nn.Parameter(values.reshape(4, 6, 3, 3).contiguous(memory_format=memory_format))
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"block_size": 16, "averaging": "abs", "n_samples": 2}], ids=["auto", "block_16_abs"]
+)
+def test_channels_last_equals_contiguous(every_engine, device, options):
+    found = []
+    for memory_format in (torch.channels_last, torch.contiguous_format):
+        p = kernel(device, memory_format)
+        opt = AdaHessian([p], backend=every_engine, **options)
+        opt.backward((p**3).sum() / 4 + p.sum() ** 2)
+        opt.step()
+        found.append([p.detach(), opt.state[p]["exp_avg"], opt.state[p]["exp_hessian_diag_sq"]])
+    assert_same(*found)
+
+
+def test_gaussian_probes_do_not_depend_on_the_memory_format(engine, device):
+    found = []
+    for memory_format in (torch.channels_last, torch.contiguous_format):
+        p = kernel(device, memory_format)
+        opt = AdaHessian([p], backend=engine, probe="gaussian", block_size=1)
+        opt.backward((p**3).sum())
+        opt.step()
+        found.append(p.detach())
+    assert_same(found[:1], found[1:])
+
+
+# ---- memory that changes ---------------------------------------------------------------------------------------------
+
+
+def _new_tensor(model):
+    for p in model.parameters():
+        p.data = p.data.clone()
+
+
+def _transposed(model):
+    for p in model.parameters():
+        p.data = p.data.mT.contiguous().mT if p.dim() > 1 else p.data.clone()
+
+
+def _transposed_and_back_in_the_same_memory(model):
+    for p in model.parameters():
+        if p.dim() == 2:
+            values, memory = p.data.clone(), p.data.view(-1)
+            p.data = memory.as_strided(p.shape, (1, p.shape[0]))
+            p.data.copy_(values)
+
+
+def _slice_of_something_larger(model):
+    for p in model.parameters():
+        p.data = torch.stack([p.data, p.data.new_full(p.shape, 7.0)], -1)[..., 0]
+
+
+REBINDS = [_new_tensor, _transposed, _transposed_and_back_in_the_same_memory, _slice_of_something_larger]
+
+
+@pytest.mark.parametrize("rebind", REBINDS, ids=lambda f: f.__name__[1:])
+@pytest.mark.parametrize("when", ["between_steps", "between_backward_and_step", "between_micro_batches"])
+def test_rebinding_data(engine, device, rebind, when):
+    found = []
+    for change in (rebind, lambda model: None):
+        model, opt = fresh(mlp(device=device), backend=engine)
+        train(opt, model, 2)
+        opt.zero_grad()
+        opt.backward(loss_of(model, 2))
+        if when == "between_micro_batches":
+            change(model)
+            opt.backward(loss_of(model, 3))
+        if when == "between_backward_and_step":
+            change(model)
+        opt.step()
+        if when == "between_steps":
+            change(model)
+        train(opt, model, [4])
+        found.append(weights(model))
+    # Strides decide in which order a matrix product adds up; a last bit may differ, amplified by two steps at most.
+    tolerance = 0 if rebind is _new_tensor else 1e4 * torch.finfo(torch.float64).eps
+    for a, b in zip(*found, strict=True):
+        assert (a - b).abs().max() <= tolerance
+
+
+def test_channels_last_while_training(engine, device):
+    found = []
+    for memory_format in (torch.channels_last, torch.contiguous_format):
+        model, opt = fresh(conv_net(device=device), backend=engine)
+        train(opt, model, 1)
+        v = [opt.state[p]["exp_hessian_diag_sq"].clone() for p in model.parameters()]
+        model.to(memory_format=memory_format)
+        for p in model.parameters():
+            p.grad = torch.ones_like(p)
+        opt.step(hessian=[torch.ones_like(p) for p in model.parameters()])
+        found.append([*weights(model), *v])
+    assert_same(found[0], found[1])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_dtype_changes_while_training(engine, device, dtype):
+    model, opt = fresh(mlp(device=device), backend=engine)
+    train(opt, model, 2)
+    m = [opt.state[p]["exp_avg"].float() for p in model.parameters()]
+    model.to(dtype)
+    for p in model.parameters():
+        p.grad = torch.zeros_like(p)
+    opt.step(hessian=[torch.ones_like(p) for p in model.parameters()])
+    assert_same([opt.state[p]["exp_avg"] for p in model.parameters()], [x * torch.tensor(0.9) for x in m])
+    assert [int(opt.state[p]["step"]) for p in model.parameters()] == [3] * 6
+
+
+def test_the_user_replaces_a_state(engine, device):
+    found = []
+    for in_place in (True, False):
+        model, opt = fresh(mlp(device=device), backend=engine)
+        train(opt, model, 2)
+        for p in model.parameters():
+            if in_place:
+                opt.state[p]["exp_avg"].zero_()
+            else:
+                opt.state[p]["exp_avg"] = torch.zeros_like(p)
+        found.append(train(opt, model, [2, 3]))
+    assert_same(found[1], found[0])
+
+
+def _new_dicts(opt):
+    for p in list(opt.state):
+        opt.state[p] = {}
+
+
+RESETS = {
+    "clear": lambda opt: opt.state.clear(),
+    "new_defaultdict": lambda opt: setattr(opt, "state", collections.defaultdict(dict)),
+    "new_dicts": _new_dicts,
+}
+
+
+@pytest.mark.parametrize("reset", RESETS.values(), ids=RESETS)
+def test_the_user_resets_the_state(engine, device, reset):
+    model, opt = fresh(mlp(device=device), backend=engine)
+    train(opt, model, 2)
+    reset(opt)
+    again = copy.deepcopy(model)
+    fresh_opt = AdaHessian(again.parameters(), backend=engine)
+    assert_same(train(opt, model, [2, 3]), train(fresh_opt, again, [2, 3]))
+    assert [int(opt.state[p]["step"]) for p in model.parameters()] == [2] * 6
+
+
+def test_groups_added_while_training(engine, device):
+    model = mlp(device=device)
+    late = AdaHessian(model[:3].parameters(), backend=engine)
+    train(late, model, 2)
+    late.add_param_group({"params": model[4].parameters(), "lr": 0.01, "update_each": 2, "block_size": "row"})
+    m = late.state[model[0].weight]["exp_avg"].clone()
+    late.zero_grad()
+    late.backward(loss_of(model, 2))
+    late.step()
+    assert [int(late.state[p]["step"]) for p in model.parameters()] == [3, 3, 3, 3, 1, 1]
+    expected = 0.9 * m + 0.1 * model[0].weight.grad
+    error = (late.state[model[0].weight]["exp_avg"] - expected).abs().max()
+    assert error <= 4 * torch.finfo(expected.dtype).eps * expected.abs().max()
+
+
+def test_states_are_views_in_the_shape_of_the_parameter(device):
+    model, opt = fresh(conv_net(device=device).to(memory_format=torch.channels_last))
+    train(opt, model, 1)
+    for p in model.parameters():
+        for key in ("exp_avg", "exp_hessian_diag_sq"):
+            assert (opt.state[p][key].shape, opt.state[p][key].stride()) == (p.shape, p.stride())

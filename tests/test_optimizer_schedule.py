@@ -1,0 +1,203 @@
+"""What is computed at which step: every option against Algorithm 1 by hand, and gradient accumulation."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from models import (
+    ByHand,
+    assert_follows_paper,
+    assert_same,
+    conv_net,
+    fresh,
+    loss_of,
+    mlp,
+    pytest_generate_tests,  # noqa: F401
+    train,
+    weights,
+)
+from torch import nn
+
+from adahessian_fused import AdaHessian
+
+OPTIONS = {
+    "defaults": {},
+    "hyperparameters": {"lr": 0.03, "betas": (0.7, 0.95), "eps": 1e-2, "weight_decay": 0.1},
+    "power_0": {"hessian_power": 0.0},
+    "power_half": {"hessian_power": 0.5},
+    "power_0.75": {"hessian_power": 0.75},
+    "block_4": {"block_size": 4},
+    "row": {"block_size": "row"},
+    "tensor_abs": {"block_size": "tensor", "averaging": "abs"},
+    "every_third": {"update_each": 3},
+    "every_third_stale": {"update_each": 3, "off_step": "stale"},
+    "three_samples": {"n_samples": 3},
+    "three_samples_abs": {"n_samples": 3, "block_size": 4, "averaging": "abs"},
+    "three_samples_stale": {"n_samples": 3, "block_size": 4, "update_each": 2, "off_step": "stale"},
+    "maximize": {"maximize": True, "lr": 0.01, "weight_decay": 0.1},
+    "seed": {"seed": 0x1234_5678_9ABC_DEF0},
+}
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+def test_follows_algorithm_1(engine, device, options):
+    model, opt = fresh(mlp(device=device), backend=engine, **options)
+    assert_follows_paper(opt, model, [ByHand(p, i, **options) for i, p in enumerate(model.parameters())])
+
+
+@pytest.mark.parametrize("block_size", ["auto", 5, "row"])
+def test_follows_algorithm_1_with_convolutions(engine, device, block_size):
+    model, opt = fresh(conv_net(device=device), backend=engine, block_size=block_size)
+    hands = [ByHand(p, i, block_size=block_size) for i, p in enumerate(model.parameters())]
+    assert_follows_paper(opt, model, hands, steps=2)
+
+
+def test_interpreted_triton_follows_algorithm_1(every_engine, device):
+    options = {"block_size": 4, "update_each": 2, "weight_decay": 0.1}
+    model, opt = fresh(mlp(device=device), backend=every_engine, **options)
+    assert_follows_paper(opt, model, [ByHand(p, i, **options) for i, p in enumerate(model.parameters())], steps=3)
+
+
+def test_options_of_groups(engine, device):
+    model = mlp(device=device)
+    first = {"block_size": "row", "update_each": 2, "lr": 0.02, "betas": (0.8, 0.9), "hessian_power": 0.5}
+    second = {
+        "averaging": "abs",
+        "block_size": 3,
+        "update_each": 3,
+        "off_step": "stale",
+        "weight_decay": 0.2,
+        "eps": 1e-3,
+    }
+    groups = [{"params": model[0].parameters(), **first}, {"params": model[2:].parameters(), **second}]
+    hands = [ByHand(p, i, **(first if i < 2 else second)) for i, p in enumerate(model.parameters())]
+    assert_follows_paper(AdaHessian(groups, backend=engine), model, hands, steps=5)
+
+
+def test_options_changed_while_training(engine, device):
+    model, opt = fresh(mlp(device=device), backend=engine, off_step="stale")
+    hands = [ByHand(p, i, off_step="stale") for i, p in enumerate(model.parameters())]
+    changes = [{}, {"lr": 0.01, "update_each": 2}, {"block_size": 2}, {"off_step": "hold", "averaging": "abs"}]
+    for options in changes:
+        opt.param_groups[0].update(options)
+        for hand in hands:
+            hand.lr, hand.update_each = options.get("lr", hand.lr), options.get("update_each", hand.update_each)
+            hand.block, hand.absolute = options.get("block_size", hand.block), "averaging" in options
+            hand.stale = "off_step" not in options
+        assert_follows_paper(opt, model, hands, steps=2)
+
+
+def test_needs_hessian_follows_update_each():
+    model = mlp()
+    groups = [{"params": model[0].parameters(), "update_each": 2}, {"params": model[2:].parameters(), "update_each": 3}]
+    opt, due = AdaHessian(groups), []
+    for i in range(7):
+        due.append(opt.needs_hessian)
+        train(opt, model, [i])
+    assert due == [True, False, True, True, True, False, True]
+    assert [int(opt.state[p]["hessian_step"]) for p in model.parameters()] == [4, 4, 3, 3, 3, 3]
+
+
+# ---- gradient accumulation -------------------------------------------------------------------------------------------
+
+
+def exact_problem(device):
+    """A model whose derivatives are exact in float64, in whatever order they are added: everything has few bits."""
+    generator = torch.Generator().manual_seed(5)
+    x, y, w = (torch.randint(-8, 9, size, generator=generator).double() / 4 for size in ((8, 3), (8, 2), (2, 3)))
+    model = nn.Linear(3, 2).double().to(device)
+    with torch.no_grad():
+        model.weight.copy_(w)
+        model.bias.copy_(w[:, 0])
+    losses = ((model(x.to(device)) ** 2 - y.to(device)) ** 2).mean(1)
+    return model, losses
+
+
+def accumulate_backward(opt, parts):
+    for loss in parts:
+        opt.backward(loss, retain_graph=True)
+    opt.step()
+
+
+def accumulate_create_graph(opt, parts):
+    for loss in parts:
+        loss.backward(create_graph=True)
+    opt.step()
+
+
+def accumulate_in_closure(opt, parts):
+    def closure():
+        opt.zero_grad()
+        for loss in parts:
+            loss.backward(retain_graph=True)
+        return sum(parts)
+
+    opt.step(closure)
+
+
+ACCUMULATIONS = {f.__name__: f for f in (accumulate_backward, accumulate_create_graph, accumulate_in_closure)}
+AVERAGES = {
+    "plain": {},
+    "row_abs": {"block_size": 2, "averaging": "abs"},
+    "samples": {"n_samples": 2, "block_size": 2},
+    "stale": {"update_each": 2, "off_step": "stale"},
+}
+
+
+@pytest.mark.filterwarnings("ignore:Using backward\\(\\) with create_graph=True")
+@pytest.mark.parametrize("options", AVERAGES.values(), ids=AVERAGES)
+@pytest.mark.parametrize("accumulate", ACCUMULATIONS.values(), ids=ACCUMULATIONS)
+def test_micro_batches_equal_the_full_batch(engine, device, accumulate, options):
+    found = []
+    for size in (8, 2, 1):
+        model, losses = exact_problem(device)
+        opt = AdaHessian(model.parameters(), backend=engine, **options)
+        accumulate(opt, [part.sum() / 8 for part in losses.split(size)])
+        found.append([*weights(model), *(opt.state[p]["exp_hessian_diag_sq"] for p in model.parameters())])
+    assert_same(found[1], found[0])
+    assert_same(found[2], found[0])
+
+
+def test_gradient_of_a_vector_valued_loss(device):
+    (a, losses), (b, same) = exact_problem(device), exact_problem(device)
+    opt_a, opt_b = AdaHessian(a.parameters()), AdaHessian(b.parameters())
+    opt_a.backward(losses, gradient=torch.full_like(losses, 1 / 8))
+    opt_b.backward(same.sum() / 8)
+    opt_a.step(), opt_b.step()
+    assert_same(weights(a), weights(b))
+
+
+def test_gradient_tensor_of_the_user_is_not_kept():
+    p, q = (nn.Parameter(torch.ones(3)) for _ in range(2))
+    opt, gradient = AdaHessian([p, q]), torch.ones(3)
+    for _ in range(2):
+        opt.backward(p + q, gradient=gradient)
+    assert_same([gradient, p.grad, q.grad], [torch.ones(3), torch.full((3,), 2.0), torch.full((3,), 2.0)])
+
+
+def test_backward_adds_to_gradients_and_leaves_no_graph(device):
+    model, opt = fresh(mlp(device=device))
+    opt.backward(loss_of(model, 0))
+    first = [p.grad.clone() for p in model.parameters()]
+    opt.backward(loss_of(model, 0))
+    assert_same([p.grad for p in model.parameters()], [2 * g for g in first])
+    assert not any(p.grad.requires_grad for p in model.parameters())
+
+
+@pytest.mark.parametrize("zero", ["opt", "opt_in_place", "model"])
+def test_dropped_gradients_take_their_curvature_along(device, zero):
+    (a, opt_a), (b, opt_b) = (fresh(mlp(device=device)) for _ in range(2))
+    opt_a.backward(loss_of(a, 7))
+    {"opt": opt_a.zero_grad, "opt_in_place": lambda: opt_a.zero_grad(set_to_none=False), "model": a.zero_grad}[zero]()
+    opt_a.backward(loss_of(a, 0))
+    opt_a.step()
+    assert_same(weights(a), train(opt_b, b, 1))
+
+
+@pytest.mark.filterwarnings("ignore:Using backward\\(\\) with create_graph=True")
+def test_two_ways_to_gather_curvature_in_one_step_are_refused(device):
+    model, opt = fresh(mlp(device=device))
+    opt.backward(loss_of(model, 7))
+    loss_of(model, 0).backward(create_graph=True)
+    with pytest.raises(RuntimeError, match=r"opt\.backward\(loss\) has gathered curvature.*opt\.zero_grad"):
+        opt.step()

@@ -1,0 +1,156 @@
+"""Trajectories of the AdaHessians people have, given the same probes; and where their bugs would show in ours."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from models import (
+    conv_net,
+    fresh,
+    loss_of,
+    mlp,
+    probe,
+    pytest_generate_tests,  # noqa: F401
+    train,
+    weights,
+)
+
+from adahessian_fused import AdaHessian
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+STEPS = 10
+SAME = {"lr": 0.02, "betas": (0.9, 0.99), "eps": 1e-3, "weight_decay": 0.05}
+
+
+def step_theirs(opt, model, i, **options):
+    opt.zero_grad()
+    loss_of(model, i).backward(create_graph=not options)
+    opt.step(**options)
+    opt.zero_grad()
+
+
+def assert_close(found, expected):
+    """Both are right up to some 30 roundings a step, relative to the numbers added; and errors feed back into g and Hz.
+
+    In these 10 steps that multiplies an error by less than 100: test_how_errors_grow measures it on perturbed starts.
+    """
+    for a, b in zip(found, expected, strict=True):
+        assert (a - b).abs().max() <= 100 * STEPS * 32 * torch.finfo(a.dtype).eps * b.abs().max()
+
+
+@pytest.mark.parametrize("make", [mlp, conv_net], ids=["mlp", "conv_net"])
+def test_how_errors_grow(device, make):
+    (a, opt_a), (b, opt_b) = (fresh(make(device=device), **SAME, averaging="abs") for _ in range(2))
+    with torch.no_grad():
+        for p in b.parameters():
+            p.mul_(1 + 1e-9)
+    for x, y in zip(train(opt_a, a, STEPS), train(opt_b, b, STEPS), strict=True):
+        assert (x - y).abs().max() <= 100 * 1e-9 * y.abs().max()
+
+
+@pytest.mark.parametrize(("make", "hessian_power"), [(mlp, 1.0), (mlp, 0.5), (conv_net, 1.0)], ids=["1", "0.5", "conv"])
+def test_torch_optimizer(engine, device, make, hessian_power, monkeypatch):
+    """Its probe is our probe; it averages magnitudes over the kernels of 4-D convolutions."""
+    theirs = pytest.importorskip("torch_optimizer").Adahessian
+    model, opt = fresh(make(device=device), backend=engine, averaging="abs", hessian_power=hessian_power, **SAME)
+    other = copy.deepcopy(model)
+    their_opt = theirs(other.parameters(), hessian_power=hessian_power, **SAME)
+    ids = {p: i for i, p in enumerate(other.parameters())}
+    for i in range(STEPS):
+        bits = lambda p, high, memory_format, h=i: (probe(p, ids[p], h) + 1) / 2  # noqa: E731
+        with monkeypatch.context() as patch:
+            patch.setattr(torch, "randint_like", bits)
+            step_theirs(their_opt, other, i)
+        train(opt, model, [i])
+    assert_close(weights(model), weights(other))
+
+
+@pytest.mark.parametrize("hessian_power", [1.0, 0.5])
+def test_pytorch_optimizer_with_external_curvature(engine, device, hessian_power):
+    theirs = pytest.importorskip("pytorch_optimizer").AdaHessian
+    options = {"hessian_power": hessian_power, **SAME}
+    model, opt = fresh(mlp(device=device), backend=engine, **options)
+    other = copy.deepcopy(model)
+    their_opt = theirs(other.parameters(), **options)
+    for i in range(STEPS):
+        d = [torch.cos(p.detach() * (i + 1)) for p in model.parameters()]
+        step_theirs(their_opt, other, i, hessian=[x.clone() for x in d])
+        opt.zero_grad()
+        loss_of(model, i).backward()
+        opt.step(hessian=d)
+    assert_close(weights(model), weights(other))
+
+
+def test_pytorch_optimizer_with_its_own_probes(engine, device, monkeypatch):
+    theirs = pytest.importorskip("pytorch_optimizer").AdaHessian
+    model, opt = fresh(mlp(device=device), backend=engine, n_samples=2, **SAME)
+    other = copy.deepcopy(model)
+    their_opt = theirs(other.parameters(), num_samples=2, **SAME)
+    ids = {p: i for i, p in enumerate(other.parameters())}
+    for i in range(STEPS):
+        drawn = []
+
+        def bits(p, low, high, h=i, drawn=drawn):
+            drawn.append(p)
+            return (probe(p, ids[p], h, sample=(len(drawn) - 1) // len(ids)) + 1) / 2
+
+        with monkeypatch.context() as patch:
+            patch.setattr(torch, "randint_like", bits)
+            step_theirs(their_opt, other, i)
+        train(opt, model, [i])
+    assert_close(weights(model), weights(other))
+
+
+def test_torch_optimizers_state_goes_on_as_it_would_have(engine, device, monkeypatch):
+    """Five steps of theirs, then ours from their state dict, against ten of theirs."""
+    theirs = pytest.importorskip("torch_optimizer").Adahessian
+    other = mlp(device=device)
+    their_opt = theirs(other.parameters(), hessian_power=1.0, **SAME)
+    ids = {p: i for i, p in enumerate(other.parameters())}
+    for i in range(STEPS):
+        if i == 5:
+            model = copy.deepcopy(other)
+            opt = AdaHessian(model.parameters(), backend=engine, averaging="abs")
+            opt.load_state_dict(copy.deepcopy(their_opt.state_dict()))
+        with monkeypatch.context() as patch:
+            patch.setattr(torch, "randint_like", lambda p, high, memory_format, h=i: (probe(p, ids[p], h) + 1) / 2)
+            step_theirs(their_opt, other, i)
+    assert_close(train(opt, model, range(5, STEPS)), weights(other))
+
+
+# ---- mistakes of theirs (PEERS.md, section 2) ------------------------------------------------------------------------
+# Where each of them would show:
+#   trailing empty tensor, zero-numel slots, 2^31 elements       cases.py, test_adahessian_step.py, test_ops.py
+#   gradient strides differ; a sliced parameter's neighbours     test_optimizer_layout.py
+#   found_inf ignored, double unscale, bf16 updates vanish       test_amp.py
+#   step shared by parameters, states cast to bf16               test_state_loading.py
+#   tensor lr, many groups                                       test_optimizer_conventions.py
+#   a group added later is never stepped with master weights, step on the wrong device or of the wrong dtype: below
+
+
+def test_a_group_added_later_is_stepped_with_master_weights(engine, device):
+    model = mlp(torch.bfloat16, device)
+    opt = AdaHessian(model[0].parameters(), lr=1e-3, master_weights=True, backend=engine)
+    train(opt, model, 1)
+    opt.add_param_group({"params": model[2:].parameters()})
+    opt.param_groups[0]["lr"] = opt.param_groups[1]["lr"] = 0.1
+    before = weights(model)
+    train(opt, model, [1, 2])
+    assert all((a != b).any() for a, b in zip(weights(model), before, strict=True))
+    assert {str(opt.state[p]["master_param"].dtype) for p in model.parameters()} == {"torch.float32"}
+
+
+@pytest.mark.parametrize("capturable", [False, True])
+def test_counts_are_where_they_belong_after_loading(device, capturable):
+    """PyTorch 103256: a loaded step count landed on the wrong device."""
+    model, opt = fresh(mlp(torch.bfloat16, device), lr=1e-3, capturable=capturable)
+    train(opt, model, 1)
+    again = AdaHessian(model.parameters(), capturable=capturable)
+    again.load_state_dict(opt.state_dict())
+    train(again, model, [1])
+    expected = device if capturable else "cpu"
+    counts = [s[key] for s in again.state.values() for key in ("step", "hessian_step")]
+    assert {(x.device.type, x.dtype, int(x)) for x in counts} == {(expected, torch.int64, 2)}

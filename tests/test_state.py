@@ -1,0 +1,223 @@
+"""State dicts, checkpoints, copies: training that was interrupted goes on as if it had not been."""
+
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+
+import pytest
+import torch
+from models import (
+    STYLES,
+    assert_same,
+    conv_net,
+    fresh,
+    mlp,
+    pytest_generate_tests,  # noqa: F401
+    train,
+    weights,
+)
+from torch import nn
+
+from adahessian_fused import AdaHessian
+
+OPTIONS = {
+    "defaults": {},
+    "every_third": {"update_each": 3},
+    "stale": {"update_each": 3, "off_step": "stale"},
+    "stale_blocks": {"update_each": 3, "off_step": "stale", "block_size": 4, "averaging": "abs"},
+    "samples": {"n_samples": 2, "block_size": "row"},
+    "gaussian": {"probe": "gaussian", "update_each": 2},
+    "capturable": {"capturable": True, "update_each": 2},
+    "hyperparameters": {
+        "lr": 0.01,
+        "betas": (0.8, 0.9),
+        "eps": 1e-3,
+        "weight_decay": 0.1,
+        "hessian_power": 0.5,
+        "seed": 77,
+    },
+    "maximize": {"maximize": True, "lr": 0.001},
+}
+DTYPES = {"float64": torch.float64, "bfloat16": torch.bfloat16}
+
+
+def through_file(state):
+    """What torch.save and torch.load with weights_only make of it."""
+    file = io.BytesIO()
+    torch.save(state, file)
+    file.seek(0)
+    return torch.load(file, weights_only=True)
+
+
+def uninterrupted_and_resumed(model, between=through_file, at=2, steps=6, **options):
+    """Weights after ``steps`` steps in one go, and with a new model and optimizer (of default options) after ``at``."""
+    (a, opt_a), (b, opt_b) = (fresh(model, **options) for _ in range(2))
+    train(opt_a, a, steps)
+    train(opt_b, b, at)
+    c, opt_c = fresh(model, backend=opt_b.backend)
+    c.load_state_dict(through_file(b.state_dict()))
+    opt_c.load_state_dict(between(opt_b.state_dict()))
+    train(opt_c, c, range(at, steps))
+    return [*weights(a), *moments(opt_a, a)], [*weights(c), *moments(opt_c, c)]
+
+
+def moments(opt, model):
+    return [
+        opt.state[p][key]
+        for p in model.parameters()
+        for key in ("exp_avg", "exp_hessian_diag_sq", "step", "hessian_step")
+    ]
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+def test_resumed_training_is_bit_identical(device, dtype, options):
+    assert_same(*reversed(uninterrupted_and_resumed(mlp(dtype, device), **options)))
+
+
+@pytest.mark.parametrize("at", [1, 2, 3, 4, 5])
+def test_resumed_at_any_step(engine, device, at):
+    options = {"update_each": 3, "off_step": "stale", "backend": engine}
+    assert_same(*reversed(uninterrupted_and_resumed(mlp(device=device), at=at, **options)))
+
+
+@pytest.mark.parametrize("between", [lambda s: s, copy.deepcopy, through_file], ids=["as_it_is", "deepcopy", "file"])
+def test_resumed_through(engine, device, between):
+    found, expected = uninterrupted_and_resumed(conv_net(device=device), between, backend=engine, update_each=2)
+    assert_same(expected, found)
+
+
+def test_resumed_with_master_weights(engine, device):
+    options = {"backend": engine, "master_weights": True, "lr": 1e-3}
+    assert_same(*reversed(uninterrupted_and_resumed(mlp(torch.bfloat16, device), **options)))
+
+
+@pytest.mark.parametrize("probe", ["rademacher", "gaussian"])
+def test_resumed_with_parameters_that_come_and_go(device, probe):
+    def run(opt, params, frozen):
+        for i in frozen:
+            opt.zero_grad()
+            opt.backward(sum((p**3).sum() for j, p in enumerate(params) if j != i))
+            opt.step()
+
+    make = lambda: [nn.Parameter(torch.rand(n, generator=torch.Generator().manual_seed(n)) + 1) for n in (3, 70, 5)]  # noqa: E731
+    options, schedule = {"update_each": 3, "probe": probe, "lr": 0.01}, (None, 0, 0, 0, 1, 1, 2, 0, None, None)
+    for at in range(1, len(schedule)):
+        a, b = make(), make()
+        opt_a, opt_b = AdaHessian(a, **options), AdaHessian(b, **options)
+        run(opt_a, a, schedule)
+        run(opt_b, b, schedule[:at])
+        c = [nn.Parameter(p.detach().clone()) for p in b]
+        opt_c = AdaHessian(c)
+        opt_c.load_state_dict(through_file(opt_b.state_dict()))
+        run(opt_c, c, schedule[at:])
+        assert_same([p.detach() for p in c], [p.detach() for p in a])
+
+
+def test_resumed_after_a_group_was_added(engine, device):
+    def start(model):
+        return AdaHessian(model[0].parameters(), backend=engine, update_each=3)
+
+    def add(opt, model):
+        opt.add_param_group({"params": model[2:].parameters(), "update_each": 2, "block_size": "row"})
+
+    a, b = mlp(device=device), mlp(device=device)
+    opt_a, opt_b = start(a), start(b)
+    for opt, model in ((opt_a, a), (opt_b, b)):
+        train(opt, model, 2)
+        add(opt, model)
+        train(opt, model, [2])
+    c, opt_c = copy.deepcopy(b), None
+    opt_c = start(c)
+    add(opt_c, c)
+    opt_c.load_state_dict(through_file(opt_b.state_dict()))
+    assert_same(train(opt_c, c, [3, 4, 5]), train(opt_a, a, [3, 4, 5]))
+
+
+def test_loading_goes_on_from_the_checkpoint_again_and_again(device):
+    model, opt = fresh(mlp(device=device), update_each=2)
+    train(opt, model, 1)
+    saved, found = (copy.deepcopy(model.state_dict()), opt.state_dict()), []
+    for _ in range(2):
+        model.load_state_dict(saved[0])
+        opt.load_state_dict(saved[1])
+        found.append(train(opt, model, [1, 2, 3]))
+    assert_same(found[1], found[0])
+
+
+@pytest.mark.parametrize("style", ["backward", "closure_standard"])
+@pytest.mark.parametrize("first", ["reference", "native"])
+def test_resumed_in_another_backend(engine, device, first, style):
+    (a, opt_a), (b, opt_b) = fresh(mlp(device=device), backend=first), fresh(mlp(device=device), backend=engine)
+    train(opt_a, a, 2, style)
+    b.load_state_dict(a.state_dict())
+    opt_b.load_state_dict(opt_a.state_dict())
+    for x, y in zip(train(opt_b, b, [2], style), train(opt_a, a, [2], style), strict=True):
+        assert (x - y).abs().max() <= 64 * torch.finfo(x.dtype).eps * (y.abs().max() + 0.15)
+
+
+def test_state_has_the_names_and_shapes_people_know(device):
+    model, opt = fresh(mlp(torch.bfloat16, device))
+    train(opt, model, 2)
+    for p, state in opt.state_dict()["state"].items():
+        shape = list(model.parameters())[p].shape
+        assert (int(state["step"]), int(state["hessian_step"])) == (2, 2)
+        for key in ("exp_avg", "exp_hessian_diag_sq"):
+            assert (state[key].shape, state[key].dtype) == (shape, torch.float32)
+
+
+def test_a_file_holds_no_more_than_its_tensors(device):
+    small, large = nn.Parameter(torch.ones(3, device=device)), nn.Parameter(torch.ones(100_000, device=device))
+    opt = AdaHessian([small, large])
+    opt.backward((small**2).sum() + (large**2).sum())
+    opt.step()
+    state = opt.state_dict()["state"][0]
+    sizes = [len(data(x)) for x in (state, {k: v for k, v in opt.state_dict()["state"][1].items() if k == "exp_avg"})]
+    assert sizes[0] < 10_000
+    assert sizes[1] < 450_000
+
+
+def data(value):
+    file = io.BytesIO()
+    torch.save(value, file)
+    return file.getvalue()
+
+
+def test_state_dict_is_a_copy(device):
+    model, opt = fresh(mlp(device=device))
+    train(opt, model, 1)
+    state = opt.state_dict()
+    before = copy.deepcopy(state["state"][0])
+    train(opt, model, [1])
+    assert_same([state["state"][0][key] for key in before], list(before.values()))
+
+
+@pytest.mark.parametrize("clone", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))], ids=["deepcopy", "pickle"])
+@pytest.mark.parametrize("options", [{}, {"update_each": 3, "off_step": "stale"}], ids=["defaults", "stale"])
+def test_copies_are_independent_and_go_on_identically(engine, device, clone, options):
+    model, opt = fresh(mlp(device=device), backend=engine, **options)
+    train(opt, model, 2)
+    twin, twin_opt = clone((model, opt))
+    before = [x.clone() for x in moments(twin_opt, twin)]
+    expected = train(opt, model, [2, 3])
+    assert_same(moments(twin_opt, twin), before)
+    assert_same(train(twin_opt, twin, [2, 3]), expected)
+    assert twin_opt.backend == engine
+
+
+def test_a_pickle_is_small(device):
+    model, opt = fresh(nn.Linear(300, 300).to(device))
+    opt.step(lambda: model(torch.ones(1, 300, device=device)).square().sum())
+    assert len(pickle.dumps(opt)) < 4 * 3 * 301 * 300 + 20_000
+
+
+@pytest.mark.parametrize("style", STYLES)
+@pytest.mark.filterwarnings("ignore:Using backward\\(\\) with create_graph=True")
+def test_a_copy_in_the_middle_of_a_step_forgets_the_curvature(device, style):
+    model, opt = fresh(mlp(device=device))
+    opt.backward(model(torch.ones(1, 3, device=device).double()).sum())
+    twin, twin_opt = copy.deepcopy((model, opt))
+    a, opt_a = fresh(mlp(device=device))
+    assert_same(train(twin_opt, twin, 2, style), train(opt_a, a, 2, style))

@@ -1,0 +1,210 @@
+"""State dicts of other AdaHessians, of other dtypes and with other options."""
+
+from __future__ import annotations
+
+import copy
+import math
+
+import pytest
+import torch
+from models import assert_same, conv_net, fresh, loss_of, mlp, train, weights
+from torch import nn
+
+from adahessian_fused import AdaHessian
+
+# ---- what the other packages save ------------------------------------------------------------------------------------
+
+SAME = {"lr": 0.05, "betas": (0.9, 0.99), "eps": 1e-4, "weight_decay": 0.01, "hessian_power": 1.0}
+
+
+def stepped(opt, model, steps):
+    for i in range(steps):
+        opt.zero_grad()
+        loss_of(model, i).backward(create_graph=True)
+        opt.step()
+    opt.zero_grad()
+
+
+def torch_optimizer(model, steps):
+    opt = pytest.importorskip("torch_optimizer").Adahessian(model.parameters(), **SAME, seed=1)
+    stepped(opt, model, steps)
+    return opt.state_dict()
+
+
+def pytorch_optimizer(model, steps, **options):
+    opt = pytest.importorskip("pytorch_optimizer").AdaHessian(model.parameters(), **SAME, **options)
+    stepped(opt, model, steps)
+    return opt.state_dict()
+
+
+def by_hand(model, steps, keys, group):
+    """A state dict in the format of an implementation that is no package (PEERS.md): what its state and groups hold."""
+    torch.manual_seed(3)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.sub_(0.01 * torch.randn_like(p))
+    state = {
+        i: {"exp_avg": torch.randn_like(p), "exp_hessian_diag_sq": torch.rand_like(p), **keys}
+        for i, p in enumerate(model.parameters())
+    }
+    return {"state": state, "param_groups": [{**SAME, **group, "params": list(range(len(state)))}]}
+
+
+FORMATS = {
+    "torch_optimizer": torch_optimizer,
+    "pytorch_optimizer": pytorch_optimizer,
+    "official": lambda model, n: by_hand(model, n, {"step": n}, {}),
+    "davda54": lambda model, n: by_hand(model, n, {"step": n, "hessian step": n}, {}),
+    "timm": lambda model, n: by_hand(model, n, {"step": n, "hessian step": n}, {"initial_lr": 0.05, "lr_scale": 1.0}),
+    "step_is_a_tensor": lambda model, n: by_hand(model, n, {"step": torch.tensor(float(n))}, {}),
+}
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("saved", FORMATS.values(), ids=FORMATS)
+def test_goes_on_from_the_state_of(device, saved):
+    """The step after loading is Algorithm 1 with the loaded moments and counts."""
+    model = mlp(device=device)
+    state = saved(model, 3)
+    before = copy.deepcopy(state["state"])
+    opt = AdaHessian(model.parameters(), lr=7.0)
+    opt.load_state_dict(state)
+    p0 = weights(model)
+    g, d = ([torch.cos(x * k) for x in p0] for k in (2, 3))
+    for p, gradient in zip(model.parameters(), g, strict=True):
+        p.grad = gradient.clone()
+    opt.step(hessian=d)
+    for i, p in enumerate(model.parameters()):
+        m = 0.9 * before[i]["exp_avg"] + (1 - 0.9) * g[i]
+        v = 0.99 * before[i]["exp_hessian_diag_sq"] + (1 - 0.99) * d[i] ** 2
+        denominator = v.sqrt() / math.sqrt(1 - 0.99**4) + 1e-4
+        update = 0.05 / (1 - 0.9**4) * m / denominator
+        sizes = p0[i].abs() + 0.05 / (1 - 0.9**4) * (before[i]["exp_avg"].abs() + g[i].abs()) / denominator
+        assert ((p - (p0[i] * (1 - 0.05 * 0.01) - update)).abs() <= 32 * torch.finfo(p.dtype).eps * sizes).all()
+        assert (int(opt.state[p]["step"]), int(opt.state[p]["hessian_step"])) == (4, 4)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_pytorch_optimizers_period_tells_the_number_of_hessian_updates(device):
+    model = mlp(device=device)
+    opt = AdaHessian(model.parameters(), update_each=3)
+    opt.load_state_dict(pytorch_optimizer(model, 5, update_period=3))
+    assert {(s["step"], s["hessian_step"]) for s in opt.state.values()} == {(5, 2)}
+    assert not opt.needs_hessian
+    train(opt, model, 1)
+    assert opt.needs_hessian
+
+
+def test_options_that_the_state_dict_lacks_stay_as_they_are(device):
+    model = mlp(device=device)
+    groups = [
+        {"params": model.parameters(), "block_size": "row", "averaging": "abs", "update_each": 4, "off_step": "stale"}
+    ]
+    opt = AdaHessian(groups, probe="gaussian", maximize=True, seed=5)
+    expected = {k: v for k, v in opt.param_groups[0].items() if k not in {"params", "step", *SAME}}
+    opt.load_state_dict(FORMATS["official"](model, 3))
+    assert {k: opt.param_groups[0][k] for k in expected} == expected
+    assert {k: opt.param_groups[0][k] for k in SAME} == SAME
+
+
+def test_stale_steps_before_any_diagonal_is_known_hold(device):
+    model = mlp(device=device)
+    opt = AdaHessian(model.parameters(), update_each=3, off_step="stale")
+    opt.load_state_dict(FORMATS["davda54"](model, 4))
+    v = [opt.state[p]["exp_hessian_diag_sq"].clone() for p in model.parameters()]
+    train(opt, model, 2)  # steps 5 and 6 of a period of 3; the next one computes curvature
+    assert_same([opt.state[p]["exp_hessian_diag_sq"] for p in model.parameters()], v)
+    assert opt.needs_hessian
+
+
+def test_other_groups_are_refused(device):
+    model, opt = fresh(mlp(device=device))
+    train(opt, model, 1)
+    before, state = weights(model), opt.state_dict()
+    two = AdaHessian([{"params": model[0].parameters()}, {"params": model[2:].parameters()}])
+    with pytest.raises(ValueError, match="parameter groups"):
+        two.load_state_dict(state)
+    with pytest.raises(ValueError, match="doesn't match the size"):
+        AdaHessian(model[0].parameters()).load_state_dict(state)
+    assert_same(weights(model), before)
+
+
+def test_the_state_of_another_model_is_refused(device):
+    opt = AdaHessian([nn.Parameter(torch.ones(3, device=device))])
+    p = opt.param_groups[0]["params"][0]
+    p.grad = torch.ones_like(p)
+    opt.step(hessian=[torch.ones_like(p)])
+    q = nn.Parameter(torch.ones(4, device=device))
+    other = AdaHessian([q])
+    other.load_state_dict(opt.state_dict())
+    q.grad = torch.ones_like(q)
+    with pytest.raises(ValueError, match=r"state .* of parameter 0 of group 0 has shape \(3,\); expected \(4,\)"):
+        other.step(hessian=[torch.ones_like(q)])
+
+
+# ---- precision -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_moments_keep_their_precision(device, dtype):
+    model, opt = fresh(mlp(dtype, device), lr=1e-3)
+    train(opt, model, 2)
+    state = opt.state_dict()
+    again = AdaHessian(model.parameters())
+    again.load_state_dict(state)
+    for found, saved in zip(again.state_dict()["state"].values(), state["state"].values(), strict=True):
+        assert_same([found["exp_avg"], found["exp_hessian_diag_sq"]], [saved["exp_avg"], saved["exp_hessian_diag_sq"]])
+        assert found["exp_avg"].dtype == torch.float32
+
+
+def test_moments_of_a_float32_model_in_a_bfloat16_one(device):
+    model, opt = fresh(conv_net(torch.float32, device))
+    train(opt, model, 2)
+    half = copy.deepcopy(model).bfloat16()
+    again = AdaHessian(half.parameters(), lr=1e-3)
+    again.load_state_dict(opt.state_dict())
+    for p in half.parameters():
+        p.grad = torch.zeros_like(p)
+    again.step(hessian=[torch.zeros_like(p) for p in half.parameters()])
+    expected = [opt.state[p]["exp_avg"] * torch.tensor(0.9, device=device) for p in model.parameters()]
+    assert_same([again.state[p]["exp_avg"] for p in half.parameters()], expected)
+
+
+def test_bfloat16_moments_of_others_become_float32(device):
+    model = mlp(torch.bfloat16, device)
+    opt = AdaHessian(model.parameters())
+    opt.load_state_dict(FORMATS["official"](model, 3))
+    train(opt, model, 1)
+    assert {s["exp_avg"].dtype for s in opt.state.values()} == {torch.float32}
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [int, float, torch.tensor, lambda n: torch.tensor(float(n))],
+    ids=["int", "float", "int_tensor", "float_tensor"],
+)
+def test_step_as_number_or_tensor(device, kind):
+    found = []
+    for convert in (kind, lambda n: n):
+        model, opt = fresh(mlp(device=device), update_each=2)
+        train(opt, model, 3)
+        state = opt.state_dict()
+        for s in state["state"].values():
+            s["step"], s["hessian_step"] = convert(int(s["step"])), convert(int(s["hessian_step"]))
+        opt.load_state_dict(state)
+        found.append(train(opt, model, [3, 4]))
+    assert_same(*found)
+
+
+def test_each_parameter_has_its_own_step(device):
+    """A step shared by parameters corrects the bias of a newcomer wrongly (DeepSpeed 8471)."""
+    a, b = (nn.Parameter(torch.ones(3, device=device)) for _ in range(2))
+    opt = AdaHessian([a, b], lr=0.5, eps=0.0)
+    for params in ([a], [a], [a, b]):
+        opt.zero_grad()
+        for p in params:
+            p.grad = torch.ones_like(p)
+        opt.step(hessian=[torch.ones_like(p) for p in (a, b)])
+    # The first step of b: m / (1 - beta1) = 1 and v / (1 - beta2) = 1, up to the rounding of both.
+    assert ((b - 0.5).abs() <= 8 * torch.finfo(b.dtype).eps).all()
+    assert int(opt.state[b]["step"]) == 1

@@ -1,0 +1,64 @@
+"""The ways of stepping: loss.backward, opt.backward, closures and external curvature do the same."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from models import (
+    STYLES,
+    assert_same,
+    conv_net,
+    fresh,
+    loss_of,
+    mlp,
+    pytest_generate_tests,  # noqa: F401
+    train,
+    weights,
+)
+
+OPTIONS = {
+    "plain": {},
+    "every_third": {"update_each": 3},
+    "stale": {"update_each": 2, "off_step": "stale"},
+    "two_samples": {"n_samples": 2, "averaging": "abs"},
+    "gaussian": {"probe": "gaussian"},
+}
+OTHERS = [style for style in STYLES if style != "backward"]
+
+
+@pytest.mark.filterwarnings("ignore:Using backward\\(\\) with create_graph=True")
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+@pytest.mark.parametrize("style", OTHERS)
+def test_same_trajectory_as_backward(device, style, options):
+    (a, opt_a), (b, opt_b) = (fresh(mlp(device=device), **options) for _ in range(2))
+    assert_same(train(opt_a, a, 4, style), train(opt_b, b, 4, "backward"))
+
+
+@pytest.mark.filterwarnings("ignore:Using backward\\(\\) with create_graph=True")
+@pytest.mark.parametrize("style", OTHERS)
+def test_same_trajectory_for_convolutions(device, style):
+    (a, opt_a), (b, opt_b) = (fresh(conv_net(device=device), lr=0.01, update_each=2) for _ in range(2))
+    assert_same(train(opt_a, a, 3, style), train(opt_b, b, 3, "backward"))
+
+
+def test_same_trajectory_in_every_backend(every_engine, device):
+    (a, opt_a), (b, opt_b) = (fresh(mlp(device=device), backend=every_engine, update_each=2) for _ in range(2))
+    assert_same(train(opt_a, a, 2, "closure_standard"), train(opt_b, b, 2, "backward"))
+
+
+def test_training_moves_every_parameter_and_lowers_the_loss(engine, device):
+    model, opt = fresh(conv_net(torch.float32, device), lr=0.05, backend=engine)
+    before, start = loss_of(model).item(), weights(model)
+    train(opt, model, [0] * 10)
+    assert loss_of(model).item() < before
+    assert all((a != b).any() for a, b in zip(weights(model), start, strict=True))
+
+
+@pytest.mark.parametrize("style", [s for s in STYLES if s.startswith("closure") and s != "closure_returns_nothing"])
+def test_step_returns_what_the_closure_returned(device, style):
+    model, opt = fresh(mlp(device=device))
+    found, step = [], opt.step
+    opt.step = lambda closure: found.append(step(closure))
+    expected = loss_of(model).item()
+    STYLES[style](opt, model, 0)
+    assert found[0].item() == expected
