@@ -1,0 +1,150 @@
+"""The optimizers that are compared, with the settings of the paper's CIFAR-10 experiments."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from plain import PlainAdaHessian
+from torch import Tensor, nn
+
+from adahessian_fused import AdaHessian
+
+# Cost of AdaHessian relative to SGD: the paper's Table 6 (RTX Titan, CIFAR-10), by Hutchinson frequency.
+PAPER_COST = {
+    "resnet20": {1: 2.42, 2: 1.71, 3: 1.47, 4: 1.36, 5: 1.28},
+    "resnet32": {1: 3.23, 2: 2.12, 3: 1.74, 4: 1.56, 5: 1.45},
+}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Hyperparameters; the defaults are the published ones. ``weight_decay`` is that of SGD (see :func:`decoupled`)."""
+
+    lr_sgd: float = 0.1
+    lr_adamw: float = 0.01
+    lr_adahessian: float = 0.15
+    weight_decay: float = 5e-4
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Contestant:
+    """One optimizer and how to use it.
+
+    Attributes:
+        name: as on the command line.
+        label: as in tables and figures.
+        frequency: Hutchinson frequency, steps per Hessian step; 0 for first-order optimizers.
+        make: parameters and settings to an optimizer.
+        differentiate: what stands in the place of ``loss.backward()``.
+    """
+
+    name: str
+    label: str
+    frequency: int
+    make: Callable[[Iterable[Tensor], Settings], torch.optim.Optimizer]
+    differentiate: Callable[[torch.optim.Optimizer, Tensor], None]
+
+    @property
+    def period(self) -> int:
+        """Steps after which the cost repeats itself."""
+        return max(self.frequency, 1)
+
+
+def decoupled(weight_decay: float, lr: float) -> float:
+    """The official repository's rule: decoupled decay multiplies by lr, so divide by it to decay as SGD does."""
+    return weight_decay / lr
+
+
+def make_sgd(params: Iterable[Tensor], s: Settings) -> torch.optim.Optimizer:
+    """SGD with momentum."""
+    return torch.optim.SGD(params, lr=s.lr_sgd, momentum=0.9, weight_decay=s.weight_decay)
+
+
+def make_adamw(params: Iterable[Tensor], s: Settings) -> torch.optim.Optimizer:
+    """AdamW."""
+    return torch.optim.AdamW(params, lr=s.lr_adamw, weight_decay=decoupled(s.weight_decay, s.lr_adamw))
+
+
+def make_plain(params: Iterable[Tensor], s: Settings) -> torch.optim.Optimizer:
+    """AdaHessian as in the published implementations."""
+    decay = decoupled(s.weight_decay, s.lr_adahessian)
+    return PlainAdaHessian(params, lr=s.lr_adahessian, betas=(0.9, 0.999), eps=1e-4, weight_decay=decay)
+
+
+def make_ours(params: Iterable[Tensor], s: Settings, *, backend: str = "auto", frequency: int = 1) -> AdaHessian:
+    """This package's AdaHessian."""
+    return AdaHessian(
+        params,
+        lr=s.lr_adahessian,
+        betas=(0.9, 0.999),
+        eps=1e-4,
+        weight_decay=decoupled(s.weight_decay, s.lr_adahessian),
+        hessian_power=1.0,
+        block_size="auto",
+        update_each=frequency,
+        seed=s.seed,
+        backend=backend,
+    )
+
+
+def first_order_backward(_: torch.optim.Optimizer, loss: Tensor) -> None:
+    """What every first-order optimizer needs."""
+    loss.backward()
+
+
+def graph_backward(_: torch.optim.Optimizer, loss: Tensor) -> None:
+    """What AdaHessian users write today; PyTorch warns about the reference cycle, which zero_grad() breaks."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*create_graph=True.*")
+        loss.backward(create_graph=True)
+
+
+def our_backward(opt: AdaHessian, loss: Tensor) -> None:
+    """The optimizer differentiates, to second order when it is time for that."""
+    opt.backward(loss)
+
+
+def fused(frequency: int) -> Contestant:
+    """Ours on the best backend there is."""
+    name = "fused" if frequency == 1 else f"fused{frequency}"
+    label = "AdaHessian, fused" if frequency == 1 else f"AdaHessian, fused, Hessian every {frequency} steps"
+    return Contestant(name, label, frequency, lambda p, s: make_ours(p, s, frequency=frequency), our_backward)
+
+
+REFERENCE = Contestant(
+    "reference", "AdaHessian, reference", 1, lambda p, s: make_ours(p, s, backend="reference"), graph_backward
+)
+CONTESTANTS = {
+    c.name: c
+    for c in (
+        Contestant("sgd", "SGD, momentum 0.9", 0, make_sgd, first_order_backward),
+        Contestant("adamw", "AdamW", 0, make_adamw, first_order_backward),
+        Contestant("plain", "AdaHessian, plain PyTorch", 1, make_plain, graph_backward),
+        REFERENCE,
+        *(fused(frequency) for frequency in range(1, 6)),
+    )
+}
+DEFAULT = ("sgd", "adamw", "plain", "fused", "fused5")
+
+
+class Run:
+    """A model of its own and the contestant that trains it."""
+
+    def __init__(self, contestant: Contestant, model: nn.Module, settings: Settings) -> None:
+        self.contestant = contestant
+        self.model = copy.deepcopy(model)
+        self.optimizer = contestant.make(self.model.parameters(), settings)
+
+    def step(self, x: Tensor, y: Tensor) -> Tensor:
+        """One training step; returns the loss before it."""
+        self.optimizer.zero_grad()
+        loss = F.cross_entropy(self.model(x), y)
+        self.contestant.differentiate(self.optimizer, loss)
+        self.optimizer.step()
+        return loss.detach()

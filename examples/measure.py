@@ -1,0 +1,252 @@
+"""What the demo measures: agreement with the reference, time per step, peak memory.
+
+Run as a program (``python measure.py JSON``) it is the subprocess that measures one optimizer's peak memory.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import resource
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from contestants import CONTESTANTS, REFERENCE, Contestant, Run, Settings
+from plain import PlainAdaHessian
+from resnet import MODELS
+from torch import Tensor, nn
+
+from adahessian_fused import hutchinson_diagonal
+from adahessian_fused.reference import rademacher_signs
+
+MEMORY_STEPS = 6  # enough for a Hessian step, off-steps and the next Hessian step at every frequency up to 5
+
+
+# ---- agreement -------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """How far one contestant's first update is from the reference's.
+
+    Attributes:
+        name: the contestant.
+        difference: largest difference, relative to the largest update of the same parameter.
+        of_tolerance: largest difference, relative to what rounding allows that element.
+    """
+
+    name: str
+    difference: float
+    of_tolerance: float
+
+    @property
+    def ok(self) -> bool:
+        """Whether every element is within its tolerance."""
+        return self.of_tolerance <= 1
+
+
+def first_step(contestant: Contestant, model: nn.Module, settings: Settings, x: Tensor, y: Tensor) -> Run:
+    """One step from the model's weights, with the probe all backends draw for this seed."""
+    run = Run(contestant, model, settings)
+    if isinstance(run.optimizer, PlainAdaHessian):
+        run.optimizer.draw = lambda params: [
+            rademacher_signs(p.numel(), i, torch.zeros((), dtype=torch.int64, device=p.device), settings.seed, 0)
+            .reshape(p.shape)
+            .to(p.dtype)
+            for i, p in enumerate(params)
+        ]
+    run.step(x, y)
+    return run
+
+
+def rounding_bounds(reference: Run, model: nn.Module, settings: Settings, x: Tensor, y: Tensor) -> list[Tensor]:
+    """How far two float32 evaluations of the first update may differ, for every element.
+
+    With u the unit roundoff, one evaluation is off by at most (the counts are those of tests/tolerances.py)
+
+        4 u |p|                                  decay and the rounding of p itself
+        25 u |update|                            m, the root, the sum with eps, the quotient, the factor lr
+        |update| e / (1 - e),                    the block mean, e = 4 sqrt(b) u mean|D| / (|Ds| + eps), which grows
+                                                 without bound where the terms of a mean cancel
+
+    and two evaluations by twice that. The gradient and Hz are the same numbers in both.
+    """
+    u = torch.finfo(torch.float32).eps / 2
+    params = list(model.parameters())
+    loss = F.cross_entropy(model(x), y)
+    magnitudes = hutchinson_diagonal(
+        loss, params, block_size="auto", averaging="abs", seed=settings.seed, backend="reference"
+    )
+    eps = reference.optimizer.param_groups[0]["eps"]
+    bounds = []
+    for p0, p1, magnitude in zip(params, reference.model.parameters(), magnitudes, strict=True):
+        update = (p1 - p0).detach().double().abs()
+        block = p0.shape[2:].numel() if p0.dim() > 2 else 1
+        root = reference.optimizer.hessian_diag(p1).double()
+        e = (4 * block**0.5 * u * magnitude.double() / (root + eps)) * (block > 1)
+        mean_error = torch.where(e < 1, update * e / (1 - e), torch.inf)
+        bounds.append(2 * (4 * u * p1.detach().double().abs() + 25 * u * update + mean_error))
+    return bounds
+
+
+def agreement(
+    contestants: Sequence[Contestant], model: nn.Module, settings: Settings, x: Tensor, y: Tensor
+) -> list[Agreement]:
+    """Compare the first update of every AdaHessian with that of the reference backend: same weights, batch and seed."""
+    deterministic = torch.backends.cudnn.deterministic
+    torch.backends.cudnn.deterministic = True  # otherwise two gradients of the same loss differ already
+    try:
+        reference = first_step(REFERENCE, model, settings, x, y)
+        bounds = rounding_bounds(reference, model, settings, x, y)
+        results = []
+        for contestant in contestants:
+            run = first_step(contestant, model, settings, x, y)
+            difference = of_tolerance = 0.0
+            for p0, p, expected, bound in zip(*map(_weights, (model, run.model, reference.model)), bounds, strict=True):
+                error = (p - expected).abs()
+                difference = max(difference, float(error.max() / (expected - p0).abs().max()))
+                of_tolerance = max(of_tolerance, float((error / bound).max()))
+            results.append(Agreement(contestant.name, difference, of_tolerance))
+        return results
+    finally:
+        torch.backends.cudnn.deterministic = deterministic
+
+
+def _weights(model: nn.Module) -> list[Tensor]:
+    return [p.detach().double() for p in model.parameters()]
+
+
+# ---- time ------------------------------------------------------------------------------------------------------------
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait until the device has done what it was told."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def quantiles(values: Sequence[float]) -> dict[str, float]:
+    """Median and the 20th and 80th percentile."""
+    sample, levels = torch.tensor(values, dtype=torch.float64), torch.tensor([0.2, 0.5, 0.8], dtype=torch.float64)
+    p20, median, p80 = sample.quantile(levels).tolist()
+    return {"median": median, "p20": p20, "p80": p80}
+
+
+def time_steps(
+    runs: Sequence[Run], x: Tensor, y: Tensor, rounds: int, on_round: Callable[[], None]
+) -> dict[str, list[float]]:
+    """Milliseconds a step, interleaved: in every round each run makes one period of steps on the same batch.
+
+    A period is one step, or with Hutchinson frequency f the Hessian step and its f - 1 off-steps. The order changes
+    from round to round, so that nobody always follows the same neighbour. One more round, the first, warms up.
+    """
+    times: dict[str, list[float]] = {run.contestant.name: [] for run in runs}
+    for i in range(rounds + 1):
+        first = i % len(runs)
+        for run in (*runs[first:], *runs[:first]):
+            period = run.contestant.period
+            synchronize(x.device)
+            start = time.perf_counter()
+            for _ in range(period):
+                run.step(x, y)
+            synchronize(x.device)
+            if i > 0:
+                times[run.contestant.name].append(1e3 * (time.perf_counter() - start) / period)
+        on_round()
+    return times
+
+
+# ---- memory ----------------------------------------------------------------------------------------------------------
+
+
+def peak_memory(
+    contestant: str, model: str, shape: Sequence[int], settings: Settings, device: str, threads: int
+) -> dict[str, Any]:
+    """Peak memory of a few training steps over the level before the first, in a process of its own: {"mb", "what"}.
+
+    Raises:
+        RuntimeError: the process failed; the message has the end of what it said.
+    """
+    job = {
+        "contestant": contestant,
+        "model": model,
+        "shape": list(shape),
+        "settings": asdict(settings),
+        "device": device,
+        "threads": threads,
+    }
+    command = [sys.executable, str(Path(__file__).resolve()), json.dumps(job)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        last = (done.stderr.strip().splitlines() or ["no message"])[-1]
+        raise RuntimeError(f"the process that measures the memory of {contestant} ended with {done.returncode}: {last}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def measure_memory(job: dict) -> dict:
+    """In the subprocess: the steps of one contestant on random images; memory does not depend on what they show."""
+    torch.set_num_threads(job["threads"])
+    device = torch.device(job["device"])
+    batch, channels = job["shape"][:2]
+    torch.manual_seed(0)
+    x, y = torch.randn(job["shape"], device=device), torch.randint(10, (batch,), device=device)
+    model = MODELS[job["model"]](channels).to(device)
+    run = Run(CONTESTANTS[job["contestant"]], model, Settings(**job["settings"]))
+    meter = CudaMeter(device) if device.type == "cuda" else ResidentMeter()
+    for _ in range(MEMORY_STEPS):
+        run.step(x, y)
+    return {"mb": meter.megabytes(), "what": meter.what}
+
+
+class CudaMeter:
+    """Peak of what PyTorch's allocator handed out."""
+
+    what = "torch.cuda.max_memory_allocated"
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        torch.cuda.reset_peak_memory_stats(device)
+        self.before = torch.cuda.memory_allocated(device)
+
+    def megabytes(self) -> float:
+        """Growth of the peak, in 10^6 bytes."""
+        return (torch.cuda.max_memory_allocated(self.device) - self.before) / 1e6
+
+
+class ResidentMeter:
+    """Peak resident memory of this process.
+
+    From /proc where there is one: getrusage's ru_maxrss survives exec, so in the child of a large process it starts at
+    the parent's peak and does not see anything smaller.
+    """
+
+    def __init__(self) -> None:
+        self.what = "peak resident memory"
+        with contextlib.suppress(OSError):
+            Path("/proc/self/clear_refs").write_text("5")  # the peak starts again at what is resident now
+        self.before = self.peak_bytes()
+
+    @staticmethod
+    def peak_bytes() -> int:
+        """Highest resident memory so far."""
+        try:
+            status = Path("/proc/self/status").read_text()
+            return 1024 * next(int(line.split()[1]) for line in status.splitlines() if line.startswith("VmHWM"))
+        except (OSError, StopIteration):
+            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+            return peak if sys.platform == "darwin" else 1024 * peak
+
+    def megabytes(self) -> float:
+        """Growth of the peak, in 10^6 bytes."""
+        return (self.peak_bytes() - self.before) / 1e6
+
+
+if __name__ == "__main__":
+    print(json.dumps(measure_memory(json.loads(sys.argv[1]))))

@@ -1,0 +1,305 @@
+"""The demo in examples/: its network, its data, and one short run of the whole program."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import pytest
+import torch
+
+from adahessian_fused import AdaHessian
+
+EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
+RECORDS = 20  # a small stand-in for the 10,000 of a real CIFAR-10 file
+RESULT_KEYS = {"arguments", "machine", "parameters", "images", "check", "memory", "optimizers", "seconds"}
+MACHINE_KEYS = {"cpu", "cores", "threads", "device", "backend", "python", "torch", "adahessian_fused", "git_commit"}
+ROW_KEYS = {
+    "label",
+    "hutchinson_frequency",
+    "final_train_loss",
+    "test_accuracy",
+    "training_seconds",
+    "step_ms",
+    "step_ms_rounds",
+    "cost_x_sgd",
+    "paper_cost_x_sgd",
+    "peak_memory_mb",
+    "curves",
+}
+
+
+def load(name: str) -> ModuleType:
+    """A module of examples/ under a name of its own, so that ``data`` or ``resnet`` shadow nothing."""
+    spec = importlib.util.spec_from_file_location(f"adahessian_demo_{name}", EXAMPLES / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+data, resnet = load("data"), load("resnet")
+
+
+# ---- the network -----------------------------------------------------------------------------------------------------
+
+
+# He et al. 2016, Table 6: 0.27 M and 0.46 M parameters.
+@pytest.mark.parametrize(("model", "count"), [("resnet20", 269_722), ("resnet32", 464_154)])
+def test_parameter_count(model, count):
+    assert sum(p.numel() for p in resnet.MODELS[model]().parameters()) == count
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 32, 32), (2, 1, 8, 8)], ids=["cifar10", "digits"])
+def test_output_shape(shape):
+    model = resnet.resnet20(in_channels=shape[1])
+    assert model(torch.randn(shape)).shape == (2, 10)
+    assert all(p.grad_fn is None and p.requires_grad for p in model.parameters())
+
+
+def test_stages_halve_the_image_and_double_the_width():
+    x = torch.randn(2, 16, 32, 32)
+    shapes = [tuple((x := block(x)).shape[1:]) for block in resnet.resnet20().stages]
+    assert shapes == 3 * [(16, 32, 32)] + 3 * [(32, 16, 16)] + 3 * [(64, 8, 8)]
+
+
+def test_shortcut_has_no_parameters_and_pads_with_zero_channels():
+    block = resnet.Block(16, 32, stride=2)
+    x = torch.randn(2, 16, 8, 8)
+    y = block.shortcut(x)
+    assert torch.equal(y[:, 8:24], x[:, :, ::2, ::2])
+    assert not y[:, :8].any()
+    assert not y[:, 24:].any()
+
+
+# ---- digits ----------------------------------------------------------------------------------------------------------
+
+
+def test_digits_split_is_deterministic_disjoint_and_stratified():
+    pytest.importorskip("sklearn")
+    images, labels, train, test = data.digits_split()
+    again = data.digits_split()
+    assert np.array_equal(train, again[2])
+    assert np.array_equal(test, again[3])
+    assert sorted([*train, *test]) == list(range(len(images)))
+    shares = np.bincount(labels[test]) / np.bincount(labels)
+    assert np.abs(shares - data.DIGITS_TEST_SHARE).max() < 1 / np.bincount(labels).min()
+
+
+def test_digits_are_normalised():
+    pytest.importorskip("sklearn")
+    digits = data.load_digits()
+    x = digits.normalise(digits.train_x)
+    assert x.shape[1:] == digits.image_shape == (1, 8, 8)
+    # x is rounded to float32 at |x| < 2, and so are mean and std.
+    assert abs(x.double().mean()) < 4 * torch.finfo(torch.float32).eps
+    assert abs(x.double().std(correction=0) - 1) < 4 * torch.finfo(torch.float32).eps
+
+
+def test_batches_depend_on_seed_and_epoch_alone():
+    pytest.importorskip("sklearn")
+    digits = data.load_digits()
+
+    def labels(seed: int, epoch: int) -> list[int]:
+        return torch.cat([y for _, y in digits.batches(100, seed, epoch)]).tolist()
+
+    assert labels(0, 0) == labels(0, 0)
+    assert labels(0, 0) != labels(0, 1)
+    assert labels(0, 0) != labels(1, 0)
+    assert len(labels(0, 0)) == 100 * digits.batches_per_epoch(100)
+
+
+# ---- CIFAR-10 --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def cifar(tmp_path) -> tuple[Path, dict[str, np.ndarray]]:
+    """A folder with the six binary files, a few random records each, and the records."""
+    rng = np.random.default_rng(0)
+    files = {}
+    for name in data.CIFAR_TRAIN + data.CIFAR_TEST:
+        records = rng.integers(0, 256, (RECORDS, data.CIFAR_RECORD), dtype=np.uint8)
+        records[:, 0] %= 10
+        records.tofile(tmp_path / name)
+        files[name] = records
+    return tmp_path, files
+
+
+def test_cifar_values(cifar):
+    root, files = cifar
+    dataset = data.load_cifar10(root, RECORDS)
+    train = np.concatenate([files[name] for name in data.CIFAR_TRAIN])
+    assert dataset.train_y.tolist() == train[:, 0].tolist()
+    assert dataset.test_y.tolist() == files["test_batch.bin"][:, 0].tolist()
+    # A record is the label and three planes, row by row: pixel (c, i, j) is byte 1 + 1024 c + 32 i + j.
+    assert dataset.train_x[23, 2, 5, 7] == train[23, 1 + 2 * 1024 + 5 * 32 + 7]
+    assert dataset.train_x.shape == (5 * RECORDS, 3, 32, 32)
+    planes = train[:, 1:].reshape(-1, 3, 1024).astype(np.float64)
+    assert dataset.mean.tolist() == pytest.approx(planes.mean((0, 2)).tolist(), rel=torch.finfo(torch.float32).eps)
+    assert dataset.std.tolist() == pytest.approx(planes.std((0, 2)).tolist(), rel=torch.finfo(torch.float32).eps)
+
+
+def test_cifar_in_the_published_subfolder(cifar, tmp_path):
+    root, files = cifar
+    (root / data.CIFAR_FOLDER).mkdir()
+    for name in files:
+        (root / name).rename(root / data.CIFAR_FOLDER / name)
+    assert len(data.load_cifar10(root, RECORDS).train_y) == 5 * RECORDS
+
+
+def test_cifar_file_of_the_wrong_size(cifar):
+    root, _ = cifar
+    with (root / "data_batch_3.bin").open("ab") as file:
+        file.write(b"\0")
+    with pytest.raises(data.DataError, match=r"data_batch_3\.bin has 61,461 bytes; expected 61,460 .*cifar-10-binary"):
+        data.load_cifar10(root, RECORDS)
+
+
+def test_cifar_file_missing(cifar):
+    root, _ = cifar
+    (root / "test_batch.bin").unlink()
+    with pytest.raises(data.DataError, match=r"test_batch\.bin is missing; expected a file of 61,460 bytes"):
+        data.load_cifar10(root, RECORDS)
+
+
+def test_cifar_bad_label(cifar):
+    root, files = cifar
+    files["data_batch_1.bin"][7, 0] = 11
+    files["data_batch_1.bin"].tofile(root / "data_batch_1.bin")
+    with pytest.raises(data.DataError, match=r"data_batch_1\.bin: record 7 has label 11; expected 0 to 9"):
+        data.load_cifar10(root, RECORDS)
+
+
+def test_cifar_not_there(tmp_path):
+    with pytest.raises(data.DataError, match=r"not a folder.*cifar-10-binary\.tar\.gz.*--root"):
+        data.load_cifar10(tmp_path / "nowhere")
+    (tmp_path / "data_batch_1").touch()
+    with pytest.raises(data.DataError, match=r"Python version of the data"):
+        data.load_cifar10(tmp_path)
+
+
+def test_crop_and_flip_are_windows_of_the_padded_image():
+    x = torch.randint(1, 256, (64, 3, 6, 5), dtype=torch.uint8)
+    y = data.random_crop_flip(x, 2, torch.Generator().manual_seed(0))
+    assert y.shape == x.shape
+    assert y.dtype == x.dtype
+    padded = torch.nn.functional.pad(x, (2, 2, 2, 2))
+    seen = set()
+    for before, after in zip(padded, y, strict=True):
+        windows = {(i, j, False): before[:, i : i + 6, j : j + 5] for i in range(5) for j in range(5)}
+        windows |= {(i, j, True): window.flip(2) for (i, j, _), window in windows.items()}
+        found = [key for key, window in windows.items() if torch.equal(window, after)]
+        assert len(found) == 1
+        seen.add(found[0])
+    assert {key[0] for key in seen} == {key[1] for key in seen} == set(range(5))
+    assert {key[2] for key in seen} == {False, True}
+
+
+# ---- agreement with the reference ------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def measure():
+    """The module, imported as the program imports it, and forgotten afterwards."""
+    names = ("contestants", "measure", "plain", "resnet")
+    others = {name: sys.modules.pop(name) for name in names if name in sys.modules}
+    sys.path.insert(0, str(EXAMPLES))
+    yield importlib.import_module("measure")
+    sys.path.remove(str(EXAMPLES))
+    for name in names:
+        sys.modules.pop(name, None)
+    sys.modules.update(others)
+
+
+def agree(measure: ModuleType, contestant) -> bool:
+    """Whether the program would accept a contestant."""
+    torch.manual_seed(0)
+    x, y = torch.randn(16, 1, 8, 8), torch.randint(10, (16,))
+    (result,) = measure.agreement([contestant], resnet.ResNet(1, 1), measure.Settings(weight_decay=5e-4), x, y)
+    return result.ok
+
+
+@pytest.mark.parametrize("name", ["plain", "fused", "fused5"])
+def test_first_update_agrees_with_the_reference(measure, name):
+    assert agree(measure, measure.CONTESTANTS[name])
+
+
+@pytest.mark.parametrize("change", [{"lr": 0.15 * (1 + 1e-4)}, {"averaging": "abs"}, {"seed": 1}, {"weight_decay": 0}])
+def test_a_wrong_update_is_found_out(measure, change):
+    def make(params, settings):
+        options = {"lr": 0.15, "seed": 0, "weight_decay": settings.weight_decay / settings.lr_adahessian}
+        return AdaHessian(params, **options | change)
+
+    assert not agree(measure, dataclasses.replace(measure.CONTESTANTS["fused"], make=make))
+
+
+# ---- the program -----------------------------------------------------------------------------------------------------
+
+
+def demo(*args: object) -> subprocess.CompletedProcess:
+    """Run the program."""
+    command = [sys.executable, str(EXAMPLES / "train_resnet.py"), *map(str, args)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+
+
+def test_short_run(tmp_path):
+    for module in ("sklearn", "matplotlib", "rich"):
+        pytest.importorskip(module)
+    names = ("sgd", "fused2")
+    short = (
+        "--epochs",
+        1,
+        "--batch-size",
+        32,
+        "--batches",
+        2,
+        "--rounds",
+        2,
+        "--threads",
+        1,
+        "--device",
+        "cpu",
+        "--seed",
+        3,
+    )
+    done = demo(*short, "--out", tmp_path / "new" / "out", "--optimizers", *names)
+    assert done.returncode == 0, done.stderr
+    results = json.loads((tmp_path / "new" / "out" / "results.json").read_text())
+    assert set(results) == RESULT_KEYS
+    assert set(results["machine"]) >= MACHINE_KEYS
+    assert [check["name"] for check in results["check"]] == ["fused2"]
+    assert all(check["of_tolerance"] <= 1 for check in results["check"])
+    assert tuple(results["optimizers"]) == names
+    for row in results["optimizers"].values():
+        assert set(row) == ROW_KEYS
+        assert all(len(curve) == 1 for curve in row["curves"].values())
+        assert row["step_ms"]["p20"] <= row["step_ms"]["median"] <= row["step_ms"]["p80"]
+        assert row["peak_memory_mb"] > 0
+    assert results["optimizers"]["fused2"]["paper_cost_x_sgd"] == 1.71
+    assert (tmp_path / "new" / "out" / "training.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.skipif(not hasattr(os, "geteuid"), reason="folders without write permission are a POSIX matter")
+def test_out_that_cannot_be_written(tmp_path):
+    for module in ("matplotlib", "rich"):
+        pytest.importorskip(module)
+    (tmp_path / "file").touch()
+    done = demo("--out", tmp_path / "file" / "out")
+    assert done.returncode == 1
+    assert "cannot write to --out" in done.stderr
+
+
+def test_missing_data(tmp_path):
+    for module in ("matplotlib", "rich"):
+        pytest.importorskip(module)
+    done = demo("--data", "cifar10", "--root", tmp_path / "nowhere", "--out", tmp_path)
+    assert done.returncode == 1
+    assert "CIFAR-10 not found" in done.stderr
+    assert "Traceback" not in done.stderr
