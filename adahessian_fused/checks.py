@@ -74,7 +74,9 @@ def check_group(group: dict[str, Any]) -> None:
     if not isinstance(seed, int) or not -(2**63) <= seed < 2**63:
         raise ValueError(f"seed={seed!r}; expected a 64-bit int")
     if group["capturable"] and group["probe"] == "gaussian":
-        raise ValueError('capturable=True with probe="gaussian"; expected probe="rademacher", whose counter can live on the GPU')
+        raise ValueError(
+            'capturable=True with probe="gaussian"; expected probe="rademacher", whose counter can live on the GPU'
+        )
     if group["capturable"] and group["off_step"] == "stale" and group["update_each"] > 1:
         raise ValueError('capturable=True with off_step="stale"; expected off_step="hold"')
 

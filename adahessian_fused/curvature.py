@@ -150,7 +150,7 @@ class Curvature:
         return bool(self.diags)
 
     def must_fold(self, entries: Iterable[Entry]) -> bool:
-        """Whether the update needs the compact diagonal: because some of it is folded, or to keep it for stale steps."""
+        """Whether the update needs the compact diagonal: some of it is folded, or it is kept for stale steps."""
         return self.folded or any(entry.bucket.diag is not None for entry in entries)
 
     def fold(self) -> None:

@@ -69,12 +69,21 @@ def adahessian(
         exp_hessian_diag_sqs: v, likewise.
         state_steps: int64 scalars, steps so far; increased by one.
         hessian_steps: int64 scalars, Hessian updates so far; increased by one if ``hvps`` is given.
-        lr, beta1, beta2, eps, weight_decay, hessian_power, block_size, averaging, maximize, seed, backend: as for
-            :class:`~adahessian_fused.AdaHessian`.
+        lr: learning rate, a number or a tensor.
+        beta1: decay rate of m.
+        beta2: decay rate of v.
+        eps: added to the denominator.
+        weight_decay: decoupled weight decay.
+        hessian_power: k in [0, 1].
+        block_size: as for :class:`~adahessian_fused.AdaHessian`.
+        averaging: "signed" or "abs".
+        maximize: ascend instead of descending.
+        seed: key of the probe's generator.
         sample: number of the probe.
         draw: multiply ``hvps`` by the probe.
         grad_scale: divide gradients and curvature by it.
         found_inf: change nothing unless it is zero.
+        backend: as for :class:`~adahessian_fused.AdaHessian`.
     """
     lists = {"grads": grads, "exp_avgs": exp_avgs, "exp_hessian_diag_sqs": exp_hessian_diag_sqs}
     lists |= {"state_steps": state_steps, "hessian_steps": hessian_steps} | ({} if hvps is None else {"hvps": hvps})

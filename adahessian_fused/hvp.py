@@ -10,8 +10,8 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 NO_CURVATURE = (
-    "this step needs curvature, but no gradient carries a graph. Write opt.backward(loss) instead of loss.backward(), or "
-    "loss.backward(create_graph=opt.needs_hessian), or opt.step(closure) with a closure that returns the loss"
+    "this step needs curvature, but no gradient carries a graph. Write opt.backward(loss) instead of loss.backward(), "
+    "or loss.backward(create_graph=opt.needs_hessian), or opt.step(closure) with a closure that returns the loss"
 )
 
 TWO_WAYS = (
@@ -55,7 +55,7 @@ def check_loss(loss: Any, gradient: Tensor | None) -> None:
     if not isinstance(loss, Tensor):
         raise TypeError(f"loss is a {type(loss).__name__}; expected a tensor")
     if not loss.requires_grad:
-        raise RuntimeError("loss does not require grad; expected the output of a model, computed with gradients enabled")
+        raise RuntimeError("loss does not require grad; expected a model's output, computed with gradients enabled")
     if gradient is None and loss.numel() != 1:
         raise RuntimeError(f"loss has shape {tuple(loss.shape)}; expected one number, for example its mean")
 
@@ -90,7 +90,7 @@ def accumulate_grads(
 
 
 def release_graph(grads: Sequence[Tensor]) -> None:
-    """Cut gradients from the graph they carry: the cycle parameter -> gradient -> graph -> parameter keeps memory alive."""
+    """Cut gradients from their graph: the cycle parameter -> gradient -> graph -> parameter keeps memory alive."""
     for grad in grads:
         if grad.requires_grad:
             grad.detach_()

@@ -123,7 +123,7 @@ class Entry:
         )
 
     def stored(self, tensor: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-        """``tensor`` (of the parameter's shape) in the storage order the ops expect and the parameter's or the given dtype.
+        """``tensor``, of the parameter's shape, in the storage order the ops expect and the given (or its) dtype.
 
         The tensor itself, if it is like that already.
         """
@@ -189,8 +189,10 @@ class Bucket:
             numel = entry.param.numel()
             period, stride = entry.order or (1, 1)
             rows.append(
-                (offset, numel, entry.block, period, stride, diag_offset)
-                + (entry.param_id, entry.group, row, int(entry.absolute))
+                (
+                    *(offset, numel, entry.block, period, stride, diag_offset),
+                    *(entry.param_id, entry.group, row, int(entry.absolute)),
+                )
             )
             offset += -(-numel // ALIGNMENT) * ALIGNMENT
             diag_offset += n_blocks(numel, entry.block)
@@ -268,7 +270,7 @@ class Bucket:
             entry.state["hessian_diag"] = entry.views.setdefault("hessian_diag", view)
 
     def refresh_master(self, entries: Iterable[Entry]) -> None:
-        """Take over what was written to 16-bit parameters since the last step, leaving the rest of their master weights."""
+        """Take over what was written to 16-bit parameters since the last step; other master weights stay."""
         for entry in entries:
             if entry.param._version != entry.version:
                 master, p = entry.views["master_param"], entry.param

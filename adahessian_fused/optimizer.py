@@ -32,7 +32,7 @@ class AdaHessian(PortableState):
         p &\leftarrow p (1 - \text{lr} \cdot \text{wd})
             - \frac{\text{lr}}{1 - \beta_1^t} \frac{m}{(\sqrt{v} / \sqrt{1 - \beta_2^h})^k + \epsilon}
 
-    with :math:`D_s` the block mean (Eq. 7) of Hutchinson's estimate :math:`z \odot Hz` (Eq. 6) for a Rademacher probe z,
+    with :math:`D_s` the block mean (Eq. 7) of Hutchinson's estimate :math:`z \odot Hz` (Eq. 6), z a Rademacher probe,
     t the step and h the number of Hessian updates so far. Four ways to step::
 
         loss.backward(create_graph=True); opt.step()   # as with every other AdaHessian
@@ -51,7 +51,8 @@ class AdaHessian(PortableState):
             "auto" (spatial size of convolution kernels, 1 for everything else). Per group.
         averaging: "signed" averages D (Eq. 7), "abs" averages \|D\| as the official code does. Per group.
         update_each: Hutchinson frequency: curvature at steps 1, 1 + f, 1 + 2f, ... Per group.
-        off_step: on the steps between, "hold" leaves v and h alone; "stale" feeds the last diagonal in again. Per group.
+        off_step: on the steps between, "hold" leaves v and h alone, "stale" feeds the last diagonal in again. Per
+            group.
         n_samples: probes averaged in a Hessian step.
         probe: "rademacher" or "gaussian".
         seed: key of the probe's generator.
@@ -152,13 +153,13 @@ class AdaHessian(PortableState):
         group.setdefault("step", 0)
 
     def _ensure(self, params: Sequence[tuple[int, Tensor]]) -> list[Entry]:
-        """The entries of (group number, parameter) pairs, after rebuilding the buckets if anything about them changed."""
+        """The entries of (group number, parameter) pairs; the buckets are rebuilt if anything about them changed."""
         options = [(group["block_size"], group["averaging"], _keeps_diag(group)) for group in self.param_groups]
         entries = [self._entries.get(p) for _, p in params]
         if (
             None in entries
             or options != self._options
-            or not all([entry.fits() and entry.state is self.state.get(entry.param) for entry in entries])
+            or not all(entry.fits() and entry.state is self.state.get(entry.param) for entry in entries)
         ):
             self._rebuild([p for _, p in params])
             self._options = options
@@ -174,7 +175,8 @@ class AdaHessian(PortableState):
         param_id = 0
         for number, group in enumerate(self.param_groups):
             check_group(group)
-            names = group.get("param_names") or [f"parameter {i} of group {number}" for i in range(len(group["params"]))]
+            numbered = [f"parameter {i} of group {number}" for i in range(len(group["params"]))]
+            names = group.get("param_names") or numbered
             for name, p in zip(names, group["params"], strict=True):
                 if p in wanted:
                     entry = known.get(p) or Entry(p, name, param_id, number, self.state[p])
@@ -319,8 +321,8 @@ class AdaHessian(PortableState):
             return loss
         if not isinstance(loss, Tensor) or not loss.requires_grad:
             raise RuntimeError(
-                f"the closure returned {type(loss).__name__} without a graph and left the gradients alone; expected it to "
-                "return the loss, or to call backward() and return the loss"
+                f"the closure returned {type(loss).__name__} without a graph and left the gradients alone; expected it "
+                "to return the loss, or to call backward() and return the loss"
             )
         del before
         self.zero_grad()
@@ -342,9 +344,7 @@ class AdaHessian(PortableState):
     # ---- the step ----------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def step(
-        self, closure: Callable[[], Any] | None = None, *, hessian: Sequence[Tensor | None] | None = None
-    ) -> Any:
+    def step(self, closure: Callable[[], Any] | None = None, *, hessian: Sequence[Tensor | None] | None = None) -> Any:
         """Perform one optimization step.
 
         Args:

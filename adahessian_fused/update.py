@@ -20,9 +20,10 @@ class HyperTable:
         self._cached: dict[torch.device, tuple[list[list[float]], Tensor]] = {}
 
     def on(self, device: torch.device, groups: Sequence[Mapping[str, Any]]) -> Tensor:
-        """The table on ``device``. On a GPU nothing is uploaded unless a number changed; lr tensors are copied there."""
+        """The table on ``device``. On a GPU it is uploaded when a number changed; lr tensors are copied there."""
         on_gpu = device.type != "cpu"
-        rows = [self._row(group, 0.0 if on_gpu and isinstance(group["lr"], Tensor) else group["lr"]) for group in groups]
+        lrs = [0.0 if on_gpu and isinstance(group["lr"], Tensor) else group["lr"] for group in groups]
+        rows = [self._row(group, lr) for group, lr in zip(groups, lrs, strict=True)]
         old = self._cached.get(device)
         if old is None or old[0] != rows:
             table = torch.tensor(rows, dtype=torch.float64, device=device)

@@ -74,14 +74,14 @@ enum class Power { kOne, kHalf, kGeneral };  // k = 1 and k = 1/2 need no pow()
 template <typename S>
 struct Coefficients {
   S beta1, one_minus_beta1, beta2, one_minus_beta2;
-  S decay;               // 1 - lr * weight_decay
-  S step_size;           // lr / (1 - beta1^t)
-  S inv_sqrt_bias2;      // 1 / sqrt(1 - beta2^h)
+  S decay;           // 1 - lr * weight_decay
+  S step_size;       // lr / (1 - beta1^t)
+  S inv_sqrt_bias2;  // 1 / sqrt(1 - beta2^h)
   S eps, power;
-  S grad_factor;         // -1 to maximize; divided by grad_scale
-  S hessian_factor;      // 1 / grad_scale
+  S grad_factor;     // -1 to maximize; divided by grad_scale
+  S hessian_factor;  // 1 / grad_scale
   Power kind;
-  bool moves;            // false until the parameter has seen curvature (h = 0)
+  bool moves;  // false until the parameter has seen curvature (h = 0)
 };
 
 // t: this step's number, from 1; h: Hessian updates including this step's; inv_scale: 1 / grad_scale.
@@ -126,7 +126,10 @@ ADAHESSIAN_HD S update_exp_hessian_diag_sq(S v, S ds, const Coefficients<S>& c) 
 template <Power kind, typename S>
 ADAHESSIAN_HD S update_param(S p, S m, S v, const Coefficients<S>& c) {
   const S root = square_root(v) * c.inv_sqrt_bias2;
-  const S denom = (kind == Power::kOne ? root : kind == Power::kHalf ? square_root(root) : power_of(root, c.power)) + c.eps;
+  const S denom = (kind == Power::kOne    ? root
+                   : kind == Power::kHalf ? square_root(root)
+                                          : power_of(root, c.power)) +
+                  c.eps;
   return p * c.decay - c.step_size * (m / denom);
 }
 

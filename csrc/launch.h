@@ -29,9 +29,9 @@ struct Segment {
   const void* hessian;  // null: no curvature, or it comes from the compact diagonal
 };
 
-// Where a launch runs. On the CPU `parallel_for(begin, end, grain, body)` is the caller's thread pool; on a GPU `stream`
-// is a cudaStream_t and the caller has made `device` current. `allocate(bytes)` gives memory of the device that stays
-// valid until the work this call puts on the stream has finished.
+// Where a launch runs. On the CPU `parallel_for(begin, end, grain, body)` is the caller's thread pool; on a GPU
+// `stream` is a cudaStream_t and the caller has made `device` current. `allocate(bytes)` gives memory of the device
+// that stays valid until the work this call puts on the stream has finished.
 struct Context {
   std::function<void(int64_t, int64_t, int64_t, const std::function<void(int64_t, int64_t)>&)> parallel_for;
   std::function<void*(size_t)> allocate;

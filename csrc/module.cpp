@@ -45,9 +45,9 @@ py::dict build_info() {
   info["version"] = ADAHESSIAN_VERSION;
   info["compiler"] = compiler();
   info["torch_headers"] = ADAHESSIAN_TORCH_VERSION;
-  info["cuda"] = ADAHESSIAN_CUDA_VERSION;              // "" without CUDA
+  info["cuda"] = ADAHESSIAN_CUDA_VERSION;  // "" without CUDA
   info["cuda_architectures"] = ADAHESSIAN_CUDA_ARCHITECTURES;
-  info["cuda_decision"] = ADAHESSIAN_CUDA_DECISION;    // why CUDA is in or out
+  info["cuda_decision"] = ADAHESSIAN_CUDA_DECISION;  // why CUDA is in or out
   info["instruction_sets"] = instruction_sets();
   info["instruction_set_in_use"] = instruction_set_in_use();
   return info;

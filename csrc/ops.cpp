@@ -78,10 +78,10 @@ void check_flat(const char* op, const char* argument, const Tensor& tensor, Scal
 }
 
 void check_table(const char* op, const char* argument, const Tensor& tensor, ScalarType type, int64_t columns) {
-  STD_TORCH_CHECK(tensor.scalar_type() == type && tensor.dim() == 2 && tensor.size(1) == columns &&
-                      tensor.is_contiguous(),
-                  op, ": ", argument, " is ", name_of(tensor.scalar_type()), " of shape ", shape_of(tensor),
-                  "; expected a contiguous ", name_of(type), " table of shape (n, ", columns, ")");
+  STD_TORCH_CHECK(
+      tensor.scalar_type() == type && tensor.dim() == 2 && tensor.size(1) == columns && tensor.is_contiguous(), op,
+      ": ", argument, " is ", name_of(tensor.scalar_type()), " of shape ", shape_of(tensor), "; expected a contiguous ",
+      name_of(type), " table of shape (n, ", columns, ")");
 }
 
 std::vector<Segment> read_segments(const char* op, const Tensor& table, const Tensor& steps) {
@@ -92,17 +92,27 @@ std::vector<Segment> read_segments(const char* op, const Tensor& table, const Te
   std::vector<Segment> segments(table.size(0));
   for (size_t i = 0; i < segments.size(); ++i, row += kColumns) {
     Segment& s = segments[i];
-    s = {row[kOffset],     row[kNumel], row[kBlock],           row[kPeriod],        row[kStride],
-         row[kDiagOffset], row[kSlot],  uint32_t(row[kParamId]), int32_t(row[kGroup]), row[kAbsolute] != 0,
-         nullptr,          nullptr,     nullptr};
+    s = {row[kOffset],
+         row[kNumel],
+         row[kBlock],
+         row[kPeriod],
+         row[kStride],
+         row[kDiagOffset],
+         row[kSlot],
+         uint32_t(row[kParamId]),
+         int32_t(row[kGroup]),
+         row[kAbsolute] != 0,
+         nullptr,
+         nullptr,
+         nullptr};
     STD_TORCH_CHECK(s.offset >= 0 && s.numel >= 0 && s.block >= 1 && s.period >= 1 && s.stride >= 1 &&
                         s.diag_offset >= 0 && row[kGroup] >= 0 && row[kGroup] <= INT32_MAX,
                     op, ": segments row ", i, " has offset ", s.offset, ", numel ", s.numel, ", block ", s.block,
                     ", period ", s.period, ", stride ", s.stride, ", diag_offset ", s.diag_offset, ", group ",
                     row[kGroup], "; expected block, period, stride >= 1 and none of the others negative");
     // Written without products that could overflow.
-    STD_TORCH_CHECK(s.numel % s.period == 0 && s.numel / s.period % s.stride == 0, op, ": segments row ", i, " has numel ", s.numel,
-                    "; expected a multiple of period ", s.period, " times stride ", s.stride);
+    STD_TORCH_CHECK(s.numel % s.period == 0 && s.numel / s.period % s.stride == 0, op, ": segments row ", i,
+                    " has numel ", s.numel, "; expected a multiple of period ", s.period, " times stride ", s.stride);
     s.block = std::min(s.block, std::max<int64_t>(s.numel, 1));  // a longer block averages what there is
     STD_TORCH_CHECK(s.slot >= 0 && s.slot < steps.size(0), op, ": segments row ", i, " has slot ", s.slot,
                     "; expected a row of steps, which has ", steps.size(0));
@@ -148,14 +158,14 @@ bool stored_as(const Tensor& tensor, const Segment& s) {
 // Checks a list against the segments and stores each tensor's address through `set`.
 template <typename Set>
 void attach(const char* op, const char* argument, const TensorList& tensors, std::vector<Segment>& segments,
-          ScalarType type, const Tensor& device_of, const Set& set) {
-  STD_TORCH_CHECK(tensors.size() == segments.size(), op, ": ", argument, " has ", tensors.size(),
-                  " tensors; expected ", segments.size(), ", one for each segment");
+            ScalarType type, const Tensor& device_of, const Set& set) {
+  STD_TORCH_CHECK(tensors.size() == segments.size(), op, ": ", argument, " has ", tensors.size(), " tensors; expected ",
+                  segments.size(), ", one for each segment");
   for (size_t i = 0; i < tensors.size(); ++i) {
     const Tensor& tensor = tensors[i];
     Segment& s = segments[i];
-    STD_TORCH_CHECK(tensor.scalar_type() == type, op, ": ", argument, "[", i, "] is ",
-                    name_of(tensor.scalar_type()), "; expected ", name_of(type));
+    STD_TORCH_CHECK(tensor.scalar_type() == type, op, ": ", argument, "[", i, "] is ", name_of(tensor.scalar_type()),
+                    "; expected ", name_of(type));
     STD_TORCH_CHECK(tensor.numel() == s.numel, op, ": ", argument, "[", i, "] has shape ", shape_of(tensor),
                     "; expected ", s.numel, " elements");
     STD_TORCH_CHECK(s.numel == 0 || stored_as(tensor, s), op, ": ", argument, "[", i,
@@ -174,7 +184,8 @@ const float* scalar(const char* op, const char* argument, const OptionalTensor& 
   return static_cast<const float*>(tensor->const_data_ptr());
 }
 
-// ---- where the launchers run ------------------------------------------------------------------------------------------
+// ---- where the launchers run
+// ------------------------------------------------------------------------------------------
 
 // Threads of torch, memory for the duration of the call; on a GPU the current stream of the tensors' device.
 class Scope {
@@ -231,7 +242,8 @@ Counts read_counts(const char* op, const Tensor& steps, const Tensor& device_of)
   return {static_cast<const int64_t*>(steps.const_data_ptr()), steps.is_cuda()};
 }
 
-// ---- the operators ----------------------------------------------------------------------------------------------------
+// ---- the operators
+// ----------------------------------------------------------------------------------------------------
 
 template <typename Launchers>
 void rademacher(Tensor z, Tensor segments, Tensor steps, int64_t seed, int64_t sample) {
@@ -260,7 +272,7 @@ void hessian_diag(TensorList hessians, Tensor diag, Tensor segments, Tensor step
   args.dtype = dtype_of(op, "hessians[0]", hessians[0]);
   args.segments = read_segments(op, segments, steps);
   attach(op, "hessians", hessians, args.segments, hessians[0].scalar_type(), diag,
-       [](Segment& s, void* data) { s.hessian = data; });
+         [](Segment& s, void* data) { s.hessian = data; });
   check_flat(op, "diag", diag, state_type(args.dtype));
   check_inside_diag(op, diag, args.segments);
   args.diag = diag.data_ptr();

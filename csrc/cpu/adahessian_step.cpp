@@ -18,9 +18,9 @@ struct Work {
   const T* grad;
   S* exp_avg;
   S* exp_hessian_diag_sq;
-  float* master;         // or null
-  const S* diag;         // compact diagonal of the segment, or null
-  const S* long_means;   // means of blocks longer than a tile, or null
+  float* master;        // or null
+  const S* diag;        // compact diagonal of the segment, or null
+  const S* long_means;  // means of blocks longer than a tile, or null
   bool has_curvature;
 };
 
@@ -109,13 +109,13 @@ ADAHESSIAN_HD void step_tile(const Tile& tile, const Work<T>& work) {
     return update(work, tile.begin, tile.size(), spread);
   }
   tile_ds(tile, work, scratch, spread);
-  for_each_strip(s, tile.begin, tile.end, [&](int64_t first, int64_t step, int64_t stored, int64_t size)
-                                              ADAHESSIAN_INLINE_LAMBDA {
-    if (step > 1) {
-      for (int64_t n = 0; n < size; ++n) scratch[n] = spread[first + n * step];
-    }
-    update(work, stored, size, step > 1 ? scratch : spread);
-  });
+  for_each_strip(s, tile.begin, tile.end,
+                 [&](int64_t first, int64_t step, int64_t stored, int64_t size) ADAHESSIAN_INLINE_LAMBDA {
+                   if (step > 1) {
+                     for (int64_t n = 0; n < size; ++n) scratch[n] = spread[first + n * step];
+                   }
+                   update(work, stored, size, step > 1 ? scratch : spread);
+                 });
 }
 
 ADAHESSIAN_CLONES void run_step(const Tile& tile, const Work<float>& work) { step_tile(tile, work); }

@@ -12,9 +12,9 @@ ADAHESSIAN_HD double sum_tile(const Tile& tile, const Probe& probe, const ProbeK
   return double(sum_of(d, tile.size()));
 }
 
-#define ADAHESSIAN_SUM_TILE(T) \
+#define ADAHESSIAN_SUM_TILE(T)                                                                             \
   ADAHESSIAN_CLONES double run(const Tile& tile, const Probe& probe, const ProbeKey& key, const T* type) { \
-    return sum_tile(tile, probe, key, type); \
+    return sum_tile(tile, probe, key, type);                                                               \
   }
 ADAHESSIAN_SUM_TILE(float)
 ADAHESSIAN_SUM_TILE(double)

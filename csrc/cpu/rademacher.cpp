@@ -8,12 +8,12 @@ template <typename T>
 ADAHESSIAN_HD void write_tile(const Tile& tile, const ProbeKey& key, T* z) {
   SignScratch scratch;
   const uint32_t* signs = draw_signs(key, tile.begin, tile.size(), scratch);
-  for_each_strip(*tile.segment, tile.begin, tile.end, [&](int64_t first, int64_t step, int64_t stored, int64_t size)
-                                                         ADAHESSIAN_INLINE_LAMBDA {
-    for (int64_t n = 0; n < size; ++n) {
-      store_to(z[stored + n], flip_sign(StateOf<T>(1), signs[step == 1 ? n : first + n * step]));
-    }
-  });
+  for_each_strip(*tile.segment, tile.begin, tile.end,
+                 [&](int64_t first, int64_t step, int64_t stored, int64_t size) ADAHESSIAN_INLINE_LAMBDA {
+                   for (int64_t n = 0; n < size; ++n) {
+                     store_to(z[stored + n], flip_sign(StateOf<T>(1), signs[step == 1 ? n : first + n * step]));
+                   }
+                 });
 }
 
 ADAHESSIAN_CLONES void run_tile(const Tile& tile, const ProbeKey& key, float* z) { write_tile(tile, key, z); }
