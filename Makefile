@@ -30,9 +30,10 @@ $(VENV)/.ready: constraints.txt pyproject.toml
 
 SOURCES := $(wildcard csrc/*.h csrc/*.cpp csrc/cpu/* csrc/cuda/*) CMakeLists.txt setup.py
 $(VENV)/.built: $(VENV)/.ready $(SOURCES)
-	PATH="$(abspath $(VENV))/bin:$$PATH" $(PY) -m pip install -q --no-build-isolation --no-deps -e . -v 2>&1 \
-	  | grep -E "adahessian_fused: |error|warning:" || true
-	$(PY) -c "import adahessian_fused"
+	@echo "building; the log is $(VENV)/build.log"
+	@PATH="$(abspath $(VENV))/bin:$$PATH" $(PY) -m pip install -v --no-build-isolation --no-deps -e . \
+	  > $(VENV)/build.log 2>&1 || { tail -40 $(VENV)/build.log; exit 1; }
+	@grep -ho "adahessian_fused: .*" $(VENV)/build.log
 	@touch $@
 
 build: $(VENV)/.built

@@ -12,10 +12,12 @@ import subprocess
 import sys
 import time
 from dataclasses import asdict
+from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.append(str(Path(__file__).resolve().parent.parent))  # behind the installed package
 
 import torch
 from rich.console import Console
@@ -33,8 +35,6 @@ ROOT = Path(__file__).resolve().parent.parent
 
 def machine(device: str) -> dict[str, Any]:
     """What the figures depend on."""
-    import triton
-
     git = ["git", "-C", str(ROOT)]
     commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
     dirty = subprocess.run([*git, "status", "--porcelain", "-uno"], capture_output=True, text=True).stdout.strip()
@@ -43,7 +43,7 @@ def machine(device: str) -> dict[str, Any]:
         "adahessian_fused": __version__,
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "triton": triton.__version__,
+        "triton": version("triton") if find_spec("triton") else None,
         "cpu": _cpu_name(),
         "threads": torch.get_num_threads(),
         "load_before": Path("/proc/loadavg").read_text().split()[0] if Path("/proc/loadavg").exists() else None,
@@ -70,7 +70,11 @@ def run_case(case: Case, device: str, backends: list[str], seconds: float) -> di
         errors[backend] = largest_error(step, opt, problem)
         if errors[backend] <= 1.0:
             contestants[backend] = step
-    contestants |= {name: PEERS[name](problem) for name in case.peers}
+    for name in case.peers:
+        try:
+            contestants[name] = PEERS[name](problem)
+        except ModuleNotFoundError as error:  # a peer that is not installed has no column
+            errors[name] = str(error)
     timings = interleaved(contestants, device=device, seconds=seconds)
     return {
         "case": case.name,
@@ -80,7 +84,8 @@ def run_case(case: Case, device: str, backends: list[str], seconds: float) -> di
         "tensors": len(case.shapes),
         "bytes": case.bytes,
         "adamw_bytes": case.adamw_bytes,
-        "error_over_tolerance": errors,
+        "error_over_tolerance": {name: error for name, error in errors.items() if name in backends},
+        "missing_peers": {name: error for name, error in errors.items() if name not in backends},
         "seconds": {name: asdict(timing) for name, timing in timings.items()},
     }
 
