@@ -114,13 +114,7 @@ class Entry:
             if p.device != self.bucket.device or p.dtype != self.bucket.dtype or p.shape != shape:
                 return False
             self.pointer, self.version = pointer, -1
-        state, views = self.state, self.views
-        # The tensors users may have replaced; a loop over all keys would cost more than the rest of this check.
-        return (
-            state.get("exp_avg") is views["exp_avg"]
-            and state.get("exp_hessian_diag_sq") is views["exp_hessian_diag_sq"]
-            and state.get("step") is views["step"]
-        )
+        return True
 
     def stored(self, tensor: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         """``tensor``, of the parameter's shape, in the storage order the ops expect and the given (or its) dtype.

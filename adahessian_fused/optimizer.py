@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from itertools import chain
+from operator import is_
 from typing import Any
 
 import torch
@@ -127,7 +129,8 @@ class AdaHessian(PortableState):
 
     def _reset(self) -> None:
         """Forget everything that can be derived from ``state`` and ``param_groups``."""
-        self._entries: dict[Tensor, Entry] = {}
+        self._entries: dict[int, Entry] = {}  # by id of the parameter, whose own hash is slow
+        self._seen: tuple[list[dict[str, Any]], list[Any]] = [], []
         self._curvature: Curvature | None = None
         self._grads_before: list[tuple[Tensor | None, int]] | None = None
         self._hyper = HyperTable()
@@ -155,23 +158,35 @@ class AdaHessian(PortableState):
     def _ensure(self, params: Sequence[tuple[int, Tensor]]) -> list[Entry]:
         """The entries of (group number, parameter) pairs; the buckets are rebuilt if anything about them changed."""
         options = [(group["block_size"], group["averaging"], _keeps_diag(group)) for group in self.param_groups]
-        entries = [self._entries.get(p) for _, p in params]
+        entries = [self._entries.get(id(p)) for _, p in params]
         if (
             None in entries
             or options != self._options
-            or not all(entry.fits() and entry.state is self.state.get(entry.param) for entry in entries)
+            or self._state_replaced()
+            or not all([entry.fits() for entry in entries])  # noqa: C419 - a list is faster than a generator
         ):
             self._rebuild([p for _, p in params])
             self._options = options
-            entries = [self._entries[p] for _, p in params]
+            entries = [self._entries[id(p)] for _, p in params]
         return entries
+
+    def _state_contents(self) -> tuple[list[dict[str, Any]], list[Any]]:
+        states = list(self.state.values())
+        return states, list(chain.from_iterable(map(dict.values, states)))
+
+    def _state_replaced(self) -> bool:
+        """Whether ``state``, or anything in it, is another object than after the last rebuild."""
+        return any(
+            len(now) != len(then) or not all(map(is_, now, then))
+            for now, then in zip(self._state_contents(), self._seen, strict=True)
+        )
 
     def _rebuild(self, params: Iterable[Tensor]) -> None:
         """Sort all parameters that have had a gradient, before a checkpoint too, into new buckets with their state."""
         wanted = set(params).union(p for p, state in self.state.items() if "exp_avg" in state)
         known, self._entries = self._entries, {}  # an error below leaves nothing half done
         moved = {entry: (entry.bucket, entry.row) for entry in known.values()}
-        entries: dict[Tensor, Entry] = {}
+        entries: dict[int, Entry] = {}
         param_id = 0
         for number, group in enumerate(self.param_groups):
             check_group(group)
@@ -179,10 +194,10 @@ class AdaHessian(PortableState):
             names = group.get("param_names") or numbered
             for name, p in zip(names, group["params"], strict=True):
                 if p in wanted:
-                    entry = known.get(p) or Entry(p, name, param_id, number, self.state[p])
+                    entry = known.get(id(p)) or Entry(p, name, param_id, number, self.state[p])
                     entry.state = self.state[p]  # users may have replaced it
                     entry.describe(group["block_size"], group["averaging"])
-                    entries[p] = entry
+                    entries[id(p)] = entry
                 param_id += 1
         first = self.param_groups[0]
         make_buckets(
@@ -191,7 +206,7 @@ class AdaHessian(PortableState):
             master_weights=first["master_weights"],
             keep_diag=any(_keeps_diag(group) for group in self.param_groups),
         )
-        self._entries = entries
+        self._entries, self._seen = entries, self._state_contents()
         if self._curvature is not None:
             self._curvature.move(list(entries.values()), moved)
 
@@ -376,10 +391,12 @@ class AdaHessian(PortableState):
             raise RuntimeError(hvp.TWO_WAYS)
         hvp.release_graph(grads)
         curvature, self._curvature = self._curvature, None
-        self._update(entries, due, curvature)
+        self._update(entries, grads, due, curvature)
         return loss
 
-    def _update(self, entries: Sequence[Entry], due: Sequence[bool], curvature: Curvature | None) -> None:
+    def _update(
+        self, entries: Sequence[Entry], grads: list[Tensor], due: Sequence[bool], curvature: Curvature | None
+    ) -> None:
         capturable = self.param_groups[0]["capturable"]
         grad_scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
         if found_inf is not None and curvature is not None:
@@ -402,7 +419,7 @@ class AdaHessian(PortableState):
                 update_bucket(
                     bucket,
                     members,
-                    [entry.param.grad for entry in members],
+                    grads if len(members) == len(entries) else [entry.param.grad for entry in members],
                     kind,
                     curvature,
                     groups,
@@ -416,6 +433,8 @@ class AdaHessian(PortableState):
 
     def _by_kind(self, entries: Sequence[Entry], due: Sequence[bool]) -> dict[str, list[Entry]]:
         """Split entries by where the curvature of this step comes from."""
+        if all(due):
+            return {"fresh": list(entries)}
         kinds: dict[str, list[Entry]] = {}
         for entry in entries:
             if due[entry.group]:

@@ -87,7 +87,9 @@ def update_bucket(
     if bucket.master is not None:
         bucket.refresh_master(members)
 
-    params = [entry.param.contiguous() if entry.copied else entry.param for entry in members]
+    params = [entry.param for entry in members]
+    if bucket.has_copied:
+        params = [p.contiguous() if entry.copied else p for p, entry in zip(params, members, strict=True)]
     backend.adahessian_step(
         params,
         grads,

@@ -21,6 +21,7 @@ def largest_error(step: Callable[[], None], opt: AdaHessian, problem: Problem) -
     (the whole tensor) is compared on all of it.
     """
     expected = _expected(problem)
+    step.prepare()
     step()
     single = torch.finfo(torch.float32).eps
     worst = 0.0
@@ -49,6 +50,7 @@ def _expected(problem: Problem) -> list[tuple[torch.Tensor, torch.Tensor]]:
     for name in ("start", "grads", "hessians"):
         setattr(shortened, name, [cut(tensor) for tensor in getattr(problem, name)])
     step, opt = ours(shortened, "reference")
+    step.prepare()
     step()
     pairs = zip(opt.param_groups[0]["params"], shortened.hessians, strict=True)
     return [(p.detach().flatten(), _slope(p, h, opt)) for p, h in pairs]
@@ -56,7 +58,7 @@ def _expected(problem: Problem) -> list[tuple[torch.Tensor, torch.Tensor]]:
 
 def _slope(p: torch.Tensor, hessian: torch.Tensor, opt: AdaHessian) -> torch.Tensor:
     """How far a parameter moves if Ds moves by the block mean of |Hz|: lr |m| / denom^2 of it."""
-    block = opt._entries[p].block
+    block = opt._entries[id(p)].block
     magnitude = block_mean(hessian.flatten().abs(), block).repeat_interleave(block)[: p.numel()]
     denom = opt.hessian_diag(p).flatten() + opt.param_groups[0]["eps"]
     return LR * p.grad.flatten().abs() / denom**2 * magnitude

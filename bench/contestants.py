@@ -44,13 +44,17 @@ def ours(problem: Problem, backend: str) -> tuple[Callable[[], None], AdaHessian
     every = 1 if case.curvature else 2**40  # after the first step off-steps only
     opt = AdaHessian(params, lr=LR, weight_decay=0.01, block_size=case.block, backend=backend, update_each=every)
 
-    def step() -> None:
+    def prepare() -> None:
+        """What opt.backward() leaves. The peers are given theirs too."""
         if opt.needs_hessian:
             entries = opt._ensure([(0, p) for p in params])
             opt._curvature = Curvature(opt._tools, seed=0)
             opt._curvature.add(dict(zip(entries, problem.hessians, strict=True)), sample=0, draw=True)
+
+    def step() -> None:
         opt.step()
 
+    step.prepare = prepare
     return step, opt
 
 

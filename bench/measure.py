@@ -26,33 +26,34 @@ def interleaved(
     device: str,
     seconds: float = 2.0,
     rounds: tuple[int, int] = (7, 200),
-    between: Callable[[], None] = lambda: None,
 ) -> dict[str, Timing]:
     """Time contestants in turns after a warm-up.
 
     Args:
-        contestants: what to call, by name.
+        contestants: what to call, by name. If it has a function ``prepare``, that is called before, and not timed.
         device: "cpu" or "cuda"; a GPU is timed with events on its stream.
         seconds: aim for this long in all.
         rounds: fewest and most rounds.
-        between: called before every timed call.
     """
     once = _on_gpu if device == "cuda" else _on_cpu
     for call in contestants.values():
         for _ in range(3):
-            between()
-            call()
+            once(call)
     spent = sum(once(call) for call in contestants.values())
     count = int(np.clip(seconds / max(spent, 1e-9), *rounds))
     samples: dict[str, list[float]] = {name: [] for name in contestants}
     for _ in range(count):
         for name, call in contestants.items():
-            between()
             samples[name].append(once(call))
     return {name: Timing(*np.percentile(taken, (50, 20, 80)).tolist(), count) for name, taken in samples.items()}
 
 
+def _prepare(call: Callable[[], None]) -> None:
+    getattr(call, "prepare", lambda: None)()
+
+
 def _on_cpu(call: Callable[[], None]) -> float:
+    _prepare(call)
     start = time.perf_counter()
     call()
     return time.perf_counter() - start
@@ -60,6 +61,7 @@ def _on_cpu(call: Callable[[], None]) -> float:
 
 def _on_gpu(call: Callable[[], None]) -> float:
     start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    _prepare(call)
     torch.cuda.synchronize()
     start.record()
     call()
