@@ -16,6 +16,8 @@ from .segments import Segment, Steps
 def by_bucket(entries: Sequence[Entry]) -> dict[Bucket, list[Entry]]:
     """Entries of each bucket, in the bucket's order."""
     groups: dict[Bucket, list[Entry]] = {}
+    if len({entry.bucket for entry in entries}) == 1:  # nearly always
+        return {entries[0].bucket: list(entries)}
     for entry in entries:
         groups.setdefault(entry.bucket, []).append(entry)
     return groups
@@ -179,7 +181,8 @@ class Curvature:
     def hessians(self, entries: Sequence[Entry]) -> list[Tensor]:
         """Hz of some of a bucket's parameters; zeros for parameters that are linear in the loss."""
         found = self.products
-        return [e.stored(found[e] if e in found else torch.zeros_like(e.param)) for e in entries]
+        products = [found[entry] if entry in found else torch.zeros_like(entry.param) for entry in entries]
+        return entries[0].bucket.stored(entries, products)
 
     def diag(self, bucket: Bucket) -> Tensor:
         """The compact diagonal of a bucket, after :meth:`fold`."""
