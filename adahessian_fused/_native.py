@@ -15,8 +15,8 @@ def _load() -> None:
     library = next(Path(__file__).parent.glob("libadahessian_ops.*"), None)
     if library is None:
         raise ImportError(
-            "the native library is not part of this installation: it was built without a C++ compiler or without torch "
-            "at hand. Install g++ and run: pip install --no-build-isolation --force-reinstall --no-deps ."
+            "it is not part of this installation, which was built without a C++ compiler or without torch at hand; "
+            'with both, "pip install --no-build-isolation --force-reinstall --no-deps ." in the source folder adds it'
         )
     torch.ops.load_library(str(library))
     for namespace in NAMESPACES:

@@ -44,7 +44,7 @@ def _import_failure(name: str) -> str | None:
     try:
         get(name)
     except (ImportError, OSError, RuntimeError) as error:
-        return f"{type(error).__name__}: {error}"
+        return f"the {name} backend does not load: {error}"
     return None
 
 
