@@ -38,7 +38,7 @@ def pytorch_optimizer(model, steps, **options):
 
 
 def by_hand(model, steps, keys, group):
-    """A state dict in the format of an implementation that is no package (PEERS.md): what its state and groups hold."""
+    """A state dict in the format of an implementation that is no package: what its state and groups hold."""
     torch.manual_seed(3)
     with torch.no_grad():
         for p in model.parameters():
