@@ -121,7 +121,7 @@ def test_torch_optimizers_state_goes_on_as_it_would_have(engine, device, monkeyp
     assert_close(train(opt, model, range(5, STEPS)), weights(other))
 
 
-# ---- mistakes of other fused optimizers --------------------------------------------------------------------------------
+# ---- mistakes of other fused optimizers ------------------------------------------------------------------------------
 # Where each of them would show:
 #   trailing empty tensor, zero-numel slots, 2^31 elements       cases.py, test_adahessian_step.py, test_ops.py
 #   gradient strides differ; a sliced parameter's neighbours     test_optimizer_layout.py
