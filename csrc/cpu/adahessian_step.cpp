@@ -1,7 +1,5 @@
 // adahessian_step on the CPU: probe, block mean, moving averages and update of every segment in one pass
 // (Algorithm 1, lines 5-9).
-#include <type_traits>
-
 #include "tile.h"
 
 namespace adahessian::cpu {
@@ -24,9 +22,10 @@ struct Work {
   bool has_curvature;
 };
 
-// Elementwise over a strip that is contiguous in storage. `ds` is null on an off-step.
-template <Power kind, bool has_curvature, bool has_master, typename T>
-ADAHESSIAN_HD void update_strip(const Work<T>& work, int64_t stored, int64_t size, const StateOf<T>* __restrict ds) {
+// Elementwise over a strip that is contiguous in storage. `ds` is null on an off-step; its element type is T if it is
+// Hz itself, the type of the states otherwise.
+template <Power kind, bool has_curvature, bool has_master, typename T, typename D>
+ADAHESSIAN_HD void update_strip(const Work<T>& work, int64_t stored, int64_t size, const D* __restrict ds) {
   using S = StateOf<T>;
   const Coefficients<S> c = work.c;
   T* __restrict param = work.param + stored;
@@ -37,7 +36,7 @@ ADAHESSIAN_HD void update_strip(const Work<T>& work, int64_t stored, int64_t siz
   for (int64_t i = 0; i < size; ++i) {
     const S m = update_exp_avg(exp_avg[i], S(load_as(grad[i])), c);
     S v = exp_hessian_diag_sq[i];
-    if constexpr (has_curvature) v = update_exp_hessian_diag_sq(v, ds[i], c);
+    if constexpr (has_curvature) v = update_exp_hessian_diag_sq(v, S(load_as(ds[i])), c);
     const S p = update_param<kind>(has_master ? S(master[i]) : S(load_as(param[i])), m, v, c);
     exp_avg[i] = m;
     if constexpr (has_curvature) exp_hessian_diag_sq[i] = v;
@@ -46,14 +45,14 @@ ADAHESSIAN_HD void update_strip(const Work<T>& work, int64_t stored, int64_t siz
   }
 }
 
-template <Power kind, bool has_master, typename T>
-ADAHESSIAN_HD void update_strip_if_curved(const Work<T>& work, int64_t stored, int64_t size, const StateOf<T>* ds) {
+template <Power kind, bool has_master, typename T, typename D>
+ADAHESSIAN_HD void update_strip_if_curved(const Work<T>& work, int64_t stored, int64_t size, const D* ds) {
   ds ? update_strip<kind, true, has_master>(work, stored, size, ds)
      : update_strip<kind, false, has_master>(work, stored, size, ds);
 }
 
-template <bool has_master, typename T>
-ADAHESSIAN_HD void update_strip_of_kind(const Work<T>& work, int64_t stored, int64_t size, const StateOf<T>* ds) {
+template <bool has_master, typename T, typename D>
+ADAHESSIAN_HD void update_strip_of_kind(const Work<T>& work, int64_t stored, int64_t size, const D* ds) {
   switch (work.c.kind) {
     case Power::kOne: return update_strip_if_curved<Power::kOne, has_master>(work, stored, size, ds);
     case Power::kHalf: return update_strip_if_curved<Power::kHalf, has_master>(work, stored, size, ds);
@@ -61,8 +60,8 @@ ADAHESSIAN_HD void update_strip_of_kind(const Work<T>& work, int64_t stored, int
   }
 }
 
-template <typename T>
-ADAHESSIAN_HD void update(const Work<T>& work, int64_t stored, int64_t size, const StateOf<T>* ds) {
+template <typename T, typename D>
+ADAHESSIAN_HD void update(const Work<T>& work, int64_t stored, int64_t size, const D* ds) {
   if (!work.c.moves) {  // no curvature so far: momentum only
     for (int64_t i = 0; i < size; ++i) {
       StateOf<T>& m = work.exp_avg[stored + i];
@@ -98,15 +97,12 @@ template <typename T>
 ADAHESSIAN_HD void step_tile(const Tile& tile, const Work<T>& work) {
   using S = StateOf<T>;
   const Segment& s = *tile.segment;
-  if (!work.has_curvature) return update(work, tile.begin, tile.size(), nullptr);
+  if (!work.has_curvature) return update(work, tile.begin, tile.size(), static_cast<const S*>(nullptr));
 
   S spread[kTile + kPadding], scratch[kTile + kPadding];
   if (s.block == 1 && work.diag == nullptr) {
     // D^2 = Hz^2: neither probe nor order matters, so the range is taken in storage order.
-    const T* hessian = static_cast<const T*>(s.hessian) + tile.begin;
-    if constexpr (std::is_same_v<T, S>) return update(work, tile.begin, tile.size(), hessian);
-    for (int64_t i = 0; i < tile.size(); ++i) spread[i] = load_as(hessian[i]);
-    return update(work, tile.begin, tile.size(), spread);
+    return update(work, tile.begin, tile.size(), static_cast<const T*>(s.hessian) + tile.begin);
   }
   tile_ds(tile, work, scratch, spread);
   for_each_strip(s, tile.begin, tile.end,
