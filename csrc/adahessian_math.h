@@ -5,11 +5,14 @@
 #include <cmath>
 #include <cstdint>
 
+// Functions, and member functions, for host and device. On the host always inlined: the callers are compiled once for
+// each instruction set and must not share a copy.
 #if defined(__CUDACC__)
 #define ADAHESSIAN_HD __host__ __device__ __forceinline__
+#define ADAHESSIAN_MEMBER __host__ __device__ __forceinline__
 #else
-// Internal linkage and always inlined: the callers are compiled once for each instruction set.
 #define ADAHESSIAN_HD static inline __attribute__((always_inline))
+#define ADAHESSIAN_MEMBER inline __attribute__((always_inline))
 #endif
 #if defined(__CUDA_ARCH__)
 #define ADAHESSIAN_UNROLL _Pragma("unroll")
@@ -26,22 +29,31 @@ namespace adahessian {
 // One Philox call is 128 bits, the signs of 128 consecutive elements of a parameter.
 constexpr int kSignsPerCall = 128;
 
-struct PhiloxWords {
-  uint32_t word[4];
+// The two halves of 32 x 32-bit products: here of one number; the CPU kernels add vectors.
+template <typename U>
+struct Product {
+  U high, low;
+  ADAHESSIAN_MEMBER static Product of(uint32_t a, uint32_t b) {
+    const uint64_t product = uint64_t{a} * b;
+    return {uint32_t(product >> 32), uint32_t(product)};
+  }
 };
 
-// Philox4x32-10 (Salmon et al. 2011).
-ADAHESSIAN_HD PhiloxWords philox4x32(uint32_t c0, uint32_t c1, uint32_t c2, uint32_t c3, uint32_t k0, uint32_t k1) {
+template <typename U>
+struct PhiloxWords {
+  U word[4];
+};
+
+// Philox4x32-10 (Salmon et al. 2011); U is uint32_t or a vector of them, for several counters at once.
+template <typename U>
+ADAHESSIAN_HD PhiloxWords<U> philox4x32(U c0, U c1, U c2, U c3, uint32_t k0, uint32_t k1) {
   ADAHESSIAN_UNROLL
   for (int round = 0; round < 10; ++round) {
-    const uint64_t product0 = uint64_t{0xD2511F53u} * c0;
-    const uint64_t product1 = uint64_t{0xCD9E8D57u} * c2;
-    const uint32_t next0 = uint32_t(product1 >> 32) ^ c1 ^ k0;
-    const uint32_t next2 = uint32_t(product0 >> 32) ^ c3 ^ k1;
-    c0 = next0;
-    c1 = uint32_t(product1);
-    c2 = next2;
-    c3 = uint32_t(product0);
+    const Product<U> product0 = Product<U>::of(0xD2511F53u, c0), product1 = Product<U>::of(0xCD9E8D57u, c2);
+    c0 = product1.high ^ c1 ^ k0;
+    c1 = product1.low;
+    c2 = product0.high ^ c3 ^ k1;
+    c3 = product0.low;
     k0 += 0x9E3779B9u;
     k1 += 0xBB67AE85u;
   }
@@ -58,8 +70,11 @@ struct ProbeKey {
 
 // The signs of logical elements 128 * call ... 128 * call + 127. Element l reads bit l % 32 of word (l / 32) % 4;
 // a set bit means -1.
-ADAHESSIAN_HD PhiloxWords rademacher_words(const ProbeKey& key, uint32_t call) {
-  return philox4x32(call, key.param_id, key.hessian_step, key.sample, uint32_t(key.seed), uint32_t(key.seed >> 32));
+template <typename U>
+ADAHESSIAN_HD PhiloxWords<U> rademacher_words(const ProbeKey& key, U call) {
+  const U zero = call ^ call;
+  return philox4x32<U>(call, zero + key.param_id, zero + key.hessian_step, zero + key.sample, uint32_t(key.seed),
+                       uint32_t(key.seed >> 32));
 }
 
 // ---- the update -----------------------------------------------------------------------------------------------------
@@ -104,31 +119,36 @@ ADAHESSIAN_HD Coefficients<S> coefficients(const Hyper& hyper, int64_t t, int64_
   return c;
 }
 
-ADAHESSIAN_HD float square_root(float x) { return sqrtf(x); }
-ADAHESSIAN_HD double square_root(double x) { return sqrt(x); }
-ADAHESSIAN_HD float power_of(float x, float k) { return powf(x, k); }
-ADAHESSIAN_HD double power_of(double x, double k) { return pow(x, k); }
+// Square root and power of what the update is computed on: here one number; the CPU kernels add vectors.
+template <typename X>
+struct Functions {
+  ADAHESSIAN_MEMBER static float square_root(float x) { return sqrtf(x); }
+  ADAHESSIAN_MEMBER static double square_root(double x) { return sqrt(x); }
+  ADAHESSIAN_MEMBER static float power(float x, float k) { return powf(x, k); }
+  ADAHESSIAN_MEMBER static double power(double x, double k) { return pow(x, k); }
+};
 
 // m <- beta1 m + (1 - beta1) g
-template <typename S>
-ADAHESSIAN_HD S update_exp_avg(S m, S g, const Coefficients<S>& c) {
+template <typename X, typename S>
+ADAHESSIAN_HD X update_exp_avg(X m, X g, const Coefficients<S>& c) {
   return c.beta1 * m + c.one_minus_beta1 * (c.grad_factor * g);
 }
 
 // v <- beta2 v + (1 - beta2) Ds^2
-template <typename S>
-ADAHESSIAN_HD S update_exp_hessian_diag_sq(S v, S ds, const Coefficients<S>& c) {
-  const S scaled = c.hessian_factor * ds;
+template <typename X, typename S>
+ADAHESSIAN_HD X update_exp_hessian_diag_sq(X v, X ds, const Coefficients<S>& c) {
+  const X scaled = c.hessian_factor * ds;
   return c.beta2 * v + c.one_minus_beta2 * (scaled * scaled);
 }
 
 // p <- p (1 - lr wd) - lr / (1 - beta1^t) * m / ((sqrt(v) / sqrt(1 - beta2^h))^k + eps)        (Eq. 8, 9)
-template <Power kind, typename S>
-ADAHESSIAN_HD S update_param(S p, S m, S v, const Coefficients<S>& c) {
-  const S root = square_root(v) * c.inv_sqrt_bias2;
-  const S denom = (kind == Power::kOne    ? root
-                   : kind == Power::kHalf ? square_root(root)
-                                          : power_of(root, c.power)) +
+template <Power kind, typename X, typename S>
+ADAHESSIAN_HD X update_param(X p, X m, X v, const Coefficients<S>& c) {
+  using F = Functions<X>;
+  const X root = F::square_root(v) * c.inv_sqrt_bias2;
+  const X denom = (kind == Power::kOne    ? root
+                   : kind == Power::kHalf ? F::square_root(root)
+                                          : F::power(root, c.power)) +
                   c.eps;
   return p * c.decay - c.step_size * (m / denom);
 }

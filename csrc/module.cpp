@@ -5,7 +5,10 @@
 #include <string>
 #include <vector>
 
+#include "cpu/instruction_set.h"
+
 namespace py = pybind11;
+namespace cpu = adahessian::cpu;
 
 namespace {
 
@@ -19,26 +22,10 @@ std::string compiler() {
 #endif
 }
 
-// Instruction sets the CPU kernels are compiled for, best first, and the one the loader picks here.
-std::vector<std::string> instruction_sets() {
-#if defined(__x86_64__) && defined(__linux__) && defined(__GLIBC__)
-  return {"avx512", "avx2", "sse2"};
-#else
-  return {"baseline"};
-#endif
-}
+#define ADAHESSIAN_NAME(isa) #isa,
 
-std::string instruction_set_in_use() {
-#if defined(__x86_64__) && defined(__linux__) && defined(__GLIBC__)
-  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
-      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512cd")) {
-    return "avx512";
-  }
-  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") ? "avx2" : "sse2";
-#else
-  return "baseline";
-#endif
-}
+// Instruction sets the CPU kernels are compiled for, best first.
+std::vector<std::string> instruction_sets() { return {ADAHESSIAN_FOR_EACH_ISA(ADAHESSIAN_NAME)}; }
 
 py::dict build_info() {
   py::dict info;
@@ -49,7 +36,7 @@ py::dict build_info() {
   info["cuda_architectures"] = ADAHESSIAN_CUDA_ARCHITECTURES;
   info["cuda_decision"] = ADAHESSIAN_CUDA_DECISION;  // why CUDA is in or out
   info["instruction_sets"] = instruction_sets();
-  info["instruction_set_in_use"] = instruction_set_in_use();
+  info["instruction_set_in_use"] = cpu::best_instruction_set();
   return info;
 }
 

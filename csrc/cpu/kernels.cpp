@@ -1,0 +1,361 @@
+// The loops over the elements of a tile; compiled once for each instruction set, with ADAHESSIAN_ISA as its name.
+#include "kernels.h"
+
+#include "block_mean.h"
+#include "tile.h"
+
+#define ADAHESSIAN_INLINE_LAMBDA __attribute__((always_inline))
+
+namespace adahessian::cpu {
+inline namespace ADAHESSIAN_ISA {
+namespace {
+
+// ---- rademacher -----------------------------------------------------------------------------------------------------
+
+template <typename T>
+void rademacher(const Tile& tile, const ProbeKey& key, T* z) {
+  using S = StateOf<T>;
+  SignBits signs;
+  signs.draw(key, tile.begin, tile.size());
+  for_each_strip(*tile.segment, tile.begin, tile.end,
+                 [&](int64_t first, int64_t step, int64_t stored, int64_t size) ADAHESSIAN_INLINE_LAMBDA {
+                   int64_t n = 0;
+                   if (step == 1) {
+                     const Vector<S> one = Vector<S>{} + S(1);
+                     for (; n + kLanes<S> <= size; n += kLanes<S>)
+                       store_as_vector(z + stored + n, flip_signs<S>(one, signs.from(n)));
+                   }
+                   for (; n < size; ++n) store_to(z[stored + n], signs.from(first + n * step) & 1 ? S(-1) : S(1));
+                 });
+}
+
+// ---- D and its means ------------------------------------------------------------------------------------------------
+
+// The probe of a tile. |z * Hz| = |Hz|: no signs for absolute values.
+ADAHESSIAN_HD void draw(const Tile& tile, const Probe& probe, const ProbeKey& key, SignBits& signs) {
+  probe.draw && !tile.segment->absolute ? signs.draw(key, tile.begin, tile.size()) : signs.clear();
+}
+
+// D of a tile whose elements are stored in logical order.
+template <typename T>
+ADAHESSIAN_HD D<T> stored_d(const Tile& tile, const SignBits& signs) {
+  const Segment& s = *tile.segment;
+  return {static_cast<const T*>(s.hessian) + tile.begin, signs, tile.size(), s.absolute};
+}
+
+// A reference to whoever wants the means of a chunk: (first element, number of elements, means).
+template <typename S>
+class ChunkUser {
+ public:
+  template <typename F>
+  explicit ChunkUser(const F& f)
+      : object_(&f), call_([](const void* object, int64_t begin, int64_t size, const S* ds) {
+          (*static_cast<const F*>(object))(begin, size, ds);
+        }) {}
+  void operator()(int64_t begin, int64_t size, const S* ds) const { call_(object_, begin, size, ds); }
+
+ private:
+  const void* object_;
+  void (*call_)(const void*, int64_t, int64_t, const S*);
+};
+
+// Calls body(D of the tile), gathering it first where it is stored in another order.
+template <typename T, typename Body>
+ADAHESSIAN_HD void with_d(const Tile& tile, const Probe& probe, const ProbeKey& key, const Body& body) {
+  using S = StateOf<T>;
+  const Segment& s = *tile.segment;
+  SignBits signs;
+  draw(tile, probe, key, signs);
+  if (s.period == 1) return body(stored_d<T>(tile, signs));
+  S logical[kTile];
+  for_each_strip(s, tile.begin, tile.end,
+                 [&](int64_t first, int64_t step, int64_t stored, int64_t size) ADAHESSIAN_INLINE_LAMBDA {
+                   const T* hessian = static_cast<const T*>(s.hessian) + stored;
+                   for (int64_t n = 0; n < size; ++n) logical[first + n * step] = load_as(hessian[n]);
+                 });
+  body(D<S>(logical, signs, tile.size(), s.absolute));
+}
+
+template <typename T>
+double sum_tile(const Tile& tile, const Probe& probe, const ProbeKey& key) {
+  using S = StateOf<T>;
+  Vector<S> sums{};
+  with_d<T>(tile, probe, key, [&](const auto& d) {
+    for (int64_t i = 0; i < d.size(); i += kLanes<S>) sums += d.vector(i);
+  });
+  double total = 0;
+  for (int l = 0; l < kLanes<S>; ++l) total += double(sums[l]);
+  return total;
+}
+
+// Means of short blocks are worked out and used in chunks: short enough for the memory to go on prefetching what the
+// update needs, while the update asks for the Hz of the chunk after.
+constexpr int64_t kChunk = 256;
+
+template <typename S>
+constexpr int64_t kShortBlock = kLanes<S>;  // a vector
+
+// Calls use(first element, number of elements, mean of each one's block) for the chunks of a tile.
+template <int block, typename T>
+[[gnu::noinline]] void spread_short_blocks_of(const D<T>& d, ChunkUser<StateOf<T>> use) {
+  using S = StateOf<T>;
+  constexpr int64_t W = kLanes<S>, delay = ShortBlocks<S, block>::kDelay * W;
+  ShortBlocks<S, block> blocks(d.size());
+  S ds[kChunk];
+  for (int64_t i = 0; i < delay; i += W) blocks.push(d.vector(i));
+  for (int64_t begin = 0; begin < d.size(); begin += kChunk) {
+    const int64_t size = std::min(kChunk, d.size() - begin);
+    for (int64_t i = 0; i < size; i += W) store_vector(ds + i, blocks.push(d.vector(begin + i + delay)));
+    use(begin, size, ds);
+  }
+}
+
+template <typename T>
+void spread_short_blocks(const D<T>& d, int64_t block, ChunkUser<StateOf<T>> use) {
+  [&]<int... b>(std::integer_sequence<int, b...>) {
+    ((b + 2 == block ? spread_short_blocks_of<b + 2>(d, use) : void()), ...);
+  }(std::make_integer_sequence<int, kLanes<StateOf<T>> - 1>());
+}
+
+// The mean of every block of a tile; blocks are longer than a vector.
+template <typename T>
+[[gnu::noinline]] void average_blocks(const D<T>& d, int64_t block, StateOf<T>* means) {
+  Vector<StateOf<T>> rows[BlockSums<StateOf<T>>::kRows];
+  BlockSums<StateOf<T>> sums(block, rows);
+  for (int64_t i = 0; i < d.size(); i += kLanes<StateOf<T>>) sums.push(d.vector(i));
+  sums.end(d.size(), means);
+}
+
+template <typename T>
+void hessian_diag(const Tile& tile, const AverageWork<T>& work) {
+  using S = StateOf<T>;
+  const int64_t block = tile.segment->block, count = (tile.size() + block - 1) / block;
+  S means[kTile + kPadding];
+  with_d<T>(tile, work.probe, work.key, [&](const auto& d) {
+    if (block > kShortBlock<S>) {
+      average_blocks(d, block, means);
+    } else if (block > 1) {
+      int64_t done = 0;
+      const auto keep_first = [&](int64_t begin, int64_t size, const S* ds) {
+        for (; done * block < begin + size; ++done) means[done] = ds[done * block - begin];
+      };
+      spread_short_blocks(d, block, ChunkUser<S>(keep_first));
+    } else {
+      for (int64_t i = 0; i < d.size(); i += kLanes<S>) store_vector(means + i, d.vector(i));
+    }
+  });
+  write_means(means, count, work.scale, work.accumulate, work.diag + tile.begin / block);
+}
+
+// ---- adahessian_step ------------------------------------------------------------------------------------------------
+
+// The arrays of a segment from one element of storage on.
+template <typename T>
+struct Arrays {
+  using S = StateOf<T>;
+  T* param;
+  const T* grad;
+  S* exp_avg;
+  S* exp_hessian_diag_sq;
+  float* master;
+};
+
+// A vector of elements, and its Ds unless this is an off-step.
+template <Power kind, bool has_curvature, bool has_master, typename T>
+ADAHESSIAN_HD void update_vector(const Arrays<T>& to, Vector<StateOf<T>> ds, const Coefficients<StateOf<T>>& c) {
+  using V = Vector<StateOf<T>>;
+  const V m = update_exp_avg(load_vector<V>(to.exp_avg), load_as_vector(to.grad), c);
+  V v = load_vector<V>(to.exp_hessian_diag_sq);
+  if constexpr (has_curvature) v = update_exp_hessian_diag_sq(v, ds, c);
+  V p;
+  if constexpr (has_master) {
+    p = update_param<kind>(load_vector<V>(to.master), m, v, c);
+    store_vector(to.master, p);
+  } else {
+    p = update_param<kind>(load_as_vector(to.param), m, v, c);
+  }
+  store_vector(to.exp_avg, m);
+  if constexpr (has_curvature) store_vector(to.exp_hessian_diag_sq, v);
+  store_as_vector(to.param, p);
+}
+
+// Elements [begin, begin + size) of storage; next(i) gives Ds of elements i ... i + W - 1 of them, in turn.
+template <Power kind, bool has_curvature, bool has_master, typename T, typename Next>
+ADAHESSIAN_HD void update_range(const StepWork<T>& work, int64_t begin, int64_t size, const Next& next) {
+  using S = StateOf<T>;
+  constexpr int64_t W = kLanes<S>;
+  // Copies, which stores to the arrays cannot change.
+  const Coefficients<S> c = work.c;
+  const Arrays<T> first = {work.param, work.grad, work.exp_avg, work.exp_hessian_diag_sq, work.master};
+  const auto arrays = [&](int64_t i) ADAHESSIAN_INLINE_LAMBDA {
+    return Arrays<T>{first.param + i, first.grad + i, first.exp_avg + i, first.exp_hessian_diag_sq + i,
+                     has_master ? first.master + i : nullptr};
+  };
+  int64_t i = 0;
+  for (; i + W <= size; i += W) update_vector<kind, has_curvature, has_master>(arrays(begin + i), next(i), c);
+  if (const int64_t rest = size - i; rest > 0) {  // by way of whole vectors
+    T param[W] = {}, grad[W] = {};
+    S exp_avg[W] = {}, exp_hessian_diag_sq[W] = {};
+    float master[W] = {};
+    const Arrays<T> from = arrays(begin + i);
+    std::copy_n(from.param, rest, param);
+    std::copy_n(from.grad, rest, grad);
+    std::copy_n(from.exp_avg, rest, exp_avg);
+    std::copy_n(from.exp_hessian_diag_sq, rest, exp_hessian_diag_sq);
+    if constexpr (has_master) std::copy_n(from.master, rest, master);
+    const Arrays<T> whole = {param, grad, exp_avg, exp_hessian_diag_sq, master};
+    update_vector<kind, has_curvature, has_master>(whole, next(i), c);
+    std::copy_n(param, rest, from.param);
+    std::copy_n(exp_avg, rest, from.exp_avg);
+    std::copy_n(exp_hessian_diag_sq, rest, from.exp_hessian_diag_sq);
+    if constexpr (has_master) std::copy_n(master, rest, from.master);
+  }
+}
+
+template <bool has_curvature, typename T, typename Next>
+ADAHESSIAN_HD void update(const StepWork<T>& work, int64_t begin, int64_t size, const Next& next) {
+  const auto with = [&]<bool has_master>() ADAHESSIAN_INLINE_LAMBDA {
+    switch (work.c.kind) {
+      case Power::kOne: return update_range<Power::kOne, has_curvature, has_master>(work, begin, size, next);
+      case Power::kHalf: return update_range<Power::kHalf, has_curvature, has_master>(work, begin, size, next);
+      case Power::kGeneral: return update_range<Power::kGeneral, has_curvature, has_master>(work, begin, size, next);
+    }
+  };
+  if constexpr (sizeof(T) == 2) {
+    if (work.master != nullptr) return with.template operator()<true>();
+  }
+  with.template operator()<false>();
+}
+
+// Ds in an array, in storage order: Hz itself, or numbers of the states' type. `soon` is read afterwards.
+template <typename T, typename Element>
+[[gnu::noinline]] void update_from(const StepWork<T>& work, int64_t begin, int64_t size, const Element* ds,
+                                   const T* soon = nullptr) {
+  constexpr int64_t W = kLanes<StateOf<T>>;
+  update<true>(work, begin, size, [&](int64_t i) ADAHESSIAN_INLINE_LAMBDA {
+    __builtin_prefetch(soon + i);
+    if (i + W <= size) return load_as_vector(ds + i);
+    Element last[W] = {};
+    std::copy_n(ds + i, size - i, last);
+    return load_as_vector(last);
+  });
+}
+
+template <typename T>
+void update_short_blocks(const Run& run, const StepWork<T>& work) {
+  using S = StateOf<T>;
+  SignBits signs;
+  for (int64_t t = run.begin; t < run.end; ++t) {
+    const Tile tile = run.tile(t);
+    draw(tile, work.probe, work.key, signs);
+    const T* hessian = static_cast<const T*>(run.segment->hessian) + tile.begin;
+    const auto use = [&](int64_t begin, int64_t size, const S* ds) {
+      update_from(work, tile.begin + begin, size, ds, hessian + begin + size + kLanes<S> * kLanes<S> / 4);
+    };
+    spread_short_blocks(stored_d<T>(tile, signs), run.segment->block, ChunkUser<S>(use));
+  }
+}
+
+// While a tile is updated, the blocks of the next one are summed.
+template <typename T>
+[[gnu::noinline]] void update_blocks(const Run& run, const StepWork<T>& work) {
+  using S = StateOf<T>;
+  const int64_t block = run.segment->block;
+  SignBits signs;
+  Vector<S> rows[BlockSums<S>::kRows];
+  S means[kTile / kLanes<S> + kPadding];
+  Tile tile = run.tile(run.begin);
+  draw(tile, work.probe, work.key, signs);
+  average_blocks(stored_d<T>(tile, signs), block, means);
+  for (int64_t t = run.begin + 1; t < run.end; ++t) {
+    const Tile next = run.tile(t);
+    draw(next, work.probe, work.key, signs);
+    const D<T> d = stored_d<T>(next, signs);
+    BlockSums<S> sums(block, rows);
+    SpreadMeans<S> spread(means, block);
+    update<true>(work, tile.begin, tile.size(), [&](int64_t i) ADAHESSIAN_INLINE_LAMBDA {
+      sums.push(d.vector(i));
+      return spread.next();
+    });
+    sums.end(next.size(), means);
+    tile = next;
+  }
+  SpreadMeans<S> spread(means, block);
+  update<true>(work, tile.begin, tile.size(), [&](int64_t) ADAHESSIAN_INLINE_LAMBDA { return spread.next(); });
+}
+
+// Ds of every element of a tile, in logical order.
+template <typename T>
+ADAHESSIAN_HD void tile_ds(const Tile& tile, const StepWork<T>& work, StateOf<T>* ds) {
+  using S = StateOf<T>;
+  const Segment& s = *tile.segment;
+  const int64_t first_block = tile.begin / s.block;
+  if (s.block > kTile) {
+    std::fill_n(ds, tile.size(), (work.diag ? work.diag : work.long_means)[first_block]);
+    return;
+  }
+  S means[kTile / 2 + kPadding];
+  if (work.diag != nullptr) {
+    const int64_t count = (tile.size() + s.block - 1) / s.block;
+    std::copy_n(work.diag + first_block, count, s.block == 1 ? ds : means);
+    if (s.block == 1) return;
+  } else {
+    const bool is_short = s.block <= kShortBlock<S>;
+    const auto copy = [&](int64_t begin, int64_t size, const S* from) { std::copy_n(from, size, ds + begin); };
+    with_d<T>(tile, work.probe, work.key, [&](const auto& d) {
+      is_short ? spread_short_blocks(d, s.block, ChunkUser<S>(copy)) : average_blocks(d, s.block, means);
+    });
+    if (is_short) return;
+  }
+  if (s.block >= kLanes<S>) {
+    SpreadMeans<S> spread(means, s.block);
+    for (int64_t i = 0; i < tile.size(); i += kLanes<S>) store_vector(ds + i, spread.next());
+  } else {
+    for (int64_t i = 0; i < tile.size(); ++i) ds[i] = means[i / s.block];
+  }
+}
+
+template <typename T>
+void adahessian_step(const Run& run, const StepWork<T>& work) {
+  using S = StateOf<T>;
+  const Segment& s = *run.segment;
+  const int64_t begin = run.tile(run.begin).begin, end = run.tile(run.end - 1).end;
+  if (!work.c.moves) {  // no curvature so far: momentum only
+    for (int64_t i = begin; i < end; ++i) {
+      work.exp_avg[i] = update_exp_avg(work.exp_avg[i], S(load_as(work.grad[i])), work.c);
+    }
+    return;
+  }
+  if (!work.has_curvature) {
+    return update<false>(work, begin, end - begin, [](int64_t) ADAHESSIAN_INLINE_LAMBDA { return Vector<S>{}; });
+  }
+  if (work.diag == nullptr && s.block == 1) {
+    // D^2 = Hz^2: neither probe nor order matters, so the range is taken in storage order.
+    return update_from(work, begin, end - begin, static_cast<const T*>(s.hessian) + begin);
+  }
+  if (work.diag == nullptr && s.period == 1 && s.block <= kTile) {
+    return s.block <= kShortBlock<S> ? update_short_blocks(run, work) : update_blocks(run, work);
+  }
+  S ds[kTile + kPadding], in_storage_order[kTile];
+  for (int64_t t = run.begin; t < run.end; ++t) {
+    const Tile tile = run.tile(t);
+    tile_ds(tile, work, ds);
+    for_each_strip(s, tile.begin, tile.end,
+                   [&](int64_t first, int64_t step, int64_t stored, int64_t size) ADAHESSIAN_INLINE_LAMBDA {
+                     if (step > 1) {
+                       for (int64_t n = 0; n < size; ++n) in_storage_order[n] = ds[first + n * step];
+                     }
+                     update_from(work, stored, size, step > 1 ? in_storage_order : ds);
+                   });
+  }
+}
+
+}  // namespace
+
+template <typename T>
+constexpr Kernels<T> of_type = {rademacher<T>, sum_tile<T>, hessian_diag<T>, adahessian_step<T>};
+
+extern const KernelTable table = {of_type<float>, of_type<double>, of_type<bfloat16>, of_type<float16>};
+
+}  // namespace ADAHESSIAN_ISA
+}  // namespace adahessian::cpu
