@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from operator import attrgetter, eq
 from typing import Any
 
 import torch
@@ -11,6 +12,8 @@ from torch import Tensor
 from . import hvp
 from .layout import Bucket, Entry
 from .segments import Segment, Steps
+
+_DTYPE = attrgetter("dtype")
 
 
 def by_bucket(entries: Sequence[Entry]) -> dict[Bucket, list[Entry]]:
@@ -112,7 +115,7 @@ class Curvature:
 
     def add(self, products: dict[Entry, Tensor], *, sample: int, draw: bool, weight: float = 1.0) -> None:
         """Take in Hz (or D itself, if not ``draw``) of one backward pass and probe; ``weight`` is 1 / n_samples."""
-        matches = all(h.dtype == entry.param.dtype for entry, h in products.items())
+        matches = all(map(eq, map(_DTYPE, products.values()), (entry.bucket.dtype for entry in products)))
         if not self.products and not self.diags and weight == 1.0 and matches:
             self.products, self.sample, self.draw = products, sample, draw
             return
@@ -181,7 +184,11 @@ class Curvature:
     def hessians(self, entries: Sequence[Entry]) -> list[Tensor]:
         """Hz of some of a bucket's parameters; zeros for parameters that are linear in the loss."""
         found = self.products
-        products = [found[entry] if entry in found else torch.zeros_like(entry.param) for entry in entries]
+        products = list(map(found.get, entries))
+        if len(found) < len(entries):
+            products = [
+                torch.zeros_like(entry.param) if h is None else h for entry, h in zip(entries, products, strict=True)
+            ]
         return entries[0].bucket.stored(entries, products)
 
     def diag(self, bucket: Bucket) -> Tensor:

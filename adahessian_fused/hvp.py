@@ -91,9 +91,8 @@ def accumulate_grads(
 
 def release_graph(grads: Sequence[Tensor]) -> None:
     """Cut gradients from their graph: the cycle parameter -> gradient -> graph -> parameter keeps memory alive."""
-    for grad in grads:
-        if grad.requires_grad:
-            grad.detach_()
+    for i in differentiable(grads):
+        grads[i].detach_()
 
 
 class InterceptBackward(TorchFunctionMode):

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from itertools import chain
-from operator import is_
+from itertools import chain, repeat
+from operator import attrgetter, is_, is_not
 from typing import Any
 
 import torch
@@ -13,9 +13,11 @@ from torch import Tensor
 from . import backends, hvp
 from .checks import check_grad, check_group, check_param
 from .curvature import Curvature, by_bucket
-from .layout import Entry, make_buckets
+from .layout import Entry, all_fit, make_buckets
 from .state import PortableState
 from .update import HyperTable, update_bucket
+
+_LAYOUT = attrgetter("layout")
 
 # Options that hold for the whole optimizer although they are stored in every parameter group.
 _OPTIMIZER_WIDE = ("n_samples", "probe", "seed", "hvp", "capturable", "master_weights")
@@ -155,19 +157,14 @@ class AdaHessian(PortableState):
             raise
         group.setdefault("step", 0)
 
-    def _ensure(self, params: Sequence[tuple[int, Tensor]]) -> list[Entry]:
-        """The entries of (group number, parameter) pairs; the buckets are rebuilt if anything about them changed."""
+    def _ensure(self, params: Sequence[Tensor]) -> list[Entry]:
+        """The entries of parameters; the buckets are rebuilt if anything about them changed."""
         options = [(group["block_size"], group["averaging"], _keeps_diag(group)) for group in self.param_groups]
-        entries = [self._entries.get(id(p)) for _, p in params]
-        if (
-            None in entries
-            or options != self._options
-            or self._state_replaced()
-            or not all([entry.fits() for entry in entries])  # noqa: C419 - a list is faster than a generator
-        ):
-            self._rebuild([p for _, p in params])
+        entries = list(map(self._entries.get, map(id, params)))
+        if None in entries or options != self._options or self._state_replaced() or not all_fit(entries, params):
+            self._rebuild(params)
             self._options = options
-            entries = [self._entries[id(p)] for _, p in params]
+            entries = [self._entries[id(p)] for p in params]
         return entries
 
     def _state_contents(self) -> tuple[list[dict[str, Any]], list[Any]]:
@@ -261,7 +258,7 @@ class AdaHessian(PortableState):
             return
         grads = hvp.first_order(loss, [p for _, p in params], gradient)
         found = [(n, p, g) for (n, p), g in zip(params, grads, strict=True) if g is not None]
-        entries = self._ensure([(n, p) for n, p, _ in found])
+        entries = self._ensure([p for _, p, _ in found])
         pairs = [(entry, g) for entry, (n, _, g) in zip(entries, found, strict=True) if due[n] and g.requires_grad]
         self._differentiate(pairs, retain_graph=retain_graph, inverse_scale=inverse_scale)
         hvp.accumulate_grads([p for _, p, _ in found], [g for _, _, g in found], gradient)
@@ -373,13 +370,16 @@ class AdaHessian(PortableState):
         # Older versions of torch know it by the name of CUDA alone.
         getattr(self, "_accelerator_graph_capture_health_check", self._cuda_graph_capture_health_check)()
         loss = None if closure is None else self._evaluate(closure)
-        params = [(n, p) for n, group in enumerate(self.param_groups) for p in group["params"] if p.grad is not None]
+        params = list(chain.from_iterable(group["params"] for group in self.param_groups))
+        grads = [p.grad for p in params]
+        if not all(map(is_not, grads, repeat(None))):
+            params = [p for p, grad in zip(params, grads, strict=True) if grad is not None]
+            grads = [grad for grad in grads if grad is not None]
         if not params:
             return loss
         entries = self._ensure(params)
-        grads = [p.grad for _, p in params]
-        for entry, grad in zip(entries, grads, strict=True):
-            if grad.layout is not torch.strided:
+        if set(map(_LAYOUT, grads)) != {torch.strided}:
+            for entry, grad in zip(entries, grads, strict=True):
                 check_grad(grad, entry.name)
         due = self._due()
         if hessian is not None:
