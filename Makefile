@@ -6,15 +6,18 @@ PY     := $(VENV)/bin/python
 ARCHS  := $(or $(ADAHESSIAN_CUDA_ARCHS),$(shell nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | head -1 | tr -d .),90)
 OUT    ?= bench/results
 REQUIRE ?= native,emulated,reference,triton
+SANITIZE ?= address,undefined
 
 export ADAHESSIAN_CUDA_ARCHS := $(ARCHS)
 
-.PHONY: help build demo test bench lint format gpu clean
+.PHONY: help build demo test cpp-test cpp-bench bench lint format gpu clean
 
 help:
 	@echo "make demo    train ResNet-20 on real images with SGD, AdamW, plain AdaHessian and ours; table, JSON and plot"
 	@echo "make test    the whole test suite on this machine"
+	@echo "make cpp-test   csrc without Python, under AddressSanitizer and UBSan; part of make test"
 	@echo "make bench   the update against its floor and its peers"
+	@echo "make cpp-bench  the launchers alone, from C++"
 	@echo "make lint    ruff and clang-format"
 	@echo "make format  let them rewrite"
 	@echo "make gpu     build, test and measure on a CUDA machine with its own $(PYTHON), offline; OUT=folder for the results"
@@ -43,8 +46,20 @@ build: $(VENV)/.built
 demo: $(VENV)/.built
 	$(PY) examples/train_resnet.py --data digits --out demo $(ARGS)
 
-test: $(VENV)/.built
+test: $(VENV)/.built cpp-test
 	$(PY) -m pytest -q --require $(REQUIRE) $(ARGS)
+
+# csrc without Python and torch: its tests with sanitizers, and its benchmark without.
+CPP := PATH="$(abspath $(VENV))/bin:$$PATH" cmake -S . -G Ninja -DADAHESSIAN_CPP_TESTS=ON
+cpp-test: $(VENV)/.ready
+	@$(CPP) -B build/cpp-test -DADAHESSIAN_SANITIZE=$(SANITIZE) > /dev/null
+	@PATH="$(abspath $(VENV))/bin:$$PATH" cmake --build build/cpp-test
+	@PATH="$(abspath $(VENV))/bin:$$PATH" ctest --test-dir build/cpp-test --output-on-failure --parallel
+
+cpp-bench: $(VENV)/.ready
+	@$(CPP) -B build/cpp-bench > /dev/null
+	@PATH="$(abspath $(VENV))/bin:$$PATH" cmake --build build/cpp-bench --target csrc_bench
+	build/cpp-bench/tests/cpp/csrc_bench $(ARGS)
 
 bench: $(VENV)/.built
 	$(PY) bench/run.py --out $(OUT) $(ARGS)

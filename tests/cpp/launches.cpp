@@ -1,7 +1,6 @@
 // What Python cannot reach of the CUDA planning: how many launches there are, the table during stream capture, step
 // counts on the device, and parameters of more than 2^31 elements. Runs on the host; prints what failed.
 #include <array>
-#include <cstdio>
 #include <cstring>
 #include <functional>
 #include <memory>
@@ -11,23 +10,14 @@
 #include "../../csrc/cuda/emulate.h"
 #include "../../csrc/cuda/rademacher.h"
 #include "../../csrc/cuda/step_plan.h"
+#include "check.h"
 
 namespace {
 
 using namespace adahessian;
 using gpu::EmulatedDevice;
-
-int failures = 0;
-
-void check(bool condition, const std::string& what) {
-  if (condition) return;
-  std::printf("FAILED: %s\n", what.c_str());
-  ++failures;
-}
-
-void check_equal(int64_t found, int64_t expected, const std::string& what) {
-  check(found == expected, what + ": found " + std::to_string(found) + ", expected " + std::to_string(expected));
-}
+using test::check;
+using test::check_equal;
 
 struct Shape {
   int64_t numel, block, period = 1, stride = 1;
@@ -243,6 +233,5 @@ int main() {
   test_counts_on_the_device();
   test_compact_diagonal();
   test_many_elements();
-  std::printf("%d failures\n", failures);
-  return failures != 0;
+  return test::report();
 }

@@ -1,0 +1,116 @@
+// AdaHessian (Yao et al. 2021, Algorithm 1) as plain loops in double precision, one element at a time. Shares no line
+// with what it checks; tests/tolerances.py explains the error bounds.
+#pragma once
+
+#include <algorithm>
+#include <array>
+#include <cmath>
+#include <limits>
+#include <vector>
+
+#include "problem.h"
+
+namespace adahessian::test {
+
+using Words = std::array<uint32_t, 4>;
+
+// Philox4x32-10 as its authors define it (Salmon et al. 2011).
+inline Words philox(Words c, std::array<uint32_t, 2> key) {
+  for (int round = 0; round < 10; ++round) {
+    const uint64_t a = 0xD2511F53ull * c[0], b = 0xCD9E8D57ull * c[2];
+    c = {uint32_t(b >> 32) ^ c[1] ^ key[0], uint32_t(b), uint32_t(a >> 32) ^ c[3] ^ key[1], uint32_t(a)};
+    key = {key[0] + 0x9E3779B9u, key[1] + 0xBB67AE85u};
+  }
+  return c;
+}
+
+// z of a parameter in logical order.
+inline std::vector<double> expected_signs(const Segment& s, const Probe& probe, int64_t hessian_step) {
+  std::vector<double> z;
+  for (int64_t l = 0; l < s.numel; ++l) {
+    static thread_local Words words;
+    if (l % 128 == 0) {
+      words = philox({uint32_t(l / 128), s.param_id, uint32_t(hessian_step), probe.sample},
+                     {uint32_t(probe.seed), uint32_t(probe.seed >> 32)});
+    }
+    z.push_back(words[size_t(l / 32 % 4)] >> (l % 32) & 1 ? -1 : 1);
+  }
+  return z;
+}
+
+// Where logical element l is stored; adahessian_fused/segments.py has the formula.
+inline int64_t storage(const Segment& s, int64_t l) {
+  const int64_t matrix = s.period * s.stride, inside = l % matrix;
+  return l - inside + inside % s.period * s.stride + inside / s.period;
+}
+
+// Block means of D = z * Hz (Eq. 6, 7), in logical order.
+template <typename T>
+std::vector<double> expected_means(const Problem<T>& problem, size_t number) {
+  const Segment& s = problem.segments[number];
+  const std::vector<double> z = expected_signs(s, problem.probe, problem.steps[size_t(2 * s.slot + 1)]);
+  std::vector<double> means;
+  for (int64_t begin = 0; begin < s.numel; begin += s.block) {
+    const int64_t end = std::min(begin + s.block, s.numel);
+    double sum = 0;
+    for (int64_t l = begin; l < end; ++l) {
+      const double d = (problem.probe.draw ? z[size_t(l)] : 1) * problem.hessian[number][storage(s, l)];
+      sum += s.absolute ? std::abs(d) : d;
+    }
+    means.push_back(sum / double(end - begin));
+  }
+  return means;
+}
+
+// Unit roundoff of a type; doubled where the expected values are no more precise than the results.
+template <typename S>
+constexpr double kUnit = std::numeric_limits<S>::epsilon() / (sizeof(S) == 8 ? 1 : 2);
+
+// Half a unit in the last place of a 16-bit number near x.
+template <typename T>
+double storage_rounding(double x) {
+  if (sizeof(T) != 2) return 0;
+  const bool is_half = std::is_same_v<T, float16>;
+  return std::max(std::abs(x), is_half ? 0x1p-14 : 0x1p-126) * (is_half ? 0x1p-11 : 0x1p-8);
+}
+
+struct Value {
+  double value, bound;
+};
+
+struct Element {
+  Value m, v, weight;  // before it is rounded to the parameter's dtype
+};
+
+// One element after the step. `ds` is its block's mean of D, null on an off-step.
+template <typename S>
+Element expected_element(const Hyper& hyper, int64_t t, int64_t h, double unscale, double p, double g, double m,
+                         double v, const double* ds) {
+  constexpr double u = kUnit<S>;
+  const double beta1 = hyper.beta1, beta2 = hyper.beta2, k = hyper.hessian_power;
+  g *= hyper.maximize != 0 ? -unscale : unscale;
+  const double m1 = beta1 * m + (1 - beta1) * g;
+  const double m_error = u * (3 * beta1 * std::abs(m) + 6 * (1 - beta1) * std::abs(g));
+  double v1 = v, v_error = 0, root_shift = 0;
+  if (ds != nullptr) {
+    const double d = *ds * unscale, e = 4 * u * std::abs(d);
+    v1 = beta2 * v + (1 - beta2) * d * d;
+    v_error = 8 * u * v1 + (1 - beta2) * (2 * std::abs(d) * e + e * e);
+    root_shift = std::sqrt(1 - beta2) * e;
+  }
+  if (h == 0) return {{m1, m_error}, {v1, v_error}, {p, 0}};
+  const double bias2 = std::sqrt(1 - std::pow(beta2, double(h)));
+  const double root = std::sqrt(v1) / bias2, root_error = 7 * u * root + root_shift / bias2;
+  const double power = std::pow(root, k), low = std::pow(std::max(root - root_error, 0.0), k);
+  const double high = std::pow(root + root_error, k);
+  const double units = k == 1 ? 0 : k == 0.5 ? 1 : 8 + k * std::abs(std::log2(std::max(root, 1e-300)));
+  const double denom = power + hyper.eps;
+  const double denom_error = std::max(high - power, power - low) + units * u * high + 2 * u * denom;
+  const double step_size = hyper.lr / (1 - std::pow(beta1, double(t)));
+  const double update = step_size * m1 / denom, decayed = p * (1 - hyper.lr * hyper.weight_decay);
+  const double p_error = step_size * m_error / (low + hyper.eps) +
+                         std::abs(update) * (denom_error / (low + hyper.eps) + 6 * u) + 4 * u * std::abs(decayed);
+  return {{m1, m_error}, {v1, v_error}, {decayed - update, p_error}};
+}
+
+}  // namespace adahessian::test
