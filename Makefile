@@ -32,6 +32,7 @@ $(VENV)/.ready: constraints.txt pyproject.toml
 	@touch $@
 
 SOURCES := $(wildcard csrc/*.h csrc/*.cpp csrc/cpu/* csrc/cuda/*) CMakeLists.txt setup.py
+CPP_SOURCES := $(filter %.h %.cpp %.cu %.cuh,$(SOURCES) $(wildcard tests/cpp/*))
 $(VENV)/.built: $(VENV)/.ready $(SOURCES)
 	@echo "building; the log is $(VENV)/build.log"
 	@PATH="$(abspath $(VENV))/bin:$$PATH" $(PY) -m pip install -v --no-build-isolation --no-deps -e . \
@@ -62,26 +63,35 @@ cpp-bench: $(VENV)/.ready
 	build/cpp-bench/tests/cpp/csrc_bench $(ARGS)
 
 bench: $(VENV)/.built
-	$(PY) bench/run.py --out $(OUT) $(ARGS)
+	$(PY) -m bench.run --out $(OUT) $(ARGS)
 
 lint: $(VENV)/.ready
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
-	$(VENV)/bin/clang-format --dry-run --Werror $(filter %.h %.cpp %.cu %.cuh,$(SOURCES))
+	$(VENV)/bin/clang-format --dry-run --Werror $(CPP_SOURCES)
 
 format: $(VENV)/.ready
 	$(PY) -m ruff check --fix .
 	$(PY) -m ruff format .
-	$(VENV)/bin/clang-format -i $(filter %.h %.cpp %.cu %.cuh,$(SOURCES))
+	$(VENV)/bin/clang-format -i $(CPP_SOURCES)
 
 # ---- on a GPU machine: nothing is installed, nothing downloaded ------------------------------------------------------
 GPU_SITE := $(abspath build/gpu)
+# What compute-sanitizer looks at: native kernels in every order of storage, short and long blocks, long tables.
+SANITIZED := native and (reference or products) and (misaligned or channels_last_block_9 or tiny_300 or chunk_edges_block_9 or long_block_5000)
 gpu:
 	ADAHESSIAN_CUDA=ON ADAHESSIAN_NATIVE=ON $(PYTHON) setup.py -q build --build-lib $(GPU_SITE)
 	mkdir -p $(OUT)
 	cd tests && PYTHONPATH=$(GPU_SITE) $(PYTHON) -m adahessian_fused info
 	PYTHONSAFEPATH=1 PYTHONPATH=$(GPU_SITE) $(PYTHON) -m pytest -q --device cuda --require native,triton,reference $(ARGS)
-	PYTHONSAFEPATH=1 PYTHONPATH=$(GPU_SITE) $(PYTHON) bench/run.py --device cuda --out $(OUT)
+	@tool=$$(command -v compute-sanitizer || ls /usr/local/cuda/bin/compute-sanitizer 2>/dev/null); \
+	if [ -z "$$tool" ]; then echo "compute-sanitizer was not found: no memcheck, no racecheck"; exit 0; fi; \
+	for check in memcheck racecheck; do echo "$$tool --tool $$check"; \
+	  PYTHONSAFEPATH=1 PYTHONPATH=$(GPU_SITE) PYTORCH_NO_CUDA_MEMORY_CACHING=1 timeout 300 \
+	    $$tool --tool $$check --error-exitcode 1 --kernel-name kernel_substring=tile_kernel \
+	    $(PYTHON) -m pytest -q --device cuda -k "$(SANITIZED)" tests/test_adahessian_step.py tests/test_rademacher.py \
+	    tests/test_hessian_diag.py || exit 1; done
+	cd build && PYTHONPATH=$(GPU_SITE) $(PYTHON) -m adahessian_fused bench --device cuda --out $(abspath $(OUT)) $(BENCH_ARGS)
 
 clean:
 	rm -rf build dist *.egg-info adahessian_fused/*.so adahessian_fused/__pycache__ $(VENV)/.built

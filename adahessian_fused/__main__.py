@@ -1,9 +1,10 @@
-"""``python -m adahessian_fused info``: what can run here and, for what cannot, why."""
+"""``python -m adahessian_fused info``: what can run here and, for what cannot, why. ``bench``: how fast it is."""
 
 from __future__ import annotations
 
 import argparse
 import platform
+import sys
 
 import torch
 
@@ -52,14 +53,30 @@ def info() -> str:
     return "\n".join(lines)
 
 
-def main() -> None:
+def bench(arguments: list[str]) -> int:
+    """Run the benchmark, which is part of an installed package; a source tree has it in a folder of its own."""
+    try:
+        from .bench.run import main as run
+    except ModuleNotFoundError as error:
+        if error.name != f"{__package__}.bench":
+            raise
+        sys.exit("the benchmark is not part of this installation; in the source folder run python -m bench.run")
+    return run(arguments)
+
+
+def main() -> int:
     """Run the command line."""
     parser = argparse.ArgumentParser(prog="python -m adahessian_fused", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("info", help="what can run here, and why not what cannot")
-    parser.parse_args()
+    commands.add_parser("bench", help="time the update beside its floor and its peers", add_help=False)
+    args, rest = parser.parse_known_args()
+    if args.command == "bench":
+        return bench(rest)
+    parser.parse_args()  # complains about whatever is left
     print(info())
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -1,70 +1,146 @@
-"""What is measured: cases as data."""
+"""What is measured: cases as data, in three suites."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
 
 import torch
 
-Shape = tuple[int, ...]
+from . import shapes
+from .shapes import Shape
 
-
-def resnet20_shapes() -> list[Shape]:
-    """Parameters of CIFAR ResNet-20 with batch norm: 65 tensors, 0.27 M numbers."""
-    shapes: list[Shape] = [(16, 3, 3, 3), (16,), (16,)]
-    for stage, width in enumerate((16, 32, 64)):
-        for conv in range(6):
-            inputs = width // 2 if stage > 0 and conv == 0 else width
-            shapes += [(width, inputs, 3, 3), (width,), (width,)]
-    return [*shapes, (10, 64), (10,)]
+ADAMW, FOREACH, SGD = "AdamW fused", "AdamW foreach", "SGD fused"
+TORCH_OPTIMIZER, PYTORCH_OPTIMIZER = "torch-optimizer", "pytorch-optimizer foreach"
+REFERENCE, COMPILED = "reference", "reference compiled"
+EVERYBODY = (ADAMW, FOREACH, SGD, TORCH_OPTIMIZER, PYTORCH_OPTIMIZER, REFERENCE, COMPILED)
+MILLION = 1_000_000
 
 
 @dataclass(frozen=True)
 class Case:
-    """One problem: a list of parameters, a dtype, an averaging block length, and whether the step has curvature."""
+    """One problem.
+
+    Attributes:
+        name: unique, and what --filter looks at.
+        shapes: of the parameters.
+        block: averaging block length, or one of AdaHessian's names for it.
+        dtype: of parameters, gradients and Hessian-vector products.
+        curvature: False for an off-step.
+        groups: number of parameter groups.
+        shift: elements by which the heads of all tensors are misaligned.
+        cached: one set of tensors, which small ones find in the cache; otherwise sets rotate.
+        peers: who is timed beside ours and the floor.
+    """
 
     name: str
     shapes: tuple[Shape, ...]
     block: int | str = 1
     dtype: torch.dtype = torch.float32
     curvature: bool = True
-    peers: tuple[str, ...] = ("floor", "AdamW fused")
+    groups: int = 1
+    shift: int = 0
+    cached: bool = False
+    peers: tuple[str, ...] = (ADAMW,)
 
     @property
     def numel(self) -> int:
         """Parameters in all."""
-        return sum(torch.Size(shape).numel() for shape in self.shapes)
+        return sum(math.prod(shape) for shape in self.shapes)
 
     @property
     def bytes(self) -> int:
         """Least traffic of a step: read p, g, (Hz), m, v; write p, m, (v)."""
-        p = torch.empty((), dtype=self.dtype).element_size()
-        state = 8 if self.dtype == torch.float64 else 4
-        return self.numel * ((4 * p + 4 * state) if self.curvature else (3 * p + 3 * state))
+        per_parameter = self.dtype.itemsize + (8 if self.dtype == torch.float64 else 4)
+        return self.numel * (4 if self.curvature else 3) * per_parameter
 
     @property
     def adamw_bytes(self) -> int:
         """The same for Adam, whose states have the parameter's dtype: read p, g, m, v; write p, m, v."""
-        return self.numel * 7 * torch.empty((), dtype=self.dtype).element_size()
+        return self.numel * 7 * self.dtype.itemsize
+
+    @property
+    def footprint(self) -> int:
+        """Bytes that a step touches: p, g, Hz, m, v."""
+        return self.numel * (3 * self.dtype.itemsize + 8)
+
+    def block_length(self, shape: Shape) -> int:
+        """Length of the averaging blocks of a parameter."""
+        named = {"auto": math.prod(shape[2:]), "row": shape[-1] if shape else 1, "tensor": math.prod(shape)}
+        return min(named.get(self.block, self.block), max(math.prod(shape), 1))
+
+    def memory(self, contestants: int, rotations: int) -> int:
+        """About how many bytes it takes: shared g, Hz and starting points, p, m and v of each contestant."""
+        size = self.dtype.itemsize
+        return self.numel * rotations * (3 * size + contestants * (size + 8))
 
 
-_ALL = ("AdamW fused", "AdamW foreach", "pytorch-optimizer foreach", "torch-optimizer")
+def _large(millions: int, **options: object) -> Case:
+    """One tensor; square if blocks are rows."""
+    side = math.isqrt(millions * MILLION)
+    shape = (side, side) if options.get("block") == "row" else (millions * MILLION,)
+    label = [f"{millions}M", *(["bf16"] if options.get("dtype") == torch.bfloat16 else [])]
+    label.append("off-step" if options.get("curvature") is False else f"b={options.get('block', 1)}")
+    return Case(" ".join(label), (shape,), **options)
 
 
-def cases(device: str, quick: bool) -> list[Case]:
-    """The cases for a device; `quick` takes smaller tensors."""
-    million = 1_000_000
-    large = (4 if quick else 25) * million if device == "cpu" else (25 if quick else 250) * million
-    big = ((large,),)
-    name = f"{large // million}M"
-    many = tuple((1024,) for _ in range(2000))
-    some = tuple((1024,) for _ in range(200))
-    return [
-        *[Case(f"{name} b={b}", big, b) for b in (1, 9, 32, 127, 1024, "tensor")],
-        Case(f"{name} off-step", big, 1, curvature=False),
-        *[Case(f"{name} bf16 b={b}", big, b, torch.bfloat16) for b in (1, 9)],
-        Case("2,000 x 1,024", many, 1, peers=_ALL[:2]),
-        Case("2,000 x 1,024 b=32", many, 32, peers=_ALL[:1]),
-        Case("200 x 1,024", some, 1, peers=_ALL[:2]),
-        Case("ResNet-20", tuple(resnet20_shapes()), "auto", peers=_ALL),
+def _models(device: str, full: bool) -> list[Case]:
+    resnet20, resnet50 = tuple(shapes.resnet20()), tuple(shapes.resnet50())
+    found = [
+        Case("ResNet-20", resnet20, "auto", peers=EVERYBODY),
+        Case("ResNet-20 cached", resnet20, "auto", cached=True, peers=EVERYBODY[:3]),
+        Case("ResNet-50", resnet50, "auto", peers=EVERYBODY[:5]),
     ]
+    if device == "cuda" or full:
+        found.append(Case("GPT-2 small", tuple(shapes.gpt2(12, 768)), 1, peers=EVERYBODY[:3]))
+        found.append(Case("GPT-2 medium", tuple(shapes.gpt2(24, 1024)), 1, peers=EVERYBODY[:3]))
+        found.append(Case("GPT-2 small bf16 b=row", tuple(shapes.gpt2(12, 768)), "row", torch.bfloat16))
+    return found
+
+
+def _lists() -> list[Case]:
+    many, some = ((1024,),) * 2000, ((1024,),) * 200
+    return [
+        Case("2,000 x 1,024", many, 1, peers=EVERYBODY[:3]),
+        Case("2,000 x 1,024 b=32", many, 32),
+        Case("2,000 x 1,024, 50 groups", many, 1, groups=50, peers=EVERYBODY[:3]),
+        Case("200 x 1,024", some, 1, peers=EVERYBODY[:3]),
+        Case("awkward sizes b=9", tuple(shapes.awkward()), 9),
+        Case("awkward sizes b=9, odd heads", tuple(shapes.awkward()), 9, shift=1),
+    ]
+
+
+BLOCKS = (1, 9, 32, 49, 64, 127, 1024, "row", "tensor")
+
+
+def _quick(device: str) -> list[Case]:
+    size = 4 if device == "cpu" else 25
+    return [
+        _large(1),
+        *[_large(size, block=b) for b in (1, 9, 32, "tensor")],
+        _large(size, curvature=False),
+        _large(size, dtype=torch.bfloat16),
+        Case("ResNet-20", tuple(shapes.resnet20()), "auto", peers=(*EVERYBODY[:3], PYTORCH_OPTIMIZER)),
+        Case("200 x 1,024", ((1024,),) * 200, 1, peers=EVERYBODY[:3]),
+    ]
+
+
+def cases(device: str, suite: str = "default") -> list[Case]:
+    """The cases of a suite: "quick" (a minute), "default" (some minutes) or "full" (as long as it takes)."""
+    if suite == "quick":
+        return _quick(device)
+    full, half = suite == "full", torch.bfloat16
+    size = 25 if device == "cpu" else 100
+    sizes = (1, 4, 25, 100, 1000) if full or device == "cuda" else (1, 4, 25)
+    found = [
+        *[_large(n, peers=EVERYBODY if n == 25 else (ADAMW,)) for n in sizes],
+        *[_large(size, block=b, peers=(ADAMW, COMPILED) if b in (9, 32) else (ADAMW,)) for b in BLOCKS[1:]],
+        _large(size, curvature=False),
+        *[_large(n, dtype=half) for n in sizes],
+        *[_large(size, block=b, dtype=half) for b in (BLOCKS[1:] if full or device == "cuda" else (9, 32))],
+        _large(size, dtype=half, curvature=False),
+        *_models(device, full),
+        *_lists(),
+    ]
+    by_name = {case.name: case for case in found}
+    return [replace(case, peers=EVERYBODY) for case in by_name.values()] if full else list(by_name.values())

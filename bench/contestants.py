@@ -1,114 +1,140 @@
-"""Ours and the peers, each as a function that takes one optimizer step on its own copy of a case's tensors."""
+"""Ours and the peers: each takes one optimizer step after another on its own copy of a case's parameters."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import Parameter
 
 from adahessian_fused import AdaHessian
-from adahessian_fused.curvature import Curvature
 
-from .cases import Case
+from . import cases, compiled
+from .curvature import loss_of
+from .problem import Problem
 
-LR = 1e-3
-
-
-class Problem:
-    """Parameters, gradients and Hessian-vector products of a case. Gradients and Hz are shared by all contestants."""
-
-    def __init__(self, case: Case, device: str, seed: int = 0) -> None:
-        generator = torch.Generator(device).manual_seed(seed)
-
-        def normal(shape: tuple[int, ...]) -> Tensor:
-            return torch.randn(shape, generator=generator, device=device).to(case.dtype)
-
-        self.case, self.device = case, device
-        self.start = [normal(shape) for shape in case.shapes]
-        self.grads = [normal(shape) for shape in case.shapes]
-        self.hessians = [normal(shape) for shape in case.shapes]
-
-    def params(self) -> list[Parameter]:
-        """Fresh parameters with their gradients."""
-        params = [Parameter(p.clone()) for p in self.start]
-        for p, g in zip(params, self.grads, strict=True):
-            p.grad = g
-        return params
+LR, WEIGHT_DECAY = 1e-3, 0.01
 
 
-def ours(problem: Problem, backend: str) -> tuple[Callable[[], None], AdaHessian]:
-    """A whole optimizer.step() with Hz at hand: what is left of a training step after autograd."""
+class Contestant:
+    """Something that steps.
+
+    Args:
+        step: what is timed.
+        prepare: what has to happen before each step, and is not timed.
+        params: what it updates, if it claims to compute AdaHessian; compared with the float64 reference.
+    """
+
+    def __init__(
+        self, step: Callable[[], Any], prepare: Callable[[], None] | None = None, params: list[Tensor] | None = None
+    ) -> None:
+        self.step, self.params = step, params
+        self.prepare = prepare or (lambda: None)
+
+
+def ours(problem: Problem, backend: str) -> Contestant:
+    """A whole optimizer.step() after opt.backward()."""
     case, params = problem.case, problem.params()
     every = 1 if case.curvature else 2**40  # after the first step off-steps only
-    opt = AdaHessian(params, lr=LR, weight_decay=0.01, block_size=case.block, backend=backend, update_each=every)
+    opt = AdaHessian(
+        problem.grouped(params),
+        lr=LR,
+        weight_decay=WEIGHT_DECAY,
+        block_size=case.block,
+        backend=backend,
+        update_each=every,
+    )
 
     def prepare() -> None:
-        """What opt.backward() leaves. The peers are given theirs too."""
-        if opt.needs_hessian:
-            entries = opt._ensure([(0, p) for p in params])
-            opt._curvature = Curvature(opt._tools, seed=0)
-            opt._curvature.add(dict(zip(entries, problem.hessians, strict=True)), sample=0, draw=True)
+        if not opt.needs_hessian:
+            return
+        opt.zero_grad()
+        opt.backward(loss_of(problem, params))
+        for p, g in zip(params, problem.grads, strict=True):
+            p.grad = g  # the very tensor that the peers use
 
-    def step() -> None:
-        opt.step()
-
-    step.prepare = prepare
-    return step, opt
+    return Contestant(opt.step, prepare, params)
 
 
-def floor(problem: Problem) -> Callable[[], None]:
-    """The same bytes without arithmetic: in-place streaming on a CPU, a device copy on a GPU."""
+def floor(problem: Problem) -> Contestant:
+    """The same bytes without arithmetic: a device copy on a GPU, in-place streaming on a CPU.
+
+    Streaming reads p, g, Hz, m, v and writes p, m, v back (off-steps: without Hz and v's way back), as float32 words
+    whatever the dtype, so that no conversion slows it down.
+    """
     case = problem.case
     if problem.device == "cuda":
         source = torch.empty(case.bytes // 2, dtype=torch.uint8, device="cuda").random_()
         target = torch.empty_like(source)
-        return lambda: target.copy_(source)
-    p, g, h = problem.start[0].clone(), problem.grads[0], problem.hessians[0]
-    state = torch.float64 if case.dtype == torch.float64 else torch.float32
-    m, v = torch.zeros_like(p, dtype=state), torch.zeros_like(p, dtype=state)
+        return Contestant(lambda: target.copy_(source))
+    words = max(case.numel * case.dtype.itemsize // 4, 1)
+    states = max(case.numel * (2 if case.dtype == torch.float64 else 1), words)
+    p, g, h = (torch.randn(words) for _ in range(3))
+    m, v = torch.randn(states), torch.randn(states)
 
     def stream() -> None:
         p.add_(g)
         if case.curvature:
-            m.add_(h)  # reads m and Hz
+            m[:words].add_(h)
+            m[words:].add_(1.0)
             v.add_(1.0)
         else:
             torch.add(m, v, out=m)
 
-    return stream
+    return Contestant(stream)
 
 
-def adamw(problem: Problem, **how: bool) -> Callable[[], None]:
-    """torch.optim.AdamW."""
-    return torch.optim.AdamW(problem.params(), lr=LR, weight_decay=0.01, **how).step
+def _torch_optim(name: str, **options: Any) -> Callable[[Problem], Contestant]:
+    def make(problem: Problem) -> Contestant:
+        optimizer = getattr(torch.optim, name)
+        return Contestant(
+            optimizer(problem.grouped(problem.params()), lr=LR, weight_decay=WEIGHT_DECAY, **options).step
+        )
+
+    return make
 
 
-def pytorch_optimizer(problem: Problem) -> Callable[[], None]:
+def pytorch_optimizer(problem: Problem) -> Contestant:
     """pytorch-optimizer's AdaHessian with its foreach update, the Hessian diagonal given."""
     from pytorch_optimizer import AdaHessian as Theirs
 
-    opt = Theirs(problem.params(), lr=LR, weight_decay=0.01, foreach=True)
-    return lambda: opt.step(hessian=problem.hessians)
+    params = problem.params()
+    opt = Theirs(problem.grouped(params), lr=LR, weight_decay=WEIGHT_DECAY, foreach=True)
+    hessian_of = dict(zip(params, problem.hessians, strict=True))
+    hessians = [hessian_of[p] for group in opt.param_groups for p in group["params"]]
+    return Contestant(lambda: opt.step(hessian=hessians))
 
 
-def torch_optimizer(problem: Problem) -> Callable[[], None]:
+def torch_optimizer(problem: Problem) -> Contestant:
     """torch-optimizer's Adahessian, its Hessian-vector product replaced by the averaging it does afterwards."""
     from torch_optimizer import Adahessian as Theirs
 
-    def averaged(_params: list[Tensor], _grads: list[Tensor]) -> list[Tensor]:
-        return [h.abs().mean((2, 3), keepdim=True) if h.dim() == 4 else h.abs() for h in problem.hessians]
+    def averaged(params: list[Tensor], _grads: list[Tensor]) -> list[Tensor]:
+        found = [hessian_of[p] for p in params]
+        return [h.abs().mean((2, 3), keepdim=True) if h.dim() == 4 else h.abs() for h in found]
 
-    opt = Theirs(problem.params(), lr=LR, weight_decay=0.01)
+    params = problem.params()
+    hessian_of = dict(zip(params, problem.hessians, strict=True))
+    opt = Theirs(problem.grouped(params), lr=LR, weight_decay=WEIGHT_DECAY)
     opt.get_trace = averaged
-    return opt.step
+    return Contestant(opt.step)
 
 
-PEERS: dict[str, Callable[[Problem], Callable[[], None]]] = {
+def reference_compiled(problem: Problem) -> Contestant:
+    """Our reference's formulas as one function under torch.compile."""
+    params = problem.params()
+    step = compiled.make_step(problem, params, lr=LR, weight_decay=WEIGHT_DECAY)
+    return Contestant(step, params=params)
+
+
+PEERS: dict[str, Callable[[Problem], Contestant]] = {
     "floor": floor,
-    "AdamW fused": lambda problem: adamw(problem, fused=True),
-    "AdamW foreach": lambda problem: adamw(problem, foreach=True),
-    "pytorch-optimizer foreach": pytorch_optimizer,
-    "torch-optimizer": torch_optimizer,
+    cases.ADAMW: _torch_optim("AdamW", fused=True),
+    cases.FOREACH: _torch_optim("AdamW", foreach=True),
+    cases.SGD: _torch_optim("SGD", momentum=0.9, fused=True),
+    cases.TORCH_OPTIMIZER: torch_optimizer,
+    cases.PYTORCH_OPTIMIZER: pytorch_optimizer,
+    cases.REFERENCE: lambda problem: ours(problem, "reference"),
+    cases.COMPILED: reference_compiled,
 }

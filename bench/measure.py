@@ -3,68 +3,138 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from statistics import median
 
 import numpy as np
 import torch
+from torch.autograd import DeviceType
+from torch.profiler import ProfilerActivity, profile
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from .contestants import Contestant
 
 
 @dataclass(frozen=True)
 class Timing:
-    """Seconds: median, 20th and 80th percentile, and how many rounds."""
+    """What was found about one contestant.
+
+    Attributes:
+        median: seconds a step; on a GPU the device's, from the first kernel's start to the last one's end.
+        p20: 20th percentile.
+        p80: 80th percentile.
+        samples: how many steps were timed.
+        host: seconds of the host alone; None where it cannot be told from the kernels.
+        launches: kernels (on a CPU: calls of our ops) in a step; None where unknown.
+    """
 
     median: float
     p20: float
     p80: float
-    rounds: int
+    samples: int
+    host: float | None = None
+    launches: int | None = None
 
 
 def interleaved(
-    contestants: Mapping[str, Callable[[], None]],
-    *,
-    device: str,
-    seconds: float = 2.0,
-    rounds: tuple[int, int] = (7, 200),
+    contestants: Mapping[str, Sequence[Contestant]], *, device: str, seconds: float = 2.0, samples: int = 7
 ) -> dict[str, Timing]:
     """Time contestants in turns after a warm-up.
 
     Args:
-        contestants: what to call, by name. If it has a function ``prepare``, that is called before, and not timed.
-        device: "cpu" or "cuda"; a GPU is timed with events on its stream.
+        contestants: by name; several instances of a contestant have tensors of their own and are called one after the
+            other, so that none finds its tensors in the cache.
+        device: "cpu" or "cuda".
         seconds: aim for this long in all.
-        rounds: fewest and most rounds.
+        samples: take at least this many of each contestant.
     """
-    once = _on_gpu if device == "cuda" else _on_cpu
-    for call in contestants.values():
-        for _ in range(3):
-            once(call)
-    spent = sum(once(call) for call in contestants.values())
-    count = int(np.clip(seconds / max(spent, 1e-9), *rounds))
-    samples: dict[str, list[float]] = {name: [] for name in contestants}
-    for _ in range(count):
-        for name, call in contestants.items():
-            samples[name].append(once(call))
-    return {name: Timing(*np.percentile(taken, (50, 20, 80)).tolist(), count) for name, taken in samples.items()}
+    clocks = {name: _GpuClock() if device == "cuda" else _CpuClock() for name in contestants}
+    taken: dict[str, list[tuple[float, float]]] = {name: [] for name in contestants}
+
+    def lap() -> None:
+        for name, instances in contestants.items():
+            for instance in instances:
+                instance.prepare()
+            taken[name] += [clocks[name](instance.step) for instance in instances]
+
+    lap()
+    for warm_up in taken.values():
+        warm_up.clear()
+    end = time.perf_counter() + seconds
+    while time.perf_counter() < end or any(len(found) < samples for found in taken.values()):
+        lap()
+    return {name: _timing(found, contestants[name][0], device) for name, found in taken.items()}
 
 
-def _prepare(call: Callable[[], None]) -> None:
-    getattr(call, "prepare", lambda: None)()
+def _timing(samples: list[tuple[float, float]], contestant: Contestant, device: str) -> Timing:
+    step = np.percentile([taken for taken, _ in samples], (50, 20, 80)).tolist()
+    if device == "cuda":
+        return Timing(*step, len(samples), median(host for _, host in samples), _kernels(contestant))
+    calls, host = _calls(contestant)
+    return Timing(*step, len(samples), host if calls else None, calls or None)
 
 
-def _on_cpu(call: Callable[[], None]) -> float:
-    _prepare(call)
-    start = time.perf_counter()
-    call()
-    return time.perf_counter() - start
+class _CpuClock:
+    def __call__(self, step: Callable[[], None]) -> tuple[float, float]:
+        start = time.perf_counter()
+        step()
+        taken = time.perf_counter() - start
+        return taken, taken
 
 
-def _on_gpu(call: Callable[[], None]) -> float:
-    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    _prepare(call)
-    torch.cuda.synchronize()
-    start.record()
-    call()
-    end.record()
-    end.synchronize()
-    return start.elapsed_time(end) / 1e3
+class _GpuClock:
+    """Device and host time of a step. The device first sleeps, so that no kernel waits for the host to launch it."""
+
+    def __init__(self) -> None:
+        self._sleep = 1e-3  # seconds; follows the host time of the last step
+
+    def __call__(self, step: Callable[[], None]) -> tuple[float, float]:
+        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        torch.cuda.synchronize()
+        torch.cuda._sleep(int(self._sleep * 2e9))  # cycles of a clock of about 2 GHz
+        begin.record()
+        start = time.perf_counter()
+        step()
+        host = time.perf_counter() - start
+        end.record()
+        end.synchronize()
+        self._sleep = min(max(2 * host, 1e-4), 0.05)
+        return begin.elapsed_time(end) / 1e3, host
+
+
+def _kernels(contestant: Contestant) -> int | None:
+    """Kernels in a step; None if the profiler does not work here."""
+    contestant.prepare()
+    with profile(activities=[ProfilerActivity.CUDA]) as found:
+        contestant.step()
+        torch.cuda.synchronize()
+    names = [event.name for event in found.events() if event.device_type == DeviceType.CUDA]
+    return sum(not name.startswith(("Memcpy", "Memset")) for name in names) or None
+
+
+def _calls(contestant: Contestant, steps: int = 5) -> tuple[int, float]:
+    """Calls of our operators in a step, and the seconds outside them (a little more, they are being watched)."""
+    outside = []
+    for _ in range(steps):
+        contestant.prepare()
+        start = time.perf_counter()
+        with _Ops() as ops:
+            contestant.step()
+        outside.append(time.perf_counter() - start - ops.seconds)
+    return ops.calls, median(outside)
+
+
+class _Ops(TorchDispatchMode):
+    """Counts and times the calls of our operators inside it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls, self.seconds = 0, 0.0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        start = time.perf_counter()
+        result = func(*args, **(kwargs or {}))
+        if func.namespace == "adahessian_fused":
+            self.calls, self.seconds = self.calls + 1, self.seconds + time.perf_counter() - start
+        return result

@@ -1,4 +1,4 @@
-"""Time the update of every case beside its floor and its peers: ``make bench``.
+"""Time the update of every case beside its floor and its peers.
 
 A case is timed only after its result was found equal to the float64 reference.
 """
@@ -6,149 +6,137 @@ A case is timed only after its result was found equal to the float64 reference.
 from __future__ import annotations
 
 import argparse
+import contextlib
+import gc
 import json
-import platform
-import subprocess
+import math
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import asdict
-from importlib.metadata import version
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-sys.path.append(str(Path(__file__).resolve().parent.parent))  # behind the installed package
-
 import torch
-from rich.console import Console
-from rich.progress import Progress
-from rich.table import Table
 
-from adahessian_fused import __version__, available_backends
-from bench.cases import Case, cases
-from bench.check import largest_error
-from bench.contestants import PEERS, Problem, ours
-from bench.measure import Timing, interleaved
+from adahessian_fused import available_backends
 
-ROOT = Path(__file__).resolve().parent.parent
+from . import display, machine
+from .cases import REFERENCE, Case, cases
+from .check import Expected, first_step
+from .compiled import SkippedError
+from .contestants import PEERS, Contestant, ours
+from .measure import interleaved
+from .problem import Problem
 
-
-def machine(device: str) -> dict[str, Any]:
-    """What the figures depend on."""
-    git = ["git", "-C", str(ROOT)]
-    commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
-    dirty = subprocess.run([*git, "status", "--porcelain", "-uno"], capture_output=True, text=True).stdout.strip()
-    facts = {
-        "commit": commit + ("+changes" if dirty else ""),
-        "adahessian_fused": __version__,
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "triton": version("triton") if find_spec("triton") else None,
-        "cpu": _cpu_name(),
-        "threads": torch.get_num_threads(),
-        "load_before": Path("/proc/loadavg").read_text().split()[0] if Path("/proc/loadavg").exists() else None,
-    }
-    if device == "cuda":
-        query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-        driver = subprocess.run(query, capture_output=True, text=True).stdout.strip()
-        facts |= {"gpu": torch.cuda.get_device_name(), "cuda": torch.version.cuda, "driver": driver}
-    return facts
+MOST_ROTATIONS = 32
 
 
-def _cpu_name() -> str:
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    return next((line.split(":")[1].strip() for line in lines if "model name" in line), platform.processor())
+def rotations(case: Case, device: str) -> int:
+    """How many sets of tensors it takes that the first one has left the cache before its turn comes again."""
+    return 1 if case.cached else min(math.ceil(2 * machine.last_level_cache(device) / case.footprint), MOST_ROTATIONS)
 
 
-def run_case(case: Case, device: str, backends: list[str], seconds: float) -> dict[str, Any]:
+def run_case(case: Case, device: str, backends: Sequence[str], seconds: float) -> dict[str, Any]:
     """Check and time one case."""
-    problem = Problem(case, device)
-    errors, contestants = {}, {}
-    for backend in backends:
-        step, opt = ours(problem, backend)
-        errors[backend] = largest_error(step, opt, problem)
-        if errors[backend] <= 1.0:
-            contestants[backend] = step
-    for name in case.peers:
-        try:
-            contestants[name] = PEERS[name](problem)
-        except ModuleNotFoundError as error:  # a peer that is not installed has no column
-            errors[name] = str(error)
-    timings = interleaved(contestants, device=device, seconds=seconds)
-    return {
+    facts = {
         "case": case.name,
         "dtype": str(case.dtype).removeprefix("torch."),
         "block": case.block,
+        "curvature": case.curvature,
         "numel": case.numel,
         "tensors": len(case.shapes),
+        "groups": case.groups,
+        "cached": case.cached,
         "bytes": case.bytes,
         "adamw_bytes": case.adamw_bytes,
-        "error_over_tolerance": {name: error for name, error in errors.items() if name in backends},
-        "missing_peers": {name: error for name, error in errors.items() if name not in backends},
-        "seconds": {name: asdict(timing) for name, timing in timings.items()},
+        "backends": list(backends),
+        "error_over_tolerance": {},
+        "missing_peers": {},
+        "seconds": {},
     }
+    names, count = [*backends, "floor", *case.peers], rotations(case, device)
+    needed, there = case.memory(len(names), count), machine.available_memory(device)
+    if needed > 0.8 * there:
+        return facts | {"skipped": f"needs {needed / 1e9:.1f} GB of memory, {there / 1e9:.1f} are available"}
+    problems = [Problem(case, device, seed) for seed in range(count)]
+    expected, contestants = Expected(problems[0]), {}
+    for name in names:
+        try:
+            instances, error = enter(name, problems, expected)
+        except (ImportError, SkippedError) as reason:  # a peer that is not installed has no column
+            facts["missing_peers"][name] = str(reason)
+            continue
+        if instances[0].params is not None:
+            facts["error_over_tolerance"][name] = error
+        if error <= 1:
+            contestants[name] = instances
+    timings = interleaved(contestants, device=device, seconds=seconds)
+    return facts | {"seconds": {name: asdict(timing) for name, timing in timings.items()}}
 
 
-def table_of(results: list[dict[str, Any]], backends: list[str]) -> Table:
-    """The results for reading: ours against each peer."""
-    table = Table(title="One optimizer step (median); ratios: peer's time over ours, same run")
-    for column in ("case", "backend", "time", "20-80 %", "GB/s", "time/floor", "per byte vs AdamW fused", *PEERS):
-        if column != "floor":
-            table.add_column(column, justify="left" if column in ("case", "backend") else "right")
-    for result in results:
-        seconds = {name: Timing(**timing) for name, timing in result["seconds"].items()}
-        for backend in backends:
-            table.add_row(*_row(result, backend, seconds))
-    return table
+def enter(name: str, problems: Sequence[Problem], expected: Expected) -> tuple[list[Contestant], float]:
+    """A contestant on each set of tensors after its first step, and how wrong that step was on the first set."""
+    make = PEERS.get(name, lambda problem: ours(problem, name))
+    # The plain reference takes so long that the cache does not matter, and nobody wants to wait for it.
+    instances = [make(problem) for problem in (problems[:1] if name == REFERENCE else problems)]
+    error = first_step(instances[0], expected)
+    for other in instances[1:]:
+        other.prepare()
+        other.step()
+    return instances, error
 
 
-def _row(result: dict[str, Any], backend: str, seconds: dict[str, Timing]) -> list[str]:
-    if backend not in seconds:
-        return [result["case"], backend, f"WRONG: error {result['error_over_tolerance'][backend]:.1f} x tolerance"]
-    mine = seconds[backend].median
-    per_byte = "-"
-    if "AdamW fused" in seconds:
-        theirs = seconds["AdamW fused"].median / result["adamw_bytes"]
-        per_byte = f"{mine / result['bytes'] / theirs:.2f}"
-    over_floor = f"{mine / seconds['floor'].median:.2f}" if "floor" in seconds else "-"
-    ratios = [f"{seconds[name].median / mine:.2f}x" if name in seconds else "-" for name in PEERS if name != "floor"]
-    spread = f"{seconds[backend].p20 * 1e3:.3g}-{seconds[backend].p80 * 1e3:.3g}"
-    rate = f"{result['bytes'] / mine / 1e9:.1f}"
-    return [result["case"], backend, f"{mine * 1e3:.3f} ms", spread, rate, over_floor, per_byte, *ratios]
-
-
-def main() -> int:
-    """Run the benchmark."""
-    parser = argparse.ArgumentParser(description=__doc__)
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(prog="python -m adahessian_fused bench", description=__doc__)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--quick", action="store_true", help="smaller tensors, shorter timing")
-    parser.add_argument("--seconds", type=float, default=4.0, help="time to spend on a case")
-    parser.add_argument("--only", default="", help="cases whose name contains this")
-    parser.add_argument("--backends", nargs="*", help="default: native, on a GPU triton too")
-    parser.add_argument("--out", type=Path, default=ROOT / "bench" / "results", help="folder for the JSON file")
-    args = parser.parse_args()
-    wanted = args.backends or (["native", "triton"] if args.device == "cuda" else ["native"])
+    suite = parser.add_mutually_exclusive_group()
+    suite.add_argument("--quick", action="store_const", const="quick", dest="suite", help="within a minute on 2 cores")
+    suite.add_argument("--full", action="store_const", const="full", dest="suite", help="every case with every peer")
+    parser.set_defaults(suite="default")
+    parser.add_argument("--seconds", type=float, help="time to spend on a case (default: 3, with --quick 1)")
+    parser.add_argument("--filter", default="", metavar="TEXT", help="cases whose name contains this")
+    parser.add_argument("--list", action="store_true", help="print the names of the cases and stop")
+    parser.add_argument("--backends", nargs="+", metavar="NAME", help="default: native, on a GPU triton too")
+    parser.add_argument("--out", type=Path, default=Path("bench/results"), help="folder for the results")
+    args = parser.parse_args(arguments)
+    args.backends = args.backends or (["native", "triton"] if args.device == "cuda" else ["native"])
+    args.seconds = args.seconds or (1.0 if args.suite == "quick" else 3.0)
+    args.cases = [case for case in cases(args.device, args.suite) if args.filter in case.name]
+    if not args.cases:
+        parser.error(f'no case\'s name contains "{args.filter}"; --list prints them')
     able = available_backends(args.device)
-    for name in wanted:
-        if able[name] is not None:
-            parser.error(f"backend {name} cannot run on {args.device} here: {able[name]}")
-    args.out.mkdir(parents=True, exist_ok=True)
+    for name in args.backends if not args.list else ():
+        reason = able.get(name, "there is no such backend")
+        if reason is not None:
+            parser.error(f"backend {name} cannot run on {args.device} here: {reason}")
+    return args
 
-    facts, results = machine(args.device), []
-    chosen = [case for case in cases(args.device, args.quick) if args.only in case.name]
-    console = Console(width=170)
-    with Progress(console=console) as progress:
-        task = progress.add_task("cases", total=len(chosen))
-        for case in chosen:
-            progress.update(task, description=case.name)
-            results.append(run_case(case, args.device, wanted, 1.0 if args.quick else args.seconds))
-            progress.advance(task)
-    console.print(table_of(results, wanted))
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the benchmark; 1 if any result was wrong."""
+    args = parse(arguments)
+    if args.list:
+        print("\n".join(case.name for case in args.cases))
+        return 0
+    args.out.mkdir(parents=True, exist_ok=True)
+    facts, results = machine.machine(args.device), []
+    for case in display.progress(args.cases):
+        results.append(run_case(case, args.device, args.backends, args.seconds))
+        gc.collect()  # optimizers are full of cycles
+        if args.device == "cuda":
+            torch.cuda.empty_cache()
+    display.show(results)
     path = args.out / f"{args.device}-{time.strftime('%Y%m%d-%H%M%S')}.json"
-    path.write_text(json.dumps({"machine": facts, "results": results}, indent=1) + "\n")
-    console.print(f"written to {path}")
-    return int(any(error > 1.0 for result in results for error in result["error_over_tolerance"].values()))
+    path.write_text(json.dumps({"machine": facts, "suite": args.suite, "results": results}, indent=1) + "\n")
+    print(f"written to {path}")
+    with contextlib.suppress(ImportError):
+        from .plots import draw
+
+        for plot in draw(json.loads(path.read_text()), path.with_suffix("")):
+            print(f"written to {plot}")
+    return int(any(error > 1 for result in results for error in result["error_over_tolerance"].values()))
 
 
 if __name__ == "__main__":

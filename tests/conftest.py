@@ -7,11 +7,15 @@ same tests run on CUDA tensors. ``--require native,triton`` makes a backend of t
 from __future__ import annotations
 
 import os
+import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 from cases import cases_for
+
+sys.path.append(str(Path(__file__).parents[1]))  # for bench; behind an installed adahessian_fused
 
 OPS = ("rademacher", "hessian_diag", "adahessian_step")
 BACKENDS = {"cpu": ("reference", "native", "emulated", "triton"), "cuda": ("reference", "native", "triton")}

@@ -27,7 +27,7 @@ const KnownAnswer kKnownAnswers[] = {
 
 void test_philox() {
   for (const auto& [c, key, words] : kKnownAnswers) {
-    const PhiloxWords drawn = philox4x32(c[0], c[1], c[2], c[3], key[0], key[1]);
+    const auto drawn = philox4x32(c[0], c[1], c[2], c[3], key[0], key[1]);
     check(std::equal(words.begin(), words.end(), drawn.word), "adahessian_math.h: known answer");
     check(philox(c, key) == words, "the plain loop: known answer");
   }

@@ -1,0 +1,64 @@
+"""Progress and table on a terminal: rich where it is installed, plain lines elsewhere."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable, Iterator
+from importlib.util import find_spec
+
+from .cases import Case
+from .table import Result, columns, notes, rows
+
+HAS_RICH = find_spec("rich") is not None
+
+
+def progress(chosen: list[Case]) -> Iterator[Case]:
+    """The cases one by one, with a progress bar or a line each."""
+    if HAS_RICH:
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+        parts = (TextColumn("{task.description:<30}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+        with Progress(*parts, console=Console(stderr=True)) as bar:
+            task = bar.add_task("", total=len(chosen))
+            for case in chosen:
+                bar.update(task, description=case.name)
+                yield case
+                bar.advance(task)
+        return
+    for number, case in enumerate(chosen, 1):
+        print(f"[{number}/{len(chosen)}] {case.name}", file=sys.stderr, flush=True)
+        yield case
+
+
+def show(results: list[Result]) -> None:
+    """Print the table, and below it what is missing and what is wrong."""
+    header, body = columns(results), rows(results)
+    (_rich_table if HAS_RICH else _plain_table)(header, body)
+    for note in notes(results):
+        print(f"not measured: {note}")
+    wrong = [row for row in body if len(row) > 2 and row[2].startswith("WRONG")]
+    if wrong:
+        print("\n" + "!" * 100)
+        for row in wrong:
+            print(f"!!! {row[0]}, {row[1]}: {row[2]}. Not timed.")
+        print("!" * 100)
+
+
+def _rich_table(header: list[str], body: Iterable[list[str]]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title="One optimizer step; peers: their time over ours, same run")
+    for i, column in enumerate(header):
+        table.add_column(column, justify="left" if i < 2 else "right", overflow="fold")
+    for row in body:
+        table.add_row(*row, style="bold red" if row[2].startswith("WRONG") else None)
+    Console(width=None if sys.stdout.isatty() else 200).print(table)
+
+
+def _plain_table(header: list[str], body: list[list[str]]) -> None:
+    whole = [row for row in body if len(row) == len(header)]
+    widths = [max(map(len, column)) for column in zip(header, *whole, strict=True)]
+    for row in (header, *body):
+        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=False)))

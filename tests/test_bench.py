@@ -1,0 +1,232 @@
+"""The benchmark measures what it says: results are checked, inputs rotate, page and comparison follow the JSON."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+import time
+
+import pytest
+import torch
+
+from adahessian_fused import available_backends
+from bench import cases, check, compare, compiled, contestants, display, machine, measure, report, run, shapes, table
+from bench.cases import Case
+from bench.problem import Problem
+
+TINY = Case("tiny", ((40, 3, 3, 3), (7,), (1,)), "auto", peers=(cases.ADAMW, cases.SGD, cases.TORCH_OPTIMIZER))
+VARIANTS = [
+    TINY,
+    Case("block 9", ((100,),), 9),
+    Case("tensor", ((1000,),), "tensor"),
+    Case("row", ((30, 17),), "row", shift=1),
+    Case("bf16", ((300,), (5, 7)), 32, torch.bfloat16),
+    Case("off-step", ((300,),), curvature=False),
+    Case("groups", ((10,),) * 7, groups=3),
+]
+
+
+def need_native() -> None:
+    reason = available_backends("cpu")["native"]
+    if reason is not None:
+        pytest.skip(reason)
+
+
+@pytest.fixture
+def run_tiny(monkeypatch, tmp_path):
+    """A function that runs the benchmark on the tiny case; returns its exit code and what it wrote."""
+    monkeypatch.setattr(run, "cases", lambda device, suite: [TINY])
+    monkeypatch.setattr(run, "rotations", lambda case, device: 2)
+
+    def call() -> tuple[int, dict]:
+        code = run.main(["--seconds", "0.01", "--backends", "reference", "--out", str(tmp_path)])
+        (path,) = tmp_path.glob("*.json")
+        return code, json.loads(path.read_text())
+
+    return call
+
+
+@pytest.mark.parametrize("name", [cases.REFERENCE, "native", cases.COMPILED])
+@pytest.mark.parametrize("case", VARIANTS, ids=lambda case: case.name)
+def test_first_steps_agree_with_float64(monkeypatch, name, case):
+    if name == "native":
+        need_native()
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)  # the formulas, not the compiler
+    problem = Problem(case, "cpu")
+    _, error = run.enter(name, [problem], check.Expected(problem))
+    assert 0 <= error <= 1
+
+
+@pytest.mark.parametrize("case", VARIANTS, ids=lambda case: case.name)
+def test_a_small_error_is_found(case):
+    problem = Problem(case, "cpu")
+    expected = check.Expected(problem)
+    contestant = contestants.ours(problem, "reference")
+    step = contestant.step
+
+    def wrong():
+        step()
+        with torch.no_grad():
+            contestant.params[0].flatten()[-1:].add_(3e-2 if case.dtype == torch.bfloat16 else 1e-4)
+
+    contestant.step = wrong
+    assert check.first_step(contestant, expected) > 1
+
+
+def test_a_wrong_backend_is_not_timed_and_said(monkeypatch, run_tiny, capsys):
+    monkeypatch.setattr(check.Expected, "largest_error", lambda self, params: 7.0)
+    code, data = run_tiny()
+    assert code == 1
+    assert "reference" not in data["results"][0]["seconds"]
+    assert "WRONG: error is 7 x tolerance" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("with_rich", [True, False])
+def test_a_run(monkeypatch, run_tiny, capsys, with_rich):
+    if with_rich:
+        pytest.importorskip("rich")
+    monkeypatch.setattr(display, "HAS_RICH", with_rich)
+    monkeypatch.setitem(sys.modules, "torch_optimizer", None)  # not installed
+    code, data = run_tiny()
+    (result,) = data["results"]
+    assert code == 0
+    assert set(result["seconds"]) == {"reference", "floor", cases.ADAMW, cases.SGD}
+    assert "torch_optimizer" in result["missing_peers"][cases.TORCH_OPTIMIZER]
+    assert all(t["p20"] <= t["median"] <= t["p80"] and t["samples"] >= 7 for t in result["seconds"].values())
+    assert {"device", "cpu", "cores", "caches", "torch", "commit", "threads"} <= set(data["machine"])
+    shown = capsys.readouterr().out
+    assert "tiny" in shown
+    assert "not measured: torch-optimizer" in shown
+
+
+def test_launches_and_host_time(native, device):
+    problem = Problem(TINY, device)
+    entrants = {"native": [contestants.ours(problem, "native")], "floor": [contestants.floor(problem)]}
+    timings = measure.interleaved(entrants, device=device, seconds=0.01)
+    assert timings["native"].launches == 1
+    assert timings["native"].host > 0
+    assert timings["floor"].launches is None
+
+
+def test_contestants_take_turns_on_all_their_tensors():
+    calls = []
+    names = {"a": 2, "b": 3}
+    entrants = {
+        name: [contestants.Contestant(lambda key=(name, i): calls.append(key)) for i in range(count)]
+        for name, count in names.items()
+    }
+    measure.interleaved(entrants, device="cpu", seconds=0, samples=3)
+    lap = [(name, i) for name, count in names.items() for i in range(count)]
+    assert calls[: 3 * len(lap)] == lap * 3  # a warm-up and at least two timed ones
+
+
+def test_rotation_leaves_the_cache(monkeypatch):
+    monkeypatch.setattr(machine, "last_level_cache", lambda device: 1_000_000)
+    small, large = Case("small", ((1000,),)), Case("large", ((10**6,),))
+    assert run.rotations(Case("cached", ((1000,),), cached=True), "cpu") == 1
+    assert run.rotations(large, "cpu") == 1
+    assert run.rotations(small, "cpu") == run.MOST_ROTATIONS
+    medium = Case("medium", ((10_000,),))
+    assert run.rotations(medium, "cpu") * 20 * medium.numel >= 2_000_000
+
+
+def test_a_case_without_the_memory_is_skipped(monkeypatch):
+    monkeypatch.setattr(machine, "available_memory", lambda device: 1000)
+    result = run.run_case(TINY, "cpu", ["native"], 0.01)
+    assert "needs" in result["skipped"]
+    assert result["skipped"] in table.rows([result])[0][2]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("curvature", [True, False])
+def test_the_floor_moves_the_bytes_of_the_step(dtype, curvature):
+    case = Case("x", ((64, 10), (2,)), dtype=dtype, curvature=curvature)
+    per_parameter = {(torch.float32, True): 32, (torch.float32, False): 24, (torch.bfloat16, True): 24}
+    assert case.bytes == case.numel * per_parameter.get((dtype, curvature), 18)
+    contestants.floor(Problem(case, "cpu")).step()
+
+
+def test_compiling_is_limited_in_time():
+    with pytest.raises(compiled.SkippedError, match="more than 1 s"), compiled._time_limit(1):
+        time.sleep(10)
+
+
+@pytest.mark.parametrize(
+    ("model", "tensors", "numel"),
+    [
+        (shapes.resnet20(), 59, 269_722),
+        (shapes.resnet50(), 161, 25_557_032),
+        (shapes.gpt2(12, 768), 148, 124_439_808),
+        (shapes.gpt2(24, 1024), 292, 354_823_168),
+    ],
+)
+def test_models_have_their_size(model, tensors, numel):
+    assert (len(model), sum(map(math.prod, model))) == (tensors, numel)
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_suites(device):
+    quick, default, full = ([c.name for c in cases.cases(device, suite)] for suite in ("quick", "default", "full"))
+    assert len(quick) < len(default) <= len(full)
+    assert len(full) == len(set(full))
+    blocks = {c.block for c in cases.cases(device, "default")}
+    assert blocks >= {1, 9, 32, 49, 64, 127, 1024, "row", "tensor", "auto"}
+
+
+# ---- the page and the comparison -------------------------------------------------------------------------------------
+
+
+def results(**medians: float) -> dict:
+    timings = {name: {"median": median, "p20": median, "p80": median} for name, median in medians.items()}
+    result = {"case": "x", "bytes": 8, "adamw_bytes": 7, "seconds": timings, "error_over_tolerance": {"native": 0.1}}
+    result["backends"] = ["native"]
+    return {"machine": {"device": "cpu", "cpu": "a CPU"}, "results": [result]}
+
+
+def test_the_committed_page_shows_the_committed_results():
+    text = report.page(report.load(report.RESULTS), report.plots_on(report.PAGE.parent))
+    assert report.PAGE.read_text() == text, "run python -m bench.report"
+
+
+def test_the_page_follows_its_data():
+    text = report.page({"a-file": results(native=2e-3, floor=1e-3)}, ["benchmarks/cpu-peers.svg"])
+    assert "| x | native | 2 ms | 2 ms - 2 ms | 0.0 | 2.00 |" in text
+    assert text.index("benchmarks/cpu-peers.svg") < text.index("## GPU") < text.index("Not measured yet.")
+
+
+def test_plots(tmp_path):
+    pytest.importorskip("matplotlib")
+    from bench.plots import draw
+
+    data = report.load(report.RESULTS)
+    drawn = draw(next(iter(data.values())), tmp_path / "stem")
+    assert {path.name for path in drawn} == {f"stem-{n}.{s}" for n in ("peers", "roofline") for s in ("svg", "png")}
+    assert all(path.stat().st_size > 1000 for path in drawn)
+
+
+@pytest.mark.parametrize(
+    ("new", "code"),
+    [
+        (results(native=1.0, floor=1.0, peer=2.0), 0),
+        (results(native=3.0, floor=3.0, peer=6.0), 0),  # a slower machine
+        (results(native=1.3, floor=1.0, peer=2.0), 1),
+        (results(native=1.1, floor=1.0, peer=2.0), 0),  # below the threshold
+        (results(native=1.0, floor=1.0, peer=1.5), 1),  # the peer became faster
+        (results(floor=1.0, peer=2.0), 2),
+    ],
+    ids=["same", "slower_machine", "slower", "a_little", "peer", "nothing_in_common"],
+)
+def test_compare(tmp_path, new, code):
+    for name, data in (("old", results(native=1.0, floor=1.0, peer=2.0)), ("new", new)):
+        (tmp_path / name).write_text(json.dumps(data))
+    assert compare.main([str(tmp_path / "old"), str(tmp_path / "new"), "--threshold", "0.2"]) == code
+
+
+def test_compare_notices_results_that_became_wrong(tmp_path, capsys):
+    new = results(floor=1.0)
+    new["results"][0]["error_over_tolerance"]["native"] = 2.0
+    for name, data in (("old", results(native=1.0, floor=1.0)), ("new", new)):
+        (tmp_path / name).write_text(json.dumps(data))
+    assert compare.main([str(tmp_path / "old"), str(tmp_path / "new")]) == 1
+    assert "wrong now" in capsys.readouterr().out
