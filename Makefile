@@ -50,10 +50,12 @@ demo: $(VENV)/.built
 test: $(VENV)/.built cpp-test
 	$(PY) -m pytest -q --require $(REQUIRE) $(ARGS)
 
-# csrc without Python and torch: its tests with sanitizers, and its benchmark without.
+# csrc without Python and torch: its tests with sanitizers, and its benchmark without. BASELINE_ONLY=OFF compiles, and
+# tests, the kernels for every instruction set, which takes minutes; SANITIZE=thread looks for races.
+BASELINE_ONLY ?= ON
 CPP := PATH="$(abspath $(VENV))/bin:$$PATH" cmake -S . -G Ninja -DADAHESSIAN_CPP_TESTS=ON
 cpp-test: $(VENV)/.ready
-	@$(CPP) -B build/cpp-test -DADAHESSIAN_SANITIZE=$(SANITIZE) > /dev/null
+	@$(CPP) -B build/cpp-test -DADAHESSIAN_SANITIZE=$(SANITIZE) -DADAHESSIAN_BASELINE_ONLY=$(BASELINE_ONLY) > /dev/null
 	@PATH="$(abspath $(VENV))/bin:$$PATH" cmake --build build/cpp-test
 	@PATH="$(abspath $(VENV))/bin:$$PATH" ctest --test-dir build/cpp-test --output-on-failure --parallel
 

@@ -1,4 +1,4 @@
-"""The fewest instructions that a thread can execute between two accesses of a kernel: a shortest path through its code."""
+"""The fewest instructions that a thread of a kernel can execute: a shortest path through its disassembly."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def instructions(code: str) -> list[Instruction]:
 
 
 def _successors(program: list[Instruction], index: dict[int, int], i: int) -> list[int | None]:
-    """Where control can go after instruction i; None is the end. Subroutines (rare operands' slow ways) are not taken."""
+    """Where control can go after instruction i; None is the end. Subroutines, for rare operands, are not taken."""
     instruction, kind = program[i], program[i].opcode.split(".")[0]
     after: list[int | None] = [i + 1] if i + 1 < len(program) else []
     if kind == "BRA":
