@@ -13,7 +13,7 @@ import pytest
 import torch
 from cases import cases_for
 
-OPS = ("rademacher", "hessian_diag", "adahessian_step")
+OPS = ("rademacher", "perturb", "hessian_diag", "adahessian_step")
 BACKENDS = {"cpu": ("reference", "native", "emulated", "triton"), "cuda": ("reference", "native", "triton")}
 
 
@@ -82,7 +82,7 @@ def device(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture(scope="session")
 def backend(request: pytest.FixtureRequest) -> SimpleNamespace:
-    """One backend: its name and its three ops."""
+    """One backend: its name and its ops."""
     return _require(request.param, request)
 
 
