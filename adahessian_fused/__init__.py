@@ -3,6 +3,7 @@
 from importlib.metadata import PackageNotFoundError, version
 
 from .backends import available_backends
+from .fraction import split_batch
 from .functional import adahessian, hutchinson_diagonal
 from .optimizer import AdaHessian
 
@@ -11,4 +12,11 @@ try:
 except PackageNotFoundError:  # a source tree that is not installed
     __version__ = "unknown"
 
-__all__ = ["AdaHessian", "__version__", "adahessian", "available_backends", "hutchinson_diagonal"]
+__all__ = [
+    "AdaHessian",
+    "__version__",
+    "adahessian",
+    "available_backends",
+    "hutchinson_diagonal",
+    "split_batch",
+]

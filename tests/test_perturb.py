@@ -6,7 +6,7 @@ import dataclasses
 
 import pytest
 import torch
-from cases import CASES, DTYPES, MISALIGNED, Case, Place, Spec, any_case, examples, specs
+from cases import DTYPES, MISALIGNED, SMALL_CASES, Case, Place, Spec, any_case, examples, specs
 from hypothesis import given, settings
 from problem import SEED, Problem, bits, build
 
@@ -43,7 +43,7 @@ def check(backend, case: Case, device: str, **options) -> None:
     assert torch.equal(bits(found.arenas["param"]), start), f"{case}: not put back"
 
 
-@pytest.mark.cases(CASES)
+@pytest.mark.cases(SMALL_CASES)
 def test_moves_and_returns_like_the_reference(backend, case, device):
     check(backend, case, device)
 
