@@ -190,7 +190,8 @@ class GathersCurvature(EvaluatesLosses):
         grads = [entry.param.grad for entry in entries]
         with_graph = hvp.differentiable(grads)
         if not with_graph:
-            raise RuntimeError(hvp.NO_CURVATURE)
+            way = self.param_groups[0]["hvp"]
+            raise RuntimeError(hvp.NO_CURVATURE if way == "autograd" else hvp.NEEDS_FUNCTION.format(way))
         self._check_whole_batch()
         self._check_graph([grads[i] for i in with_graph])
         self._differentiate([(entries[i], grads[i]) for i in with_graph if due[entries[i].group]], retain_graph=False)
