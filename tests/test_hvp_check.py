@@ -30,8 +30,9 @@ def relu_net(device: str) -> nn.Module:
     return nn.Sequential(nn.Linear(3, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 2)).to(device)
 
 
-def test_smooth_models_can_use_all(device):
-    result = check(mlp(torch.float32, device))
+@pytest.mark.parametrize("extra", [nn.Identity(), nn.Dropout(0.3)], ids=str)
+def test_smooth_models_can_use_all(device, extra):
+    result = check(nn.Sequential(mlp(torch.float32, device), extra))
     assert result.reference == "double backward in float64"
     assert all(check.trusted and check.failure is None and check.time > 0 for check in result.strategies)
     assert all(result[hvp].product_error < 1e-5 for hvp in EXACT)

@@ -145,9 +145,10 @@ class FiniteDifference:
         if self._given is None:
             warn_of_autocast(self._replay, self._epsilon)
         # Views (of DDP's buckets) would be overwritten by the second evaluation.
-        plus = [g.clone() if g is not None and g._is_view() else g for g in plus]
+        plus = [g if g is None else g.detach().clone() if g._is_view() else g.detach() for g in plus]
         self._moves.to(-self._epsilon, sample)
         second, minus = self._replay(self._gradients)
+        minus = [g if g is None else g.detach() for g in minus]
         self._moves.put_back()
         both = [
             i for i, pair in enumerate(zip(plus, minus, strict=True)) if pair[0] is not None and pair[1] is not None
@@ -168,7 +169,7 @@ class FiniteDifference:
         grads = [p.grad for p in self._params]
         for p in self._params:
             p.grad = None
-        return value, [g if g is None else g.detach() for g in grads]
+        return value, grads
 
     def _differentiate(self, loss: Tensor, *, gradient: Tensor | None = None, **unused: Any) -> None:
         torch.autograd.backward(loss, gradient, inputs=self._params)
