@@ -23,8 +23,8 @@ EPSILON = {
 
 The error of a central difference is a rounding part, u / eps, and a truncation part, eps^2 times third derivatives;
 the sum is smallest for eps in proportion to u^(1/3). The factor is small because the probe is long: it moves all
-parameters at once, by eps each. On a small GPT and an MLP each is the best power of two or the next to it, and Hz is off
-by 7e-11 (float64), 5e-5 (float32), 1e-2 (float16) and 4e-2 (bfloat16). A power of two makes eps * z exact.
+parameters at once, by eps each. On a small GPT and an MLP each is the best power of two or the next to it, and Hz is
+off by 7e-11 (float64), 5e-5 (float32), 1e-2 (float16) and 4e-2 (bfloat16). A power of two makes eps * z exact.
 """
 
 
