@@ -3,7 +3,9 @@
 from importlib.metadata import PackageNotFoundError, version
 
 from .backends import available_backends
+from .fraction import split_batch
 from .functional import adahessian, hutchinson_diagonal
+from .hvp_check import HvpCheck, StrategyCheck, check_hvp
 from .optimizer import AdaHessian
 
 try:
@@ -11,4 +13,14 @@ try:
 except PackageNotFoundError:  # a source tree that is not installed
     __version__ = "unknown"
 
-__all__ = ["AdaHessian", "__version__", "adahessian", "available_backends", "hutchinson_diagonal"]
+__all__ = [
+    "AdaHessian",
+    "HvpCheck",
+    "StrategyCheck",
+    "__version__",
+    "adahessian",
+    "available_backends",
+    "check_hvp",
+    "hutchinson_diagonal",
+    "split_batch",
+]

@@ -8,7 +8,7 @@ import torch
 
 NAMESPACE = "adahessian_fused"
 NAMESPACES = (NAMESPACE, "adahessian_fused_emulated")
-OPS = ("rademacher", "hessian_diag", "adahessian_step")
+OPS = ("rademacher", "perturb", "hessian_diag", "adahessian_step")
 
 
 def _load() -> None:

@@ -1,6 +1,6 @@
 """The backends: which of them can run here, why the others cannot, and which one `backend="auto"` means.
 
-A backend is anything with the three functions of reference.py, same names and signatures.
+A backend is anything with the four functions of reference.py, same names and signatures.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ def _native() -> SimpleNamespace:
     ops = getattr(torch.ops, _native.NAMESPACE)
     return SimpleNamespace(
         rademacher=ops.rademacher.default,
+        perturb=ops.perturb.default,
         hessian_diag=ops.hessian_diag.default,
         adahessian_step=ops.adahessian_step.default,
     )
@@ -29,7 +30,7 @@ def _native() -> SimpleNamespace:
 
 @functools.cache
 def get(name: str) -> ModuleType | SimpleNamespace:
-    """The backend called ``name``: an object with rademacher, hessian_diag and adahessian_step."""
+    """The backend called ``name``: an object with rademacher, perturb, hessian_diag and adahessian_step."""
     if name == "reference":
         return importlib.import_module(".reference", __package__)
     if name == "triton":

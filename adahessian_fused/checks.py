@@ -13,7 +13,7 @@ CHOICES = {
     "averaging": ("signed", "abs"),
     "off_step": ("hold", "stale"),
     "probe": ("rademacher", "gaussian"),
-    "hvp": ("autograd",),
+    "hvp": ("autograd", "forward_over_reverse", "finite_difference"),
 }
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -32,13 +32,16 @@ def check_block_size(value: Any) -> None:
     raise ValueError(f'block_size={value!r}; expected "auto", "row", "tensor" or an int >= 1')
 
 
-def _check_number(name: str, value: Any, low: float, high: float, *, high_included: bool) -> None:
+def _check_number(
+    name: str, value: Any, low: float, high: float, *, high_included: bool, low_included: bool = True
+) -> None:
+    signs = "<=" if low_included else "<", "<=" if high_included else "<"
     try:
-        inside = low <= value and (value <= high if high_included else value < high)
+        inside = (low <= value if low_included else low < value) and (value <= high if high_included else value < high)
     except TypeError:  # no number at all
         inside = False
     if not inside:  # also catches NaN
-        raise ValueError(f"{name}={value!r}; expected {low} <= {name} {'<=' if high_included else '<'} {high}")
+        raise ValueError(f"{name}={value!r}; expected {low} {signs[0]} {name} {signs[1]} {high}")
 
 
 def _check_count(name: str, value: Any) -> None:
@@ -67,6 +70,9 @@ def check_group(group: dict[str, Any]) -> None:
     for name in ("maximize", "capturable", "master_weights"):
         if group[name] not in (True, False):
             raise ValueError(f"{name}={group[name]!r}; expected True or False")
+    _check_number("hessian_fraction", group["hessian_fraction"], 0.0, 1.0, low_included=False, high_included=True)
+    if group["fd_epsilon"] is not None:
+        _check_number("fd_epsilon", group["fd_epsilon"], 0.0, float("inf"), low_included=False, high_included=False)
     check_block_size(group["block_size"])
     for name, choices in CHOICES.items():
         check_choice(name, group[name], choices)

@@ -86,6 +86,7 @@ class Curvature:
         probe: str,
         n_samples: int,
         retain_graph: bool = False,
+        weight: float = 1.0,
         inverse_scale: Tensor | None = None,
     ) -> None:
         """Take in the Hz of parameters and their gradients (which carry a graph) along this step's probes.
@@ -95,6 +96,7 @@ class Curvature:
             probe: "rademacher" or "gaussian".
             n_samples: probes to average.
             retain_graph: do not free the graph.
+            weight: factor on Hz.
             inverse_scale: factor that takes GradScaler's scale out of Hz.
         """
         entries, grads = [entry for entry, _ in pairs], [g for _, g in pairs]
@@ -107,11 +109,42 @@ class Curvature:
                 retain_graph=retain_graph or sample + 1 < n_samples,
             )
             found = {entry: h for entry, h in zip(entries, products, strict=True) if h is not None}
-            if inverse_scale is not None:
-                self._unscale(list(found.values()), inverse_scale)
-            draw = probe == "rademacher"
-            d = {entry: entry.stored(h) if draw else entry.product(z[entry], h) for entry, h in found.items()}
-            self.add(d, sample=sample, draw=draw, weight=1 / n_samples)
+            scales = {"weight": weight, "inverse_scale": inverse_scale}
+            self.take(found, probe=probe, n_samples=n_samples, sample=sample, z=z, **scales)
+
+    def take(
+        self,
+        products: dict[Entry, Tensor],
+        *,
+        probe: str,
+        n_samples: int,
+        sample: int,
+        z: Mapping[Entry, Tensor] | None = None,
+        weight: float = 1.0,
+        inverse_scale: Tensor | None = None,
+    ) -> None:
+        """Take in Hz along one of this step's probes, however it was computed.
+
+        Args:
+            products: Hz of each parameter.
+            probe: "rademacher" or "gaussian".
+            n_samples: probes to average.
+            sample: number of this one.
+            z: the probe, if it is at hand.
+            weight: factor on Hz.
+            inverse_scale: factor that takes GradScaler's scale out of Hz.
+        """
+        if inverse_scale is not None:
+            products = self._unscale(products, inverse_scale)
+        if not products:
+            return
+        if weight != 1.0:  # not in place: autograd may have handed out one tensor twice
+            products = dict(zip(products, torch._foreach_mul(list(products.values()), weight), strict=True))
+        draw = probe == "rademacher"
+        if not draw and z is None:
+            z = draw_probe(list(products), self._backends, probe=probe, seed=self._seed, sample=sample)
+        d = {entry: entry.stored(h) if draw else entry.product(z[entry], h) for entry, h in products.items()}
+        self.add(d, sample=sample, draw=draw, weight=1 / n_samples)
 
     def add(self, products: dict[Entry, Tensor], *, sample: int, draw: bool, weight: float = 1.0) -> None:
         """Take in Hz (or D itself, if not ``draw``) of one backward pass and probe; ``weight`` is 1 / n_samples."""
@@ -122,13 +155,16 @@ class Curvature:
         self.fold()
         self._fold(products, sample, draw, weight)
 
-    def _unscale(self, products: Sequence[Tensor], inverse_scale: Tensor) -> None:
-        """Divide fresh Hz by GradScaler's factor, and remember whether any of them is not finite."""
+    def _unscale(self, products: dict[Entry, Tensor], inverse_scale: Tensor) -> dict[Entry, Tensor]:
+        """Fresh Hz divided by GradScaler's factor; remembers whether any of them is not finite."""
         self.unscaled = True
         if self._found_inf is None:
             self._found_inf = torch.zeros((), device=inverse_scale.device)
-        if products:
-            torch._amp_foreach_non_finite_check_and_unscale_(list(products), self._found_inf, inverse_scale)
+        # Copies: autograd may have handed out one tensor twice.
+        copies = [h.clone() for h in products.values()]
+        if copies:
+            torch._amp_foreach_non_finite_check_and_unscale_(copies, self._found_inf, inverse_scale)
+        return dict(zip(products, copies, strict=True))
 
     def report(self, grads: Sequence[Tensor]) -> None:
         """Make a gradient infinite if Hz is not: GradScaler looks at gradients only, and has to lower its scale."""

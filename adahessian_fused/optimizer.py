@@ -12,15 +12,18 @@ from torch import Tensor
 
 from . import backends, hvp
 from .checks import check_grad, check_group, check_param
+from .closures import TakesClosures
 from .curvature import Curvature, by_bucket
 from .layout import Entry, all_fit, make_buckets
-from .state import PortableState
 from .update import HyperTable, update_bucket
 
 _LAYOUT = attrgetter("layout")
 
 # Options that hold for the whole optimizer although they are stored in every parameter group.
-_OPTIMIZER_WIDE = ("n_samples", "probe", "seed", "hvp", "capturable", "master_weights")
+_OPTIMIZER_WIDE = (
+    *("n_samples", "probe", "seed", "hvp", "hessian_fraction", "fd_epsilon"),
+    *("capturable", "master_weights"),
+)
 
 
 def _keeps_diag(group: dict[str, Any]) -> bool:
@@ -28,7 +31,7 @@ def _keeps_diag(group: dict[str, Any]) -> bool:
     return group["off_step"] == "stale" and group["update_each"] > 1
 
 
-class AdaHessian(PortableState):
+class AdaHessian(TakesClosures):
     r"""AdaHessian (Yao et al. 2021, Algorithm 1) on fused kernels.
 
     .. math::
@@ -60,7 +63,13 @@ class AdaHessian(PortableState):
         n_samples: probes averaged in a Hessian step.
         probe: "rademacher" or "gaussian".
         seed: key of the probe's generator.
-        hvp: how Hessian-vector products are computed: "autograd" (double backward).
+        hvp: how Hessian-vector products are computed. "autograd": double backward. "forward_over_reverse": tangents
+            through forward and backward pass. "finite_difference": the difference of two gradients, for smooth models;
+            it needs first-order derivatives only and costs two steps, not three. The last two evaluate the loss
+            themselves: ``opt.step(closure)`` or ``opt.backward(lambda: loss_fn(model(x), y))``.
+        hessian_fraction: r in (0, 1]: curvature from the first r of each mini-batch, with :meth:`backward_split`.
+        fd_epsilon: distance of finite differences; None for
+            :data:`~adahessian_fused.hvp.finite_difference.EPSILON` of the coarsest dtype.
         backend: "native", "triton", "reference", or "auto" for the best that can run.
         maximize: ascend instead of descending. Per group.
         capturable: keep the step counts on the device, so that CUDA graphs can capture a step; no host synchronisation.
@@ -100,6 +109,8 @@ class AdaHessian(PortableState):
         probe: str = "rademacher",
         seed: int = 0,
         hvp: str = "autograd",
+        hessian_fraction: float = 1.0,
+        fd_epsilon: float | None = None,
         backend: str = "auto",
         maximize: bool = False,
         capturable: bool = False,
@@ -121,6 +132,8 @@ class AdaHessian(PortableState):
             "probe": probe,
             "seed": seed,
             "hvp": hvp,
+            "hessian_fraction": hessian_fraction,
+            "fd_epsilon": fd_epsilon,
             "maximize": maximize,
             "capturable": capturable,
             "master_weights": master_weights,
@@ -131,10 +144,9 @@ class AdaHessian(PortableState):
 
     def _reset(self) -> None:
         """Forget everything that can be derived from ``state`` and ``param_groups``."""
+        super()._reset()
         self._entries: dict[int, Entry] = {}  # by id of the parameter, whose own hash is slow
         self._seen: tuple[list[dict[str, Any]], list[Any]] = [], []
-        self._curvature: Curvature | None = None
-        self._grads_before: list[tuple[Tensor | None, int]] | None = None
         self._hyper = HyperTable()
         self._tools = backends.ByDevice(self.backend)
         self._options: list[tuple[int | str, str, bool]] = []
@@ -206,152 +218,6 @@ class AdaHessian(PortableState):
         self._entries, self._seen = entries, self._state_contents()
         if self._curvature is not None:
             self._curvature.move(list(entries.values()), moved)
-
-    # ---- the schedule ------------------------------------------------------------------------------------------------
-
-    def _due(self) -> list[bool]:
-        """Whether the coming step uses new curvature, for each group."""
-        return [
-            group["step"] % group["update_each"] == 0 and any(p.requires_grad for p in group["params"])
-            for group in self.param_groups
-        ]
-
-    @property
-    def needs_hessian(self) -> bool:
-        """Whether the coming step uses new curvature: ``loss.backward(create_graph=opt.needs_hessian)``."""
-        return any(self._due())
-
-    # ---- curvature ---------------------------------------------------------------------------------------------------
-
-    def backward(
-        self,
-        loss: Tensor,
-        *,
-        gradient: Tensor | None = None,
-        retain_graph: bool = False,
-        grad_scaler: torch.amp.GradScaler | None = None,
-    ) -> None:
-        """Differentiate the loss: adds to ``p.grad`` like ``loss.backward()`` and gathers curvature if it is due.
-
-        May be called for several micro-batches before :meth:`step`; all of them see the same probe, so the sum of their
-        curvature is that of the summed loss. Off-steps cost what ``loss.backward()`` costs. Only parameters of this
-        optimizer get a gradient.
-
-        Args:
-            loss: scalar, or with ``gradient`` a tensor of its shape.
-            gradient: as in ``Tensor.backward``.
-            retain_graph: keep the graph of the loss.
-            grad_scaler: scales the loss (pass it unscaled). Needed only with ``grad_scaler.unscale_(opt)``, for
-                example to clip gradients; otherwise ``opt.backward(grad_scaler.scale(loss))`` does as well.
-        """
-        hvp.check_loss(loss, gradient)
-        params = [(n, p) for n, group in enumerate(self.param_groups) for p in group["params"] if p.requires_grad]
-        inverse_scale = None
-        if grad_scaler is not None and grad_scaler.is_enabled():
-            inverse_scale = 1 / grad_scaler.scale(torch.ones((), device=loss.device))
-            loss = grad_scaler.scale(loss)
-        due = self._due()
-        if not params:
-            return
-        if not any(due):
-            torch.autograd.backward(loss, gradient, retain_graph=retain_graph, inputs=[p for _, p in params])
-            return
-        grads = hvp.first_order(loss, [p for _, p in params], gradient)
-        found = [(n, p, g) for (n, p), g in zip(params, grads, strict=True) if g is not None]
-        entries = self._ensure([p for _, p, _ in found])
-        pairs = [(entry, g) for entry, (n, _, g) in zip(entries, found, strict=True) if due[n] and g.requires_grad]
-        self._differentiate(pairs, retain_graph=retain_graph, inverse_scale=inverse_scale)
-        hvp.accumulate_grads([p for _, p, _ in found], [g for _, _, g in found], gradient)
-        with torch.no_grad():
-            self._curvature.report([p.grad for _, p, _ in found])
-
-    def _differentiate(
-        self, pairs: Sequence[tuple[Entry, Tensor]], *, retain_graph: bool, inverse_scale: Tensor | None = None
-    ) -> None:
-        """Add the curvature along this step's probes; ``pairs`` are parameters and gradients with a graph."""
-        for entry, g in pairs:
-            check_grad(g, entry.name)
-        options = self.param_groups[0]
-        # Gradients that were dropped behind our back (model.zero_grad()) leave curvature that no longer counts.
-        abandoned = all(entry.param.grad is None for entry in self._entries.values())
-        curvature = self._curvature
-        if curvature is None or abandoned:
-            curvature = Curvature(self._tools, options["seed"])
-        curvature.differentiate(
-            pairs,
-            probe=options["probe"],
-            n_samples=options["n_samples"],
-            retain_graph=retain_graph,
-            inverse_scale=inverse_scale,
-        )
-        self._curvature = curvature
-
-    def _from_graph(self, entries: Sequence[Entry], due: Sequence[bool]) -> None:
-        """Curvature from gradients that ``loss.backward(create_graph=True)`` left."""
-        grads = [entry.param.grad for entry in entries]
-        with_graph = hvp.differentiable(grads)
-        if not with_graph:
-            raise RuntimeError(hvp.NO_CURVATURE)
-        self._differentiate([(entries[i], grads[i]) for i in with_graph if due[entries[i].group]], retain_graph=False)
-
-    def _from_user(self, hessian: Sequence[Tensor | None], entries: Sequence[Entry]) -> None:
-        """Curvature the user brings: D for each parameter, in the order of the groups."""
-        params = [p for group in self.param_groups for p in group["params"]]
-        if len(hessian) != len(params):
-            raise ValueError(f"hessian has {len(hessian)} entries; expected {len(params)}, one for each parameter")
-        given = dict(zip(params, hessian, strict=True))
-        for entry in entries:
-            h = given[entry.param]
-            if not isinstance(h, Tensor) or h.shape != entry.param.shape:
-                what = f"of shape {tuple(h.shape)}" if isinstance(h, Tensor) else repr(h)
-                raise ValueError(f"hessian of {entry.name} is {what}; expected shape {tuple(entry.param.shape)}")
-        same = all(given[entry.param].dtype == entry.param.dtype for entry in entries)
-        d = {
-            entry: entry.stored(given[entry.param].to(entry.param.device), None if same else entry.bucket.state_dtype)
-            for entry in entries
-        }
-        self._curvature = Curvature(self._tools, self.param_groups[0]["seed"])
-        self._curvature.unscaled = True
-        self._curvature.add(d, sample=0, draw=False)
-
-    def _evaluate(self, closure: Callable[[], Any]) -> Any:
-        """Call the closure and make sure gradients, and curvature if it is due, are there afterwards."""
-        self._grads_before = self._grad_versions()
-        with torch.enable_grad():
-            if self.needs_hessian:
-                with hvp.InterceptBackward(self.backward) as mode:
-                    loss = closure()
-                differentiated = mode.called
-            else:
-                loss, differentiated = closure(), False
-        before, self._grads_before = self._grads_before, None
-        changed = any(
-            grad is not None and (grad is not old or version != old_version)
-            for (grad, version), (old, old_version) in zip(self._grad_versions(), before, strict=True)
-        )
-        if differentiated or changed:
-            return loss
-        if not isinstance(loss, Tensor) or not loss.requires_grad:
-            raise RuntimeError(
-                f"the closure returned {type(loss).__name__} without a graph and left the gradients alone; expected it "
-                "to return the loss, or to call backward() and return the loss"
-            )
-        del before
-        self.zero_grad()
-        self.backward(loss)
-        return loss.detach()
-
-    def zero_grad(self, set_to_none: bool = True) -> None:
-        """Reset the gradients, and drop curvature that was gathered with them."""
-        self._curvature = None
-        super().zero_grad(set_to_none)
-        if self._grads_before is not None:  # called by a closure: zeros are not what its backward() leaves
-            self._grads_before = self._grad_versions()
-
-    def _grad_versions(self) -> list[tuple[Tensor | None, int]]:
-        """All gradients and how often each has been written to."""
-        grads = [p.grad for group in self.param_groups for p in group["params"]]
-        return [(grad, -1 if grad is None else grad._version) for grad in grads]
 
     # ---- the step ----------------------------------------------------------------------------------------------------
 

@@ -1,6 +1,6 @@
 """AdaHessian in plain PyTorch: the executable specification (Yao et al. 2021, Algorithm 1).
 
-The three ops have the same names and signatures in every backend. Everything else is tested against this file, run in
+The four ops have the same names and signatures in every backend. Everything else is tested against this file, run in
 float64. Equation numbers are the paper's.
 """
 
@@ -90,6 +90,45 @@ def rademacher(z: Tensor, segments: Tensor, steps: Tensor, seed: int, sample: in
         hessian_step = steps[row[Segment.SLOT], Steps.HESSIAN_STEP].to(z.device)
         signs = rademacher_signs(numel, row[Segment.PARAM_ID], hessian_step, seed, sample)
         z[offset : offset + numel] = to_stored(signs, row[Segment.PERIOD], row[Segment.STRIDE]).to(z.dtype)
+
+
+def perturb(
+    params: list[Tensor],
+    saved: Tensor,
+    segments: Tensor,
+    steps: Tensor,
+    *,
+    seed: int,
+    sample: int,
+    scale: float,
+    save: bool,
+) -> None:
+    """Move every parameter along its probe, p = saved + scale * z, for a finite difference of gradients.
+
+    The probe is that of :func:`rademacher`. With ``scale=0`` the saved values are put back bit for bit.
+
+    Args:
+        params: parameters, overwritten; dense, in the storage order their segments declare.
+        saved: flat buffer of their dtype; elements outside the segments stay as they are.
+        segments: :class:`Segment` table, one row a parameter.
+        steps: :class:`Steps` table.
+        seed: 64-bit Philox key.
+        sample: number of the probe within the step.
+        scale: length of the move in every element, rounded to the precision of the states.
+        save: first copy the parameters into ``saved``.
+    """
+    for param, row in zip(params, segments.tolist(), strict=True):
+        p, old = _storage(param), saved[row[Segment.OFFSET] : row[Segment.OFFSET] + row[Segment.NUMEL]]
+        if save:
+            old.copy_(p)
+        if scale == 0:
+            p.copy_(old)
+            continue
+        dtype = torch.float64 if p.dtype == torch.float64 else torch.float32
+        hessian_step = steps[row[Segment.SLOT], Steps.HESSIAN_STEP].to(p.device)
+        signs = rademacher_signs(p.numel(), row[Segment.PARAM_ID], hessian_step, seed, sample)
+        z = to_stored(signs, row[Segment.PERIOD], row[Segment.STRIDE]).to(dtype)
+        p.copy_(old.to(dtype) + torch.tensor(scale, dtype=dtype, device=p.device) * z)
 
 
 def _averaged(

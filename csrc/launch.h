@@ -1,4 +1,4 @@
-// The launchers: what ops.cpp calls once tensors have been checked. Both devices implement the same three functions;
+// The launchers: what ops.cpp calls once tensors have been checked. Both devices implement the same functions;
 // they know pointers and sizes, not tensors.
 #pragma once
 
@@ -24,7 +24,7 @@ struct Segment {
   uint32_t param_id;
   int32_t group;
   bool absolute;
-  void* param;          // adahessian_step only
+  void* param;          // adahessian_step and perturb only
   const void* grad;     // adahessian_step only
   const void* hessian;  // null: no curvature, or it comes from the compact diagonal
 };
@@ -59,6 +59,16 @@ struct RademacherArgs {
   Probe probe;
 };
 
+struct PerturbArgs {
+  Dtype dtype;
+  void* saved;  // flat buffer of the parameters' dtype
+  std::vector<Segment> segments;
+  Counts counts;
+  Probe probe;
+  double scale;  // 0: put the saved values back
+  bool save;     // first take the parameters down in `saved`
+};
+
 struct HessianDiagArgs {
   Dtype dtype;  // of the Hessian-vector products
   void* diag;
@@ -86,12 +96,14 @@ struct AdaHessianStepArgs {
 
 namespace cpu {
 void rademacher(const RademacherArgs& args, const Context& context);
+void perturb(const PerturbArgs& args, const Context& context);
 void hessian_diag(const HessianDiagArgs& args, const Context& context);
 void adahessian_step(const AdaHessianStepArgs& args, const Context& context);
 }  // namespace cpu
 
 namespace cuda {
 void rademacher(const RademacherArgs& args, const Context& context);
+void perturb(const PerturbArgs& args, const Context& context);
 void hessian_diag(const HessianDiagArgs& args, const Context& context);
 void adahessian_step(const AdaHessianStepArgs& args, const Context& context);
 }  // namespace cuda
@@ -99,6 +111,7 @@ void adahessian_step(const AdaHessianStepArgs& args, const Context& context);
 // The CUDA kernels' bodies executed thread by thread on the host, so that their indexing is tested without a GPU.
 namespace emulated {
 void rademacher(const RademacherArgs& args, const Context& context);
+void perturb(const PerturbArgs& args, const Context& context);
 void hessian_diag(const HessianDiagArgs& args, const Context& context);
 void adahessian_step(const AdaHessianStepArgs& args, const Context& context);
 }  // namespace emulated

@@ -221,17 +221,20 @@ class Scope {
 // One instance for each set of launchers.
 struct Cpu {
   static constexpr auto rademacher = cpu::rademacher;
+  static constexpr auto perturb = cpu::perturb;
   static constexpr auto hessian_diag = cpu::hessian_diag;
   static constexpr auto adahessian_step = cpu::adahessian_step;
 };
 struct Emulated {
   static constexpr auto rademacher = emulated::rademacher;
+  static constexpr auto perturb = emulated::perturb;
   static constexpr auto hessian_diag = emulated::hessian_diag;
   static constexpr auto adahessian_step = emulated::adahessian_step;
 };
 #ifdef ADAHESSIAN_WITH_CUDA
 struct Cuda {
   static constexpr auto rademacher = cuda::rademacher;
+  static constexpr auto perturb = cuda::perturb;
   static constexpr auto hessian_diag = cuda::hessian_diag;
   static constexpr auto adahessian_step = cuda::adahessian_step;
 };
@@ -258,6 +261,30 @@ void rademacher(Tensor z, Tensor segments, Tensor steps, int64_t seed, int64_t s
   args.probe = {uint64_t(seed), uint32_t(sample), true};
   const Scope scope(z);
   Launchers::rademacher(args, scope.context());
+}
+
+template <typename Launchers>
+void perturb(TensorList params, Tensor saved, Tensor segments, Tensor steps, int64_t seed, int64_t sample, double scale,
+             bool save) {
+  const char* op = "perturb";
+  if (params.empty()) {
+    STD_TORCH_CHECK(segments.numel() == 0, op, ": params is empty; expected ", segments.size(0), " tensors");
+    return;
+  }
+  PerturbArgs args;
+  args.dtype = dtype_of(op, "params[0]", params[0]);
+  args.segments = read_segments(op, segments, steps);
+  attach(op, "params", params, args.segments, params[0].scalar_type(), saved,
+         [](Segment& s, void* data) { s.param = data; });
+  check_flat(op, "saved", saved, params[0].scalar_type());
+  check_inside(op, "saved", saved, args.segments);
+  args.saved = saved.data_ptr();
+  args.counts = read_counts(op, steps, saved);
+  args.probe = {uint64_t(seed), uint32_t(sample), true};
+  args.scale = scale;
+  args.save = save;
+  const Scope scope(saved);
+  Launchers::perturb(args, scope.context());
 }
 
 template <typename Launchers>
@@ -344,6 +371,9 @@ void adahessian_step(TensorList params, TensorList grads, TensorList hessians, O
 
 constexpr const char* kRademacher =
     "rademacher(Tensor(a!) z, Tensor segments, Tensor steps, int seed, int sample) -> ()";
+constexpr const char* kPerturb =
+    "perturb(Tensor(a!)[] params, Tensor(b!) saved, Tensor segments, Tensor steps, *, int seed, int sample, "
+    "float scale, bool save) -> ()";
 constexpr const char* kHessianDiag =
     "hessian_diag(Tensor[] hessians, Tensor(a!) diag, Tensor segments, Tensor steps, *, int seed, int sample, "
     "bool draw, float scale, bool accumulate) -> ()";
@@ -355,6 +385,7 @@ constexpr const char* kAdaHessianStep =
 template <typename Library>
 void define(Library& library) {
   library.def(kRademacher);
+  library.def(kPerturb);
   library.def(kHessianDiag);
   library.def(kAdaHessianStep);
 }
@@ -362,6 +393,7 @@ void define(Library& library) {
 template <typename Launchers, typename Library>
 void implement(Library& library) {
   library.impl("rademacher", TORCH_BOX(&rademacher<Launchers>));
+  library.impl("perturb", TORCH_BOX(&perturb<Launchers>));
   library.impl("hessian_diag", TORCH_BOX(&hessian_diag<Launchers>));
   library.impl("adahessian_step", TORCH_BOX(&adahessian_step<Launchers>));
 }

@@ -6,6 +6,7 @@ find its elements and average them, ``table`` what the host prepares before a la
 
 from .adahessian_step import adahessian_step
 from .hessian_diag import hessian_diag
+from .perturb import perturb
 from .rademacher import rademacher
 
-__all__ = ["adahessian_step", "hessian_diag", "rademacher"]
+__all__ = ["adahessian_step", "hessian_diag", "perturb", "rademacher"]

@@ -17,7 +17,7 @@ from cases import cases_for
 
 sys.path.append(str(Path(__file__).parents[1]))  # for bench; behind an installed adahessian_fused
 
-OPS = ("rademacher", "hessian_diag", "adahessian_step")
+OPS = ("rademacher", "perturb", "hessian_diag", "adahessian_step")
 BACKENDS = {"cpu": ("reference", "native", "emulated", "triton"), "cuda": ("reference", "native", "triton")}
 
 
@@ -86,7 +86,7 @@ def device(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture(scope="session")
 def backend(request: pytest.FixtureRequest) -> SimpleNamespace:
-    """One backend: its name and its three ops."""
+    """One backend: its name and its ops."""
     return _require(request.param, request)
 
 

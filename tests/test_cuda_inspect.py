@@ -20,15 +20,19 @@ ROOT = Path(__file__).parents[1]
 CUDA = ROOT / "csrc" / "cuda"
 FLAGS = ["-O3", "-std=c++20", "-arch=sm_90"]
 DTYPES = {"f": "float32", "d": "float64", "N8bfloat16": "bfloat16", "N7float16": "float16"}
-BODIES = {"RademacherBody": "rademacher", "HessianDiagBody": "hessian_diag", "StepBody": "adahessian_step"}
+BODIES = {"RademacherBody": "rademacher", "PerturbBody": "perturb"}
+BODIES |= {"HessianDiagBody": "hessian_diag", "StepBody": "adahessian_step"}
 ORDERS = {"0": "flat", "1": "logical", "2": "any", None: "any"}
 
 # 128-bit accesses of one thread when everything is aligned, over all sources of curvature. A thread has 32 bytes of a
 # 16-bit dtype's states and 16 of its parameters, otherwise two times 16 bytes of each.
 #   step loads: Hz, diag, g, m, v, master, p; stores: m, v, master, p.  hessian_diag loads: Hz, diag; stores: diag.
+#   perturb loads: p or saved; stores: saved, p.
 WIDE = {
     ("rademacher", 4): (0, 2),
     ("rademacher", 2): (0, 1),
+    ("perturb", 4): (2, 2 * 2),
+    ("perturb", 2): (1, 2),
     ("hessian_diag", 4): (2 + 2, 2),
     ("hessian_diag", 2): (1 + 2, 2),
     ("adahessian_step", 4): (7 * 2, 4 * 2),
@@ -36,6 +40,7 @@ WIDE = {
 }
 KERNELS = [
     *(f"rademacher-{dtype}-{order}" for dtype in DTYPES.values() for order in ("flat", "any")),
+    *(f"perturb-{dtype}-{order}" for dtype in DTYPES.values() for order in ("flat", "any")),
     *(f"hessian_diag-{dtype}-any" for dtype in DTYPES.values()),
     *(f"adahessian_step-{dtype}-{order}" for dtype in DTYPES.values() for order in ("flat", "logical", "any")),
 ]

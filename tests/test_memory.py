@@ -147,3 +147,21 @@ def test_a_deleted_optimizer_frees_its_states(device, no_garbage_collection):
     states = [weakref.ref(opt.state[p]["exp_avg"]) for p in model.parameters()]
     del opt
     assert not any(state() is not None for state in states)
+
+
+@pytest.mark.parametrize("style", [style for style in STYLES if style.startswith("closure")])
+def test_finite_differences_keep_no_graph(device, style, no_garbage_collection):
+    model, opt = fresh(torch.nn.Sequential(mlp(device=device), Trace()), hvp="finite_difference", update_each=2)
+    Traced.watched.clear()
+    train(opt, model, 3, style)
+    assert len(Traced.watched) > 4
+    assert not any(watched() is not None for watched in Traced.watched)
+
+
+@pytest.mark.parametrize("hvp", ["forward_over_reverse", "finite_difference"])
+def test_strategies_leave_no_tensors_behind(device, hvp, no_garbage_collection):
+    model, opt = fresh(conv_net(device=device), hvp=hvp)
+    train(opt, model, 2, "closure_standard")
+    before = live_tensors()
+    train(opt, model, 3, "closure_standard")
+    assert live_tensors() == before

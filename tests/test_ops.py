@@ -14,7 +14,7 @@ from adahessian_fused.segments import Segment
 
 SPECS = (Spec((5, 3), 4), Spec((130,), "tensor"), Spec((0,)), Spec((4, 3, 2, 2), 9, order="channels_last"))
 CASE = Case("ops", SPECS, groups=GROUPS[:2], steps=MIXED_STEPS[1:3])
-OPS = ("rademacher", "hessian_diag", "adahessian_step")
+OPS = ("rademacher", "perturb", "hessian_diag", "adahessian_step")
 DTYPES = ((torch.float32, False), (torch.bfloat16, True), (torch.float16, False), (torch.float64, False))
 OPTIONS = [
     {"curvature": curvature, "master": master, "grad_scale": scaler, "found_inf": scaler, "dtype": dtype}
@@ -36,6 +36,9 @@ def arguments(op: str, problem: Problem, curvature: str = "hessian", grad_scale=
     probe, hessians = {"seed": 7, "sample": 1}, apart(problem.tensors("hessian"))
     if op == "rademacher":
         return {"z": arenas["z"], **tables, **probe}
+    if op == "perturb":
+        moved = {"params": apart(problem.tensors("param")), "saved": arenas["z"].to(problem.case.dtype)}
+        return {**moved, **tables, **probe, "scale": 0.1, "save": True}
     if op == "hessian_diag":
         options = {"draw": True, "scale": 0.5, "accumulate": True}
         return {"hessians": hessians, "diag": arenas["diag"], **tables, **probe, **options}
@@ -59,7 +62,7 @@ def arguments(op: str, problem: Problem, curvature: str = "hessian", grad_scale=
 def call(op, arguments: dict) -> None:
     """By position where the schema has positions."""
     names = list(arguments)
-    keyword_only = {"seed", "sample", "draw", "scale", "accumulate", "grad_scale", "found_inf"} & set(names)
+    keyword_only = {"seed", "sample", "draw", "scale", "save", "accumulate", "grad_scale", "found_inf"} & set(names)
     keyword_only = set() if "z" in names else keyword_only
     op(*(arguments[n] for n in names if n not in keyword_only), **{n: arguments[n] for n in keyword_only})
 
@@ -78,7 +81,7 @@ def check_registration(op, arguments: dict) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
-@pytest.mark.parametrize("op", OPS[:2])
+@pytest.mark.parametrize("op", OPS[:3])
 def test_registration(native, op, dtype, device):
     check_registration(getattr(native, op), arguments(op, build(dataclasses.replace(CASE, dtype=dtype), device)))
 
@@ -208,6 +211,13 @@ BAD = {
         *_changes(("segments", "steps"), TABLES),
         *_cells(CELLS),
     ],
+    "perturb": [
+        *(bad for bad in _changes(("params",), LISTS) if bad[1] != "first_dtype"),
+        ("params", "none_at_all", lambda tensors: []),
+        *_changes(("saved",), FLATS),
+        *_changes(("segments", "steps"), TABLES),
+        *_cells(CELLS),
+    ],
     "hessian_diag": [
         *(bad for bad in _changes(("hessians",), LISTS) if bad[1] != "first_dtype"),
         ("hessians", "none_at_all", lambda tensors: []),
@@ -231,7 +241,7 @@ ALL_BAD = [(op, *bad) for op, bads in BAD.items() for bad in bads]
 
 # Where two arguments disagree, the message may take either side.
 ALSO_NAMED = dict.fromkeys(("params", "grads", "hessians"), "(params|grads|hessians)")
-ALSO_NAMED |= {"segments": "(segments|z|diag|exp_avg|params|hessians)", "groups": "(groups|segments)"}
+ALSO_NAMED |= {"segments": "(segments|z|saved|diag|exp_avg|params|hessians)", "groups": "(groups|segments)"}
 ALSO_NAMED["steps"] = "(steps|segments)"
 
 
@@ -250,7 +260,8 @@ def test_refused(native, op, name, label, change, device):
     check_refused(native, op, given, ALSO_NAMED.get(name, name))
 
 
-ELSEWHERE = [("rademacher", "segments"), ("hessian_diag", "hessians"), ("hessian_diag", "segments")]
+ELSEWHERE = [("rademacher", "segments"), ("perturb", "params"), ("perturb", "segments")]
+ELSEWHERE += [("hessian_diag", "hessians"), ("hessian_diag", "segments")]
 ELSEWHERE += [("adahessian_step", name) for name in ("grads", "hessians", "exp_hessian_diag_sq", "segments", "groups")]
 
 
@@ -259,6 +270,6 @@ def test_refused_on_another_device(native, op, name, device):
     if device == "cpu":
         pytest.skip("there is only one device")
     given = arguments(op, build(CASE, device))
-    target = "cpu" if name in ("grads", "hessians", "exp_hessian_diag_sq") else device
+    target = "cpu" if name in ("params", "grads", "hessians", "exp_hessian_diag_sq") else device
     given[name] = [t.to(target) for t in given[name]] if isinstance(given[name], list) else given[name].to(target)
     check_refused(native, op, given, name)

@@ -26,6 +26,8 @@ OUT_OF_RANGE = {
     "probe": ("uniform", None),
     "seed": (0.5, 2**64, None, "x"),
     "hvp": ("forward", None),
+    "hessian_fraction": (0.0, -0.5, 1.5, float("nan"), None),
+    "fd_epsilon": (0.0, -1e-3, float("nan"), float("inf"), "small"),
     "backend": ("cuda", ""),
     "maximize": ("yes", 2, None),
     "capturable": ("yes", None),
@@ -53,7 +55,16 @@ def test_a_group_that_is_refused_leaves_the_optimizer_as_it_was(name, value):
     assert str(opt.state_dict()) == str(state)
 
 
-WIDE = {"n_samples": 2, "probe": "gaussian", "seed": 1, "capturable": True, "master_weights": True}
+WIDE = {
+    "n_samples": 2,
+    "probe": "gaussian",
+    "seed": 1,
+    "hvp": "finite_difference",
+    "fd_epsilon": 0.1,
+    "hessian_fraction": 0.5,
+    "capturable": True,
+    "master_weights": True,
+}
 
 
 @pytest.mark.parametrize(("name", "value"), WIDE.items())

@@ -21,7 +21,7 @@ ARGUMENTS = {
     **dict.fromkeys(["scale", "partials", "groups"], "*fp64"),
     **dict.fromkeys(["stride", "column", "accumulate", "curvature", "seed_low", "seed_high", "sample"], "i32"),
 }
-STEP, DIAG, RADEMACHER = "adahessian_step", "hessian_diag", "rademacher"
+STEP, DIAG, RADEMACHER, PERTURB = "adahessian_step", "hessian_diag", "rademacher", "perturb"
 # name: (module, kernel, dtype of the parameters, constexpr arguments)
 CASES = {
     "step-hessian-fp32": (STEP, "adahessian_step_kernel", "fp32", {"CURVATURE": "hessian"}),
@@ -36,6 +36,8 @@ CASES = {
     "coefficients": ("coefficients", "coefficients_kernel", "fp32", {}),
     "rademacher-fp32": (RADEMACHER, "rademacher_kernel", "fp32", {}),
     "rademacher-bf16": (RADEMACHER, "rademacher_kernel", "bf16", {}),
+    "perturb-fp32": (PERTURB, "perturb_kernel", "fp32", {"SAVE": True, "RESTORE": False}),
+    "perturb-bf16": (PERTURB, "perturb_kernel", "bf16", {"SAVE": True, "RESTORE": False}),
 }
 
 
@@ -49,7 +51,7 @@ def inspect_kernel(module: str, name: str, dtype: str, given: dict) -> dict:
 
     kernel = getattr(sys.modules[f"adahessian_fused.kernels.{module}"], name)
     tile, num_warps = TILES[{"fp32": 4, "bf16": 2}[dtype]]
-    arguments = {**ARGUMENTS, "z": f"*{dtype}"}
+    arguments = {**ARGUMENTS, "z": f"*{dtype}", "saved": f"*{dtype}"}
     constants = {"DTYPE": {"fp32": tl.float32, "bf16": tl.bfloat16}[dtype], "STATE": tl.float32, "DRAW": True}
     constants |= {"TILE": tile, "master": None, "grad_scale": None, "found_inf": None, **given}
     signature = {n: "constexpr" if n in constants else arguments[n] for n in kernel.arg_names}
@@ -107,6 +109,8 @@ def test_nothing_spills_and_16_warps_fit(inspected: dict[str, dict], case: str) 
         ("partial-sums-bf16", 1, 0),
         ("rademacher-fp32", 0, 2),
         ("rademacher-bf16", 0, 1),
+        ("perturb-fp32", 2, 2 * 2),  # p -> saved, p
+        ("perturb-bf16", 1, 2),
     ],
 )
 def test_accesses_are_128_bits_wide(inspected: dict[str, dict], case: str, loads: int, stores: int) -> None:
@@ -114,7 +118,10 @@ def test_accesses_are_128_bits_wide(inspected: dict[str, dict], case: str, loads
     assert inspected[case]["wide_stores"] >= stores
 
 
-@pytest.mark.parametrize("case", ["step-hessian-fp32", "step-hessian-bf16", "diag-fp32", "rademacher-fp32"])
+DRAWING = ["step-hessian-fp32", "step-hessian-bf16", "diag-fp32", "rademacher-fp32", "perturb-fp32"]
+
+
+@pytest.mark.parametrize("case", DRAWING)
 def test_philox_is_called_once_for_many_elements(inspected: dict[str, dict], case: str) -> None:
     # 20 multiplications a call; the code is there twice (vectors, any tile). A call an element would make it 20.
     assert inspected[case]["mul_hi"] / 2 / inspected[case]["elements_per_thread"] <= 3

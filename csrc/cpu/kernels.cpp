@@ -29,6 +29,35 @@ void rademacher(const Tile& tile, const ProbeKey& key, T* z) {
                  });
 }
 
+// ---- perturb --------------------------------------------------------------------------------------------------------
+
+template <typename T>
+void perturb(const Tile& tile, const PerturbWork<T>& work) {
+  using S = StateOf<T>;
+  SignBits signs;
+  if (work.scale != 0) signs.draw(work.key, tile.begin, tile.size());
+  for_each_strip(*tile.segment, tile.begin, tile.end,
+                 [&](int64_t first, int64_t step, int64_t stored, int64_t size) ADAHESSIAN_INLINE_LAMBDA {
+                   T* param = work.param + stored;
+                   T* saved = work.saved + stored;
+                   if (work.save) memcpy(saved, param, size * sizeof(T));
+                   if (work.scale == 0) {
+                     memcpy(param, saved, size * sizeof(T));
+                     return;
+                   }
+                   int64_t n = 0;
+                   if (step == 1) {
+                     const Vector<S> scale = Vector<S>{} + work.scale;
+                     for (; n + kLanes<S> <= size; n += kLanes<S>)
+                       store_as_vector(param + n, load_as_vector(saved + n) + flip_signs<S>(scale, signs.from(n)));
+                   }
+                   for (; n < size; ++n) {
+                     const S move = signs.from(first + n * step) & 1 ? -work.scale : work.scale;
+                     store_to(param[n], load_as(saved[n]) + move);
+                   }
+                 });
+}
+
 // ---- D and its means ------------------------------------------------------------------------------------------------
 
 // The probe of a tile. |z * Hz| = |Hz|: no signs for absolute values.
@@ -353,7 +382,7 @@ void adahessian_step(const Run& run, const StepWork<T>& work) {
 }  // namespace
 
 template <typename T>
-constexpr Kernels<T> of_type = {rademacher<T>, sum_tile<T>, hessian_diag<T>, adahessian_step<T>};
+constexpr Kernels<T> of_type = {rademacher<T>, perturb<T>, sum_tile<T>, hessian_diag<T>, adahessian_step<T>};
 
 extern const KernelTable table = {of_type<float>, of_type<double>, of_type<bfloat16>, of_type<float16>};
 

@@ -23,6 +23,15 @@ struct AverageWork {
 };
 
 template <typename T>
+struct PerturbWork {
+  ProbeKey key;
+  T* param;
+  T* saved;
+  StateOf<T> scale;  // 0: put the saved values back
+  bool save;
+};
+
+template <typename T>
 struct StepWork {
   using S = StateOf<T>;
   Coefficients<S> c;
@@ -42,6 +51,8 @@ template <typename T>
 struct Kernels {
   // z of a tile; `z` is the segment's.
   void (*rademacher)(const Tile& tile, const ProbeKey& key, T* z);
+  // param = saved + scale * z
+  void (*perturb)(const Tile& tile, const PerturbWork<T>& work);
   // Sum of D = z * Hz over a tile.
   double (*sum)(const Tile& tile, const Probe& probe, const ProbeKey& key);
   // Means over averaging blocks that are no longer than a tile.

@@ -1,6 +1,7 @@
 #include "emulate.h"
 
 #include "dispatch.h"
+#include "perturb.h"
 #include "rademacher.h"
 #include "step_plan.h"
 
@@ -9,6 +10,11 @@ namespace adahessian::emulated {
 void rademacher(const RademacherArgs& args, const Context& context) {
   gpu::EmulatedDevice device("rademacher", context);
   gpu::with_type_of(args.dtype, [&](auto type) { gpu::rademacher<decltype(type)>(args, device); });
+}
+
+void perturb(const PerturbArgs& args, const Context& context) {
+  gpu::EmulatedDevice device("perturb", context);
+  gpu::with_type_of(args.dtype, [&](auto type) { gpu::perturb<decltype(type)>(args, device); });
 }
 
 void hessian_diag(const HessianDiagArgs& args, const Context& context) {

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
+
+from .errors import naming_the_operator
 
 NO_CURVATURE = (
     "this step needs curvature, but no gradient carries a graph. Write opt.backward(loss) instead of loss.backward(), "
@@ -17,6 +18,16 @@ NO_CURVATURE = (
 TWO_WAYS = (
     "opt.backward(loss) has gathered curvature for this step, but some gradients carry the graph of a "
     "loss.backward(create_graph=True) too. Use one of the two, with opt.zero_grad() between"
+)
+
+NO_LOSS = (
+    "the closure returned {} without a graph and left the gradients alone; expected it to return the loss, or to call "
+    "backward() and return the loss"
+)
+
+NEEDS_FUNCTION = (
+    'hvp="{}" computes the loss itself when curvature is due; write opt.backward(lambda: loss_fn(model(x), y)) or '
+    "opt.step(closure) instead of opt.backward(loss) or loss.backward()"
 )
 
 
@@ -38,16 +49,21 @@ def hessian_vector_product(
 
     Returns:
         One tensor a parameter; None where the gradients do not depend on it.
+
+    Raises:
+        RuntimeError: an operator of the model cannot be differentiated twice; the message names it and the ways out.
     """
-    return torch.autograd.grad(
-        grads, params, grad_outputs=z, retain_graph=retain_graph, create_graph=False, allow_unused=True
-    )
+    with naming_the_operator("autograd"):
+        return torch.autograd.grad(
+            grads, params, grad_outputs=z, retain_graph=retain_graph, create_graph=False, allow_unused=True
+        )
 
 
 def first_order(loss: Tensor, params: Sequence[Tensor], gradient: Tensor | None) -> list[Tensor | None]:
     """Gradients of the loss with their graph; None for parameters the loss does not depend on."""
     check_loss(loss, gradient)
-    return list(torch.autograd.grad(loss, params, grad_outputs=gradient, create_graph=True, allow_unused=True))
+    with naming_the_operator("autograd"):
+        return list(torch.autograd.grad(loss, params, grad_outputs=gradient, create_graph=True, allow_unused=True))
 
 
 def check_loss(loss: Any, gradient: Tensor | None) -> None:
@@ -93,36 +109,3 @@ def release_graph(grads: Sequence[Tensor]) -> None:
     """Cut gradients from their graph: the cycle parameter -> gradient -> graph -> parameter keeps memory alive."""
     for i in differentiable(grads):
         grads[i].detach_()
-
-
-class InterceptBackward(TorchFunctionMode):
-    """Inside it, ``loss.backward()`` calls ``backward(loss, gradient, retain_graph)`` instead.
-
-    It is what lets an ordinary closure (zero_grad, backward, return loss) give second-order information. A call with
-    ``create_graph=True`` or ``inputs=...`` goes through unchanged.
-    """
-
-    def __init__(self, backward: Callable[..., None]) -> None:
-        super().__init__()
-        self._backward = backward
-        self.called = False
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        if func is not torch.Tensor.backward:
-            return func(*args, **kwargs)
-        return self._take(*args, **kwargs)
-
-    def _take(
-        self,
-        loss: Tensor,
-        gradient: Tensor | None = None,
-        retain_graph: bool | None = None,
-        create_graph: bool = False,
-        inputs: Any = None,
-    ) -> None:
-        self.called = True
-        if create_graph or inputs is not None:
-            torch.Tensor.backward(loss, gradient, retain_graph, create_graph, inputs)
-        else:
-            self._backward(loss, gradient=gradient, retain_graph=bool(retain_graph))

@@ -1,0 +1,217 @@
+"""From losses to gradients and curvature: the optimizer's part before the update."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import hvp
+from .checks import check_grad
+from .curvature import Curvature
+from .evaluation import Differentiate, EvaluatesLosses
+from .fraction import split_batch
+from .layout import Entry
+
+
+class GathersCurvature(EvaluatesLosses):
+    """Optimizer that differentiates losses: gradients into ``p.grad``, curvature into a :class:`Curvature`."""
+
+    def _reset(self) -> None:
+        self._curvature = None
+        self._graph_checked = False
+        self._inside: Differentiate | None = None  # what backward() means while a strategy evaluates a closure
+
+    # ---- losses ------------------------------------------------------------------------------------------------------
+
+    def backward(
+        self,
+        loss: Tensor | Callable[[], Tensor],
+        *,
+        gradient: Tensor | None = None,
+        retain_graph: bool = False,
+        grad_scaler: torch.amp.GradScaler | None = None,
+        curvature: float | None = None,
+    ) -> Tensor | None:
+        """Differentiate the loss: adds to ``p.grad`` like ``loss.backward()`` and gathers curvature if it is due.
+
+        May be called for several micro-batches before :meth:`step`; all of them see the same probe, so the sum of their
+        curvature is that of the summed loss. Off-steps cost what ``loss.backward()`` costs. Only parameters of this
+        optimizer get a gradient.
+
+        Curvature from one of m micro-batches is an unbiased estimate at a fraction of the cost::
+
+            for i, (x, y) in enumerate(micro_batches):
+                opt.backward(lambda: loss_fn(model(x), y) / m, curvature=m if i == 0 else 0)
+
+        Args:
+            loss: scalar, or with ``gradient`` a tensor of its shape; or a function that computes and returns it, which
+                ``hvp="finite_difference"`` and ``"forward_over_reverse"`` need on steps with curvature. Finite
+                differences call it twice for each sample; it has to do the same each time (random numbers of torch and
+                buffers of modules are taken care of).
+            gradient: as in ``Tensor.backward``.
+            retain_graph: keep the graph of the loss.
+            grad_scaler: scales the loss (pass it unscaled). Needed only with ``grad_scaler.unscale_(opt)``, for
+                example to clip gradients; otherwise ``opt.backward(grad_scaler.scale(loss))`` does as well.
+            curvature: weight of this loss's curvature, 1 unless given; 0 computes the gradient only.
+
+        Returns:
+            The loss that a function computed, detached; with finite differences the mean over the evaluations.
+
+        Raises:
+            RuntimeError: the loss cannot be differentiated as ``hvp`` asks for; the message says what to do.
+        """
+        given = not callable(loss)
+        if self._inside is not None:  # in a closure that a strategy evaluates
+            loss = loss if given else loss()
+            self._inside(loss if grad_scaler is None else grad_scaler.scale(loss), gradient=gradient)
+            return None if given else loss.detach()
+        options = self.param_groups[0]
+        wanted = self.needs_hessian and curvature != 0
+        if wanted and curvature is None:
+            self._check_whole_batch()
+        scale = grad_scaler.scale if grad_scaler is not None and grad_scaler.is_enabled() else None
+        if wanted and options["hvp"] != "autograd":
+            if given:
+                raise RuntimeError(hvp.NEEDS_FUNCTION.format(options["hvp"]))
+            return self._evaluate_loss(loss, gradient, scale, 1.0 if curvature is None else curvature)
+        loss = loss if given else loss()
+        hvp.check_loss(loss, gradient)
+        inverse_scale = None
+        scaled = loss
+        if scale is not None:
+            inverse_scale, scaled = 1 / scale(torch.ones((), device=loss.device)), scale(loss)
+        params = self._trained()
+        if params and not wanted:
+            self._first_order(scaled, gradient=gradient, retain_graph=retain_graph)
+        elif params:
+            grads = hvp.first_order(scaled, [p for _, p in params], gradient)
+            self._check_graph([scaled, *filter(torch.is_tensor, grads)])
+            self._take_graph(
+                params, grads, gradient, retain_graph, inverse_scale, 1.0 if curvature is None else curvature
+            )
+        return None if given else loss.detach()
+
+    def backward_split(
+        self,
+        loss_fn: Callable[..., Tensor],
+        *batch: Any,
+        grad_scaler: torch.amp.GradScaler | None = None,
+    ) -> Tensor:
+        """Differentiate ``loss_fn(*batch)`` with curvature from the first ``hessian_fraction`` of the mini-batch.
+
+        The batch is cut in two; both parts contribute their share of the gradient, the first one curvature as well, so
+        a step costs 1 + 2r first-order ones with double backward. For a loss that is the mean over examples the
+        gradient is that of the whole batch, and so is the expected curvature. What looks across examples sees a part at
+        a time: batch normalisation normalises, and updates its running statistics, with each. Off-steps, and
+        ``hessian_fraction=1``, take the batch in one::
+
+            opt.zero_grad()
+            loss = opt.backward_split(lambda x, y: loss_fn(model(x), y), x, y)
+            opt.step()
+
+        Args:
+            loss_fn: computes the mean loss of a batch.
+            batch: its arguments; every tensor in them, in tuples, lists and dicts too, has the examples along its first
+                axis.
+            grad_scaler: as for :meth:`backward`.
+
+        Returns:
+            The loss of the whole batch, detached.
+        """
+        fraction = self.param_groups[0]["hessian_fraction"]
+        if not self.needs_hessian or fraction == 1:
+            return self.backward(lambda: loss_fn(*batch), grad_scaler=grad_scaler, curvature=1.0)
+        if self._inside is not None:
+            raise RuntimeError(
+                "opt.backward_split() in a closure that is evaluated several times; call it before opt.step() instead"
+            )
+        first, rest, share = split_batch(batch, fraction)
+        loss = self.backward(lambda: loss_fn(*first) * share, grad_scaler=grad_scaler, curvature=1 / share)
+        if share < 1:
+            loss += self.backward(lambda: loss_fn(*rest) * (1 - share), grad_scaler=grad_scaler, curvature=0)
+        return loss
+
+    def _check_whole_batch(self) -> None:
+        """Raise if the curvature is to come from a part of the mini-batch."""
+        fraction = self.param_groups[0]["hessian_fraction"]
+        if fraction < 1:
+            raise RuntimeError(
+                f"hessian_fraction={fraction} needs the mini-batch, to take a part of it; write "
+                "opt.backward_split(loss_fn, *batch) instead of loss.backward(), opt.backward(loss) or a closure"
+            )
+
+    def _first_order(self, loss: Tensor, *, gradient: Tensor | None = None, retain_graph: bool = False) -> None:
+        """The gradient alone, into ``p.grad`` of this optimizer's parameters."""
+        torch.autograd.backward(loss, gradient, retain_graph=retain_graph, inputs=[p for _, p in self._trained()])
+
+    # ---- curvature from a graph --------------------------------------------------------------------------------------
+
+    def _take_graph(
+        self,
+        params: Sequence[tuple[int, Tensor]],
+        grads: Sequence[Tensor | None],
+        seed_gradient: Tensor | None,
+        retain_graph: bool,
+        inverse_scale: Tensor | None,
+        weight: float,
+    ) -> None:
+        """Gradients that carry a graph: into ``p.grad`` without it, after their curvature has been taken."""
+        due = self._due()
+        found = [(n, p, g) for (n, p), g in zip(params, grads, strict=True) if g is not None]
+        entries = self._ensure([p for _, p, _ in found])
+        pairs = [(entry, g) for entry, (n, _, g) in zip(entries, found, strict=True) if due[n] and g.requires_grad]
+        self._differentiate(pairs, retain_graph=retain_graph, inverse_scale=inverse_scale, weight=weight)
+        hvp.accumulate_grads([p for _, p, _ in found], [g for _, _, g in found], seed_gradient)
+        with torch.no_grad():
+            self._curvature.report([p.grad for _, p, _ in found])
+
+    def _differentiate(self, pairs: Sequence[tuple[Entry, Tensor]], *, retain_graph: bool, **scales: Any) -> None:
+        """Add the curvature along this step's probes; ``pairs`` are parameters and gradients with a graph."""
+        for entry, g in pairs:
+            check_grad(g, entry.name)
+        options = self.param_groups[0]
+        curvature = self._gathered()
+        curvature.differentiate(
+            pairs, probe=options["probe"], n_samples=options["n_samples"], retain_graph=retain_graph, **scales
+        )
+        self._curvature = curvature
+
+    def _check_graph(self, roots: Sequence[Tensor]) -> None:
+        """Look once for what cannot be differentiated twice without saying so."""
+        if not self._graph_checked:
+            hvp.check_differentiable_twice(roots)
+            self._graph_checked = True
+
+    def _from_graph(self, entries: Sequence[Entry], due: Sequence[bool]) -> None:
+        """Curvature from gradients that ``loss.backward(create_graph=True)`` left."""
+        grads = [entry.param.grad for entry in entries]
+        with_graph = hvp.differentiable(grads)
+        if not with_graph:
+            way = self.param_groups[0]["hvp"]
+            raise RuntimeError(hvp.NO_CURVATURE if way == "autograd" else hvp.NEEDS_FUNCTION.format(way))
+        self._check_whole_batch()
+        self._check_graph([grads[i] for i in with_graph])
+        self._differentiate([(entries[i], grads[i]) for i in with_graph if due[entries[i].group]], retain_graph=False)
+
+    def _from_user(self, hessian: Sequence[Tensor | None], entries: Sequence[Entry]) -> None:
+        """Curvature the user brings: D for each parameter, in the order of the groups."""
+        params = [p for group in self.param_groups for p in group["params"]]
+        if len(hessian) != len(params):
+            raise ValueError(f"hessian has {len(hessian)} entries; expected {len(params)}, one for each parameter")
+        given = dict(zip(params, hessian, strict=True))
+        for entry in entries:
+            h = given[entry.param]
+            if not isinstance(h, Tensor) or h.shape != entry.param.shape:
+                what = f"of shape {tuple(h.shape)}" if isinstance(h, Tensor) else repr(h)
+                raise ValueError(f"hessian of {entry.name} is {what}; expected shape {tuple(entry.param.shape)}")
+        same = all(given[entry.param].dtype == entry.param.dtype for entry in entries)
+        d = {
+            entry: entry.stored(given[entry.param].to(entry.param.device), None if same else entry.bucket.state_dtype)
+            for entry in entries
+        }
+        self._curvature = Curvature(self._tools, self.param_groups[0]["seed"])
+        self._curvature.unscaled = True
+        self._curvature.add(d, sample=0, draw=False)

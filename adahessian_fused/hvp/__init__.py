@@ -1,0 +1,36 @@
+"""Hessian-vector products Hz (paper Eq. 5), in three ways.
+
+``double_backward`` differentiates the gradient again, ``forward_over_reverse`` carries tangents through forward and
+backward pass, ``finite_difference`` takes the difference of two gradients. The first works on a loss that has been
+computed; the others evaluate it themselves, with the help of ``replay``.
+"""
+
+from .double_backward import (
+    NEEDS_FUNCTION,
+    NO_CURVATURE,
+    NO_LOSS,
+    TWO_WAYS,
+    accumulate_grads,
+    check_loss,
+    differentiable,
+    first_order,
+    hessian_vector_product,
+    release_graph,
+)
+from .errors import check_differentiable_twice
+from .intercept import InterceptBackward
+
+__all__ = [
+    "NEEDS_FUNCTION",
+    "NO_CURVATURE",
+    "NO_LOSS",
+    "TWO_WAYS",
+    "InterceptBackward",
+    "accumulate_grads",
+    "check_differentiable_twice",
+    "check_loss",
+    "differentiable",
+    "first_order",
+    "hessian_vector_product",
+    "release_graph",
+]

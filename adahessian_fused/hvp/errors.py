@@ -1,0 +1,93 @@
+"""Errors of automatic differentiation, with the operator's name and the ways out."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+from collections.abc import Iterator, Sequence
+
+from torch import Tensor
+
+_NOT_IMPLEMENTED = (
+    r"derivative for '?(?:aten::)?(\w+)'? is not implemented",
+    r"Trying to use forward AD with (?:aten::)?(\w+) that does not support it",
+)
+# Other texts of torch, and what they are about.
+_KNOWN = {
+    "does not currently support double backward": "a model compiled with torch.compile",
+    "compiled with non-empty donated buffers": "a model compiled with torch.compile",
+    "Double backwards is not supported for CuDNN RNNs": "cuDNN's RNN",
+    "use_reentrant=True, torch.utils.checkpoint is incompatible": "torch.utils.checkpoint with use_reentrant=True",
+    "You must implement the jvp function": "a torch.autograd.Function without jvp",
+}
+_LACKS = {
+    "autograd": "cannot be differentiated twice",
+    "forward_over_reverse": "has no forward-mode derivative",
+}
+_OTHER = {"autograd": "forward_over_reverse", "forward_over_reverse": "autograd"}
+_CUT = {  # nodes of a graph behind which it silently ends
+    "torch::autograd::Error": "a torch.autograd.Function whose backward is marked once_differentiable",
+    "CheckpointFunctionBackward": "torch.utils.checkpoint with use_reentrant=True",
+}
+
+
+def operator_in(message: str) -> str | None:
+    """The operator that an error of torch says cannot be differentiated; None if it says nothing of that kind."""
+    for pattern in _NOT_IMPLEMENTED:
+        found = re.search(pattern, message)
+        if found is not None:
+            return found[1]
+    return next((what for text, what in _KNOWN.items() if text in message), None)
+
+
+def explanation(operator: str, strategy: str) -> str:
+    """What the operator lacks for a strategy, and what to do about it."""
+    ways = [
+        'AdaHessian(..., hvp="finite_difference"), which takes first-order gradients only, for a smooth model',
+        f'hvp="{_OTHER[strategy]}", if that knows the operator',
+    ]
+    if "scaled_dot_product" in operator:
+        ways.insert(
+            0,
+            "another attention kernel, with torch.nn.attention.sdpa_kernel(SDPBackend.MATH); with update_each=10 it is "
+            "needed on every tenth step only, those where opt.needs_hessian is True",
+        )
+    elif "use_reentrant" in operator:
+        ways.insert(0, "use_reentrant=False")
+    elif "torch.compile" in operator:
+        ways.insert(
+            0, "the model as it was before torch.compile where opt.needs_hessian is True; update_each makes that rare"
+        )
+    return (
+        f'{operator} {_LACKS[strategy]}, which hvp="{strategy}" needs. Ways out: {"; or ".join(ways)}. '
+        "adahessian_fused.check_hvp(model, loss_fn, batch) tells which strategies a model allows"
+    )
+
+
+@contextlib.contextmanager
+def naming_the_operator(strategy: str) -> Iterator[None]:
+    """Turn torch's error about an operator without the derivative a strategy needs into one that says what to do."""
+    try:
+        yield
+    except RuntimeError as error:
+        operator = operator_in(str(error))
+        if operator is None:
+            raise
+        raise RuntimeError(explanation(operator, strategy)) from error
+
+
+def check_differentiable_twice(roots: Sequence[Tensor]) -> None:
+    """Raise if a graph has a node behind which second derivatives would silently be missing.
+
+    Args:
+        roots: the loss and its gradients, with their graph.
+    """
+    seen, nodes = set(), [root.grad_fn for root in roots]
+    while nodes:
+        node = nodes.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if node.name() in _CUT:
+            raise RuntimeError(explanation(_CUT[node.name()], "autograd"))
+        nodes += [parent for parent, _ in node.next_functions]

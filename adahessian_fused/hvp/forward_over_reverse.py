@@ -1,0 +1,107 @@
+"""Exact Hessian-vector products by forward-mode differentiation of the gradient (Pearlmutter 1994)."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from ..curvature import draw_probe
+from ..layout import Entry
+from .double_backward import accumulate_grads
+from .errors import naming_the_operator
+from .replay import Replay
+
+
+@contextlib.contextmanager
+def tangents(params: Sequence[Tensor], z: Sequence[Tensor]) -> Iterator[None]:
+    """Inside it, the parameters themselves are dual numbers p + z * epsilon.
+
+    The very tensors get the tangents, by a copy onto themselves, so every model, closure and tied weight sees them
+    without being told; values stay, and the end of the dual level takes the tangents away.
+    """
+    with forward_ad.dual_level(), naming_the_operator("forward_over_reverse"):
+        with torch.no_grad():
+            for p, direction in zip(params, z, strict=True):
+                p.copy_(forward_ad.make_dual(p.detach(), direction))
+        torch.clear_autocast_cache()  # it may hold 16-bit copies of the weights, without tangents
+        try:
+            yield
+        finally:
+            torch.clear_autocast_cache()
+
+
+def gradient_and_product(
+    loss: Tensor, params: Sequence[Tensor], gradient: Tensor | None
+) -> tuple[list[Tensor | None], list[Tensor | None]]:
+    """Gradients of a loss that was computed inside :func:`tangents`, and their tangents, which are Hz.
+
+    Some backward operators (SiLU's, group normalisation's) have a forward-mode derivative only in the form that
+    autograd takes when it is to be differentiated again; they are tried in that form if the usual one fails.
+
+    Returns:
+        Gradients and products; None for parameters the loss does not depend on, and products None where the gradient
+        does not depend on any parameter.
+    """
+    options = {"grad_outputs": gradient, "allow_unused": True, "retain_graph": True}
+    try:
+        duals = torch.autograd.grad(loss, params, **options)
+    except NotImplementedError:
+        duals = torch.autograd.grad(loss, params, create_graph=True, **options)
+    pairs = [(None, None) if dual is None else forward_ad.unpack_dual(dual) for dual in duals]
+    primals, products = zip(*pairs, strict=True)
+    return [g if g is None else g.detach() for g in primals], [h if h is None else h.detach() for h in products]
+
+
+class ForwardOverReverse:
+    """Gradient and Hz of a loss that is evaluated with the probe as tangent of the parameters.
+
+    The arguments are those of :class:`~adahessian_fused.hvp.finite_difference.FiniteDifference`; ``epsilon`` is unused.
+    """
+
+    def __init__(
+        self,
+        params: Sequence[Tensor],
+        entries: Sequence[Entry],
+        backends: Mapping[str, Any],
+        evaluate: Callable[[Callable[..., None]], Any],
+        *,
+        probe: str,
+        seed: int,
+        epsilon: float | None = None,
+    ) -> None:
+        self._params, self._entries, self._backends, self._evaluate = params, entries, backends, evaluate
+        self._probe = {"probe": probe, "seed": seed}
+        self._replay = Replay()
+        self._products: list[Tensor | None] = []
+
+    def __enter__(self) -> ForwardOverReverse:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        pass
+
+    def __call__(self, sample: int) -> tuple[list[Any], list[Tensor | None], list[Tensor | None]]:
+        """Evaluate once for probe number ``sample``.
+
+        Returns:
+            The value, the gradients and the products; None for parameters the loss or gradient does not depend on.
+        """
+        z = draw_probe(self._entries, self._backends, sample=sample, **self._probe)
+        self._products = [None] * len(self._params)
+        with tangents([entry.param for entry in z], list(z.values())), torch.enable_grad():
+            value = self._replay(lambda: self._evaluate(self._differentiate))
+        grads = [p.grad for p in self._params]
+        for p in self._params:
+            p.grad = None
+        return [value], grads, self._products
+
+    def _differentiate(self, loss: Tensor, *, gradient: Tensor | None = None, **unused: Any) -> None:
+        grads, products = gradient_and_product(loss, self._params, gradient)
+        accumulate_grads(self._params, grads, gradient)
+        pairs = zip(self._products, products, strict=True)
+        self._products = [new if old is None else old if new is None else old + new for old, new in pairs]

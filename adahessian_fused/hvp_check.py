@@ -1,0 +1,318 @@
+"""Which way to compute Hessian-vector products suits a model: accuracy, cost and what fails, measured on one batch."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import functools
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils import _pytree as pytree
+
+from .checks import CHOICES
+from .hvp.errors import operator_in
+from .optimizer import AdaHessian
+
+TRUSTED = 0.1
+"""Relative error of Hz up to which a strategy is trusted. The noise of a single probe is many times as large."""
+
+SAMPLES = 3
+LossFn = Callable[..., Tensor]
+
+
+@dataclass(frozen=True)
+class StrategyCheck:
+    """How one strategy did.
+
+    Attributes:
+        strategy: value of ``AdaHessian(hvp=...)``.
+        product_error: largest relative error |Hz - exact| / |exact| of three probes; None if it failed.
+        gradient_error: largest relative error of the gradients that came with them.
+        time: duration of a gradient with curvature, in first-order gradients.
+        memory: peak of allocated memory above what is held anyway, in that of a first-order gradient; None on a CPU.
+        failure: the error, if there was one.
+        operator: the operator it is about, if torch names one.
+    """
+
+    strategy: str
+    product_error: float | None = None
+    gradient_error: float | None = None
+    time: float | None = None
+    memory: float | None = None
+    failure: str | None = None
+    operator: str | None = None
+
+    @property
+    def trusted(self) -> bool:
+        """Whether it works, and Hz is right to a tenth."""
+        return self.product_error is not None and self.product_error <= TRUSTED
+
+    @property
+    def verdict(self) -> str:
+        """The result in words."""
+        if self.failure is not None:
+            return f"fails: {self.operator or self.failure.splitlines()[0][:60]}"
+        return "can be trusted" if self.trusted else "WRONG for this model"
+
+
+@dataclass(frozen=True)
+class HvpCheck:
+    """What :func:`check_hvp` found.
+
+    Attributes:
+        reference: what the errors are relative to.
+        strategies: a check for each strategy.
+        seconds: duration of a first-order gradient.
+    """
+
+    reference: str
+    strategies: tuple[StrategyCheck, ...]
+    seconds: float
+
+    def __getitem__(self, strategy: str) -> StrategyCheck:
+        """The check of one strategy."""
+        return next(check for check in self.strategies if check.strategy == strategy)
+
+    def rows(self) -> list[tuple[str, ...]]:
+        """The table, as text."""
+
+        def number(value: float | None, form: str) -> str:
+            return "-" if value is None else format(value, form)
+
+        return [
+            (
+                check.strategy,
+                number(check.product_error, ".1e"),
+                number(check.gradient_error, ".1e"),
+                number(check.time, ".2f"),
+                number(check.memory, ".2f"),
+                check.verdict,
+            )
+            for check in self.strategies
+        ]
+
+    def show(self) -> None:
+        """Print the table; with rich, where that is installed."""
+        caption = (
+            f"Errors of Hz and g relative to {self.reference}; time and memory of g and Hz relative to "
+            f"those of g alone, which takes {self.seconds * 1e3:.3g} ms."
+        )
+        try:
+            from rich.console import Console
+            from rich.table import Table
+        except ImportError:
+            for row in [_COLUMNS, *self.rows()]:
+                print("".join(cell.ljust(22) for cell in row).rstrip())
+            print(caption)
+            return
+        table = Table(*_COLUMNS[:-1], caption=caption, title="Hessian-vector products")
+        table.add_column(_COLUMNS[-1], overflow="fold")
+        for column in table.columns[:-1]:
+            column.no_wrap = True
+        for row in self.rows():
+            table.add_row(*row)
+        Console().print(table)
+
+
+_COLUMNS = ("hvp", "Hz", "g", "time", "memory", "verdict")
+
+
+def check_hvp(
+    model: nn.Module,
+    loss_fn: LossFn,
+    batch: Sequence[Any],
+    *,
+    fd_epsilon: float | None = None,
+    repeats: int = 3,
+    show: bool = True,
+) -> HvpCheck:
+    """Compare the ways to compute Hessian-vector products on a model and batch of your own.
+
+    Every strategy runs on a copy of the model, so parameters, gradients and buffers stay as they are, and so does the
+    state of torch's random numbers. Exact is double backward of a copy in float64, with attention in plain operators.
+    Where that fails, central differences in float64 take its place: right for smooth models only. Where random numbers
+    (dropout on a GPU) come out differently in float64, the copy keeps the model's own precision.
+
+    Args:
+        model: the model, in the mode it is trained in.
+        loss_fn: computes the loss as ``loss_fn(model, *batch)``, with the model it is given.
+        batch: its other arguments.
+        fd_epsilon: as for :class:`~adahessian_fused.AdaHessian`.
+        repeats: timed runs of each strategy, of which the median counts.
+        show: print the table.
+
+    Returns:
+        Errors, costs and failures.
+
+    Raises:
+        ValueError: no parameter of the model requires a gradient.
+
+    Example:
+        >>> import torch, adahessian_fused
+        >>> model = torch.nn.Sequential(torch.nn.Linear(3, 8), torch.nn.Tanh(), torch.nn.Linear(8, 1))
+        >>> x, y = torch.randn(16, 3), torch.randn(16, 1)
+        >>> result = adahessian_fused.check_hvp(model, lambda m, x, y: (m(x) - y).square().mean(), (x, y), show=False)
+        >>> result["finite_difference"].trusted
+        True
+    """
+    if not any(p.requires_grad for p in model.parameters()):
+        raise ValueError("no parameter of the model requires a gradient; expected one at least")
+    with _random_numbers_kept():
+        runs = {name: _Run(model, loss_fn, batch, name, fd_epsilon) for name in CHOICES["hvp"]}
+        reference, exact = _exact(model, loss_fn, batch)
+        plain = _Run(model, loss_fn, batch, "first order", fd_epsilon)
+        checks, seconds, memory = [], {name: [] for name in [*runs, plain.name]}, {}
+        errors = {name: run.errors(exact) for name, run in runs.items()}
+        working = [plain, *(run for name, run in runs.items() if isinstance(errors[name], tuple))]
+        for _ in range(repeats):
+            for run in working:  # in turn, so that a busy machine slows down all of them
+                elapsed, memory[run.name] = run.cost()
+                seconds[run.name].append(elapsed)
+    base = statistics.median(seconds[plain.name])
+    for name in runs:
+        if isinstance(errors[name], RuntimeError):
+            message = str(errors[name].__cause__ or errors[name])
+            checks.append(StrategyCheck(name, failure=message, operator=operator_in(message)))
+            continue
+        used = memory[name] / memory[plain.name] if memory[plain.name] else None
+        checks.append(StrategyCheck(name, *errors[name], statistics.median(seconds[name]) / base, used))
+    result = HvpCheck(reference, tuple(checks), base)
+    if show:
+        result.show()
+    return result
+
+
+@contextlib.contextmanager
+def _random_numbers_kept() -> Iterator[None]:
+    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
+    with torch.random.fork_rng(devices):
+        yield
+
+
+class _Run:
+    """A strategy on a copy of the model; ``first order`` is the gradient alone."""
+
+    def __init__(
+        self, model: nn.Module, loss_fn: LossFn, batch: Sequence[Any], name: str, epsilon: float | None
+    ) -> None:
+        self.name, self.model = name, copy.deepcopy(model)
+        self.loss = lambda: loss_fn(self.model, *batch)
+        self.params = [p for p in self.model.parameters() if p.requires_grad]
+        hvp = name if name in CHOICES["hvp"] else "autograd"
+        self._buffers = [(b, b.clone()) for b in self.model.buffers()]
+        self._options = {"hvp": hvp, "fd_epsilon": epsilon}
+
+    def once(self, seed: int) -> AdaHessian:
+        """Gradients, and curvature for the probe of this seed, from the same state each time."""
+        for buffer, value in self._buffers:
+            buffer.copy_(value)
+        for p in self.params:
+            p.grad = None
+        torch.manual_seed(0)
+        opt = AdaHessian(self.params, seed=seed, **self._options)
+        opt.backward(self.loss, curvature=float(self.name in CHOICES["hvp"]))
+        return opt
+
+    def gathered(self, seed: int) -> tuple[Tensor, Tensor]:
+        """Gradient and Hz, all parameters in one vector each."""
+        opt = self.once(seed)
+        products = {id(entry.param): h for entry, h in opt._curvature.products.items()}
+        return _flat([p.grad for p in self.params], self.params), _flat(
+            [products.get(id(p)) for p in self.params], self.params
+        )
+
+    def errors(self, exact: Callable[[int], tuple[Tensor, Tensor]]) -> tuple[float, float] | RuntimeError:
+        """Largest relative errors of Hz and gradient, or why there are none."""
+        found = []
+        for seed in range(SAMPLES):
+            try:
+                ours = self.gathered(seed)
+            except RuntimeError as error:
+                return error
+            found.append([_relative(a, b) for a, b in zip(ours, exact(seed), strict=True)])
+        gradient, product = (max(column) for column in zip(*found, strict=True))
+        return product, gradient
+
+    def cost(self) -> tuple[float, int]:
+        """Seconds, and bytes of memory above what is held anyway (0 on a CPU)."""
+        device = self.params[0].device
+        on_gpu = device.type == "cuda"
+        if on_gpu:
+            torch.cuda.synchronize(device)
+            torch.cuda.reset_peak_memory_stats(device)
+            held = torch.cuda.memory_allocated(device)
+        start = time.perf_counter()
+        self.once(0)
+        if on_gpu:
+            torch.cuda.synchronize(device)
+        elapsed = time.perf_counter() - start
+        return elapsed, torch.cuda.max_memory_allocated(device) - held if on_gpu else 0
+
+
+def _flat(tensors: Sequence[Tensor | None], params: Sequence[Tensor]) -> Tensor:
+    return torch.cat(
+        [
+            (torch.zeros_like(p) if t is None else t).detach().double().reshape(-1)
+            for t, p in zip(tensors, params, strict=True)
+        ]
+    )
+
+
+def _relative(found: Tensor, exact: Tensor) -> float:
+    scale = exact.norm()
+    return float((found - exact).norm() / scale) if scale > 0 else float(found.norm())
+
+
+def _exact(
+    model: nn.Module, loss_fn: LossFn, batch: Sequence[Any]
+) -> tuple[str, Callable[[int], tuple[Tensor, Tensor]]]:
+    """The name of the reference, and a function that computes gradient and Hz for a probe's seed.
+
+    Raises:
+        RuntimeError: not even first-order gradients can be computed.
+    """
+    eager = getattr(model, "_orig_mod", model)  # what torch.compile has compiled
+    candidates = {
+        "double backward in float64": ("autograd", True),
+        "central differences in float64, right for smooth models only": ("finite_difference", True),
+        "double backward in the precision of the model": ("autograd", False),
+        "central differences in the precision of the model, right for smooth models only": ("finite_difference", False),
+    }
+    for name, (hvp, in_double) in candidates.items():
+        precise = copy.deepcopy(eager).double() if in_double else eager
+        data = pytree.tree_map_only(Tensor, _to_double, tuple(batch)) if in_double else batch
+        run = _Run(precise, loss_fn, data, hvp, None)
+
+        @functools.cache
+        def gathered(seed: int, run: _Run = run) -> tuple[Tensor, Tensor]:
+            with sdpa_kernel(SDPBackend.MATH):
+                return run.gathered(seed)
+
+        try:
+            if _same_loss(run, _Run(eager, loss_fn, batch, hvp, None)):
+                gathered(0)
+                return name, gathered
+        except RuntimeError as error:
+            failure = error
+    raise failure
+
+
+def _to_double(tensor: Tensor) -> Tensor:
+    return tensor.double() if tensor.is_floating_point() else tensor
+
+
+def _same_loss(a: _Run, b: _Run) -> bool:
+    """Whether two copies see the same random numbers: dropout on a GPU draws others in another precision."""
+    losses = []
+    for run in (a, b):
+        torch.manual_seed(0)
+        with torch.no_grad():
+            losses.append(float(run.loss()))
+    return abs(losses[0] - losses[1]) <= 0.02 * abs(losses[1])

@@ -1,0 +1,121 @@
+"""check_hvp says of every strategy how right it is, what it costs and what fails, and leaves no trace."""
+
+from __future__ import annotations
+
+import copy
+import sys
+
+import pytest
+import torch
+from models import assert_same, batch, conv_net, mlp, weights
+from test_strategies import Attention, Bag
+from torch import nn
+
+from adahessian_fused import check_hvp
+
+EXACT = ("autograd", "forward_over_reverse")
+
+
+def loss_on(model, x, y):
+    return (model(x) - y).square().mean()
+
+
+def check(model, data=None, **options):
+    data = batch(0, model, 16) if data is None else data
+    return check_hvp(model, loss_on, data, show=False, repeats=1, **options)
+
+
+def relu_net(device: str) -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(3, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 2)).to(device)
+
+
+@pytest.mark.parametrize("extra", [nn.Identity(), nn.Dropout(0.3)], ids=str)
+def test_smooth_models_can_use_all(device, extra):
+    result = check(nn.Sequential(mlp(torch.float32, device), extra))
+    assert result.reference == "double backward in float64"
+    assert all(check.trusted and check.failure is None and check.time > 0 for check in result.strategies)
+    assert all(result[hvp].product_error < 1e-5 for hvp in EXACT)
+    assert 1e-5 < result["finite_difference"].product_error < 1e-2
+
+
+def test_finite_differences_of_relu_networks_are_not_trusted(device):
+    result = check(relu_net(device), fd_epsilon=2.0**-9)
+    assert all(result[hvp].trusted for hvp in EXACT)
+    assert not result["finite_difference"].trusted
+    assert result["finite_difference"].verdict == "WRONG for this model"
+
+
+def test_what_fails_is_named():
+    torch.manual_seed(0)
+    data = torch.randn(5, 4), torch.randn(1, 2, 5, 2)
+    result = check(Attention(), data)
+    assert result.reference == "double backward in float64"  # attention in plain operators
+    assert result["finite_difference"].trusted
+    for hvp in EXACT:
+        assert not result[hvp].trusted
+        assert result[hvp].product_error is result[hvp].time is None
+        assert "_scaled_dot_product_flash_attention" in result[hvp].operator
+        assert result[hvp].operator in result[hvp].verdict
+
+
+def test_without_any_double_backward_the_reference_is_a_difference():
+    torch.manual_seed(0)
+    result = check(Bag(), (torch.zeros(1), torch.randn(4, 3)))
+    assert result.reference.startswith("central differences in float64")
+    assert result["finite_difference"].trusted
+    assert result["autograd"].operator == "_embedding_bag_backward"
+
+
+class Unequal(nn.Module):
+    """Random numbers that depend on the precision, as dropout's on a GPU do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(3, 2)
+
+    def forward(self, x):
+        return torch.tanh(self.layer(x)) * (3 if x.dtype == torch.float64 else 1)
+
+
+def test_other_random_numbers_in_float64_keep_the_precision():
+    result = check(Unequal())
+    assert result.reference == "double backward in the precision of the model"
+    assert result["autograd"].product_error == 0
+
+
+def test_nothing_is_changed(device):
+    model = nn.Sequential(conv_net(torch.float32, device), nn.Dropout(0.5))
+    loss_on(model, *batch(0, model)).backward()
+    before = copy.deepcopy(model.state_dict())
+    grads, versions = [p.grad for p in model.parameters()], [p.grad._version for p in model.parameters()]
+    state, held = torch.get_rng_state(), weights(model)
+    check(model)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert_same(weights(model), held)
+    assert_same(list(model.state_dict().values()), list(before.values()))
+    assert all(p.grad is g for p, g in zip(model.parameters(), grads, strict=True))
+    assert [g._version for g in grads] == versions
+
+
+@pytest.mark.parametrize("rich", [True, False])
+def test_the_table(device, rich, capsys, monkeypatch):
+    if rich:
+        pytest.importorskip("rich")
+    else:
+        monkeypatch.setitem(sys.modules, "rich", None)
+        monkeypatch.setitem(sys.modules, "rich.console", None)
+    check_hvp(mlp(torch.float32, device), loss_on, batch(0, mlp(torch.float32, device)), repeats=1)
+    printed = capsys.readouterr().out
+    for text in (*EXACT, "finite_difference", "can be trusted", "double backward in float64"):
+        assert text in printed
+
+
+def test_nothing_to_differentiate():
+    with pytest.raises(ValueError, match="no parameter of the model requires a gradient"):
+        check(mlp().requires_grad_(False))
+
+
+def test_errors_of_the_loss_are_not_results():
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+        check(mlp(), (torch.ones(4, 7).double(), torch.ones(4, 2).double()))

@@ -1,0 +1,527 @@
+"""Every way to compute Hessian-vector products against double backward in float64."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+
+import pytest
+import strategies
+import torch
+from models import (
+    STYLES,
+    assert_same,
+    conv_net,
+    fresh,
+    loss_of,
+    mlp,
+    probe,
+    pytest_generate_tests,  # noqa: F401
+    train,
+    weights,
+)
+from strategies import CASES, error, exact, found, optimizer
+from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+import adahessian_fused.hvp.finite_difference as fd
+from adahessian_fused import AdaHessian
+
+EVALUATING = ("forward_over_reverse", "finite_difference")
+U = torch.finfo(torch.float64).eps / 2
+# An exact product is off by roundings alone. In a difference of gradients they are divided by eps = 2^-23, and the
+# truncation error eps^2 is smaller still; both in units of sizes that differ from |Hz|, hence the factors.
+BOUND = {"autograd": 512 * U, "forward_over_reverse": 512 * U, "finite_difference": 512 * U / 2.0**-23}
+CLOSURES = [style for style in STYLES if style.startswith("closure")]
+
+
+def step(opt: AdaHessian, model: nn.Module, loss, seed: int = 5):
+    """One step on the loss as a function, from a known state of the random numbers."""
+    torch.manual_seed(seed)
+    value = opt.backward(lambda: loss(model))
+    opt.step()
+    return value
+
+
+def compare(opt, model, g, hz, hvp) -> None:
+    """Gradient and |D| of the first step."""
+    for name, ours, theirs in zip(("gradient", "Hz"), found(opt, model), (g, [h.abs() for h in hz]), strict=True):
+        assert error(ours, theirs) <= BOUND[hvp], f"{name} is off by {error(ours, theirs):.2g}"
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("hvp", BOUND)
+def test_gradient_and_product(hvp, case, device):
+    model, loss = strategies.build(case, device)
+    g, hz = exact(model, loss)
+    opt = optimizer(model, hvp)
+    step(opt, model, loss)
+    compare(opt, model, g, hz, hvp)
+
+
+@pytest.mark.filterwarnings("ignore:Using backward\\(\\) with create_graph=True")
+@pytest.mark.parametrize("make", [mlp, conv_net])
+@pytest.mark.parametrize("style", CLOSURES)
+@pytest.mark.parametrize("hvp", EVALUATING)
+def test_every_closure_does_what_a_function_does(hvp, style, make, device):
+    (a, opt_a), (b, opt_b) = (fresh(make(device=device), hvp=hvp, update_each=2, lr=0.01) for _ in range(2))
+    for i in range(3):
+        STYLES[style](opt_a, a, i)
+        opt_b.zero_grad()
+        opt_b.backward(lambda i=i: loss_of(b, i))
+        opt_b.step()
+    assert_same([*weights(a), *a.buffers()], [*weights(b), *b.buffers()])
+
+
+@pytest.mark.parametrize("probe", ["rademacher", "gaussian"])
+@pytest.mark.parametrize("hvp", EVALUATING)
+def test_several_samples_of_either_probe(hvp, probe, device):
+    diagonals, gradients = [], []
+    for way in ("autograd", hvp):
+        model, loss = strategies.build("mlp", device)
+        opt = optimizer(model, way, n_samples=3, probe=probe)
+        step(opt, model, loss)
+        g, d = found(opt, model)
+        gradients.append(g), diagonals.append(d)
+    # A Gaussian probe is longer than a Rademacher one in some directions: its truncation error counts too.
+    bound = BOUND[hvp] + (2.0**-23 if hvp == "finite_difference" and probe == "gaussian" else 0)
+    assert error(*gradients) <= bound
+    assert error(*diagonals) <= bound
+
+
+@pytest.mark.parametrize("hvp", EVALUATING)
+def test_step_returns_the_loss(hvp, device):
+    model, loss = strategies.build("mlp", device)
+    expected = loss(model).item()
+    for value in (step(optimizer(model, hvp, lr=0.0), model, loss), optimizer(model, hvp).step(lambda: loss(model))):
+        assert value.item() == pytest.approx(expected, rel=1e-12)
+        assert not value.requires_grad
+
+
+# ---- what is evaluated several times ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("options", [{}, {"n_samples": 3}], ids=["one_sample", "three_samples"])
+@pytest.mark.parametrize(
+    ("hvp", "case"),
+    [
+        *((hvp, case) for hvp in EVALUATING for case in ("batch_norm", "dropout")),
+        ("finite_difference", "spectral_norm"),
+    ],
+)
+def test_buffers_and_random_numbers_move_on_once(hvp, case, options, device):
+    model, loss = strategies.build(case, device)
+    once = copy.deepcopy(model)
+    opt = optimizer(model, hvp, **options)
+    step(opt, model, loss)
+    state = torch.get_rng_state()
+    torch.manual_seed(5)
+    loss(once)
+    assert torch.equal(torch.get_rng_state(), state)
+    for (name, a), b in zip(model.named_buffers(), once.buffers(), strict=True):
+        exactly = hvp == "forward_over_reverse" or not a.is_floating_point()
+        # With finite differences the statistics are those of p + eps z.
+        torch.testing.assert_close(a, b, rtol=0 if exactly else 2.0**-20, atol=0 if exactly else 2.0**-20, msg=name)
+
+
+class Counting(nn.Module):
+    """The output depends on how often it has been called, which two buffers count: one in place, one replaced."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(3, 2)
+        self.register_buffer("added", torch.zeros(()))
+        self.register_buffer("replaced", torch.zeros(()))
+
+    def forward(self, x):
+        self.added += 1
+        self.replaced = self.replaced + 1
+        return torch.tanh(self.layer(x) * self.added * self.replaced)
+
+
+@pytest.mark.parametrize("hvp", EVALUATING)
+def test_every_evaluation_begins_with_the_same_buffers(hvp, device):
+    model = Counting().double().to(device)
+    fresh_copy = copy.deepcopy(model)
+    g, hz = exact(model, strategies.square)
+    opt = optimizer(model, hvp, n_samples=2)
+    step(opt, model, strategies.square)
+    assert (model.added.item(), model.replaced.item()) == (1, 1)
+    assert error(found(opt, model)[0], g) <= BOUND[hvp]
+    other = exact(fresh_copy, strategies.square, sample=1)[1]
+    z = [probe(p, i, 0) * probe(p, i, 0, sample=1) for i, p in enumerate(model.parameters())]
+    mean = [(a + s * b).abs() / 2 for a, b, s in zip(hz, other, z, strict=True)]
+    assert error(found(opt, model)[1], mean) <= BOUND[hvp]
+
+
+@pytest.mark.parametrize("probe", ["rademacher", "gaussian"])
+@pytest.mark.parametrize("interrupt", [ValueError, KeyboardInterrupt])
+@pytest.mark.parametrize("when", [1, 2, 4])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_parameters_are_put_back_bit_for_bit(engine, device, dtype, when, interrupt, probe):
+    model = nn.Sequential(nn.Conv2d(3, 4, 2).to(memory_format=torch.channels_last), nn.Tanh()).to(device, dtype)
+    model.strided = nn.Parameter(torch.randn(6, 4, dtype=dtype, device=device)[::2])
+    x, calls = torch.randn(2, 3, 3, 3, dtype=dtype, device=device), []
+    opt = optimizer(model, "finite_difference", n_samples=2, probe=probe, backend=engine, lr=0.0)
+    before = weights(model)
+
+    def closure():
+        calls.append([not torch.equal(a, b) for a, b in zip(model.parameters(), before, strict=True)])
+        if len(calls) == when:
+            raise interrupt
+        return model(x).square().mean() + model.strided.cos().sum()
+
+    opt.backward(lambda: (0 * model.strided).sum(), curvature=0)
+    kept = model.strided.grad
+    with pytest.raises(interrupt):
+        opt.backward(closure)
+    assert all(map(all, calls))
+    assert_same(weights(model), before)
+    assert model.strided.grad is kept
+    opt.step(closure)  # as if nothing had happened
+    assert len(calls) == when + 4
+    assert_same(weights(model), before)
+
+
+@pytest.mark.parametrize("probe", ["rademacher", "gaussian"])
+def test_one_launch_for_each_move_and_dtype(device, probe, monkeypatch):
+    model = nn.ModuleList([nn.Linear(2, 2), nn.Linear(2, 2), nn.Linear(2, 2).double()]).to(device)
+    opt = optimizer(model, "finite_difference", probe=probe, update_each=2)
+    launches, tools = [], opt._tools[device.split(":")[0]]
+
+    class Counted:
+        def __getattr__(self, name):
+            launches.append(name)
+            return getattr(tools, name)
+
+    opt._tools[device.split(":")[0]] = Counted()
+    x = torch.ones(1, 2, device=device)
+    for _ in range(2):
+        opt.step(lambda: sum(layer(x.to(layer.weight)).square().sum() for layer in model))
+    assert launches.count("perturb") == 2 * 3  # two dtypes; there, to the other side, back; nothing on the off-step
+
+
+@pytest.mark.parametrize("hvp", EVALUATING)
+def test_off_steps_evaluate_once(hvp, device):
+    model, loss = strategies.build("mlp", device)
+    opt, calls = optimizer(model, hvp, update_each=2), []
+    for _ in range(4):
+        opt.step(lambda: calls.append(0) or loss(model))
+    assert len(calls) == 2 * (1 if hvp == "forward_over_reverse" else 2) + 2
+
+
+@pytest.mark.parametrize("hvp", BOUND)
+def test_closures_that_differentiate_twice(hvp, device):
+    model, _ = strategies.build("mlp", device)
+    g, hz = exact(model, lambda m: loss_of(m, 0) + loss_of(m, 1))
+    opt = optimizer(model, hvp)
+
+    def closure():
+        opt.zero_grad()
+        loss_of(model, 0).backward()
+        opt.backward(loss_of(model, 1))
+
+    opt.step(closure)
+    compare(opt, model, g, hz, hvp)
+
+
+# ---- accumulation and schedules --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("hvp", BOUND)
+def test_micro_batches_add_up(hvp, device):
+    model, _ = strategies.build("mlp", device)
+    g, hz = exact(model, lambda m: (loss_of(m, 0) + loss_of(m, 1)) / 2)
+    opt = optimizer(model, hvp)
+    for i in range(2):
+        opt.backward(lambda i=i: loss_of(model, i) / 2)
+    opt.step()
+    compare(opt, model, g, hz, hvp)
+
+
+@pytest.mark.parametrize("hvp", BOUND)
+def test_curvature_of_one_of_several_micro_batches(hvp, device):
+    model, _ = strategies.build("mlp", device)
+    g, hz = (
+        exact(model, lambda m: sum(loss_of(m, i) for i in range(3)) / 3)[0],
+        exact(model, lambda m: loss_of(m, 1))[1],
+    )
+    opt = optimizer(model, hvp)
+    for i in range(3):
+        opt.backward(lambda i=i: loss_of(model, i) / 3, curvature=3 if i == 1 else 0)
+    opt.step()
+    compare(opt, model, g, hz, hvp)
+
+
+@pytest.mark.parametrize("hvp", BOUND)
+def test_a_group_that_is_not_due_is_not_probed(hvp, device):
+    model, loss = strategies.build("mlp", device)
+    params = list(model.parameters())
+    opt = AdaHessian(
+        [{"params": params[:2]}, {"params": params[2:], "update_each": 2}], betas=(0.0, 0.0), hvp=hvp, lr=0.0
+    )
+    step(opt, model, loss)
+    opt.zero_grad()
+    for p in params[:2]:
+        opt.state[p]["hessian_step"].zero_()  # the same probe as at the first step
+    step(opt, model, loss)
+    hz = exact(model, loss, due=lambda i: i < 2)[1]
+    ours = [opt.hessian_diag(p) for p in params[:2]]
+    assert error(ours, [h.abs() for h in hz[:2]]) <= BOUND[hvp]
+
+
+@pytest.mark.parametrize("hvp", BOUND)
+def test_unused_and_linear_parameters(hvp, device):
+    model, loss = strategies.build("partial", device)
+    opt = optimizer(model, hvp)
+    unused = weights(model.unused)
+    for _ in range(2):
+        opt.zero_grad()
+        step(opt, model, loss)
+    assert not any(p in opt.state and opt.state[p] for p in [*model.unused.parameters(), model.frozen])
+    assert_same(weights(model.unused), unused)
+    assert torch.equal(opt.hessian_diag(model.linear), torch.zeros_like(model.linear))
+
+
+@pytest.mark.parametrize("hvp", EVALUATING)
+def test_master_weights_do_not_see_the_moves(hvp, device):
+    model = mlp(torch.bfloat16, device)
+    opt, before = optimizer(model, hvp, master_weights=True, lr=0.0), weights(model)
+    for i in range(2):
+        opt.step(lambda i=i: loss_of(model, i))
+    assert_same([opt.state[p]["master_param"].bfloat16() for p in model.parameters()], before)
+    assert_same([opt.state[p]["master_param"] for p in model.parameters()], [w.float() for w in before])
+
+
+def test_scaled_losses(device):
+    found_steps = []
+    for scaler in (torch.amp.GradScaler(device, init_scale=2.0**10), None):
+        model, opt = fresh(mlp(torch.float32, device), hvp="finite_difference")
+        for i in range(3):
+            opt.zero_grad()
+            opt.backward(lambda i=i, m=model: loss_of(m, i), grad_scaler=scaler)
+            scaler and scaler.unscale_(opt)
+            nn.utils.clip_grad_norm_(model.parameters(), 0.01)
+            scaler.step(opt) if scaler else opt.step()
+            scaler and scaler.update()
+        found_steps.append(weights(model))
+    assert_same(*found_steps)
+
+
+# ---- precision -------------------------------------------------------------------------------------------------------
+
+
+def test_distance_of_the_coarsest_dtype_for_all():
+    assert fd.epsilon_of([torch.float32, torch.float64]) == 2.0**-13
+    assert fd.epsilon_of([torch.float32, torch.bfloat16, torch.float16]) == 2.0**-8
+
+
+@pytest.mark.parametrize("dtype", fd.EPSILON, ids=str)
+def test_distances_follow_the_cube_root_of_the_unit_roundoff(dtype):
+    rule = (torch.finfo(dtype).eps / 2) ** (1 / 3) / 32
+    assert fd.EPSILON[dtype] / rule == pytest.approx(1, abs=0.42)  # the nearest power of two is at most sqrt(2) away
+
+
+@pytest.mark.parametrize("hvp", EVALUATING)
+def test_autocast_around_the_step(hvp, device):
+    """Autocast keeps 16-bit copies of the weights: they must not outlive a move or a tangent."""
+    diagonals = []
+    for way in ("autograd", hvp):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(8, 32), nn.Tanh(), nn.Linear(32, 8)).to(device)
+        opt = optimizer(model, way, fd_epsilon=2.0**-6)
+        x = torch.randn(64, 8, device=device)
+        with torch.autocast(device, torch.bfloat16):
+            model(x)
+            opt.backward(lambda m=model, x=x: m(x).float().square().mean())
+        opt.step()
+        diagonals.append(found(opt, model)[1])
+    assert error(*diagonals) <= 0.1  # bfloat16; with stale copies it is 1
+
+
+def test_autocast_with_the_distance_of_float32_warns(device):
+    model = mlp(torch.float32, device)
+
+    def loss():
+        with torch.autocast(device, torch.bfloat16):
+            return loss_of(model).float()
+
+    with pytest.warns(UserWarning, match=r"bfloat16 under autocast.*fd_epsilon=2\*\*-8"):
+        optimizer(model, "finite_difference").backward(loss)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        optimizer(model, "finite_difference", fd_epsilon=2.0**-8).backward(loss)
+
+
+# ---- what has first-order derivatives only ---------------------------------------------------------------------------
+
+
+class Attention(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv = nn.Linear(4, 12)
+
+    def forward(self, x):
+        q, k, v = self.qkv(x).reshape(1, -1, 3, 2, 2).permute(2, 0, 3, 1, 4)
+        return nn.functional.scaled_dot_product_attention(q, k, v)
+
+
+class Bag(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(9, 3))
+
+    def forward(self, x):
+        return nn.functional.embedding_bag(torch.arange(8).reshape(4, 2), self.weight, mode="sum").tanh()
+
+
+def _summed(model):
+    """Bag's loss without embedding_bag."""
+    return nn.functional.embedding(torch.arange(8).reshape(4, 2), model.weight).sum(1).tanh().square().mean()
+
+
+def reentrant(model):
+    return torch.utils.checkpoint.checkpoint(model, strategies.numbers(model).requires_grad_(), use_reentrant=True)
+
+
+def first_order_only(name):
+    """Model, loss, and the same loss in operators that can be differentiated twice."""
+    torch.manual_seed(0)
+    if name == "flash":
+        model = Attention().double()
+        x = torch.randn(5, 4, dtype=torch.float64)
+
+        def plain(m):
+            with sdpa_kernel(SDPBackend.MATH):
+                return m(x).square().mean()
+
+        return model, lambda m: m(x).square().mean(), plain
+    if name == "embedding_bag":
+        model = Bag().double()
+        return model, strategies.square, _summed
+    if name == "compiled":
+        model = mlp()
+        compiled = torch.compile(model, backend="aot_eager")
+        return model, lambda m: compiled(strategies.numbers(m)).square().mean(), strategies.square
+    return mlp(), lambda m: reentrant(m).square().mean(), strategies.square
+
+
+ONLY_FIRST = ("flash", "embedding_bag", "compiled", "reentrant_checkpoint")
+
+
+@pytest.mark.filterwarnings("ignore:.*global hooks")
+@pytest.mark.parametrize("name", ONLY_FIRST)
+def test_finite_differences_where_there_is_no_double_backward(name):
+    torch.compiler.reset()
+    model, loss, plain = first_order_only(name)
+    g, hz = exact(model, plain)
+    opt = optimizer(model, "finite_difference")
+
+    def closure():
+        opt.zero_grad()
+        value = loss(model)
+        value.backward()
+        return value
+
+    opt.step(closure)
+    compare(opt, model, g, hz, "finite_difference")
+
+
+@pytest.mark.parametrize("as_views", [False, True])
+def test_finite_differences_through_ddp(as_views, tmp_path):
+    """DDP's gradients may be views of buffers that the next backward pass overwrites."""
+    model, loss = strategies.build("mlp")
+    g, hz = exact(model, loss)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        parallel = nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=as_views)
+        for _ in range(2):  # the first backward pass moves the buffers
+            parallel(strategies.numbers(model)).sum().backward()
+        opt = optimizer(model, "finite_difference", update_each=2)
+
+        def closure():
+            opt.zero_grad()
+            parallel(strategies.numbers(model)).square().mean().backward()
+
+        opt.step(closure)
+        compare(opt, model, g, hz, "finite_difference")
+        opt.step(closure)
+        assert all(p.grad.isfinite().all() for p in model.parameters())
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+NAMED = {
+    ("flash", "autograd"): r"_scaled_dot_product_flash_attention\w* cannot be differentiated twice.*SDPBackend\.MATH",
+    ("flash", "forward_over_reverse"): r"_scaled_dot_product_flash_attention\w* has no forward-mode derivative.*MATH",
+    ("embedding_bag", "autograd"): r"_embedding_bag\w* cannot be differentiated twice",
+    ("embedding_bag", "forward_over_reverse"): r"_embedding_bag has no forward-mode derivative",
+    ("compiled", "autograd"): r"cannot be differentiated twice",
+    ("compiled", "forward_over_reverse"): r"Function without jvp has no forward-mode derivative",
+    ("reentrant_checkpoint", "autograd"): r"use_reentrant=True cannot be differentiated twice.*use_reentrant=False",
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*global hooks")
+@pytest.mark.parametrize(("name", "hvp"), NAMED, ids=["-".join(key) for key in NAMED])
+def test_operators_without_a_derivative_are_named(name, hvp):
+    torch.compiler.reset()
+    model, loss, _ = first_order_only(name)
+    opt, before = optimizer(model, hvp), weights(model)
+    with pytest.raises(RuntimeError, match=f'(?s){NAMED[name, hvp]}.*hvp="finite_difference"') as raised:
+        opt.backward(lambda: loss(model))
+    assert (raised.value.__cause__ is None) == (name == "reentrant_checkpoint")
+    assert_same(weights(model), before)
+
+
+class Once(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return x.exp()
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, g):
+        return g * ctx.saved_tensors[0].exp()
+
+
+def test_once_differentiable_functions_do_not_pass_as_linear(device):
+    p = nn.Parameter(torch.ones(3, device=device))
+    with pytest.raises(RuntimeError, match="once_differentiable cannot be differentiated twice"):
+        AdaHessian([p]).backward(Once.apply(p).square().sum())
+
+
+# ---- errors ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("hvp", EVALUATING)
+def test_a_loss_that_is_there_already(hvp, device):
+    model, loss = strategies.build("mlp", device)
+    opt = optimizer(model, hvp, update_each=2)
+    with pytest.raises(RuntimeError, match=rf'hvp="{hvp}".*opt\.backward\(lambda: .*instead of opt\.backward\(loss\)'):
+        opt.backward(loss(model))
+    loss(model).backward()
+    with pytest.raises(RuntimeError, match=rf'hvp="{hvp}".*instead of .*loss\.backward\(\)'):
+        opt.step()
+    opt.zero_grad()
+    step(opt, model, loss)
+    opt.backward(loss(model))  # an off-step takes anything
+
+
+@pytest.mark.parametrize("hvp", EVALUATING)
+def test_a_closure_without_a_loss(hvp, device):
+    model, loss = strategies.build("mlp", device)
+    opt, before = optimizer(model, hvp), weights(model)
+    with pytest.raises(RuntimeError, match="the closure returned"):
+        opt.step(lambda: loss(model).detach())
+    assert_same(weights(model), before)
+
+
+@pytest.mark.parametrize("hvp", EVALUATING)
+def test_resuming_gives_the_same_steps(hvp, device):
+    model, opt = fresh(conv_net(device=device), hvp=hvp, update_each=2, lr=0.01)
+    train(opt, model, 3, "closure_standard")
+    again, other = fresh(model, hvp=hvp, update_each=2, lr=0.01)
+    other.load_state_dict(opt.state_dict())
+    assert_same(train(other, again, [3, 4, 5], "closure_standard"), train(opt, model, [3, 4, 5], "closure_standard"))
