@@ -4,9 +4,11 @@ from importlib.metadata import PackageNotFoundError, version
 
 from .backends import available_backends
 from .fraction import split_batch
+from .friendly import curvature_friendly
 from .functional import adahessian, hutchinson_diagonal
 from .hvp_check import HvpCheck, StrategyCheck, check_hvp
 from .optimizer import AdaHessian
+from .train_step import TrainStep
 
 try:
     __version__ = version("adahessian_fused")
@@ -17,10 +19,12 @@ __all__ = [
     "AdaHessian",
     "HvpCheck",
     "StrategyCheck",
+    "TrainStep",
     "__version__",
     "adahessian",
     "available_backends",
     "check_hvp",
+    "curvature_friendly",
     "hutchinson_diagonal",
     "split_batch",
 ]

@@ -1,7 +1,9 @@
-"""Loads the native library and tells torch what its operators do to shapes (nothing: they only mutate)."""
+"""Loads the native library and tells torch what its operators do to shapes: most only mutate."""
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -9,6 +11,11 @@ import torch
 NAMESPACE = "adahessian_fused"
 NAMESPACES = (NAMESPACE, "adahessian_fused_emulated")
 OPS = ("rademacher", "perturb", "hessian_diag", "adahessian_step")
+# The double backward of norms, and how many weights there are.
+NORM_OPS = {
+    "batch_norm_double_backward": lambda x, fixed: x.shape[1],
+    "row_norm_double_backward": lambda x, groups: groups * x.shape[1],
+}
 
 
 def _load() -> None:
@@ -22,6 +29,13 @@ def _load() -> None:
     for namespace in NAMESPACES:
         for op in OPS:
             torch.library.register_fake(f"{namespace}::{op}")(lambda *args, **kwargs: None)
+    for op, n_weights in NORM_OPS.items():
+        torch.library.register_fake(f"{NAMESPACE}::{op}")(functools.partial(_norm_gradients, n_weights))
+
+
+def _norm_gradients(n_weights: Callable, v, v_weight, v_bias, grad, x, weight, mean, invstd, option):
+    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+    return torch.empty_like(x), torch.empty_like(x), x.new_empty(n_weights(x, option), dtype=wide)
 
 
 _load()

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from . import hvp
 from .evaluation import Differentiate
+from .friendly import curvature_friendly
 from .gathering import GathersCurvature
 
 
@@ -28,7 +29,7 @@ class TakesClosures(GathersCurvature):
         self._grads_before = self._grad_versions()
         with torch.enable_grad():
             if self.needs_hessian:
-                with hvp.InterceptBackward(self.backward) as mode:
+                with curvature_friendly(), hvp.InterceptBackward(self.backward) as mode:
                     loss = closure()
                 differentiated = mode.called
             else:

@@ -6,7 +6,15 @@ find its elements and average them, ``table`` what the host prepares before a la
 
 from .adahessian_step import adahessian_step
 from .hessian_diag import hessian_diag
+from .norm_double_backward import batch_norm_double_backward, row_norm_double_backward
 from .perturb import perturb
 from .rademacher import rademacher
 
-__all__ = ["adahessian_step", "hessian_diag", "perturb", "rademacher"]
+__all__ = [
+    "adahessian_step",
+    "batch_norm_double_backward",
+    "hessian_diag",
+    "perturb",
+    "rademacher",
+    "row_norm_double_backward",
+]

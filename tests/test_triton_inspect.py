@@ -21,7 +21,13 @@ ARGUMENTS = {
     **dict.fromkeys(["scale", "partials", "groups"], "*fp64"),
     **dict.fromkeys(["stride", "column", "accumulate", "curvature", "seed_low", "seed_high", "sample"], "i32"),
 }
+NORM_ARGUMENTS = {
+    **dict.fromkeys(["v_weight", "v_bias", "weight", "mean", "invstd", "partials", "means", "d_weight"], "*fp32"),
+    **dict.fromkeys(["count", "channels", "inner", "length", "splits", "rows", "groups", "weights"], "i32"),
+}
 STEP, DIAG, RADEMACHER, PERTURB = "adahessian_step", "hessian_diag", "rademacher", "perturb"
+NORM = "norm_double_backward"
+PLANES, ROWS = {"LAST": False, "BLOCK_I": 1024, "BLOCK_C": 1}, {"LAST": True, "BLOCK_I": 32, "BLOCK_C": 32}
 # name: (module, kernel, dtype of the parameters, constexpr arguments)
 CASES = {
     "step-hessian-fp32": (STEP, "adahessian_step_kernel", "fp32", {"CURVATURE": "hessian"}),
@@ -38,6 +44,18 @@ CASES = {
     "rademacher-bf16": (RADEMACHER, "rademacher_kernel", "bf16", {}),
     "perturb-fp32": (PERTURB, "perturb_kernel", "fp32", {"SAVE": True, "RESTORE": False}),
     "perturb-bf16": (PERTURB, "perturb_kernel", "bf16", {"SAVE": True, "RESTORE": False}),
+    "batch-sums-fp32": (NORM, "batch_norm_sums_kernel", "fp32", PLANES),
+    "batch-sums-channels-last-bf16": (NORM, "batch_norm_sums_kernel", "bf16", ROWS),
+    "batch-gradients-fp32": (NORM, "batch_norm_gradients_kernel", "fp32", {**PLANES, "SPLITS": 32, "FIXED": False}),
+    "batch-gradients-channels-last-bf16": (
+        NORM,
+        "batch_norm_gradients_kernel",
+        "bf16",
+        {**ROWS, "SPLITS": 32, "FIXED": False},
+    ),
+    "row-gradients-fp32": (NORM, "row_norm_gradients_kernel", "fp32", {"BLOCK": 1024}),
+    "row-gradients-rms-bf16": (NORM, "row_norm_gradients_kernel", "bf16", {"BLOCK": 1024, "mean": None}),
+    "row-weight-fp32": (NORM, "row_norm_weight_kernel", "fp32", ROWS),
 }
 
 
@@ -52,6 +70,8 @@ def inspect_kernel(module: str, name: str, dtype: str, given: dict) -> dict:
     kernel = getattr(sys.modules[f"adahessian_fused.kernels.{module}"], name)
     tile, num_warps = TILES[{"fp32": 4, "bf16": 2}[dtype]]
     arguments = {**ARGUMENTS, "z": f"*{dtype}", "saved": f"*{dtype}"}
+    if module == "norm_double_backward":
+        arguments |= dict.fromkeys(["v", "grad", "x", "d_grad", "d_x"], f"*{dtype}") | NORM_ARGUMENTS
     constants = {"DTYPE": {"fp32": tl.float32, "bf16": tl.bfloat16}[dtype], "STATE": tl.float32, "DRAW": True}
     constants |= {"TILE": tile, "master": None, "grad_scale": None, "found_inf": None, **given}
     signature = {n: "constexpr" if n in constants else arguments[n] for n in kernel.arg_names}

@@ -1,0 +1,79 @@
+"""Batch norm in training and in eval mode, for any number of dimensions."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from . import double_backward
+from .twice import Operator, Tensors, call
+
+aten = torch.ops.aten
+
+
+@dataclass
+class BatchNorm(Operator):
+    """PyTorch's own forward and backward kernels, cuDNN's included; the double backward is :mod:`.formulas`."""
+
+    training: bool
+    momentum: float
+    eps: float
+    implementation: int = 0  # which of PyTorch's backends has run the forward
+
+    def forward(self, x, weight, bias, running_mean, running_var) -> tuple[Tensor, Tensors]:
+        y, mean, invstd, reserve, self.implementation = aten._batch_norm_impl_index.default(
+            x,
+            weight,
+            bias,
+            running_mean,
+            running_var,
+            self.training,
+            self.momentum,
+            self.eps,
+            torch.backends.cudnn.enabled,
+        )
+        running = (None, None) if self.training else (running_mean, running_var)
+        return y, (x, weight, mean, invstd, reserve, *running)
+
+    def backward(
+        self, grad, x, weight, mean, invstd, reserve, running_mean, running_var, *, mask: Sequence[bool]
+    ) -> Tensors:
+        return aten._batch_norm_impl_index_backward.default(
+            self.implementation,
+            x,
+            grad,
+            weight,
+            running_mean,
+            running_var,
+            mean,
+            invstd,
+            self.training,
+            self.eps,
+            list(mask[:3]),
+            reserve,
+        )
+
+    def double_backward(
+        self, cotangents, grad, x, weight, mean, invstd, reserve, running_mean, running_var, *, mask: Sequence[bool]
+    ) -> Tensors:
+        if not self.training:
+            mean, invstd = running_mean, (running_var + self.eps).rsqrt()
+        return double_backward.batch_norm(*cotangents, grad, x, weight, mean, invstd, fixed=not self.training)
+
+
+def batch_norm(
+    input, running_mean, running_var, weight=None, bias=None, training=False, momentum=0.1, eps=1e-5
+) -> Tensor:
+    """As torch.nn.functional.batch_norm."""
+    if training:
+        F._verify_batch_size(input.size())
+    return call(BatchNorm(training, momentum, eps), input, weight, bias, running_mean, running_var)
+
+
+def torch_batch_norm(input, weight, bias, running_mean, running_var, training, momentum, eps, cudnn_enabled) -> Tensor:
+    """As torch.batch_norm, which orders its arguments in another way."""
+    return call(BatchNorm(training, momentum, eps), input, weight, bias, running_mean, running_var)

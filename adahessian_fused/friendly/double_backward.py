@@ -1,0 +1,70 @@
+"""The double backward of the norms on the best kernels there are: fused ones, or the formulas in plain PyTorch."""
+
+from __future__ import annotations
+
+import functools
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import backends
+from . import formulas
+
+Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
+CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def batch_norm(v, v_weight, v_bias, grad, x, weight, mean, invstd, *, fixed: bool) -> Gradients:
+    """Gradients of ``grad``, x and weight, as :func:`.formulas.batch_norm_double_backward`.
+
+    Cotangents may be None, which is zero, and the tensors of any dtype and memory format.
+    """
+    last = CHANNELS_LAST.get(x.dim(), torch.contiguous_format)
+    layout = last if x.is_contiguous(memory_format=last) else torch.contiguous_format
+    like_x = (t.contiguous(memory_format=layout) for t in (_or_zeros(v, x), grad.to(x.dtype), x))
+    found = _run("batch_norm_double_backward", *like_x, v_weight, v_bias, weight, mean, invstd, fixed)
+    return tuple(map(_like, found, (grad, x, weight)))
+
+
+def row_norm(v, v_weight, v_bias, grad, x, weight, mean, invstd, *, shape: tuple[int, int, int], groups=1) -> Gradients:
+    """The same for :func:`.formulas.row_norm_double_backward`; ``shape`` is (rows, channels, pixels) of x."""
+    like_x = (t.reshape(shape).contiguous() for t in (_or_zeros(v, x), grad.to(x.dtype), x))
+    found = _run("row_norm_double_backward", *like_x, v_weight, v_bias, weight, mean, invstd, groups)
+    return tuple(map(_like, found, (grad, x, weight)))
+
+
+def _run(name: str, v: Tensor, grad: Tensor, x: Tensor, *others: Any) -> Gradients:
+    """Call one of the kernels: the numbers of channels and rows flat and in the dtype of arithmetic."""
+    *numbers, option = others
+    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    v_weight, v_bias, weight, mean, invstd = (t if t is None else t.reshape(-1).to(dtype).contiguous() for t in numbers)
+    batched = any(torch._C._functorch.is_batchedtensor(t) for t in (v, v_weight, v_bias) if t is not None)
+    fused = x.dtype in DTYPES and x.numel() < 2**31 and not batched
+    kernels = _kernels(x.device.type) if fused else formulas
+    return getattr(kernels, name)(v, v_weight, v_bias, grad, x, weight, mean, invstd, option)
+
+
+@functools.cache
+def _kernels(device_type: str) -> Any:
+    """What has the two functions for this kind of device."""
+    if device_type == "cpu" and backends.unavailable_reason("native") is None:
+        ops = torch.ops.adahessian_fused
+        return SimpleNamespace(
+            batch_norm_double_backward=ops.batch_norm_double_backward.default,
+            row_norm_double_backward=ops.row_norm_double_backward.default,
+        )
+    if device_type == "cuda" and backends.unavailable_reason("triton", device_type) is None:
+        return backends.get("triton")
+    return formulas
+
+
+def _or_zeros(v: Tensor | None, x: Tensor) -> Tensor:
+    return torch.zeros_like(x) if v is None else v.to(x.dtype)
+
+
+def _like(result: Tensor, tensor: Tensor | None) -> Tensor | None:
+    """A result in the shape and dtype of the tensor it is the gradient of."""
+    return None if tensor is None else result.reshape(tensor.shape).to(tensor.dtype)

@@ -1,0 +1,96 @@
+"""Operators with a double backward of their own: what autograd has to be told about one, once for all of them."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
+
+Tensors = tuple[Tensor | None, ...]
+
+
+class Operator(ABC):
+    """An operator, its gradient and the gradient of its gradient, as plain functions of tensors.
+
+    With y = f(inputs) and a gradient g of y, ``backward`` is the linear map from g to the gradients of the inputs.
+    ``double_backward`` is given cotangents v of these, and differentiates the inner product of v and ``backward(g)``.
+    """
+
+    @abstractmethod
+    def forward(self, *inputs: Tensor | None) -> tuple[Tensor, Tensors]:
+        """The output, and what the backward passes need: inputs, the output, or numbers computed on the way."""
+
+    @abstractmethod
+    def backward(self, grad: Tensor, *saved: Tensor | None, mask: Sequence[bool]) -> Tensors:
+        """Gradients of the leading inputs; None, or anything, where ``mask`` is false."""
+
+    @abstractmethod
+    def double_backward(
+        self, cotangents: Tensors, grad: Tensor, *saved: Tensor | None, mask: Sequence[bool]
+    ) -> Tensors:
+        """Gradients of ``grad`` and of the leading saved tensors.
+
+        Args:
+            cotangents: one for each gradient that ``backward`` returned; None is zero.
+            grad: gradient of the output.
+            saved: what ``forward`` saved. Numbers computed on the way have no gradient of their own: whatever depends
+                on an input through them is part of that input's gradient.
+            mask: whether the gradients of ``grad`` and of each saved tensor are needed.
+        """
+
+
+def call(operator: Operator, *inputs: Tensor | None, inplace: bool = False) -> Tensor:
+    """Run an operator under autograd; ``inplace``: it overwrites its first input."""
+    return _Forward.apply(operator, inplace, *inputs)
+
+
+class _Forward(Function):
+    @staticmethod
+    def forward(ctx, operator: Operator, inplace: bool, *inputs: Tensor | None) -> Tensor:
+        output, saved = operator.forward(*inputs)
+        if inplace:
+            ctx.mark_dirty(inputs[0])
+        ctx.operator = operator
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*saved)
+        return output
+
+    @staticmethod
+    def backward(ctx, grad: Tensor | None) -> Tensors:
+        mask = ctx.needs_input_grad[2:]
+        none = (None,) * len(mask)
+        if grad is None:
+            return None, None, *none
+        saved = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            grads = _Backward.apply(ctx.operator, mask, grad, *saved)
+        else:
+            grads = _wanted(ctx.operator.backward(grad, *saved, mask=mask), mask)
+        return None, None, *(*grads, *none)[: len(mask)]
+
+
+class _Backward(Function):
+    @staticmethod
+    def forward(ctx, operator: Operator, mask: Sequence[bool], grad: Tensor, *saved: Tensor | None) -> Tensors:
+        ctx.operator = operator
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(grad, *saved)
+        return _wanted(operator.backward(grad, *saved, mask=mask), mask)
+
+    @staticmethod
+    @once_differentiable  # a third derivative raises
+    def backward(ctx, *cotangents: Tensor | None) -> Tensors:
+        mask = ctx.needs_input_grad[2:]
+        none = (None,) * len(mask)
+        if all(v is None for v in cotangents):
+            return None, None, *none
+        grads = ctx.operator.double_backward(cotangents, *ctx.saved_tensors, mask=mask)
+        return None, None, *(*grads, *none)[: len(mask)]
+
+
+def _wanted(grads: Tensors, mask: Sequence[bool]) -> Tensors:
+    return tuple(g if wanted else None for g, wanted in zip(grads, mask, strict=False))

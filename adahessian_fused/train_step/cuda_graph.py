@@ -1,0 +1,57 @@
+"""A function of tensors, captured as a CUDA graph."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+WARM_UPS = 3  # cuDNN and cuBLAS choose their kernels and get their workspaces before the capture
+
+
+class Captured:
+    """Replays a function from tensors to tensors.
+
+    The first ``n_fixed`` inputs are read, and written to, where they are: the parameters and buffers of a module. The
+    others are copied into buffers of the graph. The outputs are the graph's too, and overwritten by the next replay.
+
+    Args:
+        function: what to capture; it must not wait for the device.
+        tensors: its inputs, all on one CUDA device.
+        n_fixed: how many of them stay at their addresses.
+
+    Raises:
+        RuntimeError: the function does something that cannot be captured.
+    """
+
+    def __init__(self, function: Callable[..., Sequence[Tensor]], tensors: Sequence[Tensor], n_fixed: int) -> None:
+        elsewhere = [t for t in tensors if t.device.type != "cuda"]
+        if elsewhere:
+            raise RuntimeError(f"an input of shape {tuple(elsewhere[0].shape)} is on {elsewhere[0].device}")
+        device = tensors[0].device
+        self._n_fixed = n_fixed
+        self._inputs = [*tensors[:n_fixed], *(t.detach().clone() for t in tensors[n_fixed:])]
+        # Warming up must not be felt: buffers (running statistics) and the random numbers go back to where they were.
+        before = [t.clone() for t in tensors[:n_fixed]]
+        random = torch.cuda.get_rng_state(device)
+        stream = torch.cuda.Stream(device)
+        stream.wait_stream(torch.cuda.current_stream(device))
+        with torch.cuda.device(device), torch.cuda.stream(stream):
+            for _ in range(WARM_UPS):
+                function(*self._inputs)
+        torch.cuda.current_stream(device).wait_stream(stream)
+        with torch.no_grad():
+            torch._foreach_copy_(list(tensors[:n_fixed]), before)
+        torch.cuda.set_rng_state(random, device)
+        self._graph = torch.cuda.CUDAGraph()
+        with torch.cuda.device(device), torch.cuda.graph(self._graph):
+            self._outputs = list(function(*self._inputs))
+
+    def __call__(self, *tensors: Tensor) -> list[Tensor]:
+        """Replay with other inputs."""
+        for own, given in zip(self._inputs[self._n_fixed :], tensors[self._n_fixed :], strict=True):
+            own.copy_(given, non_blocking=True)
+        self._graph.replay()
+        # The loss outlives the step in people's logs.
+        return [self._outputs[0].clone(), *self._outputs[1:]]

@@ -1,0 +1,345 @@
+"""The double backward of batch norm, and of layer, RMS and group norm: two kernels each.
+
+:mod:`adahessian_fused.friendly.formulas` has the formulas and describes the arguments; the coefficients of batch norm
+are those of csrc/cpu/batch_norm_double_backward.cpp.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from .table import INTERPRETED, on
+from .tile import kernel
+
+TILE = 4096 if INTERPRETED else 1024  # elements of a tile
+MAX_SPLITS = 2 if INTERPRETED else 32  # programs that share a channel's sums
+N_SUMS = tl.constexpr(5)
+
+
+# ---- elements of channels: (outer, channels, inner), with inner = 1 for channels_last -------------------------------
+
+
+@triton.jit
+def _elements(begin, end, channels, inner, LAST: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_C: tl.constexpr):
+    """Index, and whether it is one, of elements begin, begin + 1, ... of the program's channels."""
+    c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)[None, :]
+    i = begin + tl.arange(0, BLOCK_I)[:, None]
+    index = i * channels + c
+    if not LAST:
+        index = i // inner * (channels * inner) + c * inner + i % inner
+    return index, (i < end) & (c < channels)
+
+
+@triton.jit
+def _of_channel(pointer, channels, BLOCK_C: tl.constexpr, otherwise: tl.constexpr):
+    """A number of each of the program's channels, (1, BLOCK_C); ``otherwise`` without a pointer."""
+    c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)[None, :]
+    if pointer is None:
+        numbers = tl.full((1, BLOCK_C), otherwise, tl.float64)
+    else:
+        numbers = tl.load(pointer + c, mask=c < channels, other=0).to(tl.float64)
+    return numbers
+
+
+@kernel
+def batch_norm_sums_kernel(
+    v,
+    grad,
+    x,
+    mean,
+    partials,
+    count,
+    channels,
+    inner,
+    length,
+    LAST: tl.constexpr,
+    BLOCK_I: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """Each program sums v, g, v (x - mean), g (x - mean) and v g over ``length`` elements of its channels."""
+    STATE: tl.constexpr = partials.dtype.element_ty
+    center = _of_channel(mean, channels, BLOCK_C, 0).to(STATE)
+    sum_v = tl.zeros([BLOCK_I, BLOCK_C], STATE)
+    sum_g, sum_vx, sum_gx, sum_vg = sum_v, sum_v, sum_v, sum_v
+    begin = tl.program_id(1) * length
+    end = tl.minimum(begin + length, count)
+    while begin < end:
+        index, mask = _elements(begin, end, channels, inner, LAST, BLOCK_I, BLOCK_C)
+        v_i = tl.load(v + index, mask=mask, other=0).to(STATE)
+        g_i = tl.load(grad + index, mask=mask, other=0).to(STATE)
+        x_i = tl.load(x + index, mask=mask, other=0).to(STATE) - center
+        sum_v += v_i
+        sum_g += g_i
+        sum_vx += v_i * x_i
+        sum_gx += g_i * x_i
+        sum_vg += v_i * g_i
+        begin += BLOCK_I
+    c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
+    target = partials + tl.program_id(1) * N_SUMS * channels + c
+    tl.store(target, tl.sum(sum_v, 0), mask=c < channels)
+    tl.store(target + channels, tl.sum(sum_g, 0), mask=c < channels)
+    tl.store(target + 2 * channels, tl.sum(sum_vx, 0), mask=c < channels)
+    tl.store(target + 3 * channels, tl.sum(sum_gx, 0), mask=c < channels)
+    tl.store(target + 4 * channels, tl.sum(sum_vg, 0), mask=c < channels)
+
+
+@triton.jit
+def _total(partials, number: tl.constexpr, splits, channels, SPLITS: tl.constexpr, BLOCK_C: tl.constexpr):
+    """One of the sums over all splits, (1, BLOCK_C)."""
+    c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)[None, :]
+    split = tl.arange(0, SPLITS)[:, None]
+    parts = partials + (split * N_SUMS + number) * channels + c
+    return tl.sum(tl.load(parts, mask=(split < splits) & (c < channels), other=0).to(tl.float64), 0)[None, :]
+
+
+@kernel
+def batch_norm_gradients_kernel(
+    v,
+    v_weight,
+    v_bias,
+    grad,
+    x,
+    weight,
+    mean,
+    invstd,
+    partials,
+    d_grad,
+    d_x,
+    d_weight,
+    count,
+    channels,
+    inner,
+    length,
+    splits,
+    FIXED: tl.constexpr,
+    LAST: tl.constexpr,
+    SPLITS: tl.constexpr,
+    BLOCK_I: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """Each program writes ``length`` elements of its channels' gradients, which are linear in v, g and x."""
+    STATE: tl.constexpr = d_weight.dtype.element_ty
+    n = count.to(tl.float64)
+    s, w = _of_channel(invstd, channels, BLOCK_C, 1.0), _of_channel(weight, channels, BLOCK_C, 1.0)
+    vw, vb = _of_channel(v_weight, channels, BLOCK_C, 0.0), _of_channel(v_bias, channels, BLOCK_C, 0.0)
+    sum_vg = _total(partials, 4, splits, channels, SPLITS, BLOCK_C)
+    if FIXED:
+        dw = s * sum_vg
+        grad_x, grad_1, x_v, x_g, x_x, x_1 = vw * s, vb, 0 * s, vw * s, 0 * s, 0 * s
+    else:
+        v_mean = _total(partials, 0, splits, channels, SPLITS, BLOCK_C) / n
+        g_mean = _total(partials, 1, splits, channels, SPLITS, BLOCK_C) / n
+        vx = s * _total(partials, 2, splits, channels, SPLITS, BLOCK_C)
+        gx = s * _total(partials, 3, splits, channels, SPLITS, BLOCK_C)
+        dw = s * (sum_vg - n * v_mean * g_mean - vx * gx / n)
+        x_g, x_v = s * (vw - w * s * vx / n), -s * w * s * gx / n
+        grad_x, grad_1 = x_g, vb - w * s * v_mean
+        x_x = -s * ((x_v * vx + x_g * gx) / n + w * s * dw / n)
+        x_1 = -x_v * v_mean - x_g * g_mean
+    c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)[None, :]
+    tl.store(d_weight + c, dw.to(STATE), mask=c < tl.where(tl.program_id(1) == 0, channels, 0))
+    grad_v, grad_x, grad_1 = (w * s).to(STATE), grad_x.to(STATE), grad_1.to(STATE)
+    x_v, x_g, x_x, x_1 = x_v.to(STATE), x_g.to(STATE), x_x.to(STATE), x_1.to(STATE)
+    center = _of_channel(mean, channels, BLOCK_C, 0).to(STATE)
+    begin = tl.program_id(1) * length
+    end = tl.minimum(begin + length, count)
+    while begin < end:
+        index, mask = _elements(begin, end, channels, inner, LAST, BLOCK_I, BLOCK_C)
+        v_i = tl.load(v + index, mask=mask, other=0).to(STATE)
+        g_i = tl.load(grad + index, mask=mask, other=0).to(STATE)
+        x_i = tl.load(x + index, mask=mask, other=0).to(STATE) - center
+        tl.store(d_grad + index, grad_v * v_i + (grad_x * x_i + grad_1), mask=mask)
+        tl.store(d_x + index, (x_v * v_i + x_g * g_i) + (x_x * x_i + x_1), mask=mask)
+        begin += BLOCK_I
+
+
+def batch_norm_double_backward(v, v_weight, v_bias, grad, x, weight, mean, invstd, fixed: bool):
+    """As :func:`adahessian_fused.friendly.formulas.batch_norm_double_backward`."""
+    last = not x.is_contiguous() or x.numel() == x.shape[0] * x.shape[1]
+    channels = x.shape[1]
+    count = x.numel() // channels
+    block_c = min(triton.next_power_of_2(channels), 32) if last else 1
+    blocks = {"LAST": last, "BLOCK_I": TILE // block_c, "BLOCK_C": block_c}
+    splits = min(MAX_SPLITS, triton.cdiv(count, blocks["BLOCK_I"]))
+    sizes = count, channels, 1 if last else count // x.shape[0]
+    results = torch.empty_like(x), torch.empty_like(x), torch.empty_like(invstd)
+    partials = torch.empty(splits, N_SUMS.value, channels, dtype=invstd.dtype, device=x.device)
+    grid = triton.cdiv(channels, block_c)
+    with on("batch_norm_double_backward", x.device):
+        batch_norm_sums_kernel[(grid, splits)](
+            v, grad, x, mean, partials, *sizes, triton.cdiv(count, splits), num_warps=4, **blocks
+        )
+        length = (1 << 20 if INTERPRETED else 8) * blocks["BLOCK_I"]
+        batch_norm_gradients_kernel[(grid, triton.cdiv(count, length))](
+            *(v, v_weight, v_bias, grad, x, weight, mean, invstd, partials),
+            *results,
+            *sizes,
+            length,
+            splits,
+            FIXED=fixed,
+            SPLITS=triton.next_power_of_2(splits),
+            num_warps=4,
+            **blocks,
+        )
+    return results
+
+
+# ---- rows -----------------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _of_weight(pointer, index, mask, otherwise: tl.constexpr, STATE: tl.constexpr):
+    """The weights with these numbers; ``otherwise`` without a pointer."""
+    if pointer is None:
+        numbers = tl.full(index.shape, otherwise, STATE)
+    else:
+        numbers = tl.load(pointer + index, mask=mask, other=0)
+    return numbers
+
+
+@triton.jit
+def _center(mean, row, STATE: tl.constexpr):
+    center = tl.full((), 0, STATE)
+    if mean is not None:
+        center = tl.load(mean + row)
+    return center
+
+
+@kernel
+def row_norm_gradients_kernel(
+    v,
+    v_weight,
+    v_bias,
+    grad,
+    x,
+    weight,
+    mean,
+    invstd,
+    d_grad,
+    d_x,
+    means,
+    rows,
+    channels,
+    inner,
+    groups,
+    BLOCK: tl.constexpr,
+):
+    """Each program has a row: its sums, then its two gradients. The means of v and v x_hat go to ``means``."""
+    STATE: tl.constexpr = means.dtype.element_ty
+    row = tl.program_id(0)
+    center, s = _center(mean, row, STATE), tl.load(invstd + row)
+    length = channels * inner
+    first_weight = row % groups * channels
+    sum_v = tl.zeros([BLOCK], STATE)
+    sum_u, sum_r, sum_vx, sum_ux, sum_rx, sum_vu = sum_v, sum_v, sum_v, sum_v, sum_v, sum_v
+    begin = row * 0
+    while begin < length:
+        i = begin + tl.arange(0, BLOCK)
+        mask, c = i < length, first_weight + i // inner
+        v_i = tl.load(v + row * length + i, mask=mask, other=0).to(STATE)
+        g_i = tl.load(grad + row * length + i, mask=mask, other=0).to(STATE)
+        x_i = (tl.load(x + row * length + i, mask=mask, other=0).to(STATE) - center) * s
+        u_i, r_i = g_i * _of_weight(weight, c, mask, 1, STATE), g_i * _of_weight(v_weight, c, mask, 0, STATE)
+        sum_v += v_i
+        sum_u += u_i
+        sum_r += r_i
+        sum_vx += v_i * x_i
+        sum_ux += u_i * x_i
+        sum_rx += r_i * x_i
+        sum_vu += v_i * u_i
+        begin += BLOCK
+    n = length.to(STATE)
+    vx, ux = tl.sum(sum_vx, 0) / n, tl.sum(sum_ux, 0) / n
+    if mean is None:
+        v_mean, u_mean, r_mean = tl.full((), 0, STATE), tl.full((), 0, STATE), tl.full((), 0, STATE)
+    else:
+        v_mean, u_mean, r_mean = tl.sum(sum_v, 0) / n, tl.sum(sum_u, 0) / n, tl.sum(sum_r, 0) / n
+    inner_mean = r_mean - s * (vx * u_mean + ux * v_mean)
+    inner_x = tl.sum(sum_rx, 0) / n - 2 * s * vx * ux
+    k = s * s * (tl.sum(sum_vu, 0) / n - v_mean * u_mean - vx * ux)
+    tl.store(means + row, v_mean)
+    tl.store(means + rows + row, vx)
+    begin = row * 0
+    while begin < length:
+        i = begin + tl.arange(0, BLOCK)
+        mask, c = i < length, first_weight + i // inner
+        v_i = tl.load(v + row * length + i, mask=mask, other=0).to(STATE)
+        g_i = tl.load(grad + row * length + i, mask=mask, other=0).to(STATE)
+        x_i = (tl.load(x + row * length + i, mask=mask, other=0).to(STATE) - center) * s
+        w_i, vw_i = _of_weight(weight, c, mask, 1, STATE), _of_weight(v_weight, c, mask, 0, STATE)
+        p = s * (v_i - v_mean - x_i * vx)
+        inner_i = vw_i * g_i - s * (vx * (w_i * g_i) + ux * v_i)
+        dg_i = w_i * p + (vw_i * x_i + _of_weight(v_bias, c, mask, 0, STATE))
+        tl.store(d_grad + row * length + i, dg_i, mask=mask)
+        tl.store(d_x + row * length + i, s * (inner_i - inner_mean - x_i * inner_x) - x_i * k, mask=mask)
+        begin += BLOCK
+
+
+@kernel
+def row_norm_weight_kernel(
+    v,
+    grad,
+    x,
+    mean,
+    invstd,
+    means,
+    partials,
+    count,
+    weights,
+    inner,
+    length,
+    rows,
+    channels,
+    groups,
+    LAST: tl.constexpr,
+    BLOCK_I: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """Each program sums g P(v) over ``length`` of the elements that have its weights."""
+    STATE: tl.constexpr = partials.dtype.element_ty
+    total = tl.zeros([BLOCK_I, BLOCK_C], STATE)
+    begin = tl.program_id(1) * length
+    end = tl.minimum(begin + length, count)
+    c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
+    while begin < end:
+        index, mask = _elements(begin, end, weights, inner, LAST, BLOCK_I, BLOCK_C)
+        row = (begin + tl.arange(0, BLOCK_I)[:, None]) // inner * groups + c[None, :] // channels
+        s = tl.load(invstd + row, mask=mask, other=0)
+        v_i = tl.load(v + index, mask=mask, other=0).to(STATE)
+        g_i = tl.load(grad + index, mask=mask, other=0).to(STATE)
+        x_i = tl.load(x + index, mask=mask, other=0).to(STATE)
+        if mean is not None:
+            x_i -= tl.load(mean + row, mask=mask, other=0)
+        v_mean = tl.load(means + row, mask=mask, other=0)
+        vx = tl.load(means + rows + row, mask=mask, other=0)
+        total += tl.where(mask, g_i * s * (v_i - v_mean - x_i * s * vx), 0)
+        begin += BLOCK_I
+    tl.store(partials + tl.program_id(1) * weights + c, tl.sum(total, 0), mask=c < weights)
+
+
+def row_norm_double_backward(v, v_weight, v_bias, grad, x, weight, mean, invstd, groups: int):
+    """As :func:`adahessian_fused.friendly.formulas.row_norm_double_backward`."""
+    rows, channels, inner = x.shape
+    weights, count = groups * channels, rows // groups * inner
+    d_grad, d_x = torch.empty_like(x), torch.empty_like(x)
+    means = torch.empty(2, rows, dtype=invstd.dtype, device=x.device)
+    block_c = min(triton.next_power_of_2(weights), 32) if inner == 1 else 1
+    blocks = {"LAST": inner == 1, "BLOCK_I": TILE // block_c, "BLOCK_C": block_c}
+    splits = min(MAX_SPLITS, triton.cdiv(count, blocks["BLOCK_I"]))
+    partials = torch.empty(splits, weights, dtype=invstd.dtype, device=x.device)
+    with on("row_norm_double_backward", x.device):
+        row_norm_gradients_kernel[(rows,)](
+            *(v, v_weight, v_bias, grad, x, weight, mean, invstd, d_grad, d_x, means),
+            *(rows, channels, inner, groups),
+            BLOCK=min(triton.next_power_of_2(channels * inner), TILE),
+            num_warps=4,
+        )
+        row_norm_weight_kernel[(triton.cdiv(weights, block_c), splits)](
+            *(v, grad, x, mean, invstd, means, partials),
+            *(count, weights, inner, triton.cdiv(count, splits), rows, channels, groups),
+            num_warps=4,
+            **blocks,
+        )
+    return d_grad, d_x, partials.sum(0)

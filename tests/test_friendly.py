@@ -1,0 +1,181 @@
+"""curvature_friendly: each operator against PyTorch's own, and its double backward against finite differences."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from adahessian_fused import curvature_friendly
+
+MEAN, VAR = torch.tensor([0.3, -0.2]), torch.tensor([1.5, 0.4])
+BAGS = torch.tensor([1, 2, 3, 3, 2, 4]), torch.tensor([0, 2, 2, 5])
+LAST = torch.channels_last
+
+
+class Case(NamedTuple):
+    """An operator of some tensors: input, weight and so on."""
+
+    run: Callable[..., Tensor]
+    shapes: Sequence[Sequence[int]]
+    memory_format: torch.memory_format = torch.contiguous_format
+
+    def tensors(self, device: str, dtype: torch.dtype, frozen: int | None = None) -> list[Tensor]:
+        """Random arguments; the one numbered ``frozen`` does not require grad."""
+        torch.manual_seed(1)
+        tensors = [torch.randn(shape, dtype=dtype).to(device) for shape in self.shapes]
+        tensors[0] = tensors[0].contiguous(memory_format=self.memory_format)
+        return [t.requires_grad_(i != frozen) for i, t in enumerate(tensors)]
+
+
+def batch_norm(x, w=None, b=None):
+    return F.batch_norm(x, None, None, w, b, True)
+
+
+def frozen_batch_norm(x, w=None, b=None):
+    return F.batch_norm(x, MEAN.to(x), VAR.to(x), w, b, False)
+
+
+def conv(dims, **options):
+    return lambda *tensors: getattr(F, f"conv{dims}d")(*tensors, **options)
+
+
+def transposed(dims, **options):
+    return lambda *tensors: getattr(F, f"conv_transpose{dims}d")(*tensors, **options)
+
+
+def bag(mode, **options):
+    def run(weight, samples=None):
+        indices, offsets = (t.to(weight.device) for t in BAGS)
+        return F.embedding_bag(indices, weight, offsets, mode=mode, per_sample_weights=samples, **options)
+
+    return run
+
+
+def flat_bag(weight, samples=None):
+    indices = BAGS[0].to(weight.device).view(3, 2)
+    return F.embedding_bag(indices, weight, mode="sum", per_sample_weights=samples, padding_idx=3)
+
+
+W2, W4, IMAGES = (2,), (4,), (2, 4, 3, 2)
+CASES = {
+    "batch_norm_1d": Case(batch_norm, [(5, 2), W2, W2]),
+    "batch_norm_2d": Case(batch_norm, [(3, 2, 2, 2), W2, W2]),
+    "batch_norm_2d_channels_last": Case(batch_norm, [(3, 2, 2, 2), W2, W2], LAST),
+    "batch_norm_3d": Case(batch_norm, [(2, 2, 2, 1, 3), W2, W2]),
+    "batch_norm_not_affine": Case(batch_norm, [(3, 2, 4)]),
+    "batch_norm_frozen": Case(frozen_batch_norm, [(3, 2, 2, 2), W2, W2]),
+    "batch_norm_frozen_channels_last": Case(frozen_batch_norm, [(3, 2, 2, 2), W2, W2], LAST),
+    "batch_norm_frozen_not_affine": Case(frozen_batch_norm, [(3, 2, 2)]),
+    "layer_norm": Case(lambda x, w, b: F.layer_norm(x, (4,), w, b), [(3, 4), W4, W4]),
+    "layer_norm_two_dimensions": Case(lambda x, w, b: F.layer_norm(x, (2, 3), w, b), [(3, 2, 3), (2, 3), (2, 3)]),
+    "layer_norm_of_everything": Case(lambda x, w, b: F.layer_norm(x, (4,), w, b), [(4,), W4, W4]),
+    "layer_norm_no_bias": Case(lambda x, w: F.layer_norm(x, (4,), w), [(3, 4), W4]),
+    "layer_norm_not_affine": Case(lambda x: F.layer_norm(x, (4,)), [(2, 3, 4)]),
+    "rms_norm": Case(lambda x, w: F.rms_norm(x, (4,), w), [(3, 4), W4]),
+    "rms_norm_not_affine": Case(lambda x: F.rms_norm(x, (2, 3), eps=1e-3), [(3, 2, 3)]),
+    "group_norm": Case(lambda x, w, b: F.group_norm(x, 2, w, b), [IMAGES, W4, W4]),
+    "group_norm_channels_last": Case(lambda x, w, b: F.group_norm(x, 2, w, b), [IMAGES, W4, W4], LAST),
+    "group_norm_no_pixels": Case(lambda x, w, b: F.group_norm(x, 2, w, b), [(3, 4), W4, W4]),
+    "group_norm_not_affine": Case(lambda x: F.group_norm(x, 2), [(2, 4, 3)]),
+    "conv1d": Case(conv(1, stride=2, padding=1), [(2, 2, 5), (3, 2, 3), (3,)]),
+    "conv2d": Case(conv(2, padding=(1, 0), dilation=(1, 2)), [(2, 2, 3, 5), (3, 2, 3, 2), (3,)]),
+    "conv2d_channels_last": Case(conv(2, stride=2, padding=1), [(2, 2, 4, 3), (3, 2, 3, 3), (3,)], LAST),
+    "conv2d_no_bias": Case(conv(2), [(2, 2, 3, 3), (3, 2, 2, 2)]),
+    "conv2d_groups": Case(conv(2, groups=2), [(2, 4, 3, 3), (4, 2, 2, 2), (4,)]),
+    "conv2d_depthwise": Case(conv(2, groups=2, padding=1), [(2, 2, 3, 3), (2, 1, 3, 3)]),
+    "conv2d_same": Case(conv(2, padding="same", dilation=2), [(2, 2, 4, 3), (3, 2, 3, 3), (3,)]),
+    "conv2d_same_uneven": Case(conv(2, padding="same"), [(2, 2, 3, 3), (2, 2, 2, 4), (2,)]),
+    "conv2d_valid": Case(conv(2, padding="valid"), [(2, 2, 3, 3), (3, 2, 2, 2)]),
+    "conv2d_one_image": Case(conv(2), [(2, 3, 3), (3, 2, 2, 2), (3,)]),
+    "conv3d": Case(conv(3, padding=1), [(1, 2, 2, 2, 2), (2, 2, 3, 3, 2), (2,)]),
+    "conv_transpose1d": Case(transposed(1, stride=2), [(2, 2, 3), (2, 3, 2), (3,)]),
+    "conv_transpose2d": Case(
+        transposed(2, stride=2, padding=1, output_padding=1, groups=2), [(1, 2, 3, 2), (2, 2, 2, 3), (4,)]
+    ),
+    "conv_transpose3d": Case(transposed(3), [(1, 2, 2, 1, 2), (2, 1, 2, 2, 1)]),
+    "relu": Case(F.relu, [(4, 3)]),
+    "relu_in_place": Case(lambda x: F.relu(x * 2, inplace=True), [(4, 3)]),
+    "embedding_bag_sum": Case(bag("sum"), [(5, 3)]),
+    "embedding_bag_sum_weighted": Case(bag("sum", padding_idx=3), [(5, 3), (6,)]),
+    "embedding_bag_mean": Case(bag("mean"), [(5, 3)]),
+    "embedding_bag_mean_padded": Case(bag("mean", padding_idx=-3), [(5, 3)]),
+    "embedding_bag_max": Case(bag("max"), [(5, 3)]),
+    "embedding_bag_max_padded": Case(bag("max", padding_idx=3, include_last_offset=True), [(5, 3)]),
+    "embedding_bag_2d": Case(flat_bag, [(5, 3), (3, 2)]),
+}
+FROZEN = [(name, i) for name, case in CASES.items() for i in (None, *range(len(case.shapes))) if len(case.shapes) > 1]
+FROZEN += [(name, None) for name, case in CASES.items() if len(case.shapes) == 1]
+
+
+def friendly(case: Case) -> Callable[..., Tensor]:
+    """The operator inside curvature_friendly, and only if that has something in its place."""
+
+    def run(*tensors: Tensor) -> Tensor:
+        with curvature_friendly():
+            y = case.run(*tensors)
+        nodes, found = [y.grad_fn], set()
+        while nodes:
+            node = nodes.pop()
+            found.add(type(node).__name__)
+            nodes += [n for n, _ in node.next_functions if n is not None]
+        assert "_ForwardBackward" in found, found
+        return y
+
+    return run
+
+
+@pytest.mark.parametrize(("name", "frozen"), FROZEN, ids=[f"{n}-{i}" for n, i in FROZEN])
+def test_double_backward(device, name, frozen):
+    tensors = CASES[name].tensors(device, torch.float64, frozen)
+    assert torch.autograd.gradgradcheck(friendly(CASES[name]), tensors)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_cotangents_add_up(device, name):
+    """gradgradcheck looks at the gradient of one input at a time; a Hessian-vector product needs them together."""
+    tensors = CASES[name].tensors(device, torch.float64)
+    y = friendly(CASES[name])(*tensors)
+    inputs = [torch.randn_like(y, requires_grad=True), *tensors]
+    grads = torch.autograd.grad(y, tensors, inputs[0], create_graph=True)
+    cotangents = [torch.randn_like(g) for g in grads]
+    options = {"retain_graph": True, "allow_unused": True, "materialize_grads": True}
+    apart = [torch.autograd.grad(g, inputs, v, **options) for g, v in zip(grads, cotangents, strict=True)]
+    together = torch.autograd.grad(grads, inputs, cotangents, **options)
+    for found, *terms in zip(together, *apart, strict=True):
+        torch.testing.assert_close(found, sum(terms), rtol=1e-12, atol=1e-12)
+
+
+def first_order(run: Callable[..., Tensor], case: Case, device: str, dtype: torch.dtype, made_in=None) -> list[Tensor]:
+    """Output and gradients of an operator; its random arguments are drawn in the dtype ``made_in``."""
+    given = case.tensors(device, made_in or dtype)
+    tensors = [t.detach().to(dtype).requires_grad_() for t in given]
+    y = run(*tensors)
+    torch.manual_seed(2)
+    return [y, *torch.autograd.grad(y, tensors, torch.randn_like(y, dtype=made_in or dtype).to(dtype))]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", [name for name in CASES if not name.startswith("rms_norm")])
+def test_first_order_is_pytorchs_bit_for_bit(device, name, dtype):
+    case = CASES[name]
+    if dtype == torch.bfloat16 and name == "embedding_bag_2d":
+        pytest.skip("PyTorch has no bfloat16 kernel for it")
+    found, expected = (first_order(run, case, device, dtype) for run in (friendly(case), case.run))
+    for a, b in zip(found, expected, strict=True):
+        assert (a.dtype, a.stride()) == (b.dtype, b.stride())
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", [name for name in CASES if name.startswith("rms_norm")])
+def test_first_order_of_rms_norm(device, name, dtype):
+    case, eps = CASES[name], torch.finfo(dtype).eps  # on a CPU PyTorch composes it of operators that each round
+    found = first_order(friendly(case), case, device, dtype)
+    for a, b in zip(found, first_order(case.run, case, device, torch.float64, made_in=dtype), strict=True):
+        assert a.dtype == dtype
+        torch.testing.assert_close(a.double(), b, rtol=2 * eps, atol=2 * eps)
