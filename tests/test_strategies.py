@@ -525,3 +525,17 @@ def test_resuming_gives_the_same_steps(hvp, device):
     again, other = fresh(model, hvp=hvp, update_each=2, lr=0.01)
     other.load_state_dict(opt.state_dict())
     assert_same(train(other, again, [3, 4, 5], "closure_standard"), train(opt, model, [3, 4, 5], "closure_standard"))
+
+
+@pytest.mark.parametrize("scaled", [False, True])
+def test_a_product_that_autograd_hands_out_twice(device, scaled):
+    """The sum of two parameters has one Hessian block, and its product is one tensor for both."""
+    a, b = (nn.Parameter(torch.ones(3, device=device)) for _ in range(2))
+    opt = AdaHessian([a, b], betas=(0.0, 0.0))
+    scaler = torch.amp.GradScaler(device, init_scale=8.0) if scaled else None
+    opt.backward((a + b).pow(3).sum(), grad_scaler=scaler, curvature=2.0)
+    z = [probe(p, i, 0) for i, p in enumerate((a, b))]
+    expected = 2.0 * 6 * 2.0 * (z[0] + z[1]).abs()
+    scaler.step(opt) if scaled else opt.step()
+    assert torch.equal(opt.hessian_diag(a), expected)
+    assert torch.equal(opt.hessian_diag(b), expected)
