@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from importlib.util import find_spec
 
 from .cases import Case
@@ -34,7 +34,7 @@ def progress(chosen: list[Case]) -> Iterator[Case]:
 def show(results: list[Result]) -> None:
     """Print the table, and below it what is missing and what is wrong."""
     header, body = columns(results), rows(results)
-    (_rich_table if HAS_RICH else _plain_table)(header, body)
+    table("One optimizer step; peers: their time over ours, same run", header, body, texts=2)
     for note in notes(results):
         print(f"not measured: {note}")
     wrong = [row for row in body if len(row) > 2 and row[2].startswith("WRONG")]
@@ -45,20 +45,25 @@ def show(results: list[Result]) -> None:
         print("!" * 100)
 
 
-def _rich_table(header: list[str], body: Iterable[list[str]]) -> None:
+def table(title: str, header: list[str], body: list[list[str]], texts: int = 1) -> None:
+    """Print a table whose first ``texts`` columns are text; a row may be shorter, its last cell saying why."""
+    if not HAS_RICH:
+        _plain_table(title, header, body)
+        return
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(title="One optimizer step; peers: their time over ours, same run")
+    grid = Table(title=title)
     for i, column in enumerate(header):
-        table.add_column(column, justify="left" if i < 2 else "right", overflow="fold")
+        grid.add_column(column, justify="left" if i < texts else "right", overflow="fold")
     for row in body:
-        table.add_row(*row, style="bold red" if row[2].startswith("WRONG") else None)
-    Console(width=None if sys.stdout.isatty() else 200).print(table)
+        grid.add_row(*row, style="bold red" if any(cell.startswith("WRONG") for cell in row) else None)
+    Console(width=None if sys.stdout.isatty() else 200).print(grid)
 
 
-def _plain_table(header: list[str], body: list[list[str]]) -> None:
+def _plain_table(title: str, header: list[str], body: list[list[str]]) -> None:
     whole = [row for row in body if len(row) == len(header)]
     widths = [max(map(len, column)) for column in zip(header, *whole, strict=True)]
+    print(title)
     for row in (header, *body):
         print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=False)))

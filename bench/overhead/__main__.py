@@ -1,0 +1,174 @@
+"""What a step costs beside SGD's and AdamW's: the paper's Table 6, for every way to get curvature.
+
+A row is timed only after its gradient and curvature were found equal to float64's. Steps of all rows take turns, each
+right after a step of SGD's; a row's cost is the median of these ratios. The average cost at Hutchinson frequency f is
+(cost with curvature + (f - 1) cost without) / f, both measured.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import random
+import resource
+import subprocess
+import sys
+import time
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from ..machine import machine
+from .check import MOST_IN_D, MOST_IN_G, errors
+from .plot import draw
+from .problems import NAMES, Problem, describe, problem
+from .table import FREQUENCIES, show
+from .ways import ADAMW, SGD, WAYS, Way
+
+Step = Callable[[], Any]
+
+
+def seconds(step: Step, device: str) -> float:
+    """Wall-clock time of a step; on a GPU until the device has finished."""
+    if device == "cuda":
+        torch.cuda.synchronize()
+    start = time.perf_counter()
+    step()
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def start(problem: Problem, way: Way, device: str) -> tuple[dict[str, Any], Step | None]:
+    """Make a row, check its first step and time how long that takes; no step if the row is not to be timed."""
+    row: dict[str, Any] = {"way": way.name, "floor": way.floor}
+    if way.missing:
+        return row | {"skipped": way.missing}, None
+    model = problem.fresh()
+    try:
+        step, opt = way.make(problem, model)
+        began = time.perf_counter()
+        row["error_g"], row["error_d"] = errors(problem, way, model, step, opt)
+        row["first_step"] = time.perf_counter() - began
+    except Exception as error:  # whatever a peer or a compiler raises belongs into the table
+        return row | {"skipped": f"{type(error).__name__}: {str(error).splitlines()[0][:150]}"}, None
+    if row["error_g"] > MOST_IN_G or (row["error_d"] or 0.0) > MOST_IN_D:
+        return row | {"wrong": True}, None
+    if way.alternates:
+        step()  # the first one without curvature
+    return row, step
+
+
+def ratios(steps: dict[str, Step], alternating: set[str], device: str, rounds: int) -> dict[str, list[list[float]]]:
+    """Times over SGD's, with curvature and (for rows that alternate) without."""
+    found: dict[str, list[list[float]]] = {name: [[], []] for name in steps}
+    base: list[float] = []
+    for number in range(rounds + 1):  # the first round warms up
+        order = list(steps)
+        random.Random(number).shuffle(order)
+        for name in order:
+            for kind in range(2 if name in alternating else 1):
+                before = seconds(steps[SGD], device)
+                taken = seconds(steps[name], device)
+                if number:
+                    found[name][kind].append(taken / before)
+                    base.append(before)
+    found[SGD] = [[1.0], []]
+    found[""] = [base, []]
+    return found
+
+
+def peak_memory(name: str, way: str, device: str, batch: int | None) -> int | None:
+    """Bytes that two steps take on top of the model, in a process of their own; None if they fail."""
+    command = [sys.executable, "-m", __package__, "--memory", way, "--models", name, "--device", device]
+    result = subprocess.run(command + (["--batch", str(batch)] if batch else []), capture_output=True, text=True)
+    return int(result.stdout.split()[-1]) if result.returncode == 0 else None
+
+
+def measure_memory(problem: Problem, way: Way, device: str) -> int:
+    """What :func:`peak_memory` prints."""
+    model = problem.fresh()
+    step, _ = way.make(problem, model)
+    gc.collect()
+    if device == "cuda":
+        before = torch.cuda.memory_allocated()
+        step(), step()
+        return torch.cuda.max_memory_allocated() - before
+    unit = 1 if sys.platform == "darwin" else 1024
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    step(), step()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit - before
+
+
+def run_model(problem: Problem, ways: Iterable[Way], args: argparse.Namespace) -> dict[str, Any]:
+    """All rows of one model."""
+    rows, steps = {}, {}
+    for way in progress(list(ways), problem.name):
+        rows[way.name], step = start(problem, way, args.device)
+        if step is not None:
+            steps[way.name] = step
+    alternating = {way.name for way in ways if way.alternates}
+    found = ratios(steps, alternating, args.device, args.rounds)
+    base = found.pop("")[0]
+    adamw = float(np.median(found[ADAMW][0]))
+    for name, (with_curvature, without) in found.items():
+        quartiles = np.percentile(with_curvature, (50, 25, 75)).tolist()
+        row = rows[name] | {"cost": quartiles[0], "quartiles": quartiles[1:], "cost_adamw": quartiles[0] / adamw}
+        if without:
+            off = float(np.median(without))
+            row |= {"off_step": off, "by_frequency": {f: (quartiles[0] + (f - 1) * off) / f for f in FREQUENCIES}}
+        if not args.no_memory:
+            row["peak_memory"] = peak_memory(problem.name, name, args.device, args.batch)
+        rows[name] = row
+    return {**describe(problem), "sgd_seconds": float(np.median(base)), "rows": list(rows.values())}
+
+
+def progress(ways: list[Way], title: str) -> Iterator[Way]:
+    """The rows one by one, said aloud: compiling takes minutes."""
+    for number, way in enumerate(ways, 1):
+        print(f"[{title} {number}/{len(ways)}] {way.name}", file=sys.stderr, flush=True)
+        yield way
+
+
+def main() -> int:
+    """Entry point; returns the exit code."""
+    parser = argparse.ArgumentParser(prog="python -m bench.overhead", description=__doc__)
+    parser.add_argument("--models", nargs="+", default=NAMES, choices=NAMES)
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+    parser.add_argument("--batch", type=int, help="examples; by default 128 images, 8 texts, 256 vectors")
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--quick", action="store_true", help="nothing that compiles, few rounds")
+    parser.add_argument("--no-memory", action="store_true", help="do not measure peak memory")
+    parser.add_argument("--out", type=Path, default=Path("bench/results"))
+    parser.add_argument("--memory", metavar="ROW", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    warnings.filterwarnings("ignore", message=".*create_graph=True.*")
+    if args.memory:
+        way = next(way for way in WAYS if way.name == args.memory)
+        print(measure_memory(problem(args.models[0], device=args.device, batch=args.batch), way, args.device))
+        return 0
+    if args.quick:
+        args.rounds = min(args.rounds, 5)
+    ways = [way for way in WAYS if not (args.quick and way.compiled)]
+    data: dict[str, Any] = {"machine": machine(args.device), "rounds": args.rounds, "models": []}
+    for name in args.models:
+        data["models"].append(run_model(problem(name, device=args.device, batch=args.batch), ways, args))
+        show(data["models"][-1])
+    stem = args.out / f"overhead-{args.device}-{datetime.now(UTC):%Y%m%d-%H%M%S}"
+    args.out.mkdir(parents=True, exist_ok=True)
+    stem.with_suffix(".json").write_text(json.dumps(data, indent=1) + "\n")
+    draw(data, stem.with_suffix(".svg"))
+    print(f"wrote {stem}.json and {stem}.svg")
+    wrong = [row for model in data["models"] for row in model["rows"] if row.get("wrong")]
+    unexpected = [row for row in wrong if "finite" not in row["way"]]
+    return 1 if unexpected else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

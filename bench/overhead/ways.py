@@ -1,0 +1,188 @@
+"""Ways to train a model: first order, other AdaHessians, and ours with every strategy.
+
+Each takes whole steps: zero_grad, forward, backward, Hessian-vector product and update.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from adahessian_fused import AdaHessian, TrainStep, curvature_friendly
+
+from .problems import Problem
+
+LR, BETAS, EPS = 1e-4, (0.9, 0.999), 1e-4
+EACH = 2  # steps with and without curvature take turns
+
+
+@dataclass(frozen=True)
+class Way:
+    """One row of the table.
+
+    Attributes:
+        name: in the table.
+        floor: matrix products of a step with curvature, in first-order steps (HVP by double backward: 3).
+        make: from a problem and a fresh model to a function that takes a step, and its optimizer. Ours use curvature
+            at every second step.
+        fraction: of the batch that curvature comes from.
+        exact: False for finite differences.
+        package: that has to be installed.
+        compiled: takes minutes to start.
+        second_order: False for the rows everything is compared with.
+    """
+
+    name: str
+    floor: float
+    make: Callable[[Problem, nn.Module], tuple[Callable[[], Any], torch.optim.Optimizer]]
+    fraction: float = 1.0
+    exact: bool = True
+    package: str | None = None
+    compiled: bool = False
+    second_order: bool = True
+
+    @property
+    def alternates(self) -> bool:
+        """Whether every second step is one without curvature."""
+        return self.name.startswith(("ours", "TrainStep"))
+
+    @property
+    def missing(self) -> str | None:
+        """Why it cannot run here; None if it can."""
+        if self.package is None or find_spec(self.package) is not None:
+            return None
+        return f"{self.package} is not installed"
+
+
+def _first_order(optimizer: type, *, compiled: bool = False, **options: Any) -> Callable[..., Any]:
+    def make(problem: Problem, model: nn.Module) -> tuple[Callable[[], None], Any]:
+        opt = optimizer(model.parameters(), lr=LR, fused=True, **options)
+        loss_of = torch.compile(problem.loss) if compiled else problem.loss
+
+        def step() -> None:
+            opt.zero_grad()
+            loss_of(model, *problem.batch).backward()
+            opt.step()
+
+        return step, opt
+
+    return make
+
+
+def _create_graph(optimizer: Callable[[Iterable[Tensor]], Any]) -> Callable[..., Any]:
+    """What users of the published code write."""
+
+    def make(problem: Problem, model: nn.Module) -> tuple[Callable[[], None], Any]:
+        opt = optimizer(model.parameters())
+
+        def step() -> None:
+            opt.zero_grad()
+            with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+                loss = problem.loss(model, *problem.batch)
+            loss.backward(create_graph=True)
+            opt.step()
+            opt.zero_grad()
+
+        return step, opt
+
+    return make
+
+
+def _torch_optimizer(params: Iterable[Tensor]) -> Any:
+    from torch_optimizer import Adahessian
+
+    return Adahessian(params, lr=LR, betas=BETAS, eps=EPS)
+
+
+def _pytorch_optimizer(params: Iterable[Tensor]) -> Any:
+    from pytorch_optimizer import AdaHessian as Theirs
+
+    return Theirs(params, lr=LR, betas=BETAS, eps=EPS, foreach=True)
+
+
+def _plain(params: Iterable[Tensor]) -> Any:
+    from examples.plain import PlainAdaHessian
+
+    return PlainAdaHessian(params, lr=LR, betas=BETAS, eps=EPS)
+
+
+def _ours(model: nn.Module, **options: Any) -> AdaHessian:
+    return AdaHessian(model.parameters(), lr=LR, betas=BETAS, eps=EPS, update_each=EACH, **options)
+
+
+def _closure(hvp: str) -> Callable[..., Any]:
+    def make(problem: Problem, model: nn.Module) -> tuple[Callable[[], Any], AdaHessian]:
+        opt = _ours(model, hvp=hvp)
+        return lambda: opt.step(lambda: problem.loss(model, *problem.batch)), opt
+
+    return make
+
+
+def _plain_backward(problem: Problem, model: nn.Module) -> tuple[Callable[[], Any], AdaHessian]:
+    opt = _ours(model)
+
+    def step() -> None:
+        opt.zero_grad()
+        with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+            loss = problem.loss(model, *problem.batch)
+        opt.backward(loss)
+        opt.step()
+
+    return step, opt
+
+
+def _split(fraction: float) -> Callable[..., Any]:
+    def make(problem: Problem, model: nn.Module) -> tuple[Callable[[], Any], AdaHessian]:
+        opt = _ours(model, hessian_fraction=fraction)
+
+        def loss_fn(*batch: Tensor) -> Tensor:
+            with curvature_friendly():
+                return problem.loss(model, *batch)
+
+        def step() -> None:
+            opt.zero_grad()
+            if opt.needs_hessian:
+                opt.backward_split(loss_fn, *problem.batch)
+            else:
+                opt.backward(problem.loss(model, *problem.batch))
+            opt.step()
+
+        return step, opt
+
+    return make
+
+
+def _train_step(fraction: float = 1.0) -> Callable[..., Any]:
+    def make(problem: Problem, model: nn.Module) -> tuple[Callable[[], Any], AdaHessian]:
+        opt = _ours(model)
+        step = TrainStep(model, problem.loss_fn, opt, hessian_fraction=fraction)
+        return lambda: step(*problem.batch), opt
+
+    return make
+
+
+SGD, ADAMW = "SGD", "AdamW fused"
+WAYS = (
+    Way(SGD, 1, _first_order(torch.optim.SGD, momentum=0.9), second_order=False),
+    Way(ADAMW, 1, _first_order(torch.optim.AdamW), second_order=False),
+    Way(
+        "SGD compiled", 1, _first_order(torch.optim.SGD, momentum=0.9, compiled=True), compiled=True, second_order=False
+    ),
+    Way("AdamW compiled", 1, _first_order(torch.optim.AdamW, compiled=True), compiled=True, second_order=False),
+    Way("torch-optimizer", 3, _create_graph(_torch_optimizer), package="torch_optimizer"),
+    Way("pytorch-optimizer", 3, _create_graph(_pytorch_optimizer), package="pytorch_optimizer"),
+    Way("plain PyTorch", 3, _create_graph(_plain)),
+    Way("ours, backward()", 3, _plain_backward),
+    Way("ours, closure", 3, _closure("autograd")),
+    Way("ours, forward over reverse", 3, _closure("forward_over_reverse")),
+    Way("ours, finite difference", 2, _closure("finite_difference"), exact=False),
+    Way("ours, 1/2 of the batch", 2, _split(0.5), fraction=0.5),
+    Way("ours, 1/4 of the batch", 1.5, _split(0.25), fraction=0.25),
+    Way("TrainStep", 3, _train_step(), compiled=True),
+    Way("TrainStep, 1/4 of the batch", 1.5, _train_step(0.25), fraction=0.25, compiled=True),
+)
