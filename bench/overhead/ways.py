@@ -6,12 +6,14 @@ Each takes whole steps: zero_grad, forward, backward, Hessian-vector product and
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from adahessian_fused import AdaHessian, TrainStep, curvature_friendly
 
@@ -82,7 +84,7 @@ def _create_graph(optimizer: Callable[[Iterable[Tensor]], Any]) -> Callable[...,
 
         def step() -> None:
             opt.zero_grad()
-            with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+            with sdpa_kernel(SDPBackend.MATH):
                 loss = problem.loss(model, *problem.batch)
             loss.backward(create_graph=True)
             opt.step()
@@ -115,10 +117,15 @@ def _ours(model: nn.Module, **options: Any) -> AdaHessian:
     return AdaHessian(model.parameters(), lr=LR, betas=BETAS, eps=EPS, update_each=EACH, **options)
 
 
-def _closure(hvp: str) -> Callable[..., Any]:
+def _closure(hvp: str, *, attention: SDPBackend | None = None) -> Callable[..., Any]:
     def make(problem: Problem, model: nn.Module) -> tuple[Callable[[], Any], AdaHessian]:
         opt = _ours(model, hvp=hvp)
-        return lambda: opt.step(lambda: problem.loss(model, *problem.batch)), opt
+
+        def loss() -> Tensor:
+            with sdpa_kernel(attention) if attention is not None and opt.needs_hessian else nullcontext():
+                return problem.loss(model, *problem.batch)
+
+        return lambda: opt.step(loss), opt
 
     return make
 
@@ -128,7 +135,7 @@ def _plain_backward(problem: Problem, model: nn.Module) -> tuple[Callable[[], An
 
     def step() -> None:
         opt.zero_grad()
-        with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+        with sdpa_kernel(SDPBackend.MATH):
             loss = problem.loss(model, *problem.batch)
         opt.backward(loss)
         opt.step()
@@ -166,7 +173,7 @@ def _train_step(fraction: float = 1.0) -> Callable[..., Any]:
     return make
 
 
-SGD, ADAMW = "SGD", "AdamW fused"
+SGD, ADAMW, SGD_COMPILED = "SGD", "AdamW fused", "SGD compiled"
 WAYS = (
     Way(SGD, 1, _first_order(torch.optim.SGD, momentum=0.9), second_order=False),
     Way(ADAMW, 1, _first_order(torch.optim.AdamW), second_order=False),
@@ -179,7 +186,7 @@ WAYS = (
     Way("plain PyTorch", 3, _create_graph(_plain)),
     Way("ours, backward()", 3, _plain_backward),
     Way("ours, closure", 3, _closure("autograd")),
-    Way("ours, forward over reverse", 3, _closure("forward_over_reverse")),
+    Way("ours, forward over reverse", 3, _closure("forward_over_reverse", attention=SDPBackend.MATH)),
     Way("ours, finite difference", 2, _closure("finite_difference"), exact=False),
     Way("ours, 1/2 of the batch", 2, _split(0.5), fraction=0.5),
     Way("ours, 1/4 of the batch", 1.5, _split(0.25), fraction=0.25),
