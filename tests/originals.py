@@ -33,6 +33,10 @@ def probe(shape: torch.Size, param_id: int, h: int, seed: int, sample: int) -> T
 class Published(torch.optim.Optimizer):
     """What the published rules share: m and v from g and a diagonal D, and the step."""
 
+    def z(self, p: Tensor, sample: int) -> Tensor:
+        """The probe; tests put ours in its place."""
+        return 2 * torch.randint_like(p, 2) - 1
+
     def products(self, params: list[Tensor], z: list[Tensor], *, last: bool) -> tuple[Tensor, ...]:
         return torch.autograd.grad([p.grad for p in params], params, z, retain_graph=not last)
 
@@ -96,6 +100,8 @@ class Davda54(Published):
 
 
 class Timm(Davda54):
+    is_second_order = True
+
     def __init__(
         self, params, lr=0.1, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0, hessian_power=1.0,
         update_each=1, n_samples=1, avg_conv_kernel=False,

@@ -333,6 +333,35 @@ def test_a_group_with_an_option_that_cannot_be_had_is_refused():
     assert len(opt.param_groups) == 1
 
 
+@pytest.mark.parametrize("options", [{"weight_decouple": False}, {"fixed_decay": True}, {}], ids=["L2", "fixed", ""])
+def test_a_group_added_later_decays_like_the_first(options):
+    a, b = mlp(), mlp()
+    make = compat.pytorch_optimizer.AdaHessian
+    one, two = make(a.parameters(), **SAME, **options), make(b[0].parameters(), **SAME, **options)
+    two.add_param_group({"params": b[1:].parameters()})
+    assert_same(train(two, b, 3), train(one, a, 3))
+
+
+@pytest.mark.parametrize("options", [{"weight_decouple": False}, {"fixed_decay": True}], ids=["L2", "fixed"])
+def test_decays_know_the_loss_scale(options):
+    """A power of two in and out changes nothing; a step that overflows decays nothing."""
+    (a, plain), (b, scaled) = (
+        (model, compat.pytorch_optimizer.AdaHessian(model.parameters(), **SAME, **options)) for model in (mlp(), mlp())
+    )
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    train(plain, a, 3, "create_graph")
+    for i in range(3):
+        scaled.zero_grad()
+        scaler.scale(loss_of(b, i)).backward(create_graph=True)
+        scaler.step(scaled)
+        scaler.update()
+    assert_same(weights(b), weights(a))
+    scaled.zero_grad()
+    scaler.scale(loss_of(b, 3) * torch.inf).backward(create_graph=True)
+    scaler.step(scaled)
+    assert_same(weights(b), weights(a))
+
+
 def test_accelerate_refuses_what_it_does_not_know():
     with pytest.raises(
         TypeError, match=r"torch.optim.sgd.SGD; expected one of torch_optimizer.adahessian.Adahessian, "

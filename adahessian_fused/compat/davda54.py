@@ -25,10 +25,9 @@ class AdaHessian(DropIn):
 
     What the original gets wrong and this class does not: closures work; several samples do not fail for want of the
     graph; a run that resumes between two Hessian steps goes on exactly (from a checkpoint of the original, which lacks
-    the diagonal, v waits for the next Hessian step); accumulated gradients have the curvature of all micro-batches, see
-    :meth:`set_hessian`; GradScaler's factor is taken out of the curvature too; moving averages of 16-bit parameters are
-    float32. The period runs per group, not per parameter, and the diagonal is not kept in ``p.hess``: see
-    :meth:`hessian_diag`.
+    the diagonal, v waits for the next Hessian step); :meth:`set_hessian` may be called for several micro-batches;
+    GradScaler's factor is taken out of the curvature too; moving averages of 16-bit parameters are float32. The period
+    runs per group, not per parameter, and the diagonal is not kept in ``p.hess``: see :meth:`hessian_diag`.
 
     Args:
         params: parameters or parameter groups.
@@ -97,8 +96,8 @@ class AdaHessian(DropIn):
     def set_hessian(self) -> None:
         """Gather the curvature of gradients that ``loss.backward(create_graph=True)`` left, if it is due.
 
-        :meth:`step` does it by itself. Called after each of several micro-batches, it adds up their curvature, all for
-        the same probe; the gradients let go of their graph.
+        :meth:`step` does it by itself. Called after each of several micro-batches it adds up their curvature, all for
+        the same probe, and the graph of each is freed before the next one is built.
 
         Raises:
             RuntimeError: no gradient has a graph.
