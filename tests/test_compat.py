@@ -76,8 +76,13 @@ def test_the_period_is_corrected_for_hessian_steps_unless_faithful(monkeypatch):
     theirs_model, theirs, model = pairs(origin, mlp)
     mend = {0.9: lambda step: step, 0.99: lambda step: -(-step // 3)}
     monkeypatch.setattr(theirs, "debias", lambda beta, step: 1 - beta ** mend[beta](step))
+    other = copy.deepcopy(model)
     expected = origin.train_theirs(theirs, theirs_model, range(N))
     assert_close(train(origin.ours(model), model, N), expected)
+    early = origin.theirs(other)
+    origin.train_theirs(early, other, range(5))
+    counts = [{(s["step"], s["hessian_step"]) for s in accelerate(early, faithful=f).state.values()} for f in (0, 1)]
+    assert counts == [{(5, 2)}, {(5, 5)}]
 
 
 def test_external_curvature_and_gaussian_probes_of_pytorch_optimizer(monkeypatch):
