@@ -5,6 +5,7 @@ Every original here takes its probes from ``self.z(p, sample)``, so that it can 
 
 from __future__ import annotations
 
+import copy
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -173,6 +174,50 @@ def probes(opt: torch.optim.Optimizer, z: Callable[[Tensor, int], Tensor], n_par
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch, "randint_like", bits)
         yield
+
+
+# ---- every origin, with options that matter --------------------------------------------------------------------------
+
+STATE_KEYS = {
+    "torch_optimizer": {"step", "exp_avg", "exp_hessian_diag_sq"},
+    "pytorch_optimizer": {"exp_avg", "exp_hessian_diag_sq"},
+    "official": {"step", "exp_avg", "exp_hessian_diag_sq"},
+    "davda54": {"step", "hessian step", "exp_avg", "exp_hessian_diag_sq"},
+    "timm": {"step", "hessian step", "exp_avg", "exp_hessian_diag_sq"},
+}
+
+N = 8  # steps
+ORIGINS = {
+    "torch_optimizer": Origin("torch_optimizer"),
+    "torch_optimizer-k": Origin("torch_optimizer", {"hessian_power": 1.0, "seed": 7}),
+    "pytorch_optimizer": Origin("pytorch_optimizer"),
+    "pytorch_optimizer-L2": Origin("pytorch_optimizer", {"weight_decouple": False, "hessian_power": 0.5}),
+    "pytorch_optimizer-fixed": Origin("pytorch_optimizer", {"fixed_decay": True, "foreach": False}),
+    "pytorch_optimizer-up": Origin("pytorch_optimizer", {"maximize": True, "weight_decouple": False, "lr": 1e-3}),
+    "pytorch_optimizer-samples": Origin("pytorch_optimizer", {"num_samples": 2}),
+    "pytorch_optimizer-period": Origin("pytorch_optimizer", {"update_period": 3}, {"faithful": True}),
+    "official": Origin("official"),
+    "davda54": Origin("davda54", {"n_samples": 2}),
+    "davda54-stale": Origin("davda54", {"update_each": 3}),
+    "timm": Origin("timm", {"avg_conv_kernel": True}),
+    "timm-stale": Origin("timm", {"update_each": 3, "avg_conv_kernel": True, "n_samples": 2}),
+}
+every_origin = pytest.mark.parametrize("origin", ORIGINS.values(), ids=ORIGINS)
+
+
+def conv_net() -> nn.Sequential:
+    """Without batch normalisation: a bias before it has g = Hz = 0 but for rounding, and its steps are noise."""
+    torch.manual_seed(2)
+    layers = nn.Linear(3, 50), nn.Unflatten(1, (2, 5, 5)), nn.Conv2d(2, 3, 3), nn.Tanh(), nn.Conv2d(3, 2, 3)
+    return nn.Sequential(*layers, nn.Flatten()).double()
+
+
+def pairs(
+    origin: Origin, make: Callable[[], nn.Module] = conv_net
+) -> tuple[nn.Module, torch.optim.Optimizer, nn.Module]:
+    """A model with the original, and a copy with nothing yet."""
+    model = make()
+    return model, origin.theirs(model), copy.deepcopy(model)
 
 
 # ---- a stand-in for timm, which need not be installed ----------------------------------------------------------------

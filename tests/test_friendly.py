@@ -137,7 +137,7 @@ def test_double_backward(device, name, frozen):
 
 @pytest.mark.parametrize("name", CASES)
 def test_cotangents_add_up(device, name):
-    """gradgradcheck looks at the gradient of one input at a time; a Hessian-vector product needs them together."""
+    """Gradgradcheck looks at the gradient of one input at a time; a Hessian-vector product needs them together."""
     tensors = CASES[name].tensors(device, torch.float64)
     y = friendly(CASES[name])(*tensors)
     inputs = [torch.randn_like(y, requires_grad=True), *tensors]
