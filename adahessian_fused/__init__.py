@@ -2,7 +2,9 @@
 
 from importlib.metadata import PackageNotFoundError, version
 
+from . import compat
 from .backends import available_backends
+from .compat import accelerate
 from .fraction import split_batch
 from .friendly import curvature_friendly
 from .functional import adahessian, hutchinson_diagonal
@@ -21,9 +23,11 @@ __all__ = [
     "StrategyCheck",
     "TrainStep",
     "__version__",
+    "accelerate",
     "adahessian",
     "available_backends",
     "check_hvp",
+    "compat",
     "curvature_friendly",
     "hutchinson_diagonal",
     "split_batch",

@@ -9,6 +9,8 @@ import functools
 import importlib
 import importlib.util
 import os
+import warnings
+from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
 import torch
@@ -78,6 +80,20 @@ def available_backends(device_type: str = "cpu") -> dict[str, str | None]:
     return {name: unavailable_reason(name, device_type) for name in PREFERENCE}
 
 
+@functools.cache
+def _warn_of_broken_library() -> None:
+    """Warn once if there is a native library that does not load: older than the Python code, or for another torch."""
+    here = Path(__file__).parent
+    failure = _import_failure("native")
+    if failure is not None and next(here.glob("libadahessian_ops.*"), None) is not None:
+        warnings.warn(
+            f'{failure}. backend="auto" goes on without it, which is slow; expected a library built from this source '
+            "(pip install --no-build-isolation .) for the installed torch",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+
+
 def choose(name: str, device_type: str) -> str:
     """The backend to use for tensors on ``device_type``: ``name`` itself, or the best there is if it is "auto".
 
@@ -85,6 +101,7 @@ def choose(name: str, device_type: str) -> str:
         RuntimeError: the backend asked for cannot run on that device.
     """
     if name == "auto":
+        _warn_of_broken_library()
         # Interpreted Triton is for tests: never chosen unasked.
         names = [n for n in PREFERENCE if n != "triton" or device_type != "cpu"]
         return next(n for n in names if unavailable_reason(n, device_type) is None)

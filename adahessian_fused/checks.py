@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-BLOCK_SIZES = ("auto", "row", "tensor")
+BLOCK_SIZES = ("auto", "conv2d", "row", "tensor")
 CHOICES = {
     "averaging": ("signed", "abs"),
     "off_step": ("hold", "stale"),
@@ -26,10 +26,10 @@ def check_choice(name: str, value: Any, choices: Sequence[str]) -> None:
 
 
 def check_block_size(value: Any) -> None:
-    """Raise ValueError unless ``value`` is "auto", "row", "tensor" or an int >= 1."""
+    """Raise ValueError unless ``value`` is one of ``BLOCK_SIZES`` or an int >= 1."""
     if value in BLOCK_SIZES or (isinstance(value, int) and not isinstance(value, bool) and value >= 1):
         return
-    raise ValueError(f'block_size={value!r}; expected "auto", "row", "tensor" or an int >= 1')
+    raise ValueError(f'block_size={value!r}; expected "auto", "conv2d", "row", "tensor" or an int >= 1')
 
 
 def _check_number(
@@ -44,7 +44,8 @@ def _check_number(
         raise ValueError(f"{name}={value!r}; expected {low} {signs[0]} {name} {signs[1]} {high}")
 
 
-def _check_count(name: str, value: Any) -> None:
+def check_count(name: str, value: Any) -> None:
+    """Raise ValueError unless ``value`` is an int >= 1."""
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
         raise ValueError(f"{name}={value!r}; expected an int >= 1")
 
@@ -65,8 +66,8 @@ def check_group(group: dict[str, Any]) -> None:
     _check_number("eps", group["eps"], 0.0, float("inf"), high_included=True)
     _check_number("weight_decay", group["weight_decay"], 0.0, float("inf"), high_included=True)
     _check_number("hessian_power", group["hessian_power"], 0.0, 1.0, high_included=True)
-    _check_count("update_each", group["update_each"])
-    _check_count("n_samples", group["n_samples"])
+    check_count("update_each", group["update_each"])
+    check_count("n_samples", group["n_samples"])
     for name in ("maximize", "capturable", "master_weights"):
         if group[name] not in (True, False):
             raise ValueError(f"{name}={group[name]!r}; expected True or False")

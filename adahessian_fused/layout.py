@@ -32,11 +32,13 @@ def state_dtype(dtype: torch.dtype) -> torch.dtype:
 def block_length(shape: Sequence[int], block_size: int | str) -> int:
     """Length b of the averaging blocks (Eq. 7) of a parameter of this shape.
 
-    "auto" is the spatial size of a convolution kernel and 1 for matrices and vectors; "row" the last axis; "tensor" the
-    whole parameter; an int is taken as it is.
+    "auto" is the spatial size of a convolution kernel and 1 for matrices and vectors; "conv2d" likewise, for 4-D
+    parameters only; "row" the last axis; "tensor" the whole parameter; an int is taken as it is.
     """
     if block_size == "auto":
         b = math.prod(shape[2:]) if len(shape) >= 3 else 1
+    elif block_size == "conv2d":
+        b = math.prod(shape[2:]) if len(shape) == 4 else 1
     elif block_size == "row":
         b = shape[-1] if shape else 1
     elif block_size == "tensor":
@@ -162,8 +164,8 @@ class Bucket:
         # The entries know their bucket, not the other way round: a reference cycle would keep its buffers alive.
         self.count = len(entries)
         self.has_copied = any(entry.copied for entry in entries)
-        # Where |D| is averaged, D has to be summed up element by element before it is averaged.
-        self.averages_magnitudes = any(entry.absolute and entry.block > 1 for entry in entries)
+        # Where |D| is averaged, D has to be summed up over probes and micro-batches, element by element, before.
+        self.averages_magnitudes = any(entry.absolute for entry in entries)
         self.device, self.dtype = first.device, first.dtype
         self.state_dtype = state_dtype(first.dtype)
         self._make_table(entries)

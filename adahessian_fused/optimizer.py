@@ -54,8 +54,9 @@ class AdaHessian(TakesClosures):
         eps: added to the denominator.
         weight_decay: decoupled weight decay.
         hessian_power: k in [0, 1].
-        block_size: length b of the averaging blocks in logical row-major order: an int, "row" (last axis), "tensor" or
-            "auto" (spatial size of convolution kernels, 1 for everything else). Per group.
+        block_size: length b of the averaging blocks in logical row-major order: an int, "row" (last axis), "tensor",
+            "auto" (spatial size of convolution kernels, 1 for everything else) or "conv2d" (the same for 4-D
+            parameters only). Per group.
         averaging: "signed" averages D (Eq. 7), "abs" averages \|D\| as the official code does. Per group.
         update_each: Hutchinson frequency: curvature at steps 1, 1 + f, 1 + 2f, ... Per group.
         off_step: on the steps between, "hold" leaves v and h alone, "stale" feeds the last diagonal in again. Per
@@ -222,7 +223,7 @@ class AdaHessian(TakesClosures):
     # ---- the step ----------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None, *, hessian: Sequence[Tensor | None] | None = None) -> Any:
+    def step(self, closure: Callable[[], Any] | None = None, hessian: Sequence[Tensor | None] | None = None) -> Any:
         """Perform one optimization step.
 
         Args:
@@ -276,6 +277,7 @@ class AdaHessian(TakesClosures):
             if found_inf.item() != 0:
                 return
             found_inf = None
+        self._before_update(entries, grads, due)
         if curvature is not None and curvature.must_fold(self._entries.values()):
             curvature.fold()
         seed = self.param_groups[0]["seed"]
@@ -296,6 +298,9 @@ class AdaHessian(TakesClosures):
                 )
         for number in {entry.group for entry in entries}:
             self.param_groups[number]["step"] += 1
+
+    def _before_update(self, entries: Sequence[Entry], grads: Sequence[Tensor], due: Sequence[bool]) -> None:
+        """What a subclass does first in a step that is taken (with ``capturable``: that the device may still skip)."""
 
     def _by_kind(self, entries: Sequence[Entry], due: Sequence[bool]) -> dict[str, list[Entry]]:
         """Split entries by where the curvature of this step comes from."""

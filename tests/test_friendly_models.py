@@ -15,7 +15,7 @@ from models import batch, conv_net
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from adahessian_fused import AdaHessian, curvature_friendly
+from adahessian_fused import AdaHessian, available_backends, curvature_friendly
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 
@@ -144,12 +144,12 @@ class Launches(TorchDispatchMode):
 def test_operators_of_a_step(device):
     model, (x, y) = resnet20().to(device), images(2, device, torch.float32)
     opt = AdaHessian(model.parameters(), lr=0.01)
+    opt.step(lambda: F.cross_entropy(model(x), y))  # the first one lays out the states
     with Launches() as mode:
         opt.step(lambda: F.cross_entropy(model(x), y))
-    assert mode.counts["launches"] <= LAUNCHES, mode.counts
-
-
-LAUNCHES = 1200
+    fused = available_backends(device)["native"] is None
+    assert mode.counts["launches"] <= (500 if fused else 1200), mode.counts
+    assert mode.counts.total() <= (1000 if fused else 1800), mode.counts
 
 
 def test_off_steps_enter_nothing(device):

@@ -1,0 +1,85 @@
+"""The pages in docs/migration: their code runs, their diffs are import lines, their tables tell the defaults."""
+
+from __future__ import annotations
+
+import inspect
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from models import batch, mlp, weights
+from originals import Origin, stand_ins  # noqa: F401
+from torch import nn
+
+PAGES = Path(__file__).resolve().parents[1] / "docs" / "migration"
+ORIGINS = ("official", "torch_optimizer", "pytorch_optimizer", "timm", "davda54")
+pages = pytest.mark.parametrize("origin", ORIGINS)
+
+pytestmark = [
+    pytest.mark.usefixtures("stand_ins"),
+    pytest.mark.filterwarnings("ignore:Using backward\\(\\) with create_graph=True"),
+]
+
+
+def blocks(page: str, language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", (PAGES / f"{page}.md").read_text(), re.DOTALL | re.MULTILINE)
+
+
+def run(code: str) -> dict:
+    """Run a block as its reader would: with a model, a loss function and batches."""
+    model = mlp()
+    before = weights(model)
+    names = {"model": model, "loss_fn": nn.functional.mse_loss, "batches": [batch(i, model) for i in range(3)]}
+    exec(compile(code, "<a block of docs/migration>", "exec"), names)
+    moved = [(a != b).any() for a, b in zip(weights(model), before, strict=True)]
+    assert all(moved) == any(moved) == (".step()" in code)
+    return names
+
+
+def test_every_origin_has_a_page_and_a_line_in_the_list():
+    assert {page.stem for page in PAGES.glob("*.md")} == {*ORIGINS, "README"}
+    listed = (PAGES / "README.md").read_text()
+    assert all(f"[{o}.md]({o}.md) | `compat.{o}.{Origin(o).drop_in.__name__}`" in listed for o in ORIGINS)
+
+
+@pytest.mark.parametrize("page", [*ORIGINS, "README"])
+def test_python_blocks_run(page):
+    if page == "README":
+        pytest.importorskip("torch_optimizer")
+    found = blocks(page, "python")
+    assert found
+    for code in found:
+        run(code)
+
+
+@pages
+def test_a_script_changes_by_its_import_line(origin):
+    [diff] = blocks(origin, "diff")
+    lines = diff.splitlines()
+    changed = [line for line in lines if not line.startswith(" ") and line]
+    assert re.fullmatch(r"-from [\w.]+ import (\w+)\n\+from [\w.]+ import \1", "\n".join(changed))
+    before, after = ("\n".join(line[1:] for line in lines if line[:1] != other) for other in "+-")
+    theirs, ours = run(before)["opt"], run(after)["opt"]
+    assert (type(theirs), type(ours)) == (Origin(origin).original, Origin(origin).drop_in)
+
+
+@pages
+def test_table_of_defaults(origin):
+    rows = re.findall(r"^\| `(\w+)` \| `(.*?)` \|", (PAGES / f"{origin}.md").read_text(), re.MULTILINE)
+    parameters = list(inspect.signature(Origin(origin).original).parameters.values())[1:]
+    assert rows == [(p.name, repr(p.default)) for p in parameters if p.kind is not p.VAR_KEYWORD]
+
+
+@pages
+def test_links_lead_somewhere(origin):
+    text = (PAGES / f"{origin}.md").read_text()
+    for target in re.findall(r"\]\(([^)#]+)", text):
+        assert (PAGES / target).exists(), target
+    assert "README.md" in text
+
+
+def test_the_stand_ins_draw_probes():
+    """Without ours, the transcribed originals draw their own: the scripts above run as they are."""
+    z = Origin("official").original([nn.Parameter(torch.ones(1))]).z(torch.ones(100), 0)
+    assert set(z.tolist()) == {-1.0, 1.0}
