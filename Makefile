@@ -10,13 +10,14 @@ SANITIZE ?= address,undefined
 
 export ADAHESSIAN_CUDA_ARCHS := $(ARCHS)
 
-.PHONY: help build demo test cpp-test cpp-bench bench lint format gpu clean
+.PHONY: help build demo test cpp-test cpp-bench bench overhead lint format gpu clean
 
 help:
 	@echo "make demo    train ResNet-20 on real images with SGD, AdamW, plain AdaHessian and ours; table, JSON and plot"
 	@echo "make test    the whole test suite on this machine"
 	@echo "make cpp-test   csrc without Python, under AddressSanitizer and UBSan; part of make test"
 	@echo "make bench   the update against its floor and its peers"
+	@echo "make overhead  what second-order steps cost beside SGD's and AdamW's; half an hour, ARGS=--quick: minutes"
 	@echo "make cpp-bench  the launchers alone, from C++"
 	@echo "make lint    ruff and clang-format"
 	@echo "make format  let them rewrite"
@@ -67,6 +68,9 @@ cpp-bench: $(VENV)/.ready
 bench: $(VENV)/.built
 	$(PY) -m bench.run --out $(OUT) $(ARGS)
 
+overhead: $(VENV)/.built
+	$(PY) -m bench.overhead --out $(OUT) $(ARGS)
+
 lint: $(VENV)/.ready
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
@@ -94,6 +98,7 @@ gpu:
 	    $(PYTHON) -m pytest -q --device cuda -k "$(SANITIZED)" tests/test_adahessian_step.py tests/test_rademacher.py \
 	    tests/test_hessian_diag.py || exit 1; done
 	cd build && PYTHONPATH=$(GPU_SITE) $(PYTHON) -m adahessian_fused bench --device cuda --out $(abspath $(OUT)) $(BENCH_ARGS)
+	PYTHONSAFEPATH=1 PYTHONPATH=$(GPU_SITE):$(CURDIR) $(PYTHON) -m bench.overhead --device cuda --quick --out $(OUT)
 
 clean:
 	rm -rf build dist *.egg-info adahessian_fused/*.so adahessian_fused/__pycache__ $(VENV)/.built

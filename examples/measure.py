@@ -5,9 +5,7 @@ Run as a program (``python measure.py JSON``) it is the subprocess that measures
 
 from __future__ import annotations
 
-import contextlib
 import json
-import resource
 import subprocess
 import sys
 import time
@@ -19,6 +17,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from contestants import CONTESTANTS, REFERENCE, Contestant, Run, Settings
+from memory import meter
 from plain import PlainAdaHessian
 from resnet import MODELS
 from torch import Tensor, nn
@@ -199,53 +198,10 @@ def measure_memory(job: dict) -> dict:
     x, y = torch.randn(job["shape"], device=device), torch.randint(10, (batch,), device=device)
     model = MODELS[job["model"]](channels).to(device)
     run = Run(CONTESTANTS[job["contestant"]], model, Settings(**job["settings"]))
-    meter = CudaMeter(device) if device.type == "cuda" else ResidentMeter()
+    peak = meter(device)
     for _ in range(MEMORY_STEPS):
         run.step(x, y)
-    return {"mb": meter.megabytes(), "what": meter.what}
-
-
-class CudaMeter:
-    """Peak of what PyTorch's allocator handed out."""
-
-    what = "torch.cuda.max_memory_allocated"
-
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-        torch.cuda.reset_peak_memory_stats(device)
-        self.before = torch.cuda.memory_allocated(device)
-
-    def megabytes(self) -> float:
-        """Growth of the peak, in 10^6 bytes."""
-        return (torch.cuda.max_memory_allocated(self.device) - self.before) / 1e6
-
-
-class ResidentMeter:
-    """Peak resident memory of this process.
-
-    From /proc where there is one: getrusage's ru_maxrss survives exec, so in the child of a large process it starts at
-    the parent's peak and does not see anything smaller.
-    """
-
-    def __init__(self) -> None:
-        self.what = "peak resident memory"
-        with contextlib.suppress(OSError):
-            Path("/proc/self/clear_refs").write_text("5")  # the peak starts again at what is resident now
-        self.before = self.peak_bytes()
-
-    @staticmethod
-    def peak_bytes() -> int:
-        """Highest resident memory so far."""
-        try:
-            status = Path("/proc/self/status").read_text()
-            return 1024 * next(int(line.split()[1]) for line in status.splitlines() if line.startswith("VmHWM"))
-        except (OSError, StopIteration):
-            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-            return peak if sys.platform == "darwin" else 1024 * peak
-
-    def megabytes(self) -> float:
-        """Growth of the peak, in 10^6 bytes."""
-        return (self.peak_bytes() - self.before) / 1e6
+    return {"mb": peak.megabytes(), "what": peak.what}
 
 
 if __name__ == "__main__":

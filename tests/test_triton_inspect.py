@@ -63,9 +63,10 @@ def inspect_kernel(module: str, name: str, dtype: str, given: dict) -> dict:
     """Compile one kernel for sm_90 and count what the tests ask about."""
     import triton
     import triton.language as tl
-    from adahessian_fused.kernels.table import LAUNCH, TILES
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
+
+    from adahessian_fused.kernels.table import LAUNCH, TILES
 
     kernel = getattr(sys.modules[f"adahessian_fused.kernels.{module}"], name)
     tile, num_warps = TILES[{"fp32": 4, "bf16": 2}[dtype]]

@@ -11,18 +11,19 @@ import argparse
 import gc
 import json
 import random
-import resource
 import subprocess
 import sys
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator
-from datetime import UTC, datetime
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+
+from examples.memory import meter
 
 from ..machine import machine
 from .check import MOST_IN_D, MOST_IN_G, errors
@@ -93,17 +94,11 @@ def peak_memory(name: str, way: str, device: str, batch: int | None) -> int | No
 
 def measure_memory(problem: Problem, way: Way, device: str) -> int:
     """What :func:`peak_memory` prints."""
-    model = problem.fresh()
-    step, _ = way.make(problem, model)
+    step, _ = way.make(problem, problem.fresh())
     gc.collect()
-    if device == "cuda":
-        before = torch.cuda.memory_allocated()
-        step(), step()
-        return torch.cuda.max_memory_allocated() - before
-    unit = 1 if sys.platform == "darwin" else 1024
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    peak = meter(torch.device(device))
     step(), step()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit - before
+    return round(peak.megabytes() * 1e6)
 
 
 def run_model(problem: Problem, ways: Iterable[Way], args: argparse.Namespace) -> dict[str, Any]:
@@ -157,13 +152,13 @@ def main() -> int:
         args.rounds = min(args.rounds, 5)
     ways = [way for way in WAYS if not (args.quick and way.compiled)]
     data: dict[str, Any] = {"machine": machine(args.device), "rounds": args.rounds, "models": []}
+    stem = args.out / f"overhead-{args.device}-{datetime.now(timezone.utc):%Y%m%d-%H%M%S}"
+    args.out.mkdir(parents=True, exist_ok=True)
     for name in args.models:
         data["models"].append(run_model(problem(name, device=args.device, batch=args.batch), ways, args))
         show(data["models"][-1])
-    stem = args.out / f"overhead-{args.device}-{datetime.now(UTC):%Y%m%d-%H%M%S}"
-    args.out.mkdir(parents=True, exist_ok=True)
-    stem.with_suffix(".json").write_text(json.dumps(data, indent=1) + "\n")
-    draw(data, stem.with_suffix(".svg"))
+        stem.with_suffix(".json").write_text(json.dumps(data, indent=1) + "\n")  # what there is: models take minutes
+        draw(data, stem.with_suffix(".svg"))
     print(f"wrote {stem}.json and {stem}.svg")
     wrong = [row for model in data["models"] for row in model["rows"] if row.get("wrong")]
     unexpected = [row for row in wrong if "finite" not in row["way"]]
