@@ -113,4 +113,15 @@ ADAHESSIAN_HD void store_to(float16& target, float x) {
 #endif
 }
 
+// Calls f with a value of the element type that `dtype` names.
+template <typename F>
+void dispatch(Dtype dtype, const F& f) {
+  switch (dtype) {
+    case Dtype::kFloat32: return f(float{});
+    case Dtype::kBFloat16: return f(bfloat16{});
+    case Dtype::kFloat16: return f(float16{});
+    case Dtype::kFloat64: return f(double{});
+  }
+}
+
 }  // namespace adahessian

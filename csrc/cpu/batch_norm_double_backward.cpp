@@ -209,7 +209,7 @@ void rows(const BatchNormArgs& args, const Context& context) {
 }  // namespace
 
 void batch_norm_double_backward(const BatchNormArgs& args, const Context& context) {
-  with_type(args.dtype, [&](auto type) {
+  dispatch(args.dtype, [&](auto type) {
     using T = decltype(type);
     args.inner == 1 ? rows<T>(args, context) : planes<T>(args, context);
   });

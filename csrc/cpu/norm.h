@@ -76,14 +76,4 @@ const S* as(const void* data) {
   return static_cast<const S*>(data);
 }
 
-template <typename F>
-void with_type(Dtype dtype, const F& f) {
-  switch (dtype) {
-    case Dtype::kFloat32: return f(float{});
-    case Dtype::kBFloat16: return f(bfloat16{});
-    case Dtype::kFloat16: return f(float16{});
-    case Dtype::kFloat64: return f(double{});
-  }
-}
-
 }  // namespace adahessian::cpu

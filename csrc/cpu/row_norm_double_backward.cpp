@@ -151,7 +151,7 @@ void all_rows(const RowNormArgs& args, const Context& context) {
 }  // namespace
 
 void row_norm_double_backward(const RowNormArgs& args, const Context& context) {
-  with_type(args.dtype, [&](auto type) { all_rows<decltype(type)>(args, context); });
+  dispatch(args.dtype, [&](auto type) { all_rows<decltype(type)>(args, context); });
 }
 
 }  // namespace adahessian::cpu

@@ -122,15 +122,4 @@ inline bool any_long_block(const std::vector<Segment>& segments) {
   return std::any_of(segments.begin(), segments.end(), [](const Segment& s) { return s.block > kTile; });
 }
 
-// Calls f with a value of the element type that `dtype` names.
-template <typename F>
-void dispatch(Dtype dtype, const F& f) {
-  switch (dtype) {
-    case Dtype::kFloat32: return f(float{});
-    case Dtype::kBFloat16: return f(bfloat16{});
-    case Dtype::kFloat16: return f(float16{});
-    case Dtype::kFloat64: return f(double{});
-  }
-}
-
 }  // namespace adahessian::cpu

@@ -1,4 +1,3 @@
-#include "dispatch.h"
 #include "launch.cuh"
 #include "step_plan.h"
 
@@ -16,7 +15,7 @@ namespace adahessian::cuda {
 
 void adahessian_step(const AdaHessianStepArgs& args, const Context& context) {
   gpu::CudaDevice device("adahessian_step", context);
-  gpu::with_type_of(args.dtype, [&](auto type) { gpu::adahessian_step<decltype(type)>(args, device); });
+  dispatch(args.dtype, [&](auto type) { gpu::adahessian_step<decltype(type)>(args, device); });
 }
 
 }  // namespace adahessian::cuda

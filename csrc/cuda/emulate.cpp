@@ -1,6 +1,5 @@
 #include "emulate.h"
 
-#include "dispatch.h"
 #include "perturb.h"
 #include "rademacher.h"
 #include "step_plan.h"
@@ -9,22 +8,22 @@ namespace adahessian::emulated {
 
 void rademacher(const RademacherArgs& args, const Context& context) {
   gpu::EmulatedDevice device("rademacher", context);
-  gpu::with_type_of(args.dtype, [&](auto type) { gpu::rademacher<decltype(type)>(args, device); });
+  dispatch(args.dtype, [&](auto type) { gpu::rademacher<decltype(type)>(args, device); });
 }
 
 void perturb(const PerturbArgs& args, const Context& context) {
   gpu::EmulatedDevice device("perturb", context);
-  gpu::with_type_of(args.dtype, [&](auto type) { gpu::perturb<decltype(type)>(args, device); });
+  dispatch(args.dtype, [&](auto type) { gpu::perturb<decltype(type)>(args, device); });
 }
 
 void hessian_diag(const HessianDiagArgs& args, const Context& context) {
   gpu::EmulatedDevice device("hessian_diag", context);
-  gpu::with_type_of(args.dtype, [&](auto type) { gpu::hessian_diag<decltype(type)>(args, device); });
+  dispatch(args.dtype, [&](auto type) { gpu::hessian_diag<decltype(type)>(args, device); });
 }
 
 void adahessian_step(const AdaHessianStepArgs& args, const Context& context) {
   gpu::EmulatedDevice device("adahessian_step", context);
-  gpu::with_type_of(args.dtype, [&](auto type) { gpu::adahessian_step<decltype(type)>(args, device); });
+  dispatch(args.dtype, [&](auto type) { gpu::adahessian_step<decltype(type)>(args, device); });
 }
 
 }  // namespace adahessian::emulated

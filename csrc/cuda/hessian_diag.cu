@@ -1,4 +1,3 @@
-#include "dispatch.h"
 #include "launch.cuh"
 #include "reduction.h"
 
@@ -16,7 +15,7 @@ namespace adahessian::cuda {
 
 void hessian_diag(const HessianDiagArgs& args, const Context& context) {
   gpu::CudaDevice device("hessian_diag", context);
-  gpu::with_type_of(args.dtype, [&](auto type) { gpu::hessian_diag<decltype(type)>(args, device); });
+  dispatch(args.dtype, [&](auto type) { gpu::hessian_diag<decltype(type)>(args, device); });
 }
 
 }  // namespace adahessian::cuda

@@ -1,4 +1,3 @@
-#include "dispatch.h"
 #include "launch.cuh"
 #include "perturb.h"
 
@@ -6,7 +5,7 @@ namespace adahessian::cuda {
 
 void perturb(const PerturbArgs& args, const Context& context) {
   gpu::CudaDevice device("perturb", context);
-  gpu::with_type_of(args.dtype, [&](auto type) { gpu::perturb<decltype(type)>(args, device); });
+  dispatch(args.dtype, [&](auto type) { gpu::perturb<decltype(type)>(args, device); });
 }
 
 }  // namespace adahessian::cuda

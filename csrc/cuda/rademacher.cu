@@ -1,4 +1,3 @@
-#include "dispatch.h"
 #include "launch.cuh"
 #include "rademacher.h"
 
@@ -6,7 +5,7 @@ namespace adahessian::cuda {
 
 void rademacher(const RademacherArgs& args, const Context& context) {
   gpu::CudaDevice device("rademacher", context);
-  gpu::with_type_of(args.dtype, [&](auto type) { gpu::rademacher<decltype(type)>(args, device); });
+  dispatch(args.dtype, [&](auto type) { gpu::rademacher<decltype(type)>(args, device); });
 }
 
 }  // namespace adahessian::cuda
