@@ -9,10 +9,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from .overhead.table import HEADER, cells
 from .table import columns, notes, rows
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS, PAGE = ROOT / "bench" / "results", ROOT / "docs" / "benchmarks.md"
+OVERHEAD = RESULTS / "overhead"
 
 HEAD = """# Benchmarks
 
@@ -31,6 +33,11 @@ none is found in the cache (unless the case says "cached"); time is the median.
 * **peers** (the last columns): their time over ours, above 1 is slower than ours. torch-optimizer and pytorch-optimizer
   get the Hessian diagonal for nothing; *reference* is this package's plain PyTorch, *reference compiled* the same
   formulas in one graph under `torch.compile`.
+
+Tables of **whole training steps** come from `make overhead`: time over that of a step with `torch.optim.SGD` that ran
+right before, median of the rounds. A row is timed only after its gradient and its curvature agreed with float64. f is
+the Hutchinson frequency: the measured costs with and without curvature, averaged. *floor* counts the matrix products of
+a step with curvature in first-order steps. *error g* and *error D* are relative to float64.
 """
 DEVICES = {"cpu": "CPU", "cuda": "GPU"}
 PLOTS = "benchmarks"
@@ -47,31 +54,53 @@ def of_device(files: dict[str, dict[str, Any]], device: str) -> dict[str, dict[s
     return {name: data for name, data in files.items() if data["machine"]["device"] == device}
 
 
-def page(files: dict[str, dict[str, Any]], plots: Sequence[str]) -> str:
+def page(
+    files: dict[str, dict[str, Any]], plots: Sequence[str], overheads: dict[str, dict[str, Any]] | None = None
+) -> str:
     """The page's text.
 
     Args:
         files: results by name.
         plots: plots that there are, relative to the page; each begins with its device.
+        overheads: results of ``make overhead`` by name.
     """
     parts = [HEAD]
     for device, title in DEVICES.items():
         chosen = of_device(files, device)
         parts.append(f"## {title}\n" if chosen else f"## {title}\n\nNot measured yet.\n")
         parts += [f"![{Path(plot).stem}]({plot})\n" for plot in plots if Path(plot).name.startswith(device)]
+        parts += [_overhead(name, data) for name, data in of_device(overheads or {}, device).items()]
         parts += [_section(name, data) for name, data in chosen.items()]
     return "\n".join(parts)
 
 
 def _section(name: str, data: dict[str, Any]) -> str:
-    results, machine = data["results"], data["machine"]
-    header = columns(results)
-    facts = [f"{key} {_fact(machine[key])}" for key in FACTS if machine.get(key)]
-    lines = [f"### {name}", "", f"{', '.join(facts)}.", ""]
-    lines += ["| " + " | ".join(header) + " |", "|" + "|".join(["---", "---", *["---:"] * (len(header) - 2)]) + "|"]
-    lines += ["| " + " | ".join(row + [""] * (len(header) - len(row))) + " |" for row in rows(results)]
+    results = data["results"]
+    lines = [f"### {name}", "", _facts(data["machine"]), "", *_table(columns(results), rows(results), texts=2)]
     lines += [f"\nNot measured: {note}." for note in notes(results)]
     return "\n".join(lines) + "\n"
+
+
+def _overhead(name: str, data: dict[str, Any]) -> str:
+    lines = [f"### Whole training steps: {name}", "", _facts(data["machine"])]
+    for model in data["models"]:
+        lines += [
+            "",
+            f"**{model['model']}**, {model['parameters']:,} parameters, batch {model['batch'][0]}; SGD takes ",
+        ]
+        lines[-1] += f"{1e3 * model['sgd_seconds']:.0f} ms a step."
+        lines += ["", *_table(HEADER, [cells(row) for row in model["rows"]])]
+    return "\n".join(lines) + "\n"
+
+
+def _facts(machine: dict[str, Any]) -> str:
+    return ", ".join(f"{key} {_fact(machine[key])}" for key in FACTS if machine.get(key)) + "."
+
+
+def _table(header: list[str], body: list[list[str]], texts: int = 1) -> list[str]:
+    lines = ["| " + " | ".join(header) + " |"]
+    lines.append("|" + "|".join(["---"] * texts + ["---:"] * (len(header) - texts)) + "|")
+    return lines + ["| " + " | ".join(row + [""] * (len(header) - len(row))) + " |" for row in body]
 
 
 def _fact(value: Any) -> str:
@@ -88,6 +117,7 @@ def plots_on(folder: Path) -> list[str]:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Draw the plots of the newest results of each device and write the page."""
     argparse.ArgumentParser(prog="python -m bench.report", description=__doc__).parse_args(arguments)
+    from .overhead.plot import draw as draw_overhead
     from .plots import draw
 
     files = load(RESULTS)
@@ -96,7 +126,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for device in DEVICES:
         for data in list(of_device(files, device).values())[:1]:
             draw(data, folder / device, suffixes=("svg",))
-    PAGE.write_text(page(files, plots_on(PAGE.parent)))
+    overheads = load(OVERHEAD)
+    for device in DEVICES:
+        for data in list(of_device(overheads, device).values())[:1]:
+            draw_overhead(data, folder / f"{device}-overhead.svg")
+    PAGE.write_text(page(files, plots_on(PAGE.parent), overheads))
     print(f"written to {PAGE}")
     return 0
 

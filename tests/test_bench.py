@@ -185,7 +185,7 @@ def results(**medians: float) -> dict:
 
 
 def test_the_committed_page_shows_the_committed_results():
-    text = report.page(report.load(report.RESULTS), report.plots_on(report.PAGE.parent))
+    text = report.page(report.load(report.RESULTS), report.plots_on(report.PAGE.parent), report.load(report.OVERHEAD))
     assert report.PAGE.read_text() == text, "run python -m bench.report"
 
 
