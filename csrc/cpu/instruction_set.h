@@ -15,7 +15,7 @@ namespace adahessian::cpu {
 
 // The best one this machine has, or the one that ADAHESSIAN_CPU_CAPABILITY names if the machine has it.
 inline std::string best_instruction_set() {
-  const char* wanted = std::getenv("ADAHESSIAN_CPU_CAPABILITY");
+  [[maybe_unused]] const char* wanted = std::getenv("ADAHESSIAN_CPU_CAPABILITY");
 #ifdef ADAHESSIAN_X86
   const auto allowed = [&](const char* name) { return wanted == nullptr || std::string(wanted) == name; };
   if (allowed("avx512") && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
