@@ -17,6 +17,15 @@ BAGS = torch.tensor([1, 2, 3, 3, 2, 4]), torch.tensor([0, 2, 2, 5])
 LAST = torch.channels_last
 
 
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Thousands of tiny operators: threads would spend their time waiting for each other."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 class Case(NamedTuple):
     """An operator of some tensors: input, weight and so on."""
 

@@ -135,6 +135,9 @@ def main() -> int:
     """Entry point; returns the exit code."""
     parser = argparse.ArgumentParser(prog="python -m bench.overhead", description=__doc__)
     parser.add_argument("--models", nargs="+", default=NAMES, choices=NAMES)
+    parser.add_argument(
+        "--ways", nargs="+", metavar="TEXT", help="only rows whose names contain one of these, and SGD's"
+    )
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--batch", type=int, help="examples; by default 128 images, 8 texts, 256 vectors")
     parser.add_argument("--rounds", type=int, default=15)
@@ -151,6 +154,8 @@ def main() -> int:
     if args.quick:
         args.rounds = min(args.rounds, 5)
     ways = [way for way in WAYS if not (args.quick and way.compiled)]
+    if args.ways:
+        ways = [way for way in ways if way.name in (SGD, ADAMW) or any(text in way.name for text in args.ways)]
     data: dict[str, Any] = {"machine": machine(args.device), "rounds": args.rounds, "models": []}
     stem = args.out / f"overhead-{args.device}-{datetime.now(timezone.utc):%Y%m%d-%H%M%S}"
     args.out.mkdir(parents=True, exist_ok=True)
