@@ -24,12 +24,18 @@ class Contestant:
         step: what is timed.
         prepare: what has to happen before each step, and is not timed.
         params: what it updates, if it claims to compute AdaHessian; compared with the float64 reference.
+        watched: whether its operators can be watched by a dispatch mode; compiled code refuses that.
     """
 
     def __init__(
-        self, step: Callable[[], Any], prepare: Callable[[], None] | None = None, params: list[Tensor] | None = None
+        self,
+        step: Callable[[], Any],
+        prepare: Callable[[], None] | None = None,
+        params: list[Tensor] | None = None,
+        *,
+        watched: bool = True,
     ) -> None:
-        self.step, self.params = step, params
+        self.step, self.params, self.watched = step, params, watched
         self.prepare = prepare or (lambda: None)
 
 
@@ -125,7 +131,7 @@ def reference_compiled(problem: Problem) -> Contestant:
     """Our reference's formulas as one function under torch.compile."""
     params = problem.params()
     step = compiled.make_step(problem, params, lr=LR, weight_decay=WEIGHT_DECAY)
-    return Contestant(step, params=params)
+    return Contestant(step, params=params, watched=False)
 
 
 PEERS: dict[str, Callable[[Problem], Contestant]] = {

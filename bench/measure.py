@@ -71,7 +71,7 @@ def _timing(samples: list[tuple[float, float]], contestant: Contestant, device: 
     step = np.percentile([taken for taken, _ in samples], (50, 20, 80)).tolist()
     if device == "cuda":
         return Timing(*step, len(samples), median(host for _, host in samples), _kernels(contestant))
-    calls, host = _calls(contestant)
+    calls, host = _calls(contestant) if contestant.watched else (0, 0.0)
     return Timing(*step, len(samples), host if calls else None, calls or None)
 
 

@@ -230,3 +230,16 @@ def test_compare_notices_results_that_became_wrong(tmp_path, capsys):
         (tmp_path / name).write_text(json.dumps(data))
     assert compare.main([str(tmp_path / "old"), str(tmp_path / "new")]) == 1
     assert "wrong now" in capsys.readouterr().out
+
+
+def test_what_refuses_to_be_watched_is_timed_all_the_same():
+    """Compiled code does not run under a dispatch mode."""
+
+    def step():
+        if torch.utils._python_dispatch._get_current_dispatch_mode() is not None:
+            raise RuntimeError("a dispatch mode is present")
+
+    peer = contestants.Contestant(step, watched=False)
+    timing = measure.interleaved({"peer": [peer]}, device="cpu", seconds=0.0, samples=3)["peer"]
+    assert timing.samples >= 3
+    assert timing.launches is None
