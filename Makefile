@@ -98,7 +98,7 @@ gpu:
 	    $(PYTHON) -m pytest -q --device cuda -k "$(SANITIZED)" tests/test_adahessian_step.py tests/test_rademacher.py \
 	    tests/test_hessian_diag.py || exit 1; done
 	cd build && PYTHONPATH=$(GPU_SITE) $(PYTHON) -m adahessian_fused bench --device cuda --out $(abspath $(OUT)) $(BENCH_ARGS)
-	PYTHONSAFEPATH=1 PYTHONPATH=$(GPU_SITE):$(CURDIR) $(PYTHON) -m bench.overhead --device cuda --quick --out $(OUT)/overhead
+	PYTHONSAFEPATH=1 PYTHONPATH=$(GPU_SITE):$(CURDIR) $(PYTHON) -m bench.overhead --device cuda --quick --no-memory --out $(OUT)/overhead
 
 clean:
 	rm -rf build dist *.egg-info adahessian_fused/*.so adahessian_fused/__pycache__ $(VENV)/.built
