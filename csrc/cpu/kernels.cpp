@@ -262,7 +262,7 @@ template <typename T, typename Element>
                                    const T* soon = nullptr) {
   constexpr int64_t W = kLanes<StateOf<T>>;
   update<true>(work, begin, size, [&](int64_t i) ADAHESSIAN_INLINE_LAMBDA {
-    __builtin_prefetch(soon + i);
+    if (soon != nullptr) __builtin_prefetch(soon + i);
     if (i + W <= size) return load_as_vector(ds + i);
     Element last[W] = {};
     std::copy_n(ds + i, size - i, last);
