@@ -7,6 +7,7 @@ ARCHS  := $(or $(ADAHESSIAN_CUDA_ARCHS),$(shell nvidia-smi --query-gpu=compute_c
 OUT    ?= bench/results
 REQUIRE ?= native,emulated,reference,triton
 SANITIZE ?= address,undefined
+WORKERS ?= $(shell n=$$(nproc 2>/dev/null || echo 2); echo $$((n < 8 ? n : 8)))
 
 export ADAHESSIAN_CUDA_ARCHS := $(ARCHS)
 
@@ -28,7 +29,7 @@ $(VENV)/.ready: constraints.txt pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(PY) -m pip install -q -c constraints.txt torch
 	$(PY) -m pip install -q -c constraints.txt setuptools cmake ninja pybind11 numpy triton \
-	  scikit-learn matplotlib rich pytest hypothesis pytest-timeout ruff clang-format
+	  scikit-learn matplotlib rich pytest hypothesis pytest-timeout pytest-xdist ruff clang-format
 	$(PY) -m pip install -q -c constraints.txt --no-deps torch-optimizer pytorch-ranger pytorch-optimizer
 	@touch $@
 
@@ -49,7 +50,7 @@ demo: $(VENV)/.built
 	$(PY) examples/train_resnet.py --data digits --out demo $(ARGS)
 
 test: $(VENV)/.built cpp-test
-	$(PY) -m pytest -q --require $(REQUIRE) $(ARGS)
+	OMP_WAIT_POLICY=passive $(PY) -m pytest -q -n $(WORKERS) --dist loadgroup --require $(REQUIRE) $(ARGS)
 
 # csrc without Python and torch: its tests with sanitizers, and its benchmark without. BASELINE_ONLY=OFF compiles, and
 # tests, the kernels for every instruction set, which takes minutes; SANITIZE=thread looks for races.

@@ -41,16 +41,15 @@ class Contestant:
 
 def ours(problem: Problem, backend: str) -> Contestant:
     """A whole optimizer.step() after opt.backward()."""
-    case, params = problem.case, problem.params()
+    case = problem.case
     every = 1 if case.curvature else 2**40  # after the first step off-steps only
-    opt = AdaHessian(
-        problem.grouped(params),
-        lr=LR,
-        weight_decay=WEIGHT_DECAY,
-        block_size=case.block,
-        backend=backend,
-        update_each=every,
-    )
+    return stepping(problem, AdaHessian, block_size=case.block, backend=backend, update_each=every)
+
+
+def stepping(problem: Problem, make: type[AdaHessian], **options: Any) -> Contestant:
+    """The same with any AdaHessian of ours."""
+    params = problem.params()
+    opt = make(problem.grouped(params), lr=LR, weight_decay=WEIGHT_DECAY, **options)
 
     def prepare() -> None:
         if not opt.needs_hessian:
