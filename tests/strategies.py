@@ -15,6 +15,11 @@ from adahessian_fused import AdaHessian
 
 Loss = Callable[[nn.Module], Tensor]
 
+U = torch.finfo(torch.float64).eps / 2
+# An exact product is off by roundings alone. In a difference of gradients they are divided by eps = 2^-23, and the
+# truncation error eps^2 is smaller still; both in units of sizes that differ from |Hz|, hence the factors.
+BOUND = {"autograd": 512 * U, "forward_over_reverse": 512 * U, "finite_difference": 512 * U / 2.0**-23}
+
 
 class Tied(nn.Module):
     """A language model whose embedding is its head."""
@@ -153,3 +158,17 @@ def error(a: list[Tensor], b: list[Tensor]) -> float:
     """|a - b| / |b| over all parameters together."""
     a, b = (torch.cat([t.detach().double().reshape(-1) for t in ts]) for ts in (a, b))
     return float((a - b).norm() / b.norm())
+
+
+def step(opt: AdaHessian, model: nn.Module, loss, seed: int = 5):
+    """One step on the loss as a function, from a known state of the random numbers."""
+    torch.manual_seed(seed)
+    value = opt.backward(lambda: loss(model))
+    opt.step()
+    return value
+
+
+def compare(opt, model, g, hz, hvp) -> None:
+    """Gradient and |D| of the first step."""
+    for name, ours, theirs in zip(("gradient", "Hz"), found(opt, model), (g, [h.abs() for h in hz]), strict=True):
+        assert error(ours, theirs) <= BOUND[hvp], f"{name} is off by {error(ours, theirs):.2g}"
