@@ -12,10 +12,10 @@ from torch import Tensor
 from . import hvp
 from .evaluation import Differentiate
 from .friendly import curvature_friendly
-from .gathering import GathersCurvature
+from .hooks import HooksBackward
 
 
-class TakesClosures(GathersCurvature):
+class TakesClosures(HooksBackward):
     """Optimizer whose step may be given a closure that returns the loss, with or without ``backward()``."""
 
     def _reset(self) -> None:
@@ -29,7 +29,7 @@ class TakesClosures(GathersCurvature):
         self._grads_before = self._grad_versions()
         with torch.enable_grad():
             if self.needs_hessian:
-                with curvature_friendly(), hvp.InterceptBackward(self.backward) as mode:
+                with curvature_friendly(), hvp.InterceptBackward(self._backward_inside) as mode:
                     loss = closure()
                 differentiated = mode.called
             else:
@@ -47,6 +47,14 @@ class TakesClosures(GathersCurvature):
         self.zero_grad()
         self.backward(loss)
         return loss.detach()
+
+    def _backward_inside(self, loss: Tensor, **options: Any) -> None:
+        """What ``loss.backward()`` means in a closure when curvature is due."""
+        if self._curvature is None:
+            for (grad, version), (old, old_version) in zip(self._grad_versions(), self._grads_before, strict=True):
+                if grad is not None and grad is old and version == old_version and grad.any():
+                    raise RuntimeError(hvp.PARTIAL)
+        self.backward(loss, **options)
 
     def _evaluate_closure(self, closure: Callable[[], Any]) -> Any:
         """The same by a strategy that evaluates the closure itself, from gradients that are reset."""

@@ -91,8 +91,6 @@ class AdaHessian(TakesClosures):
         torch.Size([1, 3])
     """
 
-    _step_supports_amp_scaling = True
-
     def __init__(
         self,
         params: Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]],
@@ -140,6 +138,15 @@ class AdaHessian(TakesClosures):
             "master_weights": master_weights,
         }
         super().__init__(params, defaults)
+
+    @property
+    def _step_supports_amp_scaling(self) -> bool:
+        """True for GradScaler: the update divides by the loss scale.
+
+        In a closure, which GradScaler does not allow, gradients carry no scale, and Lightning asks whether it may clip
+        them.
+        """
+        return self._grads_before is None
 
     # ---- parameters and their layout ---------------------------------------------------------------------------------
 

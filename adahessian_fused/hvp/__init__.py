@@ -9,6 +9,7 @@ from .double_backward import (
     NEEDS_FUNCTION,
     NO_CURVATURE,
     NO_LOSS,
+    PARTIAL,
     TWO_WAYS,
     accumulate_grads,
     check_loss,
@@ -18,12 +19,14 @@ from .double_backward import (
     release_graph,
 )
 from .errors import check_differentiable_twice
+from .graph import leaves
 from .intercept import InterceptBackward
 
 __all__ = [
     "NEEDS_FUNCTION",
     "NO_CURVATURE",
     "NO_LOSS",
+    "PARTIAL",
     "TWO_WAYS",
     "InterceptBackward",
     "accumulate_grads",
@@ -32,5 +35,6 @@ __all__ = [
     "differentiable",
     "first_order",
     "hessian_vector_product",
+    "leaves",
     "release_graph",
 ]

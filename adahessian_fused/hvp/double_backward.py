@@ -12,7 +12,13 @@ from .errors import naming_the_operator
 
 NO_CURVATURE = (
     "this step needs curvature, but no gradient carries a graph. Write opt.backward(loss) instead of loss.backward(), "
-    "or loss.backward(create_graph=opt.needs_hessian), or opt.step(closure) with a closure that returns the loss"
+    "or loss.backward(create_graph=opt.needs_hessian), or opt.step(closure) with a closure that returns the loss; or "
+    "call opt.hook_backward() once, where a trainer calls loss.backward()"
+)
+
+PARTIAL = (
+    "the closure adds to gradients that loss.backward() left before it, without their curvature. To accumulate "
+    "gradients, call opt.hook_backward() once before training; otherwise opt.zero_grad() in the closure"
 )
 
 TWO_WAYS = (

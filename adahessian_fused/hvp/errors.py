@@ -8,6 +8,8 @@ from collections.abc import Iterator, Sequence
 
 from torch import Tensor
 
+from .graph import nodes
+
 _NOT_IMPLEMENTED = (
     r"derivative for '?(?:aten::)?(\w+)'? is not implemented",
     r"Trying to use forward AD with (?:aten::)?(\w+) that does not support it",
@@ -82,12 +84,6 @@ def check_differentiable_twice(roots: Sequence[Tensor]) -> None:
     Args:
         roots: the loss and its gradients, with their graph.
     """
-    seen, nodes = set(), [root.grad_fn for root in roots]
-    while nodes:
-        node = nodes.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
+    for node in nodes(roots):
         if node.name() in _CUT:
             raise RuntimeError(explanation(_CUT[node.name()], "autograd"))
-        nodes += [parent for parent, _ in node.next_functions]

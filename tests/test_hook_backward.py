@@ -1,0 +1,288 @@
+"""``opt.hook_backward()``: ``loss.backward()`` gathers curvature, and everything else stays PyTorch's."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import re
+
+import pytest
+import torch
+from models import assert_same, batch, fresh, loss_of, mlp, train, weights
+from torch import Tensor, nn
+
+from adahessian_fused import AdaHessian
+
+PLAIN = Tensor.backward
+
+
+@pytest.fixture(autouse=True)
+def nothing_stays_hooked():
+    yield
+    gc.collect()
+    assert Tensor.backward is PLAIN
+
+
+def step(opt, model, i, micro_batches=1, scale=lambda loss: loss, **options):
+    opt.zero_grad()
+    for j in range(micro_batches):
+        scale(loss_of(model, i + j) / micro_batches).backward(**options)
+    opt.step()
+
+
+OPTIONS = {
+    "plain": {},
+    "every_second": {"update_each": 2},
+    "stale": {"update_each": 2, "off_step": "stale"},
+    "two_samples": {"n_samples": 2},
+}
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+def test_same_trajectory_as_opt_backward(device, options):
+    (a, opt_a), (b, opt_b) = (fresh(mlp(device=device), **options) for _ in range(2))
+    with opt_a.hook_backward():
+        for i in range(4):
+            step(opt_a, a, i)
+    assert_same(weights(a), train(opt_b, b, 4))
+
+
+def test_micro_batches(device):
+    (a, opt_a), (b, opt_b) = (fresh(mlp(device=device), update_each=2) for _ in range(2))
+    with opt_a.hook_backward():
+        for i in range(3):
+            step(opt_a, a, i, 2)
+    for i in range(3):
+        opt_b.zero_grad()
+        for j in range(2):
+            opt_b.backward(loss_of(b, i + j) / 2)
+        opt_b.step()
+    assert_same(weights(a), weights(b))
+
+
+def test_loss_scale(device):
+    """GradScaler's factor is in gradients and curvature alike."""
+    (a, opt_a), (b, opt_b) = (fresh(mlp(device=device)) for _ in range(2))
+    scaler = torch.amp.GradScaler(device, init_scale=2.0**10)
+    with opt_a.hook_backward():
+        for i in range(3):
+            opt_a.zero_grad()
+            scaler.scale(loss_of(a, i)).backward()
+            scaler.step(opt_a)
+            scaler.update()
+    assert_same(weights(a), train(opt_b, b, 3))
+
+
+def test_leaves_of_others_get_their_gradient():
+    """A loss of two halves of a model, one of them another optimizer's, and an input that wants a gradient."""
+    model = mlp()
+    ours, others = model[:2], model[2:]
+    x, y = batch(0, model)
+    x.requires_grad_()
+    expected = torch.autograd.grad((model(x) - y).square().mean(), [*model.parameters(), x])
+    opt = AdaHessian(ours.parameters())
+    with opt.hook_backward():
+        (model(x) - y).square().mean().backward()
+    assert_same([p.grad for p in [*model.parameters(), x]], expected)
+    assert not any(p.grad.requires_grad for p in others.parameters())
+    opt.step()
+    assert [int(opt.state[p]["hessian_step"]) for p in ours.parameters()] == [1, 1]
+
+
+def test_two_optimizers_share_a_loss():
+    model, reference = mlp(), mlp()
+    opts = [AdaHessian(half.parameters()) for half in (model[:2], model[2:])]
+    expected = [AdaHessian(half.parameters()) for half in (reference[:2], reference[2:])]
+    with opts[0].hook_backward(), opts[1].hook_backward():
+        for i in range(3):
+            loss_of(model, i).backward()
+            losses = loss_of(reference, i)
+            expected[0].backward(losses, retain_graph=True)
+            expected[1].backward(losses)
+            for opt in (*opts, *expected):
+                opt.step()
+                opt.zero_grad()
+    assert_same(weights(model), weights(reference))
+
+
+def test_other_losses_are_left_alone():
+    model, other = mlp(), mlp()
+    opt = AdaHessian(model.parameters())
+    with opt.hook_backward():
+        loss_of(other).backward()
+        x = torch.ones(3, requires_grad=True)
+        x.sum().backward()
+    assert opt._curvature is None
+    assert x.grad is not None
+    assert all(p.grad is not None for p in other.parameters())
+
+
+def test_off_steps_are_plain():
+    model, opt = fresh(mlp(), update_each=2)
+    with opt.hook_backward():
+        step(opt, model, 0)
+        opt.zero_grad()
+        loss_of(model, 1).backward()
+        assert opt._curvature is None
+        opt.step()
+    assert int(opt.state[model[0].weight]["hessian_step"]) == 1
+
+
+@pytest.mark.filterwarnings("ignore:Using backward\\(\\) with create_graph=True")
+def test_create_graph_and_inputs_are_left_alone():
+    (a, opt_a), (b, opt_b) = (fresh(mlp()) for _ in range(2))
+    with opt_a.hook_backward():
+        step(opt_a, a, 0, create_graph=True)
+        opt_a.zero_grad()
+        loss_of(a).backward(inputs=[a[0].weight])
+    assert_same(weights(a), train(opt_b, b, 1))
+    assert opt_a._curvature is None
+    assert a[2].weight.grad is None
+
+
+def test_retained_graph():
+    model, opt = fresh(mlp())
+    with opt.hook_backward():
+        loss = loss_of(model)
+        loss.backward(retain_graph=True)
+        once = [p.grad.clone() for p in model.parameters()]
+        loss.backward()
+        with pytest.raises(RuntimeError, match="second time"):
+            loss.backward()
+    assert_same([p.grad for p in model.parameters()], [2 * grad for grad in once])
+
+
+def test_a_loss_that_is_no_number_names_its_shape():
+    model, opt = fresh(mlp())
+    with (
+        opt.hook_backward(),
+        pytest.raises(RuntimeError, match=re.escape("loss has shape (8, 2); expected one number")),
+    ):
+        model(batch(0, model)[0]).backward()
+
+
+# ---- how long it lasts -----------------------------------------------------------------------------------------------
+
+
+def test_the_hook_ends_with_its_handle_and_with_the_optimizer():
+    _, opt = fresh(mlp())
+    handle = opt.hook_backward()
+    assert Tensor.backward is not PLAIN
+    handle.remove()
+    handle.remove()
+    assert Tensor.backward is PLAIN
+    opt.hook_backward()
+    assert Tensor.backward is not PLAIN
+    del opt
+    gc.collect()
+    assert Tensor.backward is PLAIN
+
+
+def test_a_later_optimizer_of_the_same_parameters_takes_over():
+    """As in a notebook whose cell is run again while something still holds the old optimizer."""
+    (model, old), (expected, other) = (fresh(mlp()) for _ in range(2))
+    first = old.hook_backward()
+    new = AdaHessian(model.parameters())
+    with new.hook_backward(), new.hook_backward():
+        for i in range(2):
+            step(new, model, i)
+        first.remove()  # does not end the new one
+        step(new, model, 2)
+    assert old._curvature is None
+    assert_same(weights(model), train(other, expected, 3))
+
+
+def test_copies_and_loaded_states():
+    """A state dict that is loaded, as Accelerate does, leaves the hook; a copy has none."""
+    model, opt = fresh(mlp())
+    with opt.hook_backward():
+        opt.load_state_dict(opt.state_dict())
+        step(opt, model, 0)
+        twin = copy.deepcopy(opt)
+    assert Tensor.backward is PLAIN
+    twin.param_groups[0]["params"][0].sum().backward()
+    assert twin._curvature is None
+
+
+# ---- what is refused -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("hvp", ["finite_difference", "forward_over_reverse"])
+def test_strategies_that_evaluate_the_loss(hvp):
+    with pytest.raises(ValueError, match=f'hvp="{hvp}" evaluates the loss itself.*expected hvp="autograd"'):
+        fresh(mlp(), hvp=hvp)[1].hook_backward()
+
+
+def test_several_processes(monkeypatch):
+    model, opt = fresh(mlp())
+    for name, value in {"is_initialized": True, "get_world_size": 2}.items():
+        monkeypatch.setattr(torch.distributed, name, lambda value=value: value)
+    with opt.hook_backward(), pytest.raises(RuntimeError, match=r"hook_backward\(\) in one of 2 processes"):
+        loss_of(model).backward()
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_without_a_hook_the_error_names_it():
+    model, opt = fresh(mlp())
+    with pytest.raises(RuntimeError, match=re.escape("call opt.hook_backward() once")):
+        step(opt, model, 0)
+
+
+# ---- closures of trainers --------------------------------------------------------------------------------------------
+
+
+def accumulating(opt, model, zero_grad=lambda: None):
+    """A step as Lightning's: one micro-batch before the closure, one in it."""
+    (loss_of(model, 0) / 2).backward()
+
+    def closure():
+        zero_grad()
+        loss = loss_of(model, 1) / 2
+        loss.backward()
+        return loss
+
+    opt.step(closure)
+
+
+def test_a_closure_that_adds_to_gradients_without_curvature():
+    model, opt = fresh(mlp())
+    before = weights(model)
+    with pytest.raises(RuntimeError, match=r"adds to gradients that loss\.backward\(\) left before it"):
+        accumulating(opt, model)
+    assert_same(weights(model), before)
+
+
+def test_a_closure_that_adds_to_gradients_with_curvature():
+    (a, opt_a), (b, opt_b) = (fresh(mlp()) for _ in range(2))
+    with opt_a.hook_backward():
+        accumulating(opt_a, a)
+    for i in range(2):
+        opt_b.backward(loss_of(b, i) / 2)
+    opt_b.step()
+    assert_same(weights(a), weights(b))
+
+
+@pytest.mark.parametrize("set_to_none", [True, False])
+@pytest.mark.parametrize("owner", ["optimizer", "model"])
+def test_a_closure_that_drops_gradients_may_find_some(set_to_none, owner):
+    model, opt = fresh(mlp())
+    reset = opt.zero_grad if owner == "optimizer" else model.zero_grad
+    accumulating(opt, model, lambda: reset(set_to_none=set_to_none))
+    assert int(opt.state[model[0].weight]["hessian_step"]) == 1
+
+
+def test_lightning_may_clip_gradients_in_a_closure():
+    """It asks whether gradients carry a loss scale; GradScaler asks too, and refuses closures."""
+    model, opt = fresh(mlp())
+    asked = []
+
+    def closure():
+        loss = loss_of(model)
+        loss.backward()
+        asked.append(opt._step_supports_amp_scaling)
+        nn.utils.clip_grad_norm_(model.parameters(), 1e-3)
+        return loss
+
+    opt.step(closure)
+    assert asked == [False]
+    assert opt._step_supports_amp_scaling
