@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -64,16 +64,19 @@ def schedule(opt: torch.optim.Optimizer) -> LambdaLR:
     return LambdaLR(opt, lambda step: 1 / (1 + step))
 
 
-def plain(recipe: Recipe, make: Callable[..., AdaHessian] = AdaHessian) -> Run:
+def plain(recipe: Recipe) -> Run:
     """The loop that the others have to agree with."""
     model = Net()
-    opt = make(model.parameters(), **recipe.options)
+    opt = AdaHessian(model.parameters(), **recipe.options)
     scheduler = schedule(opt)
+
+    def loss(batch: dict[str, Tensor]) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16, enabled=recipe.bf16):
+            return model(**batch)["loss"] / recipe.accumulate
+
     for _ in range(recipe.epochs):
         for i, batch in enumerate(DataLoader(examples(recipe), BATCH), start=1):
-            with torch.autocast("cpu", torch.bfloat16, enabled=recipe.bf16):
-                loss = model(**batch)["loss"] / recipe.accumulate
-            opt.backward(loss)
+            opt.backward(partial(loss, batch))
             if i % recipe.accumulate == 0:
                 if recipe.clip:
                     nn.utils.clip_grad_norm_(model.parameters(), recipe.clip)
@@ -87,16 +90,24 @@ def plain(recipe: Recipe, make: Callable[..., AdaHessian] = AdaHessian) -> Run:
 # Each trains a fresh network; with a folder, one epoch that is saved there, then the others in a new run that resumes.
 
 
-def lightning(recipe: Recipe, folder: Path | None = None, hook: bool = True) -> Run:
+def lightning(recipe: Recipe, folder: Path | None = None, *, hook: bool = True, manual: bool = False) -> Run:
     L = pytest.importorskip("lightning", reason="needs lightning")
 
     class Module(L.LightningModule):
         def __init__(self):
             super().__init__()
             self.net = Net()
+            self.automatic_optimization = not manual
 
         def training_step(self, batch, batch_idx):
-            return self.net(**batch)["loss"]
+            loss = self.net(**batch)["loss"]
+            if manual:
+                opt = self.optimizers()
+                opt.zero_grad()
+                self.manual_backward(loss)
+                opt.step()
+                self.lr_schedulers().step()
+            return loss
 
         def configure_optimizers(self):
             self.opt = AdaHessian(self.parameters(), **recipe.options)
@@ -128,8 +139,7 @@ def lightning(recipe: Recipe, folder: Path | None = None, hook: bool = True) -> 
 def accelerate(recipe: Recipe, folder: Path | None = None) -> Run:
     accelerate = pytest.importorskip("accelerate", reason="needs accelerate")
     for epochs in [range(1), range(1, recipe.epochs)] if folder else [range(recipe.epochs)]:
-        for shared in (accelerate.state.AcceleratorState, accelerate.state.GradientState):
-            shared._reset_state()  # of the last Accelerator in this process
+        accelerate.state.AcceleratorState._reset_state()  # as in a process of its own
         accelerator = accelerate.Accelerator(
             cpu=True,
             gradient_accumulation_steps=recipe.accumulate,
