@@ -36,7 +36,10 @@ RECIPES = {
     "all": Recipe(accumulate=2, clip=0.05, bf16=True, epochs=2, options=EVERY_SECOND),
 }
 
-pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
+pytestmark = [
+    pytest.mark.xdist_group("trainers"),
+    pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning"),
+]
 
 
 @pytest.fixture(autouse=True)
@@ -202,7 +205,7 @@ def test_every_example_is_run_here():
 
 @pytest.mark.parametrize("name", NEEDS)
 def test_example_learns(name, request, monkeypatch):
-    need(NEEDS[name], request)
+    need(("sklearn", *NEEDS[name]), request)
     monkeypatch.syspath_prepend(ROOT / "examples" / "trainers")
     opt, *accuracies = importlib.import_module(name).main()
     assert min(accuracies) > 0.6
