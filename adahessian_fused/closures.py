@@ -39,20 +39,16 @@ class TakesClosures(HooksBackward):
             grad is not None and (grad is not old or version != old_version)
             for (grad, version), (old, old_version) in zip(self._grad_versions(), before, strict=True)
         )
-        if differentiated or changed or (loss is None and self._ready()):
+        if differentiated or changed:
             return loss
+        if loss is None and any(p.grad is not None for _, p in self._trained()):
+            return loss  # Lightning passes a closure that does nothing after manual_backward()
         if not isinstance(loss, Tensor) or not loss.requires_grad:
             raise RuntimeError(hvp.NO_LOSS.format(type(loss).__name__))
         del before
         self.zero_grad()
         self.backward(loss)
         return loss.detach()
-
-    def _ready(self) -> bool:
-        """Whether the coming step has all it needs; Lightning passes a closure that does nothing then."""
-        grads = [p.grad for _, p in self._trained() if p.grad is not None]
-        has_curvature = self._curvature is not None or hvp.differentiable(grads)
-        return bool(grads) and (not self.needs_hessian or bool(has_curvature))
 
     def _backward_inside(self, loss: Tensor, **options: Any) -> None:
         """What ``loss.backward()`` means in a closure when curvature is due."""

@@ -122,7 +122,9 @@ def test_off_steps_are_plain():
     with opt.hook_backward():
         step(opt, model, 0)
         opt.zero_grad()
-        loss_of(model, 1).backward()
+        (activation := model[0](batch(1, model)[0])).retain_grad()
+        model[1:](activation).sum().backward()
+        assert activation.grad is not None  # which opt.backward() does not compute
         assert opt._curvature is None
         opt.step()
     assert int(opt.state[model[0].weight]["hessian_step"]) == 1
@@ -132,7 +134,9 @@ def test_off_steps_are_plain():
 def test_create_graph_and_inputs_are_left_alone():
     (a, opt_a), (b, opt_b) = (fresh(mlp()) for _ in range(2))
     with opt_a.hook_backward():
-        step(opt_a, a, 0, create_graph=True)
+        loss_of(a).backward(create_graph=True)
+        assert all(p.grad.requires_grad for p in a.parameters())
+        opt_a.step()
         opt_a.zero_grad()
         loss_of(a).backward(inputs=[a[0].weight])
     assert_same(weights(a), train(opt_b, b, 1))
@@ -269,6 +273,21 @@ def test_a_closure_that_drops_gradients_may_find_some(set_to_none, owner):
     reset = opt.zero_grad if owner == "optimizer" else model.zero_grad
     accumulating(opt, model, lambda: reset(set_to_none=set_to_none))
     assert int(opt.state[model[0].weight]["hessian_step"]) == 1
+
+
+def test_a_closure_that_does_nothing():
+    """As Lightning's under manual optimization, where everything is ready before the step."""
+    (a, opt_a), (b, opt_b) = (fresh(mlp()) for _ in range(2))
+    opt_a.backward(loss_of(a))
+    assert opt_a.step(lambda: None) is None
+    assert_same(weights(a), train(opt_b, b, 1))
+    opt_a.zero_grad()
+    loss_of(a, 1).backward()
+    with pytest.raises(RuntimeError, match="needs curvature, but no gradient carries a graph"):
+        opt_a.step(lambda: None)
+    opt_a.zero_grad()
+    with pytest.raises(RuntimeError, match="the closure returned NoneType"):
+        opt_a.step(lambda: None)
 
 
 def test_lightning_may_clip_gradients_in_a_closure():
