@@ -139,15 +139,6 @@ class AdaHessian(TakesClosures):
         }
         super().__init__(params, defaults)
 
-    @property
-    def _step_supports_amp_scaling(self) -> bool:
-        """True for GradScaler: the update divides by the loss scale.
-
-        In a closure, which GradScaler does not allow, gradients carry no scale, and Lightning asks whether it may clip
-        them.
-        """
-        return self._grads_before is None
-
     # ---- parameters and their layout ---------------------------------------------------------------------------------
 
     def _reset(self) -> None:
