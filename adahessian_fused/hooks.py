@@ -14,8 +14,9 @@ from torch.utils.hooks import RemovableHandle
 from . import hvp
 from .gathering import GathersCurvature
 
-_plain_backward = Tensor.backward
 _hooked: OrderedDict[int, weakref.ref[HooksBackward]] = OrderedDict()
+_original = Tensor.backward  # what _backward stands in front of: PyTorch's, or what another library has put there
+_installed = False
 
 
 class HooksBackward(GathersCurvature):
@@ -61,18 +62,21 @@ class BackwardHook(RemovableHandle):
     """The hook of one optimizer, until ``remove()`` or the end of a ``with``."""
 
     def __init__(self, optimizer: HooksBackward) -> None:
+        global _original, _installed
         super().__init__(_hooked)
         _hooked[self.id] = weakref.ref(optimizer, lambda _: self.remove())
-        Tensor.backward = _backward
+        if not _installed:
+            _original, Tensor.backward, _installed = Tensor.backward, _backward, True
 
     def remove(self) -> None:
-        """End the hook; the last one gives ``Tensor.backward`` back."""
+        """End the hook; the last one gives ``Tensor.backward`` back, unless somebody else has wrapped it since."""
+        global _installed
         super().remove()
         if not _hooked and Tensor.backward is _backward:
-            Tensor.backward = _plain_backward
+            Tensor.backward, _installed = _original, False
 
 
-@functools.wraps(_plain_backward)
+@functools.wraps(Tensor.backward)
 def _backward(
     self: Tensor,
     gradient: Tensor | None = None,
@@ -80,13 +84,9 @@ def _backward(
     create_graph: bool = False,
     inputs: Any = None,
 ) -> None:
-    rest, takers = {}, []
-    if not create_graph and inputs is None:
-        due = [opt for ref in list(_hooked.values()) if (opt := ref()) is not None and opt.needs_hessian]
-        rest = {id(leaf): leaf for leaf in hvp.leaves(self)} if due else {}
-        takers = [opt for opt in due if [rest.pop(id(p)) for _, p in opt._trained() if id(p) in rest]]
+    takers, rest = ([], []) if create_graph or inputs is not None else _takers(self)
     if not takers:
-        _plain_backward(self, gradient, retain_graph, create_graph, inputs)
+        _original(self, gradient, retain_graph, create_graph, inputs)
         return
     if distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1:
         raise RuntimeError(
@@ -94,6 +94,19 @@ def _backward(
             "curvature, and the gradient that comes with it, would be this process's alone"
         )
     if rest:
-        torch.autograd.backward(self, gradient, retain_graph=True, inputs=list(rest.values()))
+        torch.autograd.backward(self, gradient, retain_graph=True, inputs=rest)
     for opt in takers:
         opt.backward(self, gradient=gradient, retain_graph=bool(retain_graph) or opt is not takers[-1])
+
+
+def _takers(loss: Tensor) -> tuple[list[HooksBackward], list[Tensor]]:
+    """The hooked optimizers that need this loss's curvature, and the leaves that none of them has."""
+    optimizers = [ref() for ref in list(_hooked.values())]
+    due = [opt for opt in optimizers if opt is not None and opt.needs_hessian]
+    rest = {id(leaf): leaf for leaf in hvp.leaves(loss)} if due else {}
+    takers = []
+    for opt in due:
+        reached = [rest.pop(id(p)) for _, p in opt._trained() if id(p) in rest]
+        if reached:
+            takers.append(opt)
+    return takers, list(rest.values())

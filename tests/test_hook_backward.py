@@ -11,7 +11,7 @@ import torch
 from models import assert_same, batch, fresh, loss_of, mlp, train, weights
 from torch import Tensor, nn
 
-from adahessian_fused import AdaHessian
+from adahessian_fused import AdaHessian, hooks
 
 PLAIN = Tensor.backward
 
@@ -180,6 +180,37 @@ def test_the_hook_ends_with_its_handle_and_with_the_optimizer():
     del opt
     gc.collect()
     assert Tensor.backward is PLAIN
+
+
+def test_others_may_wrap_backward_too():
+    """Before the hook and after it: each stays in the chain, and none is called twice."""
+    calls = []
+
+    def wrapped(name):
+        inner = Tensor.backward
+
+        def backward(self, *args, **kwargs):
+            calls.append(name)
+            inner(self, *args, **kwargs)
+
+        return backward
+
+    model, opt = fresh(mlp())
+    x = torch.ones(2, requires_grad=True)
+    try:
+        Tensor.backward = wrapped("before")
+        handle = opt.hook_backward()
+        Tensor.backward = wrapped("after")
+        x.sum().backward()
+        handle.remove()  # is in the middle of the chain
+        x.sum().backward()
+        with opt.hook_backward():
+            x.sum().backward()
+            assert calls == ["after", "before"] * 3
+            step(opt, model, 0)
+        assert calls == ["after", "before"] * 3 + ["after"]
+    finally:
+        hooks._installed, Tensor.backward = False, PLAIN
 
 
 def test_a_later_optimizer_of_the_same_parameters_takes_over():
