@@ -165,8 +165,7 @@ class GathersCurvature(EvaluatesLosses):
         pairs = [(entry, g) for entry, (n, _, g) in zip(entries, found, strict=True) if due[n] and g.requires_grad]
         self._differentiate(pairs, retain_graph=retain_graph, inverse_scale=inverse_scale, weight=weight)
         hvp.accumulate_grads([p for _, p, _ in found], [g for _, _, g in found], seed_gradient)
-        with torch.no_grad():
-            self._curvature.report([p.grad for _, p, _ in found])
+        self._report_overflow([p.grad for _, p, _ in found])
 
     def _differentiate(self, pairs: Sequence[tuple[Entry, Tensor]], *, retain_graph: bool, **scales: Any) -> None:
         """Add the curvature along this step's probes; ``pairs`` are parameters and gradients with a graph."""
@@ -186,15 +185,20 @@ class GathersCurvature(EvaluatesLosses):
             self._graph_checked = True
 
     def _from_graph(self, entries: Sequence[Entry], due: Sequence[bool]) -> None:
-        """Curvature from gradients that ``loss.backward(create_graph=True)`` left."""
+        """Curvature from gradients that ``loss.backward(create_graph=True)`` left; they lose their graph."""
         grads = [entry.param.grad for entry in entries]
         with_graph = hvp.differentiable(grads)
-        if not with_graph:
-            way = self.param_groups[0]["hvp"]
-            raise RuntimeError(hvp.NO_CURVATURE if way == "autograd" else hvp.NEEDS_FUNCTION.format(way))
-        self._check_whole_batch()
-        self._check_graph([grads[i] for i in with_graph])
-        self._differentiate([(entries[i], grads[i]) for i in with_graph if due[entries[i].group]], retain_graph=False)
+        if with_graph and self._curvature is not None:
+            raise RuntimeError(hvp.TWO_WAYS)
+        if self._curvature is None and any(due[entry.group] for entry in entries):
+            if not with_graph:
+                way = self.param_groups[0]["hvp"]
+                raise RuntimeError(hvp.NO_CURVATURE if way == "autograd" else hvp.NEEDS_FUNCTION.format(way))
+            self._check_whole_batch()
+            self._check_graph([grads[i] for i in with_graph])
+            pairs = [(entries[i], grads[i]) for i in with_graph if due[entries[i].group]]
+            self._differentiate(pairs, retain_graph=False)
+        hvp.release_graph(grads)
 
     def _from_user(self, hessian: Sequence[Tensor | None], entries: Sequence[Entry]) -> None:
         """Curvature the user brings: D for each parameter, in the order of the groups."""
