@@ -14,6 +14,7 @@ from .curvature import Curvature
 from .evaluation import Differentiate, EvaluatesLosses
 from .fraction import split_batch
 from .layout import Entry
+from .profiling import profiled
 
 
 class GathersCurvature(EvaluatesLosses):
@@ -26,6 +27,7 @@ class GathersCurvature(EvaluatesLosses):
 
     # ---- losses ------------------------------------------------------------------------------------------------------
 
+    @profiled(lambda opt: f"Optimizer.backward#{type(opt).__name__}.backward")
     def backward(
         self,
         loss: Tensor | Callable[[], Tensor],

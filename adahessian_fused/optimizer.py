@@ -15,6 +15,7 @@ from .amp import FollowsGradScaler
 from .checks import check_grad, check_group, check_param
 from .curvature import Curvature, by_bucket
 from .layout import Entry, all_fit, make_buckets
+from .statistics import Observable
 from .update import HyperTable, update_bucket
 
 _LAYOUT = attrgetter("layout")
@@ -31,7 +32,7 @@ def _keeps_diag(group: dict[str, Any]) -> bool:
     return group["off_step"] == "stale" and group["update_each"] > 1
 
 
-class AdaHessian(FollowsGradScaler):
+class AdaHessian(Observable, FollowsGradScaler):
     r"""AdaHessian (Yao et al. 2021, Algorithm 1) on fused kernels.
 
     .. math::
@@ -290,6 +291,7 @@ class AdaHessian(FollowsGradScaler):
                     grad_scale=None if grad_scale is None else grad_scale.to(bucket.device),
                     found_inf=None if found_inf is None else found_inf.to(bucket.device),
                 )
+        self._stepped = entries
         for number in {entry.group for entry in entries}:
             self.param_groups[number]["step"] += 1
 
@@ -310,20 +312,3 @@ class AdaHessian(FollowsGradScaler):
                 kind = "hold"
             kinds.setdefault(kind, []).append(entry)
         return kinds
-
-    def hessian_diag(self, param: Tensor) -> Tensor:
-        """The root-mean-square Hessian diagonal, sqrt(v / (1 - beta2^h)): a new tensor of the parameter's shape.
-
-        Raises:
-            RuntimeError: the parameter has not seen any curvature yet.
-            ValueError: it is not a parameter of this optimizer.
-        """
-        group = next((group for group in self.param_groups if any(p is param for p in group["params"])), None)
-        if group is None:
-            raise ValueError(f"a tensor of shape {tuple(param.shape)}; it is not a parameter of this optimizer")
-        state = self.state.get(param, {})
-        h = int(state.get("hessian_step", 0))
-        if h == 0:
-            raise RuntimeError("this parameter has not seen any curvature yet; call step() first")
-        beta2 = group["betas"][1]
-        return (state["exp_hessian_diag_sq"] / (1 - beta2**h)).sqrt()

@@ -34,6 +34,10 @@ class HyperTable:
                 table[number, Hyper.LR].copy_(group["lr"].reshape(()))
         return table
 
+    def last(self, device: torch.device) -> Tensor:
+        """The table of the last step on ``device``."""
+        return self._cached[device][1]
+
     @staticmethod
     def _row(group: Mapping[str, Any], lr: float | Tensor) -> list[float]:
         beta1, beta2 = group["betas"]
