@@ -75,7 +75,9 @@ class AdaHessian(Observable, FollowsGradScaler):
         backend: "native", "triton", "reference", or "auto" for the best that can run.
         maximize: ascend instead of descending. Per group.
         capturable: keep the step counts on the device, so that CUDA graphs can capture a step; no host synchronisation.
-        master_weights: keep float32 copies of 16-bit parameters.
+        master_weights: keep float32 copies of 16-bit parameters. What others write to a parameter is taken over at the
+            next step, except for in-place writes through ``p.data`` (``p.data.copy_(x)``), which leave no trace: write
+            to ``p`` itself under ``torch.no_grad()``, or call ``torch.autograd.graph.increment_version(p)``.
 
     Raises:
         ValueError, TypeError: a hyperparameter or parameter out of its range; the message says what was expected.

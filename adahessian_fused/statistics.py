@@ -55,17 +55,16 @@ class Statistics:
         """Python numbers for ``wandb.log`` or TensorBoard's ``add_scalar``, read with one wait for the device.
 
         Returns:
-            Attributes that are not None by their names; with several groups theirs too, as ``"group0/lr"`` and so on.
+            All tensors among the attributes, by their names; those of several groups as ``"group0/lr"`` and so on.
         """
-        named = dict(self._named())
+        named = dict(self._scalars())
         if len(self.groups) > 1:
-            named |= {f"group{i}/{name}": x for i, group in enumerate(self.groups) for name, x in group._named()}
-        tensors = {name: x.double() for name, x in named.items() if isinstance(x, Tensor)}
-        read = dict(zip(tensors, _stacked(list(tensors.values())).tolist(), strict=True)) if tensors else {}
-        return {name: read.get(name, x) for name, x in named.items() if x is not None}
+            named |= {f"group{i}/{name}": x for i, group in enumerate(self.groups) for name, x in group._scalars()}
+        return dict(zip(named, _stacked([x.double() for x in named.values()]).tolist(), strict=True))
 
-    def _named(self) -> Iterator[tuple[str, Any]]:
-        return ((f.name, getattr(self, f.name)) for f in dataclasses.fields(self) if f.name != "groups")
+    def _scalars(self) -> Iterator[tuple[str, Tensor]]:
+        named = ((f.name, getattr(self, f.name)) for f in dataclasses.fields(self))
+        return ((name, x) for name, x in named if isinstance(x, Tensor))
 
 
 class Observable(Optimizer):

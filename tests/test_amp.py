@@ -82,7 +82,7 @@ def test_scaling_changes_nothing(device, way, options):
     assert_same(scaled_training(way, opt_a, a, growing), train(opt_b, b, 4))
 
 
-@pytest.mark.parametrize("way", WAYS.values(), ids=WAYS)
+@pytest.mark.parametrize("way", SCALED.values(), ids=SCALED)
 def test_scaling_changes_nothing_in_every_backend(engine, device, way):
     (a, opt_a), (b, opt_b) = (fresh(mlp(torch.float32, device), backend=engine) for _ in range(2))
     assert_same(scaled_training(way, opt_a, a, scaler_for(device), 2), train(opt_b, b, 2))
@@ -100,19 +100,46 @@ def test_micro_batches_with_scaling(device, way):
     assert_same(*found)
 
 
-def test_clipping_with_unscale(engine, device):
+@pytest.mark.parametrize("order", [(None, "scaler"), ("scaler", None)], ids=["without_first", "with_first"])
+def test_one_step_has_one_way_to_scale(device, order):
+    model, opt = fresh(mlp(torch.float32, device))
+    scaler = scaler_for(device)
+    opt.backward(loss_of(model), grad_scaler=order[0] and scaler)
+    with pytest.raises(RuntimeError, match="grad_scaler for some losses of this step"):
+        opt.backward(loss_of(model, 1), grad_scaler=order[1] and scaler)
+
+
+@pytest.mark.parametrize("way", SCALED.values(), ids=SCALED)
+@pytest.mark.parametrize("asked", range(3))
+def test_asking_for_amp_support_changes_nothing(device, way, asked):
+    """Reading the attribute that GradScaler reads completes the curvature, and that is all."""
     found = []
-    for scaler in (scaler_for(device), None):
-        model, opt = fresh(mlp(torch.float32, device), backend=engine)
-        for i in range(3):
+    for times in (asked, 0):
+        model, opt = fresh(mlp(torch.float32, device), n_samples=2)
+        scaler = scaler_for(device)
+        for i in range(2):
             opt.zero_grad()
-            opt.backward(loss_of(model, i), grad_scaler=scaler)
-            scaler and scaler.unscale_(opt)
-            assert nn.utils.clip_grad_norm_(model.parameters(), 0.01) > 0.01
-            scaler.step(opt) if scaler else opt.step()
-            scaler and scaler.update()
+            way(opt, loss_of(model, i), scaler)
+            for _ in range(times):
+                assert opt._step_supports_amp_scaling is True
+            scaler.step(opt)
+            scaler.update()
         found.append(weights(model))
     assert_same(*found)
+
+
+@pytest.mark.parametrize("block", [1, 2])
+@pytest.mark.parametrize("way", SCALED.values(), ids=SCALED)
+def test_float16_curvature_below_its_range_is_not_lost(engine, device, way, block):
+    """G = 2^-26 p and Hz = 2^-26 are zero in float16; with the scale they are not."""
+    p = nn.Parameter(torch.ones(4, dtype=torch.float16, device=device))
+    opt = AdaHessian([p], lr=2.0**-4, betas=(0.0, 0.0), eps=0.0, block_size=block, backend=engine)
+    scaler = scaler_for(device, 2.0**16)
+    loss = (p.float().square() * 2.0**-27).sum()
+    way(opt, loss, scaler)
+    scaler.step(opt)
+    assert torch.equal(p, torch.full_like(p, 1 - 2.0**-4))
+    assert torch.equal(opt.hessian_diag(p), torch.full_like(p, 2.0**-26, dtype=torch.float32))
 
 
 @pytest.mark.parametrize("way", [create_graph, backward_of_scaled], ids=lambda f: f.__name__)
@@ -171,6 +198,17 @@ def test_an_infinity_lowers_the_scale(device, way, overflow):
     scaler.step(opt)
     scaler.update()
     assert scaler.get_scale() == 2.0**15
+
+
+@pytest.mark.parametrize("capturable", [False, True], ids=["", "capturable"])
+def test_external_curvature_that_is_not_finite_skips_the_step(device, capturable):
+    p = nn.Parameter(torch.ones(3, device=device))
+    opt, scaler = AdaHessian([p], capturable=capturable), scaler_for(device)
+    scaler.scale((4 * p).sum()).backward()
+    scaler.step(opt, hessian=[torch.tensor([1.0, torch.nan, 1.0], device=device)])
+    scaler.update()
+    assert torch.equal(p, torch.ones_like(p))
+    assert scaler.get_scale() == 1024.0  # which it has nothing to do with
 
 
 @pytest.mark.parametrize("update_each", [2, 3])
@@ -240,7 +278,12 @@ def _rebind(p, values):
     p.data = values.clone()
 
 
-WRITES = {"copy_": _copy_, "data_copy_": _data_copy_, "rebind": _rebind}
+def _data_copy_and_say_so(p, values):
+    p.data.copy_(values)
+    torch.autograd.graph.increment_version(p)
+
+
+WRITES = {"copy_": _copy_, "data_copy_": _data_copy_, "said": _data_copy_and_say_so, "rebind": _rebind}
 
 
 @pytest.mark.parametrize("write", WRITES.values(), ids=WRITES)
