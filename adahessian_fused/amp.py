@@ -24,7 +24,12 @@ class FollowsGradScaler(TakesClosures):
         ``GradScaler.step`` asks for this right before it looks for infinities in the gradients, which is all that makes
         it lower its scale. So this is the moment to compute curvature that only ``step`` would have computed, and to
         let a gradient tell what is wrong with it. Asking again changes nothing.
+
+        False inside closures: GradScaler does not take them, so gradients carry no scale there and may be clipped,
+        which is what Lightning wants to know.
         """
+        if self._grads_before is not None or self._inside is not None:
+            return False
         self._complete_curvature()
         return True
 

@@ -170,7 +170,8 @@ def test_an_overflow_in_the_curvature_ends_their_training_but_not_ours(device, p
 # Where each of them would show:
 #   trailing empty tensor, zero-numel slots, 2^31 elements       cases.py, test_adahessian_step.py, test_ops.py
 #   gradient strides differ; a sliced parameter's neighbours     test_optimizer_layout.py
-#   found_inf ignored, double unscale, bf16 updates vanish       test_amp.py
+#   found_inf ignored, double unscale                            test_amp.py
+#   bf16 updates vanish                                          test_master_weights.py
 #   step shared by parameters, states cast to bf16               test_state_loading.py
 #   tensor lr, many groups                                       test_optimizer_conventions.py
 #   a group added later is never stepped with master weights, step on the wrong device or of the wrong dtype: below
