@@ -64,8 +64,9 @@ class FollowsGradScaler(TakesClosures):
         """Compute the curvature that graphs still hold, unscale it if asked to, and report infinities in it."""
         entries, grads = self._with_gradients()
         if hvp.differentiable(grads):
-            self._from_graph(entries, self._due())
-        if self._curvature is None:
+            self._from_backward(entries, grads, self._due())
+            hvp.release_graph(grads)
+        if self._curvature is None or not grads:
             return
         if grad_scaler is not None:
             one = torch.ones((), device=grads[0].device)

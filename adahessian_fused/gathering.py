@@ -55,8 +55,9 @@ class GathersCurvature(EvaluatesLosses):
                 buffers of modules are taken care of).
             gradient: as in ``Tensor.backward``.
             retain_graph: keep the graph of the loss.
-            grad_scaler: scales the loss (pass it unscaled). Needed only with ``grad_scaler.unscale_(opt)``, for
-                example to clip gradients; otherwise ``opt.backward(grad_scaler.scale(loss))`` does as well.
+            grad_scaler: scales the loss (pass it unscaled). Needed only where other code calls
+                ``grad_scaler.unscale_(opt)``; otherwise ``opt.backward(grad_scaler.scale(loss))`` does as well, with
+                ``opt.unscale_(grad_scaler)`` if gradients are to be clipped.
             curvature: weight of this loss's curvature, 1 unless given; 0 computes the gradient only.
 
         Returns:
@@ -187,20 +188,22 @@ class GathersCurvature(EvaluatesLosses):
             self._graph_checked = True
 
     def _from_graph(self, entries: Sequence[Entry], due: Sequence[bool]) -> None:
-        """Curvature from gradients that ``loss.backward(create_graph=True)`` left; they lose their graph."""
+        """Curvature from gradients that ``loss.backward(create_graph=True)`` left."""
         grads = [entry.param.grad for entry in entries]
         with_graph = hvp.differentiable(grads)
-        if with_graph and self._curvature is not None:
-            raise RuntimeError(hvp.TWO_WAYS)
+        if not with_graph:
+            way = self.param_groups[0]["hvp"]
+            raise RuntimeError(hvp.NO_CURVATURE if way == "autograd" else hvp.NEEDS_FUNCTION.format(way))
+        self._check_whole_batch()
+        self._check_graph([grads[i] for i in with_graph])
+        self._differentiate([(entries[i], grads[i]) for i in with_graph if due[entries[i].group]], retain_graph=False)
+
+    def _from_backward(self, entries: Sequence[Entry], grads: Sequence[Tensor], due: Sequence[bool]) -> None:
+        """Curvature from whichever way the backward passes of this step went."""
         if self._curvature is None and any(due[entry.group] for entry in entries):
-            if not with_graph:
-                way = self.param_groups[0]["hvp"]
-                raise RuntimeError(hvp.NO_CURVATURE if way == "autograd" else hvp.NEEDS_FUNCTION.format(way))
-            self._check_whole_batch()
-            self._check_graph([grads[i] for i in with_graph])
-            pairs = [(entries[i], grads[i]) for i in with_graph if due[entries[i].group]]
-            self._differentiate(pairs, retain_graph=False)
-        hvp.release_graph(grads)
+            self._from_graph(entries, due)
+        elif self._curvature is not None and hvp.differentiable(grads):
+            raise RuntimeError(hvp.TWO_WAYS)
 
     def _from_user(self, hessian: Sequence[Tensor | None], entries: Sequence[Entry]) -> None:
         """Curvature the user brings: D for each parameter, in the order of the groups."""

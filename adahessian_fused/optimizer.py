@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import backends
+from . import backends, hvp
 from .amp import FollowsGradScaler
 from .checks import check_grad, check_group, check_param
 from .curvature import Curvature, by_bucket
@@ -256,10 +256,11 @@ class AdaHessian(Observable, FollowsGradScaler):
             return loss
         due = self._due()
         if hessian is None:
-            self._from_graph(entries, due)
+            self._from_backward(entries, grads, due)
         else:
             self._from_user(hessian, entries)
             due = [True] * len(due)
+        hvp.release_graph(grads)
         curvature, self._curvature = self._curvature, None
         self._update(entries, grads, due, curvature)
         return loss

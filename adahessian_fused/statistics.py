@@ -19,9 +19,9 @@ from .update import HyperTable
 class Statistics:
     r"""Where an optimizer stands after a step: of one parameter group, or of all of them.
 
-    Scalar tensors on the parameters' device; reading one (``float(x)``) waits for the device, holding it does not. None
-    where there is nothing to tell. Norms are Euclidean, over all elements, so that norm / sqrt(numel) is the root mean
-    square.
+    Scalar tensors, on the parameters' device if they had to be computed; reading one (``float(x)``) waits for the
+    device, holding it does not. None where there is nothing to tell. Norms are Euclidean, over all elements, so that
+    norm / sqrt(numel) is the root mean square.
 
     Attributes:
         lr: learning rate of the last step; None for several groups together.
