@@ -31,7 +31,8 @@ $(VENV)/.ready: constraints.txt pyproject.toml
 	$(PY) -m pip install -q -c constraints.txt setuptools cmake ninja pybind11 numpy triton \
 	  scikit-learn matplotlib rich pytest hypothesis pytest-timeout pytest-xdist ruff clang-format
 	$(PY) -m pip install -q --no-compile -c constraints.txt lightning accelerate transformers
-	$(PY) -m pip install -q -c constraints.txt --no-deps torch-optimizer pytorch-ranger pytorch-optimizer timm
+	$(PY) -m pip install -q -c constraints.txt --no-deps torch-optimizer pytorch-ranger pytorch-optimizer timm \
+	  tensorboard absl-py protobuf
 	@touch $@
 
 SOURCES := $(wildcard csrc/*.h csrc/*.cpp csrc/cpu/* csrc/cuda/*) CMakeLists.txt setup.py

@@ -11,32 +11,37 @@ import importlib.util
 import os
 import warnings
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 
 import torch
 
+from .profiling import profiled
+
 PREFERENCE = ("native", "triton", "reference")
+OPS = ("rademacher", "perturb", "hessian_diag", "adahessian_step")
 
 
 def _native() -> SimpleNamespace:
     from . import _native  # loads the library and registers the operators
 
     ops = getattr(torch.ops, _native.NAMESPACE)
-    return SimpleNamespace(
-        rademacher=ops.rademacher.default,
-        perturb=ops.perturb.default,
-        hessian_diag=ops.hessian_diag.default,
-        adahessian_step=ops.adahessian_step.default,
-    )
+    return SimpleNamespace(**{op: getattr(ops, op).default for op in OPS})
+
+
+def _python(module: str) -> SimpleNamespace:
+    """A backend of Python functions; profilers show them under the names of the native operators."""
+    functions = importlib.import_module(module, __package__)
+    names = getattr(functions, "__all__", OPS)
+    return SimpleNamespace(**{op: profiled(f"adahessian_fused::{op}")(getattr(functions, op)) for op in names})
 
 
 @functools.cache
-def get(name: str) -> ModuleType | SimpleNamespace:
+def get(name: str) -> SimpleNamespace:
     """The backend called ``name``: an object with rademacher, perturb, hessian_diag and adahessian_step."""
     if name == "reference":
-        return importlib.import_module(".reference", __package__)
+        return _python(".reference")
     if name == "triton":
-        return importlib.import_module(".kernels", __package__)
+        return _python(".kernels")
     if name == "native":
         return _native()
     raise ValueError(f'unknown backend "{name}"; expected "auto" or one of {", ".join(PREFERENCE)}')
@@ -122,6 +127,6 @@ class ByDevice(dict):
         super().__init__()
         self._name = name
 
-    def __missing__(self, device_type: str) -> ModuleType | SimpleNamespace:
+    def __missing__(self, device_type: str) -> SimpleNamespace:
         self[device_type] = get(choose(self._name, device_type))
         return self[device_type]

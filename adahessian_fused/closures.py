@@ -22,15 +22,6 @@ class TakesClosures(HooksBackward):
         super()._reset()
         self._grads_before: list[tuple[Tensor | None, int]] | None = None
 
-    @property
-    def _step_supports_amp_scaling(self) -> bool:
-        """True for GradScaler: the update divides by the loss scale.
-
-        In a closure, which GradScaler does not allow, gradients carry no scale, and Lightning asks whether it may clip
-        them.
-        """
-        return self._grads_before is None
-
     def _evaluate(self, closure: Callable[[], Any]) -> Any:
         """Call the closure and make sure gradients, and curvature if it is due, are there afterwards."""
         if self.needs_hessian and self.param_groups[0]["hvp"] != "autograd":

@@ -77,7 +77,7 @@ class Curvature:
         self.draw = True
         self.diags: dict[Bucket, Tensor] = {}
         self.unscaled = False  # of GradScaler's factor
-        self._found_inf: Tensor | None = None
+        self.reported = False  # to GradScaler, if it is not finite
 
     def differentiate(
         self,
@@ -134,20 +134,26 @@ class Curvature:
             weight: factor on Hz.
             inverse_scale: factor that takes GradScaler's scale out of Hz.
         """
-        if inverse_scale is not None:
-            products = self._unscale(products, inverse_scale)
         if not products:
             return
+        if (self.products or self.diags) and self.unscaled != (inverse_scale is not None):
+            raise RuntimeError(
+                "opt.backward() was given a grad_scaler for some losses of this step, but not for all; expected it for "
+                "all of them, or scaler.scale(loss) for all of them"
+            )
+        if inverse_scale is not None:
+            products, self.unscaled = _scaled(products, inverse_scale), True
         if weight != 1.0:  # not in place: autograd may have handed out one tensor twice
             products = dict(zip(products, torch._foreach_mul(list(products.values()), weight), strict=True))
         draw = probe == "rademacher"
         if not draw and z is None:
             z = draw_probe(list(products), self._backends, probe=probe, seed=self._seed, sample=sample)
-        d = {entry: entry.stored(h) if draw else entry.product(z[entry], h) for entry, h in products.items()}
+        d = {entry: entry.stored(h, h.dtype) if draw else entry.product(z[entry], h) for entry, h in products.items()}
         self.add(d, sample=sample, draw=draw, weight=1 / n_samples)
 
     def add(self, products: dict[Entry, Tensor], *, sample: int, draw: bool, weight: float = 1.0) -> None:
         """Take in Hz (or D itself, if not ``draw``) of one backward pass and probe; ``weight`` is 1 / n_samples."""
+        self.reported = False
         matches = all(map(eq, map(_DTYPE, products.values()), (entry.bucket.dtype for entry in products)))
         if not self.products and not self.diags and weight == 1.0 and matches:
             self.products, self.sample, self.draw = products, sample, draw
@@ -155,35 +161,36 @@ class Curvature:
         self.fold()
         self._fold(products, sample, draw, weight)
 
-    def _unscale(self, products: dict[Entry, Tensor], inverse_scale: Tensor) -> dict[Entry, Tensor]:
-        """Fresh Hz divided by GradScaler's factor; remembers whether any of them is not finite."""
+    def unscale(self, inverse_scale: Tensor) -> None:
+        """Take GradScaler's factor out of everything that has been taken in, unless it is out already."""
+        if self.unscaled:
+            return
+        # Through add(), which folds products that are no longer in their parameters' dtype.
+        products, self.products = _scaled(self.products, inverse_scale), {}
+        for diag in self.diags.values():
+            diag.mul_(inverse_scale.to(diag.device))
+        if products:
+            self.add(products, sample=self.sample, draw=self.draw)
         self.unscaled = True
-        if self._found_inf is None:
-            self._found_inf = torch.zeros((), device=inverse_scale.device)
-        # Copies: autograd may have handed out one tensor twice.
-        copies = [h.clone() for h in products.values()]
-        if copies:
-            torch._amp_foreach_non_finite_check_and_unscale_(copies, self._found_inf, inverse_scale)
-        return dict(zip(products, copies, strict=True))
+
+    def found_inf(self) -> Tensor:
+        """A float32 scalar that is 0 if all of the curvature is finite."""
+        held: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
+        for tensor in (*self.products.values(), *self.diags.values()):
+            held.setdefault((tensor.device, tensor.dtype), []).append(tensor)
+        flags = []
+        for (device, _), tensors in held.items():
+            flag, one = torch.zeros((), device=device), torch.ones((), device=device)
+            torch._amp_foreach_non_finite_check_and_unscale_(tensors, flag, one)
+            flags.append(flag)
+        return sum(flag.to(flags[0].device) for flag in flags) if flags else torch.zeros(())
 
     def report(self, grads: Sequence[Tensor]) -> None:
-        """Make a gradient infinite if Hz is not: GradScaler looks at gradients only, and has to lower its scale."""
+        """Make a gradient infinite if the curvature is not finite: GradScaler looks at gradients only."""
         smallest = min((grad for grad in grads if grad.numel()), key=Tensor.numel, default=None)
-        if self._found_inf is not None and smallest is not None:
-            smallest.add_(torch.where(self._found_inf > 0, torch.inf, 0.0).to(smallest))
-
-    def check_finite(self, found_inf: Tensor) -> Tensor:
-        """GradScaler's flag, raised if any of the curvature is not finite either."""
-        found_inf = found_inf.clone()
-        if self._found_inf is not None:
-            found_inf = found_inf + self._found_inf.to(found_inf.device)
-        held = [*self.products.values(), *self.diags.values()]
-        for tensor in held:
-            one = torch.ones((), device=tensor.device)
-            flag = torch.zeros((), device=tensor.device)
-            torch._amp_foreach_non_finite_check_and_unscale_([tensor], flag, one)
-            found_inf = found_inf + flag.to(found_inf.device)
-        return found_inf
+        if smallest is not None and not self.reported:
+            smallest.add_(torch.where(self.found_inf() > 0, torch.inf, 0.0).to(smallest))
+            self.reported = True
 
     @property
     def folded(self) -> bool:
@@ -256,6 +263,16 @@ class Curvature:
             count = entry.param.numel() if fine else -(-entry.param.numel() // entry.block)
             begin, new = bucket.rows[row][column], entry.bucket.rows[entry.row][column]
             target[new : new + count] = folded[bucket][begin : begin + count]
+
+
+def _scaled(products: Mapping[Entry, Tensor], factor: Tensor) -> dict[Entry, Tensor]:
+    """Products times a scalar; float16 becomes float32, since it cannot hold what GradScaler's factor was for."""
+    scaled = {}
+    for bucket, members in by_bucket(list(products)).items():
+        wide = [products[e].float() if products[e].dtype == torch.float16 else products[e] for e in members]
+        # Not in place: autograd may have handed out one tensor twice.
+        scaled |= zip(members, torch._foreach_mul(wide, factor.to(bucket.device)), strict=True)
+    return scaled
 
 
 def _fine(table: Tensor) -> Tensor:

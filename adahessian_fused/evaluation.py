@@ -57,6 +57,12 @@ class EvaluatesLosses(PortableState):
             return Curvature(self._tools, self.param_groups[0]["seed"])
         return self._curvature
 
+    def _report_overflow(self, grads: Sequence[Tensor]) -> None:
+        """Tell ``scaler.unscale_(opt)``, which may be the next call, if the unscaled curvature is not finite."""
+        if self._curvature.unscaled:
+            with torch.no_grad():
+                self._curvature.report(grads)
+
     def _evaluate_loss(
         self,
         loss_fn: Callable[[], Tensor],
@@ -116,9 +122,8 @@ class EvaluatesLosses(PortableState):
                     **scales(),
                 )
         hvp.accumulate_grads([p for _, p in params], gradient)
-        with torch.no_grad():
-            curvature.report([params[i][1].grad for i in kept])
         self._curvature = curvature
+        self._report_overflow([params[i][1].grad for i in kept])
         return mean_of(values)
 
     def _probed(self, due: Sequence[bool]) -> list[Entry]:

@@ -14,6 +14,7 @@ from .curvature import Curvature
 from .evaluation import Differentiate, EvaluatesLosses
 from .fraction import split_batch
 from .layout import Entry
+from .profiling import profiled
 
 
 class GathersCurvature(EvaluatesLosses):
@@ -26,6 +27,7 @@ class GathersCurvature(EvaluatesLosses):
 
     # ---- losses ------------------------------------------------------------------------------------------------------
 
+    @profiled(lambda opt: f"Optimizer.backward#{type(opt).__name__}.backward")
     def backward(
         self,
         loss: Tensor | Callable[[], Tensor],
@@ -53,8 +55,9 @@ class GathersCurvature(EvaluatesLosses):
                 buffers of modules are taken care of).
             gradient: as in ``Tensor.backward``.
             retain_graph: keep the graph of the loss.
-            grad_scaler: scales the loss (pass it unscaled). Needed only with ``grad_scaler.unscale_(opt)``, for
-                example to clip gradients; otherwise ``opt.backward(grad_scaler.scale(loss))`` does as well.
+            grad_scaler: scales the loss (pass it unscaled). Needed only where other code calls
+                ``grad_scaler.unscale_(opt)``; otherwise ``opt.backward(grad_scaler.scale(loss))`` does as well, with
+                ``opt.unscale_(grad_scaler)`` if gradients are to be clipped.
             curvature: weight of this loss's curvature, 1 unless given; 0 computes the gradient only.
 
         Returns:
@@ -165,8 +168,7 @@ class GathersCurvature(EvaluatesLosses):
         pairs = [(entry, g) for entry, (n, _, g) in zip(entries, found, strict=True) if due[n] and g.requires_grad]
         self._differentiate(pairs, retain_graph=retain_graph, inverse_scale=inverse_scale, weight=weight)
         hvp.accumulate_grads([p for _, p, _ in found], [g for _, _, g in found], seed_gradient)
-        with torch.no_grad():
-            self._curvature.report([p.grad for _, p, _ in found])
+        self._report_overflow([p.grad for _, p, _ in found])
 
     def _differentiate(self, pairs: Sequence[tuple[Entry, Tensor]], *, retain_graph: bool, **scales: Any) -> None:
         """Add the curvature along this step's probes; ``pairs`` are parameters and gradients with a graph."""
@@ -195,6 +197,13 @@ class GathersCurvature(EvaluatesLosses):
         self._check_whole_batch()
         self._check_graph([grads[i] for i in with_graph])
         self._differentiate([(entries[i], grads[i]) for i in with_graph if due[entries[i].group]], retain_graph=False)
+
+    def _from_backward(self, entries: Sequence[Entry], grads: Sequence[Tensor], due: Sequence[bool]) -> None:
+        """Curvature from whichever way the backward passes of this step went."""
+        if self._curvature is None and any(due[entry.group] for entry in entries):
+            self._from_graph(entries, due)
+        elif self._curvature is not None and hvp.differentiable(grads):
+            raise RuntimeError(hvp.TWO_WAYS)
 
     def _from_user(self, hessian: Sequence[Tensor | None], entries: Sequence[Entry]) -> None:
         """Curvature the user brings: D for each parameter, in the order of the groups."""

@@ -11,10 +11,11 @@ import torch
 from torch import Tensor
 
 from . import backends, hvp
+from .amp import FollowsGradScaler
 from .checks import check_grad, check_group, check_param
-from .closures import TakesClosures
 from .curvature import Curvature, by_bucket
 from .layout import Entry, all_fit, make_buckets
+from .statistics import Observable
 from .update import HyperTable, update_bucket
 
 _LAYOUT = attrgetter("layout")
@@ -31,7 +32,7 @@ def _keeps_diag(group: dict[str, Any]) -> bool:
     return group["off_step"] == "stale" and group["update_each"] > 1
 
 
-class AdaHessian(TakesClosures):
+class AdaHessian(Observable, FollowsGradScaler):
     r"""AdaHessian (Yao et al. 2021, Algorithm 1) on fused kernels.
 
     .. math::
@@ -74,7 +75,9 @@ class AdaHessian(TakesClosures):
         backend: "native", "triton", "reference", or "auto" for the best that can run.
         maximize: ascend instead of descending. Per group.
         capturable: keep the step counts on the device, so that CUDA graphs can capture a step; no host synchronisation.
-        master_weights: keep float32 copies of 16-bit parameters.
+        master_weights: keep float32 copies of 16-bit parameters. What others write to a parameter is taken over at the
+            next step, except for in-place writes through ``p.data`` (``p.data.copy_(x)``), which leave no trace: write
+            to ``p`` itself under ``torch.no_grad()``, or call ``torch.autograd.graph.increment_version(p)``.
 
     Raises:
         ValueError, TypeError: a hyperparameter or parameter out of its range; the message says what was expected.
@@ -218,6 +221,19 @@ class AdaHessian(TakesClosures):
         if self._curvature is not None:
             self._curvature.move(list(entries.values()), moved)
 
+    def _with_gradients(self) -> tuple[list[Entry], list[Tensor]]:
+        """The parameters that have a gradient, and their gradients."""
+        params = list(chain.from_iterable(group["params"] for group in self.param_groups))
+        grads = [p.grad for p in params]
+        if not all(map(is_not, grads, repeat(None))):
+            params = [p for p, grad in zip(params, grads, strict=True) if grad is not None]
+            grads = [grad for grad in grads if grad is not None]
+        entries = self._ensure(params) if params else []
+        if not set(map(_LAYOUT, grads)) <= {torch.strided}:
+            for entry, grad in zip(entries, grads, strict=True):
+                check_grad(grad, entry.name)
+        return entries, grads
+
     # ---- the step ----------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
@@ -235,25 +251,15 @@ class AdaHessian(TakesClosures):
         # Older versions of torch know it by the name of CUDA alone.
         getattr(self, "_accelerator_graph_capture_health_check", self._cuda_graph_capture_health_check)()
         loss = None if closure is None else self._evaluate(closure)
-        params = list(chain.from_iterable(group["params"] for group in self.param_groups))
-        grads = [p.grad for p in params]
-        if not all(map(is_not, grads, repeat(None))):
-            params = [p for p, grad in zip(params, grads, strict=True) if grad is not None]
-            grads = [grad for grad in grads if grad is not None]
-        if not params:
+        entries, grads = self._with_gradients()
+        if not entries:
             return loss
-        entries = self._ensure(params)
-        if set(map(_LAYOUT, grads)) != {torch.strided}:
-            for entry, grad in zip(entries, grads, strict=True):
-                check_grad(grad, entry.name)
         due = self._due()
-        if hessian is not None:
+        if hessian is None:
+            self._from_backward(entries, grads, due)
+        else:
             self._from_user(hessian, entries)
             due = [True] * len(due)
-        elif self._curvature is None and any(due[entry.group] for entry in entries):
-            self._from_graph(entries, due)
-        elif self._curvature is not None and hvp.differentiable(grads):
-            raise RuntimeError(hvp.TWO_WAYS)
         hvp.release_graph(grads)
         curvature, self._curvature = self._curvature, None
         self._update(entries, grads, due, curvature)
@@ -263,20 +269,14 @@ class AdaHessian(TakesClosures):
         self, entries: Sequence[Entry], grads: list[Tensor], due: Sequence[bool], curvature: Curvature | None
     ) -> None:
         capturable = self.param_groups[0]["capturable"]
-        grad_scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
-        if found_inf is not None and curvature is not None:
-            if grad_scale is None and not curvature.unscaled:
-                raise RuntimeError(
-                    "scaler.unscale_(opt) divided the gradients by the loss scale, but not the curvature; write "
-                    "opt.backward(loss, grad_scaler=scaler) instead of opt.backward(scaler.scale(loss))"
-                )
-            found_inf = curvature.check_finite(found_inf)
+        grad_scale, found_inf = self._scale_and_flag(curvature)
         if found_inf is not None and not capturable:
             if found_inf.item() != 0:
                 return
             found_inf = None
         self._before_update(entries, grads, due)
-        if curvature is not None and curvature.must_fold(self._entries.values()):
+        rescaled = grad_scale is not None and curvature is not None and curvature.unscaled
+        if curvature is not None and (rescaled or curvature.must_fold(self._entries.values())):
             curvature.fold()
         seed = self.param_groups[0]["seed"]
         for bucket, in_bucket in by_bucket(entries).items():
@@ -294,6 +294,7 @@ class AdaHessian(TakesClosures):
                     grad_scale=None if grad_scale is None else grad_scale.to(bucket.device),
                     found_inf=None if found_inf is None else found_inf.to(bucket.device),
                 )
+        self._stepped = entries
         for number in {entry.group for entry in entries}:
             self.param_groups[number]["step"] += 1
 
@@ -314,20 +315,3 @@ class AdaHessian(TakesClosures):
                 kind = "hold"
             kinds.setdefault(kind, []).append(entry)
         return kinds
-
-    def hessian_diag(self, param: Tensor) -> Tensor:
-        """The root-mean-square Hessian diagonal, sqrt(v / (1 - beta2^h)): a new tensor of the parameter's shape.
-
-        Raises:
-            RuntimeError: the parameter has not seen any curvature yet.
-            ValueError: it is not a parameter of this optimizer.
-        """
-        group = next((group for group in self.param_groups if any(p is param for p in group["params"])), None)
-        if group is None:
-            raise ValueError(f"a tensor of shape {tuple(param.shape)}; it is not a parameter of this optimizer")
-        state = self.state.get(param, {})
-        h = int(state.get("hessian_step", 0))
-        if h == 0:
-            raise RuntimeError("this parameter has not seen any curvature yet; call step() first")
-        beta2 = group["betas"][1]
-        return (state["exp_hessian_diag_sq"] / (1 - beta2**h)).sqrt()

@@ -34,6 +34,10 @@ class HyperTable:
                 table[number, Hyper.LR].copy_(group["lr"].reshape(()))
         return table
 
+    def last(self, device: torch.device) -> Tensor:
+        """The table of the last step on ``device``."""
+        return self._cached[device][1]
+
     @staticmethod
     def _row(group: Mapping[str, Any], lr: float | Tensor) -> list[float]:
         beta1, beta2 = group["betas"]
@@ -81,9 +85,8 @@ def update_bucket(
             diag.div_(grad_scale)
         bucket.keep_diag(diag, members)
     diag_is_unscaled = kind == "stale" or bucket.diag is not None or (curvature is not None and curvature.unscaled)
-    if grad_scale is not None and kind != "hold" and diag_is_unscaled:
-        grads = torch._foreach_mul(grads, grad_scale.reciprocal())
-        grad_scale = None
+    if grad_scale is not None and diag is not None and diag_is_unscaled:
+        diag = diag * grad_scale  # the op divides both by it; gradients in 16 bits could not be divided here
     if bucket.master is not None:
         bucket.refresh_master(members)
 

@@ -1,4 +1,4 @@
-"""GradScaler, autocast and master weights. Scales are powers of two: scaling and unscaling is exact, bit for bit."""
+"""GradScaler and autocast. Scales are powers of two: scaling and unscaling is exact, bit for bit."""
 
 from __future__ import annotations
 
@@ -44,7 +44,17 @@ def backward_and_unscale(opt, loss, scaler):
     scaler.unscale_(opt)
 
 
-WAYS = {f.__name__: f for f in (create_graph, backward_of_scaled, backward_with_scaler, backward_and_unscale)}
+def unscaled(way):
+    def way_and_unscale(opt, loss, scaler):
+        way(opt, loss, scaler)
+        opt.unscale_(scaler)
+
+    return way_and_unscale
+
+
+SCALED = {f.__name__: f for f in (create_graph, backward_of_scaled, backward_with_scaler)}
+WAYS = {**SCALED, **{f"{name}_unscale": unscaled(f) for name, f in SCALED.items()}}
+WAYS["backward_with_scaler_unscale_of_torch"] = backward_and_unscale
 OPTIONS = {
     "plain": {},
     "blocks": {"block_size": 4, "averaging": "abs"},
@@ -72,13 +82,13 @@ def test_scaling_changes_nothing(device, way, options):
     assert_same(scaled_training(way, opt_a, a, growing), train(opt_b, b, 4))
 
 
-@pytest.mark.parametrize("way", WAYS.values(), ids=WAYS)
+@pytest.mark.parametrize("way", SCALED.values(), ids=SCALED)
 def test_scaling_changes_nothing_in_every_backend(engine, device, way):
     (a, opt_a), (b, opt_b) = (fresh(mlp(torch.float32, device), backend=engine) for _ in range(2))
     assert_same(scaled_training(way, opt_a, a, scaler_for(device), 2), train(opt_b, b, 2))
 
 
-@pytest.mark.parametrize("way", [create_graph, backward_of_scaled, backward_with_scaler], ids=lambda f: f.__name__)
+@pytest.mark.parametrize("way", SCALED.values(), ids=SCALED)
 def test_micro_batches_with_scaling(device, way):
     found = []
     for scaler in (scaler_for(device), scaler_for(device, enabled=False)):
@@ -90,19 +100,46 @@ def test_micro_batches_with_scaling(device, way):
     assert_same(*found)
 
 
-def test_clipping_with_unscale(engine, device):
+@pytest.mark.parametrize("order", [(None, "scaler"), ("scaler", None)], ids=["without_first", "with_first"])
+def test_one_step_has_one_way_to_scale(device, order):
+    model, opt = fresh(mlp(torch.float32, device))
+    scaler = scaler_for(device)
+    opt.backward(loss_of(model), grad_scaler=order[0] and scaler)
+    with pytest.raises(RuntimeError, match="grad_scaler for some losses of this step"):
+        opt.backward(loss_of(model, 1), grad_scaler=order[1] and scaler)
+
+
+@pytest.mark.parametrize("way", SCALED.values(), ids=SCALED)
+@pytest.mark.parametrize("asked", range(3))
+def test_asking_for_amp_support_changes_nothing(device, way, asked):
+    """Reading the attribute that GradScaler reads completes the curvature, and that is all."""
     found = []
-    for scaler in (scaler_for(device), None):
-        model, opt = fresh(mlp(torch.float32, device), backend=engine)
-        for i in range(3):
+    for times in (asked, 0):
+        model, opt = fresh(mlp(torch.float32, device), n_samples=2)
+        scaler = scaler_for(device)
+        for i in range(2):
             opt.zero_grad()
-            opt.backward(loss_of(model, i), grad_scaler=scaler)
-            scaler and scaler.unscale_(opt)
-            assert nn.utils.clip_grad_norm_(model.parameters(), 0.01) > 0.01
-            scaler.step(opt) if scaler else opt.step()
-            scaler and scaler.update()
+            way(opt, loss_of(model, i), scaler)
+            for _ in range(times):
+                assert opt._step_supports_amp_scaling is True
+            scaler.step(opt)
+            scaler.update()
         found.append(weights(model))
     assert_same(*found)
+
+
+@pytest.mark.parametrize("block", [1, 2])
+@pytest.mark.parametrize("way", SCALED.values(), ids=SCALED)
+def test_float16_curvature_below_its_range_is_not_lost(engine, device, way, block):
+    """G = 2^-26 p and Hz = 2^-26 are zero in float16; with the scale they are not."""
+    p = nn.Parameter(torch.ones(4, dtype=torch.float16, device=device))
+    opt = AdaHessian([p], lr=2.0**-4, betas=(0.0, 0.0), eps=0.0, block_size=block, backend=engine)
+    scaler = scaler_for(device, 2.0**16)
+    loss = (p.float().square() * 2.0**-27).sum()
+    way(opt, loss, scaler)
+    scaler.step(opt)
+    assert torch.equal(p, torch.full_like(p, 1 - 2.0**-4))
+    assert torch.equal(opt.hessian_diag(p), torch.full_like(p, 2.0**-26, dtype=torch.float32))
 
 
 @pytest.mark.parametrize("way", [create_graph, backward_of_scaled], ids=lambda f: f.__name__)
@@ -111,7 +148,7 @@ def test_unscale_without_the_scaler_says_what_to_write(device, way):
     scaler, before = scaler_for(device), weights(model)
     way(opt, loss_of(model), scaler)
     scaler.unscale_(opt)
-    with pytest.raises(RuntimeError, match=r"write opt\.backward\(loss, grad_scaler=scaler\)"):
+    with pytest.raises(RuntimeError, match=r"write opt\.unscale_\(scaler\) instead"):
         scaler.step(opt)
     assert_same(weights(model), before)
 
@@ -153,17 +190,63 @@ def test_an_infinity_skips_the_whole_step(device, way, overflow, capturable):
 
 
 @pytest.mark.parametrize("overflow", OVERFLOWS.values(), ids=OVERFLOWS)
-@pytest.mark.parametrize("way", [create_graph, backward_of_scaled, backward_with_scaler], ids=lambda f: f.__name__)
-def test_an_infinity_lowers_the_scale(device, way, overflow, request):
-    if way is not backward_with_scaler and overflow is OVERFLOWS["in_Hz"]:
-        why = "GradScaler looks at gradients before the step looks at Hz; opt.backward(loss, grad_scaler=) tells it"
-        request.applymarker(pytest.mark.xfail(strict=True, reason=why))
+@pytest.mark.parametrize("way", WAYS.values(), ids=WAYS)
+def test_an_infinity_lowers_the_scale(device, way, overflow):
     model, opt = fresh(mlp(torch.float32, device))
     scaler = scaler_for(device, 2.0**16)
     way(opt, overflow(model[0].weight), scaler)
     scaler.step(opt)
     scaler.update()
     assert scaler.get_scale() == 2.0**15
+
+
+@pytest.mark.parametrize("way", [*SCALED.values(), backward_and_unscale], ids=lambda f: f.__name__)
+def test_an_infinity_in_the_second_micro_batch_lowers_the_scale(device, way):
+    model, opt = fresh(mlp(torch.float32, device))
+    scaler = scaler_for(device, 2.0**16)
+    (backward_with_scaler if way is backward_and_unscale else way)(opt, loss_of(model), scaler)
+    way(opt, OVERFLOWS["in_Hz"](model[0].weight), scaler)
+    scaler.step(opt)
+    scaler.update()
+    assert scaler.get_scale() == 2.0**15
+
+
+def test_without_a_loss_scale_gradients_are_left_alone(device):
+    """Infinite curvature is taken as it is, like an infinite gradient."""
+    p = nn.Parameter(torch.ones(3, device=device))
+    opt = AdaHessian([p])
+    opt.backward((1e20 * (p - p.detach() + 1e-12)).square().sum())
+    assert p.grad.isfinite().all()
+    opt.step()
+    assert opt.state[p]["exp_hessian_diag_sq"].isinf().all()
+
+
+@pytest.mark.parametrize("hvp", ["autograd", "forward_over_reverse"])
+def test_closures_carry_no_scale(device, hvp):
+    model, opt = fresh(mlp(torch.float32, device), hvp=hvp, update_each=2)
+    answers = []
+
+    def closure():
+        opt.zero_grad()
+        loss = loss_of(model)
+        loss.backward()
+        answers.append(opt._step_supports_amp_scaling)
+        return loss
+
+    for _ in range(2):
+        opt.step(closure)
+    assert (answers, opt._step_supports_amp_scaling) == ([False, False], True)
+
+
+@pytest.mark.parametrize("capturable", [False, True], ids=["", "capturable"])
+def test_external_curvature_that_is_not_finite_skips_the_step(device, capturable):
+    p = nn.Parameter(torch.ones(3, device=device))
+    opt, scaler = AdaHessian([p], capturable=capturable), scaler_for(device)
+    scaler.scale((4 * p).sum()).backward()
+    scaler.step(opt, hessian=[torch.tensor([1.0, torch.nan, 1.0], device=device)])
+    scaler.update()
+    assert torch.equal(p, torch.ones_like(p))
+    assert scaler.get_scale() == 1024.0  # which it has nothing to do with
 
 
 @pytest.mark.parametrize("update_each", [2, 3])
@@ -179,7 +262,7 @@ def test_skipped_steps_do_not_count_for_the_schedule(device, update_each):
     assert due == [True, False, False, False, update_each == 2]
 
 
-# ---- autocast and 16-bit parameters ----------------------------------------------------------------------------------
+# ---- autocast --------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("style", ["create_graph", "backward", "closure"])
@@ -198,73 +281,3 @@ def test_autocast(engine, device, style):
         opt.step(None if style != "closure" else lambda loss=loss: loss)
     assert losses[-1] < losses[0]
     assert all((a != b).any() for a, b in zip(weights(model), start, strict=True))
-
-
-def constant_steps(p, opt, n, before_step=lambda i: None):
-    """N steps with g = 1 and D = 1: each moves by lr."""
-    for i in range(n):
-        before_step(i)
-        p.grad = torch.ones_like(p)
-        opt.step(hessian=[torch.ones_like(p)])
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_master_weights_keep_updates_that_the_parameter_cannot_hold(every_engine, device, dtype):
-    found = []
-    for master_weights in (True, False):
-        p = nn.Parameter(torch.ones(5, dtype=dtype, device=device))
-        tiny = torch.finfo(dtype).eps / 8  # an eighth of the distance to the next number above; a quarter of that below
-        options = {"lr": tiny, "betas": (0.0, 0.0), "eps": 0.0}
-        constant_steps(p, AdaHessian([p], master_weights=master_weights, backend=every_engine, **options), 8)
-        found.append(p[0].item())
-    assert found == [1 - torch.finfo(dtype).eps, 1.0]
-
-
-def _copy_(p, values):
-    with torch.no_grad():
-        p.copy_(values)
-
-
-def _data_copy_(p, values):
-    p.data.copy_(values)
-
-
-def _rebind(p, values):
-    p.data = values.clone()
-
-
-WRITES = {"copy_": _copy_, "data_copy_": _data_copy_, "rebind": _rebind}
-
-
-@pytest.mark.parametrize("write", WRITES.values(), ids=WRITES)
-def test_what_others_write_to_a_parameter_is_taken_over(engine, device, write, request):
-    if write is _data_copy_:
-        why = "p.data.copy_() does not show in p._version; the kernel would have to compare p with its master weight"
-        request.applymarker(pytest.mark.xfail(strict=True, reason=why))
-    p = nn.Parameter(torch.ones(4, dtype=torch.bfloat16, device=device))
-    opt = AdaHessian([p], lr=2.0**-4, betas=(0.0, 0.0), eps=0.0, master_weights=True, backend=engine)
-    values = torch.tensor([1.0, 2.0, 3.0, 4.0]).to(p)
-    constant_steps(p, opt, 2, lambda i: i and write(p, values))
-    assert torch.equal(p, values - 2.0**-4)
-
-
-def test_what_nobody_wrote_keeps_its_master_weight(engine, device):
-    p = nn.Parameter(torch.ones(2, dtype=torch.bfloat16, device=device))
-    opt = AdaHessian([p], lr=2.0**-12, betas=(0.0, 0.0), eps=0.0, master_weights=True, backend=engine)
-
-    constant_steps(p, opt, 2)
-    with torch.no_grad():
-        p[1] = 3.0
-    constant_steps(p, opt, 1)
-    expected = torch.tensor([1 - 3 * 2.0**-12, 3 - 2.0**-12], device=device)
-    assert torch.equal(opt.state[p]["master_param"], expected)
-
-
-def test_weights_loaded_from_elsewhere_win_over_a_checkpoints_master_weights(device):
-    model, opt = fresh(nn.Linear(3, 2).to(device, torch.bfloat16), lr=1e-3, master_weights=True)
-    opt.step(lambda: model(torch.ones(4, 3).to(model.weight)).square().sum())
-    other, other_opt = fresh(nn.Linear(3, 2).to(device, torch.bfloat16), lr=0.0, master_weights=True)
-    other_opt.load_state_dict(opt.state_dict())
-    other_opt.param_groups[0]["lr"], before = 0.0, weights(other)
-    other_opt.step(lambda: other(torch.ones(4, 3).to(other.weight)).square().sum())
-    assert_same(weights(other), before)

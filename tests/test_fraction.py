@@ -6,8 +6,7 @@ import pytest
 import strategies
 import torch
 from models import assert_same, batch, conv_net, mlp, weights
-from strategies import error, exact, found, optimizer
-from test_strategies import BOUND
+from strategies import BOUND, error, exact, found, optimizer
 
 from adahessian_fused import AdaHessian, split_batch
 

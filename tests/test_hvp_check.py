@@ -8,7 +8,7 @@ import sys
 import pytest
 import torch
 from models import assert_same, batch, conv_net, mlp, weights
-from test_strategies import Attention, Bag
+from test_first_order_only import Attention, Bag
 from torch import nn
 
 from adahessian_fused import check_hvp

@@ -121,6 +121,13 @@ def test_gradients_are_cut_from_their_graph_on_off_steps_too(device, no_garbage_
         assert not any(p.grad.requires_grad for p in model.parameters())
 
 
+def test_gradients_are_cut_from_their_graph_beside_a_diagonal_of_the_users(device, no_garbage_collection):
+    model, opt = fresh(mlp(device=device))
+    loss_of(model).backward(create_graph=True)
+    opt.step(hessian=[torch.ones_like(p) for p in model.parameters()])
+    assert not any(p.grad.requires_grad for p in model.parameters())
+
+
 @pytest.mark.parametrize("style", [s for s in STYLES if "create_graph" not in s and s != "needs_hessian"])
 def test_no_warning(device, style):
     """Torch warns of the cycle that backward(create_graph=True) makes; here there is none."""

@@ -214,3 +214,14 @@ def test_arguments_of_the_estimate(name, value):
     p = torch.ones(2, requires_grad=True)
     with pytest.raises(ValueError, match=f"{name}.*{value}.*expected"):
         hutchinson_diagonal((p**3).sum(), [p], **{name: value})
+
+
+@pytest.mark.filterwarnings("ignore:Using backward\\(\\) with create_graph=True")
+def test_one_step_has_one_way_to_get_curvature():
+    model, opt = fresh(mlp())
+    before = weights(model)
+    opt.backward(loss_of(model))
+    loss_of(model, 1).backward(create_graph=True)
+    with pytest.raises(RuntimeError, match="Use one of the two"):
+        opt.step()
+    assert_same(weights(model), before)

@@ -121,11 +121,57 @@ def test_torch_optimizers_state_goes_on_as_it_would_have(engine, device, monkeyp
     assert_close(train(opt, model, range(5, STEPS)), weights(other))
 
 
+# ---- AdaHessians under GradScaler ------------------------------------------------------------------------------------
+
+SCALE = 2.0**16
+PEERS = {"torch_optimizer": "Adahessian", "pytorch_optimizer": "AdaHessian", "adahessian_fused": "AdaHessian"}
+peers = pytest.mark.parametrize(("package", "name"), PEERS.items(), ids=PEERS)
+
+
+def steps_with_scaler(opt_class, scaler, device, overflow_at=None):
+    """How far each of four steps on the sum of p^4 moves p; in one of them only Hz overflows with the loss scale."""
+    p = torch.nn.Parameter(torch.tensor([1.0, 2.0, 3.0], device=device))
+    opt, moved = opt_class([p], lr=0.1, eps=1e-12, hessian_power=1.0), []
+    for i in range(4):
+        opt.zero_grad()
+        before, loss = p.detach().clone(), p.pow(4).sum()
+        if i == overflow_at:  # g = 2e24 overflows with neither, Hz = 2e36 with the scale
+            loss = loss + (1e18 * (p - p.detach() + 1e-12)).square().sum()
+        scaler.scale(loss).backward(create_graph=True)
+        scaler.step(opt)
+        scaler.update()
+        moved.append((before - p.detach()).norm().item())
+    return moved
+
+
+@peers
+def test_a_loss_scale_shrinks_their_steps_but_not_ours(device, package, name):
+    """GradScaler unscales g, and they compute Hz from a loss that still carries the scale."""
+    opt_class = getattr(pytest.importorskip(package), name)
+    plain = steps_with_scaler(opt_class, torch.amp.GradScaler(device, enabled=False), device)
+    scaled = steps_with_scaler(opt_class, torch.amp.GradScaler(device, init_scale=2.0**10), device)
+    if package == "adahessian_fused":
+        assert scaled == plain
+    else:
+        assert scaled[0] == pytest.approx(plain[0] / 2**10, rel=0.02)  # p resolves steps as small as that to 1 %
+
+
+@peers
+def test_an_overflow_in_the_curvature_ends_their_training_but_not_ours(device, package, name):
+    opt_class = getattr(pytest.importorskip(package), name)
+    scaler = torch.amp.GradScaler(device, init_scale=SCALE)
+    moved = steps_with_scaler(opt_class, scaler, device, overflow_at=1)
+    ours = package == "adahessian_fused"
+    assert [step > 0 for step in moved] == [True, False, ours, ours]
+    assert scaler.get_scale() == (SCALE / 2 if ours else SCALE)  # theirs goes on with the scale that was too large
+
+
 # ---- mistakes of other fused optimizers ------------------------------------------------------------------------------
 # Where each of them would show:
 #   trailing empty tensor, zero-numel slots, 2^31 elements       cases.py, test_adahessian_step.py, test_ops.py
 #   gradient strides differ; a sliced parameter's neighbours     test_optimizer_layout.py
-#   found_inf ignored, double unscale, bf16 updates vanish       test_amp.py
+#   found_inf ignored, double unscale                            test_amp.py
+#   bf16 updates vanish                                          test_master_weights.py
 #   step shared by parameters, states cast to bf16               test_state_loading.py
 #   tensor lr, many groups                                       test_optimizer_conventions.py
 #   a group added later is never stepped with master weights, step on the wrong device or of the wrong dtype: below

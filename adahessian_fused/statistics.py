@@ -1,0 +1,211 @@
+"""What to look at while training: the diagonal, and the norms that people plot."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from .layout import Entry, state_dtype
+from .segments import Hyper, Steps
+from .update import HyperTable
+
+
+@dataclasses.dataclass(frozen=True)
+class Statistics:
+    r"""Where an optimizer stands after a step: of one parameter group, or of all of them.
+
+    Scalar tensors, on the parameters' device if they had to be computed; reading one (``float(x)``) waits for the
+    device, holding it does not. None where there is nothing to tell. Norms are Euclidean, over all elements, so that
+    norm / sqrt(numel) is the root mean square.
+
+    Attributes:
+        lr: learning rate of the last step; None for several groups together.
+        step: steps taken, :math:`t`; the largest of any parameter.
+        hessian_step: updates of the diagonal, :math:`h`; likewise.
+        numel: elements of all parameters, an int.
+        param_norm: of the parameters.
+        grad_norm: of ``p.grad`` as it is now: after clipping; times the loss scale if GradScaler has not unscaled it;
+            None after ``zero_grad()``.
+        update_norm: of :math:`\frac{\text{lr}}{1 - \beta_1^t} \frac{m}{(\sqrt v / \sqrt{1 - \beta_2^h})^k + \epsilon}`,
+            by which the last step that was not skipped moved its parameters; weight decay and the rounding of 16-bit
+            parameters come on top. None before the first step and after loading a state.
+        hessian_diag_norm: of the root-mean-square diagonal, :math:`\sqrt{v / (1 - \beta_2^h)}`.
+        nonfinite: share of the elements whose m or v is infinite or NaN, which lasts: restore a checkpoint. An
+            averaging block shares its v, so this is the share of bad blocks too.
+        groups: the same for each parameter group; empty for a group.
+    """
+
+    lr: Tensor | None
+    step: Tensor | None
+    hessian_step: Tensor | None
+    numel: int
+    param_norm: Tensor | None
+    grad_norm: Tensor | None
+    update_norm: Tensor | None
+    hessian_diag_norm: Tensor | None
+    nonfinite: Tensor | None
+    groups: tuple[Statistics, ...] = ()
+
+    def as_dict(self) -> dict[str, float]:
+        """Python numbers for ``wandb.log`` or TensorBoard's ``add_scalar``, read with one wait for the device.
+
+        Returns:
+            All tensors among the attributes, by their names; those of several groups as ``"group0/lr"`` and so on.
+        """
+        named = dict(self._scalars())
+        if len(self.groups) > 1:
+            named |= {f"group{i}/{name}": x for i, group in enumerate(self.groups) for name, x in group._scalars()}
+        return dict(zip(named, _stacked([x.double() for x in named.values()]).tolist(), strict=True))
+
+    def _scalars(self) -> Iterator[tuple[str, Tensor]]:
+        named = ((f.name, getattr(self, f.name)) for f in dataclasses.fields(self))
+        return ((name, x) for name, x in named if isinstance(x, Tensor))
+
+
+class Observable(Optimizer):
+    """Optimizer that tells what its state means."""
+
+    _hyper: HyperTable
+
+    def _ensure(self, params: Sequence[Tensor]) -> list[Entry]:
+        raise NotImplementedError
+
+    def _reset(self) -> None:
+        super()._reset()
+        self._stepped: list[Entry] = []  # the parameters of the last step that was not skipped
+
+    def hessian_diag(self, param: Tensor) -> Tensor:
+        """The root-mean-square Hessian diagonal, sqrt(v / (1 - beta2^h)): a new tensor of the parameter's shape.
+
+        Raises:
+            RuntimeError: the parameter has not seen any curvature yet.
+            ValueError: it is not a parameter of this optimizer.
+        """
+        group = next((group for group in self.param_groups if any(p is param for p in group["params"])), None)
+        if group is None:
+            raise ValueError(f"a tensor of shape {tuple(param.shape)}; it is not a parameter of this optimizer")
+        state = self.state.get(param, {})
+        h = int(state.get("hessian_step", 0))
+        if h == 0:
+            raise RuntimeError("this parameter has not seen any curvature yet; call step() first")
+        beta2 = group["betas"][1]
+        return (state["exp_hessian_diag_sq"] / (1 - beta2**h)).sqrt()
+
+    @torch.no_grad()
+    def statistics(self) -> Statistics:
+        """Norms of parameters, gradients, last update and diagonal, in all and for each group.
+
+        Call it after :meth:`step`, and before ``zero_grad()`` if the gradients matter. Everything is computed here,
+        from the state; a step that nobody asks about costs nothing more. This does not wait for the device (reading
+        the result does), and meanwhile needs memory for a few copies of the largest parameter.
+
+        Example:
+            >>> import torch, adahessian_fused
+            >>> model = torch.nn.Linear(3, 1)
+            >>> opt = adahessian_fused.AdaHessian(model.parameters(), lr=0.1)
+            >>> opt.backward(model(torch.ones(8, 3)).square().mean())
+            >>> opt.step()
+            >>> opt.statistics().as_dict()["hessian_step"]
+            1.0
+        """
+        with_state = [p for group in self.param_groups for p in group["params"] if "exp_avg" in self.state.get(p, ())]
+        entries = self._ensure(with_state)
+        groups = tuple(
+            self._statistics_of(group, [e for e in entries if e.group == n], [e for e in self._stepped if e.group == n])
+            for n, group in enumerate(self.param_groups)
+        )
+        numel = sum(group.numel for group in groups)
+        return Statistics(
+            lr=groups[0].lr if len(groups) == 1 else None,
+            step=_largest(group.step for group in groups),
+            hessian_step=_largest(group.hessian_step for group in groups),
+            numel=numel,
+            param_norm=_norm(group.param_norm for group in groups),
+            grad_norm=_norm(group.grad_norm for group in groups),
+            update_norm=_norm(group.update_norm for group in groups),
+            hessian_diag_norm=_norm(group.hessian_diag_norm for group in groups),
+            nonfinite=_share(((group.nonfinite, group.numel) for group in groups), numel),
+            groups=groups,
+        )
+
+    def _statistics_of(
+        self, group: Mapping[str, Any], entries: Sequence[Entry], stepped: Sequence[Entry]
+    ) -> Statistics:
+        numel = sum(p.numel() for p in group["params"])
+        return Statistics(
+            lr=self._last_row(stepped[0])[Hyper.LR].clone() if stepped else None,
+            step=_largest(entry.views["step"] for entry in entries),
+            hessian_step=_largest(entry.views["hessian_step"] for entry in entries),
+            numel=numel,
+            param_norm=_norm(group["params"]),
+            grad_norm=_norm(p.grad for p in group["params"]),
+            update_norm=_norm(_update_norm(entry, self._last_row(entry)) for entry in stepped),
+            hessian_diag_norm=_norm(_diag_norm(entry, group["betas"][1]) for entry in entries),
+            nonfinite=_share(((_nonfinite(entry), 1) for entry in entries), numel),
+        )
+
+    def _last_row(self, entry: Entry) -> Tensor:
+        """The hyperparameters of a parameter's last step."""
+        return self._hyper.last(entry.bucket.steps.device)[entry.group]
+
+
+def _counts(entry: Entry) -> Any:
+    """The counts of a parameter: Python numbers, which go with tensors of any device, or a tensor on its own device."""
+    steps = entry.bucket.steps[entry.row]
+    return steps.tolist() if steps.device.type == "cpu" else steps.double()
+
+
+def _update_norm(entry: Entry, hyper: Tensor) -> Tensor:
+    """Norm of the last update (Eq. 8, 9) of a parameter, from its state after it."""
+    counts, row = _counts(entry), hyper.tolist() if hyper.device.type == "cpu" else hyper
+    t, h = counts[Steps.STEP], counts[Steps.HESSIAN_STEP]
+    m, v = entry.views["exp_avg"], entry.views["exp_hessian_diag_sq"]
+    d = (v / _bias_correction(row[Hyper.BETA2], h)).sqrt()
+    moved = m / (d ** row[Hyper.HESSIAN_POWER] + row[Hyper.EPS])
+    factor = (h > 0) * row[Hyper.LR] / _bias_correction(row[Hyper.BETA1], t)  # h = 0: it has not moved
+    return torch.linalg.vector_norm(moved) * factor
+
+
+def _diag_norm(entry: Entry, beta2: float) -> Tensor:
+    """Norm of sqrt(v / (1 - beta2^h)); 0 before any curvature was seen."""
+    v = entry.views["exp_hessian_diag_sq"]
+    return (v.sum() / _bias_correction(beta2, _counts(entry)[Steps.HESSIAN_STEP])).sqrt()
+
+
+def _nonfinite(entry: Entry) -> Tensor:
+    """How many elements have a state that is infinite or NaN."""
+    finite = entry.views["exp_avg"].isfinite() & entry.views["exp_hessian_diag_sq"].isfinite()
+    return finite.logical_not_().sum()
+
+
+def _bias_correction(beta: Any, count: Any) -> Any:
+    """1 - beta^count, for numbers or tensors; 1 for a count of 0."""
+    return 1 - beta**count + (count == 0)
+
+
+def _norm(tensors: Iterable[Tensor | None]) -> Tensor | None:
+    """Norm of all elements of several tensors, of any devices and dtypes; None if there is no tensor."""
+    norms = [torch.linalg.vector_norm(x, dtype=state_dtype(x.dtype)) for x in tensors if x is not None]
+    return torch.linalg.vector_norm(_stacked(norms)) if norms else None
+
+
+def _share(parts: Iterable[tuple[Tensor | None, int]], whole: int) -> Tensor | None:
+    """Sum of tensors times numbers, over ``whole``."""
+    found = [x.double() * n for x, n in parts if x is not None]
+    return _stacked(found).sum() / whole if found and whole else None
+
+
+def _largest(counts: Iterable[Tensor | None]) -> Tensor | None:
+    counts = [count for count in counts if count is not None]
+    return _stacked(counts).amax() if counts else None
+
+
+def _stacked(scalars: Sequence[Tensor]) -> Tensor:
+    """Scalars in one tensor, on an accelerator if any of them is there: no wait for one."""
+    device = next((x.device for x in scalars if x.device.type != "cpu"), scalars[0].device)
+    return torch.stack([x.to(device) for x in scalars])

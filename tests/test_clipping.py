@@ -1,0 +1,183 @@
+"""Clipped gradients: m shrinks, the curvature does not, in every style of stepping and with a loss scale or without."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from models import assert_same, batch, fresh, loss_of, mlp
+from torch import nn
+
+from adahessian_fused import AdaHessian
+
+pytestmark = pytest.mark.filterwarnings("ignore:Using backward\\(\\) with create_graph=True")
+
+MAX_NORM = 2.0**-4
+
+
+def clip(model):
+    assert nn.utils.clip_grad_norm_(model.parameters(), MAX_NORM) > MAX_NORM
+
+
+def clip_value(model):
+    nn.utils.clip_grad_value_(model.parameters(), 2.0**-7)
+
+
+def clip_out_of_place(model):
+    for p in model.parameters():
+        with torch.no_grad():
+            p.grad.copy_(p.grad * 0.125)
+
+
+# ---- the styles; ``change`` is what happens to the gradients ---------------------------------------------------------
+
+
+def create_graph(opt, model, change):
+    loss_of(model).backward(create_graph=opt.needs_hessian)
+    change(model)
+    opt.step()
+
+
+def backward(opt, model, change):
+    opt.backward(loss_of(model))
+    change(model)
+    opt.step()
+
+
+def micro_batches(opt, model, change):
+    for part in (0.25, 0.75):
+        opt.backward(loss_of(model) * part)
+    change(model)
+    opt.step()
+
+
+def backward_of_a_function(opt, model, change):
+    opt.backward(lambda: loss_of(model))
+    change(model)
+    opt.step()
+
+
+def backward_split(opt, model, change):
+    x, y = batch(0, model)
+    opt.backward_split(lambda x, y: (model(x) - y).square().mean(), x, y)
+    change(model)
+    opt.step()
+
+
+def closure(opt, model, change):
+    def evaluate():
+        opt.zero_grad()
+        loss = loss_of(model)
+        loss.backward()
+        change(model)
+        return loss
+
+    opt.step(evaluate)
+
+
+def closure_create_graph(opt, model, change):
+    def evaluate():
+        opt.zero_grad()
+        loss = loss_of(model)
+        loss.backward(create_graph=True)
+        change(model)
+        return loss
+
+    opt.step(evaluate)
+
+
+def pre_hook(opt, model, change):
+    handle = opt.register_step_pre_hook(lambda *unused: change(model))
+    opt.backward(loss_of(model))
+    opt.step()
+    handle.remove()
+
+
+GIVEN = (create_graph, backward, micro_batches, backward_of_a_function, backward_split, closure, closure_create_graph)
+STYLES = {f.__name__: (f, {}) for f in (*GIVEN, pre_hook)}
+STYLES |= {f"{f.__name__}-forward": (f, {"hvp": "forward_over_reverse"}) for f in (backward_of_a_function, closure)}
+STYLES["backward_of_a_function-differences"] = backward_of_a_function, {"hvp": "finite_difference"}
+STYLES["backward_split-quarter"] = backward_split, {"hessian_fraction": 0.25}
+CHANGES = {f.__name__: f for f in (clip, clip_value, clip_out_of_place)}
+
+
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+@pytest.mark.parametrize(("style", "options"), STYLES.values(), ids=STYLES)
+def test_the_gradient_is_clipped_and_the_curvature_is_not(device, style, options, change):
+    (model, opt), (other, other_opt) = (fresh(mlp(device=device), betas=(0.0, 0.0), **options) for _ in range(2))
+    style(opt, model, change)
+    style(other_opt, other, lambda model: None)
+    m, whole = ([o.state[p]["exp_avg"] for p in o.param_groups[0]["params"]] for o in (opt, other_opt))
+    change_by_hand = nn.ParameterList(whole)
+    for p, g in zip(change_by_hand, whole, strict=True):
+        p.grad = g.clone()
+    change(change_by_hand)
+    assert_same(m, [p.grad for p in change_by_hand])
+    assert any((a != b).any() for a, b in zip(m, whole, strict=True))
+    assert_same(*([o.hessian_diag(p) for p in o.param_groups[0]["params"]] for o in (opt, other_opt)))
+
+
+# ---- with a loss scale -----------------------------------------------------------------------------------------------
+
+
+def scaled_create_graph(opt, loss, scaler):
+    scaler.scale(loss()).backward(create_graph=True)
+    opt.unscale_(scaler)
+
+
+def scaled_backward(opt, loss, scaler):
+    opt.backward(scaler.scale(loss()))
+    opt.unscale_(scaler)
+
+
+def scaled_function(opt, loss, scaler):
+    opt.backward(lambda: scaler.scale(loss()))
+    opt.unscale_(scaler)
+
+
+def with_scaler(opt, loss, scaler):
+    opt.backward(loss(), grad_scaler=scaler)
+    scaler.unscale_(opt)
+
+
+def with_scaler_function(opt, loss, scaler):
+    opt.backward(loss, grad_scaler=scaler)
+    opt.unscale_(scaler)
+
+
+SCALED = {
+    f.__name__: f for f in (scaled_create_graph, scaled_backward, scaled_function, with_scaler, with_scaler_function)
+}
+PLAIN, STALE = {}, {"update_each": 2, "off_step": "stale"}
+WAYS = {f"{name}-{label}": (f, o) for name, f in SCALED.items() for label, o in (("plain", PLAIN), ("stale", STALE))}
+WAYS |= {f"{f.__name__}-forward": (f, {"hvp": "forward_over_reverse"}) for f in (scaled_function, with_scaler_function)}
+
+
+@pytest.mark.parametrize(("way", "options"), WAYS.values(), ids=WAYS)
+def test_scaling_does_not_change_a_clipped_step(device, way, options):
+    """The scale is a power of two and doubles at every step."""
+    (model, opt), (other, other_opt) = (fresh(mlp(torch.float32, device), **options) for _ in range(2))
+    scaler = torch.amp.GradScaler(device, init_scale=1024.0, growth_interval=1)
+    for i in range(3):
+        opt.zero_grad()
+        way(opt, lambda: loss_of(model, i), scaler)  # noqa: B023
+        clip(model)
+        scaler.step(opt)
+        scaler.update()
+        other_opt.zero_grad()
+        other_opt.backward(lambda: loss_of(other, i))  # noqa: B023
+        clip(other)
+        other_opt.step()
+    assert scaler.get_scale() == 8192
+    assert_same(list(model.parameters()), list(other.parameters()))
+
+
+def test_float16_gradients_cannot_be_unscaled(device):
+    """As with every optimizer; and a step that is taken all the same is the right one."""
+    p = nn.Parameter(torch.ones(3, dtype=torch.float16, device=device))
+    opt, scaler = AdaHessian([p], lr=0.25, eps=0.0), torch.amp.GradScaler(device, init_scale=1024.0)
+    opt.backward(scaler.scale(p.float().square().sum()))
+    with pytest.raises(ValueError, match="FP16"):
+        opt.unscale_(scaler)
+    scaler.step(opt)
+    assert torch.equal(p, torch.full_like(p, 0.75))
+    assert opt.hessian_diag(p).tolist() == pytest.approx([2.0] * 3)
