@@ -9,9 +9,12 @@ REQUIRE ?= native,emulated,reference,triton
 SANITIZE ?= address,undefined
 WORKERS ?= $(shell n=$$(nproc 2>/dev/null || echo 2); echo $$((n < 8 ? n : 8)))
 
+# A wheel is for all architectures that CMakeLists.txt lists, unless some are asked for.
+WHEEL_ARCHS := $(if $(ADAHESSIAN_CUDA_ARCHS),ADAHESSIAN_CUDA_ARCHS="$(ADAHESSIAN_CUDA_ARCHS)",-u ADAHESSIAN_CUDA_ARCHS)
+
 export ADAHESSIAN_CUDA_ARCHS := $(ARCHS)
 
-.PHONY: help build demo test cpp-test cpp-bench bench overhead lint format gpu clean
+.PHONY: help build demo test cpp-test cpp-bench bench overhead docs lint format wheel sdist gpu clean
 
 help:
 	@echo "make demo    train ResNet-20 on real images with SGD, AdamW, plain AdaHessian and ours; table, JSON and plot"
@@ -20,8 +23,11 @@ help:
 	@echo "make bench   the update against its floor and its peers"
 	@echo "make overhead  what second-order steps cost beside SGD's and AdamW's; half an hour, ARGS=--quick: minutes"
 	@echo "make cpp-bench  the launchers alone, from C++"
-	@echo "make lint    ruff and clang-format"
+	@echo "make docs    the documentation as a website, in build/docs; warnings are errors"
+	@echo "make lint    ruff, mypy and clang-format"
 	@echo "make format  let them rewrite"
+	@echo "make sdist   the source distribution, in dist; tried where there is no compiler"
+	@echo "make wheel   the wheel, in dist, from the source distribution; tried in a fresh environment"
 	@echo "make gpu     build, test and measure on a CUDA machine with its own $(PYTHON), offline; OUT=folder for the results"
 
 # ---- environment and build -----------------------------------------------------------------------------------------
@@ -29,7 +35,7 @@ $(VENV)/.ready: constraints.txt pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(PY) -m pip install -q -c constraints.txt torch
 	$(PY) -m pip install -q -c constraints.txt setuptools cmake ninja pybind11 numpy triton \
-	  scikit-learn matplotlib rich pytest hypothesis pytest-timeout pytest-xdist ruff clang-format
+	  scikit-learn matplotlib rich pytest hypothesis pytest-timeout pytest-xdist ruff mypy clang-format
 	$(PY) -m pip install -q --no-compile -c constraints.txt lightning accelerate transformers
 	$(PY) -m pip install -q -c constraints.txt --no-deps torch-optimizer pytorch-ranger pytorch-optimizer timm \
 	  tensorboard absl-py protobuf
@@ -77,12 +83,47 @@ overhead: $(VENV)/.built
 lint: $(VENV)/.ready
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
+	$(PY) -m mypy
 	$(VENV)/bin/clang-format --dry-run --Werror $(CPP_SOURCES)
 
 format: $(VENV)/.ready
 	$(PY) -m ruff check --fix .
 	$(PY) -m ruff format .
 	$(VENV)/bin/clang-format -i $(CPP_SOURCES)
+
+# ---- documentation and distributions ---------------------------------------------------------------------------------
+$(VENV)/.docs: $(VENV)/.ready
+	$(PY) -m pip install -q -c constraints.txt mkdocs-material mkdocstrings-python
+	@touch $@
+
+docs: $(VENV)/.docs
+	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict --quiet
+	@echo "build/docs/index.html"
+
+# What was made is tried in an environment of its own, which borrows torch from .venv: TRY(distribution, PATH).
+SITE := -c "import sysconfig; print(sysconfig.get_path('purelib'))"
+define TRY
+	@rm -rf build/try && $(PYTHON) -m venv --without-pip build/try
+	@$(PY) $(SITE) > "$$(build/try/bin/python $(SITE))/borrowed.pth"
+	PATH="$(2)" $(abspath $(PY)) -m pip --python build/try/bin/python install -q --no-build-isolation --no-deps \
+	  --ignore-installed --no-cache-dir $(1)
+	@cd build/try && PYTHONPATH= PYTHONSAFEPATH=1 bin/python -m adahessian_fused info | tee info.txt
+endef
+
+sdist: $(VENV)/.ready
+	rm -f dist/*.tar.gz
+	$(PY) setup.py -q sdist
+	@ls -l dist/*.tar.gz
+	$(call TRY,dist/*.tar.gz,/nonexistent)
+	@grep -q "no C++ compiler found" build/try/info.txt && grep -q "takes reference" build/try/info.txt
+
+wheel: sdist
+	rm -f dist/*.whl
+	env $(WHEEL_ARCHS) PATH="$(abspath $(VENV))/bin:$$PATH" ADAHESSIAN_NATIVE=ON $(PY) -m pip wheel -q --no-build-isolation \
+	  --no-deps --no-cache-dir -w dist dist/*.tar.gz
+	@ls -l dist/*.whl
+	$(call TRY,dist/*.whl,$$PATH)
+	@grep -q "takes native" build/try/info.txt
 
 # ---- on a GPU machine: nothing is installed, nothing downloaded ------------------------------------------------------
 GPU_SITE := $(abspath build/gpu)

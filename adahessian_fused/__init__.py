@@ -1,7 +1,5 @@
 """AdaHessian (Yao et al. 2021) for PyTorch with fused C++/CUDA and Triton kernels."""
 
-from importlib.metadata import PackageNotFoundError, version
-
 from . import compat
 from .backends import available_backends
 from .compat import accelerate
@@ -12,10 +10,7 @@ from .hvp_check import HvpCheck, StrategyCheck, check_hvp
 from .optimizer import AdaHessian
 from .train_step import TrainStep
 
-try:
-    __version__ = version("adahessian_fused")
-except PackageNotFoundError:  # a source tree that is not installed
-    __version__ = "unknown"
+__version__ = "0.1.0"
 
 __all__ = [
     "AdaHessian",

@@ -21,9 +21,11 @@ NORM_OPS = {
 def _load() -> None:
     library = next(Path(__file__).parent.glob("libadahessian_ops.*"), None)
     if library is None:
+        note = Path(__file__).with_name("native_missing.txt")  # setup.py's
+        why = note.read_text().strip() if note.exists() else "no C++ compiler, or torch was not at hand"
         raise ImportError(
-            "it is not part of this installation, which was built without a C++ compiler or without torch at hand; "
-            'with both, "pip install --no-build-isolation --force-reinstall --no-deps ." in the source folder adds it'
+            f"it is not part of this installation. When that was built: {why}. With a C++ compiler and torch, "
+            '"pip install --no-build-isolation --force-reinstall --no-deps ." in the source folder adds it'
         )
     torch.ops.load_library(str(library))
     for namespace in NAMESPACES:
