@@ -33,14 +33,14 @@ def _keeps_diag(group: dict[str, Any]) -> bool:
 
 
 class AdaHessian(Observable, FollowsGradScaler):
-    r"""AdaHessian (Yao et al. 2021, Algorithm 1) on fused kernels.
+    """AdaHessian (Yao et al. 2021, Algorithm 1) on fused kernels.
 
-    .. math::
-        m &\leftarrow \beta_1 m + (1 - \beta_1) g, \qquad v \leftarrow \beta_2 v + (1 - \beta_2) D_s^2 \\
-        p &\leftarrow p (1 - \text{lr} \cdot \text{wd})
-            - \frac{\text{lr}}{1 - \beta_1^t} \frac{m}{(\sqrt{v} / \sqrt{1 - \beta_2^h})^k + \epsilon}
+    ::
 
-    with :math:`D_s` the block mean (Eq. 7) of Hutchinson's estimate :math:`z \odot Hz` (Eq. 6), z a Rademacher probe,
+        m <- beta1 m + (1 - beta1) g,   v <- beta2 v + (1 - beta2) Ds^2
+        p <- p (1 - lr wd) - lr / (1 - beta1^t) * m / ((sqrt(v) / sqrt(1 - beta2^h))^k + eps)
+
+    with Ds the block mean (Eq. 7) of Hutchinson's estimate z * Hz (Eq. 6), z a Rademacher probe,
     t the step and h the number of Hessian updates so far. Four ways to step::
 
         loss.backward(create_graph=True); opt.step()   # as with every other AdaHessian
@@ -58,7 +58,7 @@ class AdaHessian(Observable, FollowsGradScaler):
         block_size: length b of the averaging blocks in logical row-major order: an int, "row" (last axis), "tensor",
             "auto" (spatial size of convolution kernels, 1 for everything else) or "conv2d" (the same for 4-D
             parameters only). Per group.
-        averaging: "signed" averages D (Eq. 7), "abs" averages \|D\| as the official code does. Per group.
+        averaging: "signed" averages D (Eq. 7), "abs" averages magnitudes as the official code does. Per group.
         update_each: Hutchinson frequency: curvature at steps 1, 1 + f, 1 + 2f, ... Per group.
         off_step: on the steps between, "hold" leaves v and h alone, "stale" feeds the last diagonal in again. Per
             group.

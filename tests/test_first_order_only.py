@@ -60,6 +60,8 @@ def first_order_only(name):
         model = mlp()
         compiled = torch.compile(model, backend="aot_eager")
         return model, lambda m: compiled(strategies.numbers(m)).square().mean(), strategies.square
+    if name == "mse_loss":
+        return mlp(), lambda m: nn.functional.mse_loss(m(strategies.numbers(m)), strategies.numbers(m)[:, :2]), None
     return mlp(), lambda m: reentrant(m).square().mean(), strategies.square
 
 
@@ -115,6 +117,7 @@ NAMED = {
     ("embedding_bag", "forward_over_reverse"): r"_embedding_bag has no forward-mode derivative",
     ("compiled", "autograd"): r"cannot be differentiated twice",
     ("compiled", "forward_over_reverse"): r"Function without jvp has no forward-mode derivative",
+    ("mse_loss", "forward_over_reverse"): r"such as mse_loss\) has no forward-mode derivative",
     ("reentrant_checkpoint", "autograd"): r"use_reentrant=True cannot be differentiated twice.*use_reentrant=False",
 }
 

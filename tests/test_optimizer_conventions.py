@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import doctest
-import importlib
-
 import pytest
 import torch
 from models import (
@@ -174,10 +171,3 @@ def test_functional_form_names_what_does_not_fit(device):
     for name, args in {"grads": ([q], [p], [p]), "hvps": ([p], [q], [p]), "exp_avg": ([p], [p], [q])}.items():
         with pytest.raises(ValueError, match=rf"{name}.*\(3,\); expected.*\(2, 3\)"):
             adahessian([p], args[0], args[1], args[2], [p], [n], [n], **numbers)
-
-
-@pytest.mark.parametrize("module", ["optimizer", "functional"])
-def test_examples_in_the_documentation(module):
-    result = doctest.testmod(importlib.import_module(f"adahessian_fused.{module}"))
-    assert result.attempted > 0
-    assert result.failed == 0

@@ -21,6 +21,7 @@ _KNOWN = {
     "Double backwards is not supported for CuDNN RNNs": "cuDNN's RNN",
     "use_reentrant=True, torch.utils.checkpoint is incompatible": "torch.utils.checkpoint with use_reentrant=True",
     "You must implement the jvp function": "a torch.autograd.Function without jvp",
+    "ZeroTensors are immutable": "an operator of the model or the loss (such as mse_loss)",
 }
 _LACKS = {
     "autograd": "cannot be differentiated twice",
