@@ -5,8 +5,10 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import Tensor
 
 NAMESPACE = "adahessian_fused"
 NAMESPACES = (NAMESPACE, "adahessian_fused_emulated")
@@ -35,7 +37,18 @@ def _load() -> None:
         torch.library.register_fake(f"{NAMESPACE}::{op}")(functools.partial(_norm_gradients, n_weights))
 
 
-def _norm_gradients(n_weights: Callable, v, v_weight, v_bias, grad, x, weight, mean, invstd, option):
+def _norm_gradients(
+    n_weights: Callable,
+    v: Tensor | None,
+    v_weight: Tensor | None,
+    v_bias: Tensor | None,
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    mean: Tensor | None,
+    invstd: Tensor,
+    option: Any,
+) -> tuple[Tensor, Tensor, Tensor]:
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
     return torch.empty_like(x), torch.empty_like(x), x.new_empty(n_weights(x, option), dtype=wide)
 
@@ -43,9 +56,9 @@ def _norm_gradients(n_weights: Callable, v, v_weight, v_bias, grad, x, weight, m
 _load()
 
 
-def build_info() -> dict[str, object]:
+def build_info() -> dict[str, Any]:
     """How the native library was built: version, compiler, CUDA version and architectures, instruction sets."""
-    from . import _C
+    from . import _C  # type: ignore[attr-defined]
 
     return _C.build_info()
 

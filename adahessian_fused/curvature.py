@@ -109,7 +109,7 @@ class Curvature:
                 retain_graph=retain_graph or sample + 1 < n_samples,
             )
             found = {entry: h for entry, h in zip(entries, products, strict=True) if h is not None}
-            scales = {"weight": weight, "inverse_scale": inverse_scale}
+            scales: dict[str, Any] = {"weight": weight, "inverse_scale": inverse_scale}
             self.take(found, probe=probe, n_samples=n_samples, sample=sample, z=z, **scales)
 
     def take(

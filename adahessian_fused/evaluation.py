@@ -20,7 +20,10 @@ from .state import PortableState
 
 Differentiate = Callable[..., None]
 
-STRATEGIES = {"finite_difference": FiniteDifference, "forward_over_reverse": ForwardOverReverse}
+STRATEGIES: dict[str, type[FiniteDifference] | type[ForwardOverReverse]] = {
+    "finite_difference": FiniteDifference,
+    "forward_over_reverse": ForwardOverReverse,
+}
 
 
 class EvaluatesLosses(PortableState):

@@ -168,7 +168,9 @@ def check_hvp(
         runs = {name: _Run(model, loss_fn, batch, name, fd_epsilon) for name in CHOICES["hvp"]}
         reference, exact = _exact(model, loss_fn, batch)
         plain = _Run(model, loss_fn, batch, "first order", fd_epsilon)
-        checks, seconds, memory = [], {name: [] for name in [*runs, plain.name]}, {}
+        checks: list[StrategyCheck] = []
+        seconds: dict[str, list[float]] = {name: [] for name in [*runs, plain.name]}
+        memory: dict[str, int] = {}
         errors = {name: run.errors(exact) for name, run in runs.items()}
         working = [plain, *(run for name, run in runs.items() if isinstance(errors[name], tuple))]
         for _ in range(repeats):
@@ -176,13 +178,13 @@ def check_hvp(
                 elapsed, memory[run.name] = run.cost()
                 seconds[run.name].append(elapsed)
     base = statistics.median(seconds[plain.name])
-    for name in runs:
-        if isinstance(errors[name], RuntimeError):
-            message = str(errors[name].__cause__ or errors[name])
+    for name, error in errors.items():
+        if isinstance(error, RuntimeError):
+            message = str(error.__cause__ or error)
             checks.append(StrategyCheck(name, failure=message, operator=operator_in(message)))
             continue
         used = memory[name] / memory[plain.name] if memory[plain.name] else None
-        checks.append(StrategyCheck(name, *errors[name], statistics.median(seconds[name]) / base, used))
+        checks.append(StrategyCheck(name, *error, statistics.median(seconds[name]) / base, used))
     result = HvpCheck(reference, tuple(checks), base)
     if show:
         result.show()
@@ -207,7 +209,7 @@ class _Run:
         self.params = [p for p in self.model.parameters() if p.requires_grad]
         hvp = name if name in CHOICES["hvp"] else "autograd"
         self._buffers = [(b, b.clone()) for b in self.model.buffers()]
-        self._options = {"hvp": hvp, "fd_epsilon": epsilon}
+        self._options: dict[str, Any] = {"hvp": hvp, "fd_epsilon": epsilon}
 
     def once(self, seed: int) -> AdaHessian:
         """Gradients, and curvature for the probe of this seed, from the same state each time."""

@@ -183,7 +183,8 @@ class Bucket:
             self._adopt(entry)
 
     def _make_table(self, entries: Sequence[Entry]) -> None:
-        rows, offset, diag_offset = [], 0, 0
+        rows: list[tuple[int, ...]] = []
+        offset = diag_offset = 0
         for row, entry in enumerate(entries):
             entry.bucket, entry.row, entry.pointer = self, row, entry.param.data_ptr()
             numel = entry.param.numel()
@@ -295,7 +296,7 @@ class Bucket:
         if found_inf is not None:
             increment = (found_inf == 0).to(torch.int64)
         for column in range(columns.stop or len(Steps)):
-            self.steps[:, column].index_add_(0, rows, increment.expand(len(entries)))
+            self.steps[:, column].index_add_(0, rows, increment.expand(len(entries)))  # type: ignore[arg-type]
 
 
 def all_fit(entries: Sequence[Entry], params: Sequence[Tensor]) -> bool:

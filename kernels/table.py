@@ -115,8 +115,9 @@ def _row(segment: list[int], mode: Mode, tile: int) -> dict[str, int]:
 
 def build_plan(segments: Tensor, mode: Mode, tile: int, device: torch.device) -> Plan:
     """The plan of a segment table; uploads it."""
-    rows, pairs = [], {}
-    counts = {"first_tile": [], "first_part": [], "first_block": []}
+    rows: list[list[int]] = []
+    pairs: dict[tuple[int, int], int] = {}
+    counts: dict[str, list[int]] = {"first_tile": [], "first_part": [], "first_block": []}
     totals = dict.fromkeys(counts, 0)
     for segment in segments.tolist():
         row = _row(segment, mode, tile)
@@ -138,7 +139,8 @@ def build_plan(segments: Tensor, mode: Mode, tile: int, device: torch.device) ->
     lists = [np.repeat(np.arange(len(rows), dtype=np.int32), n) for n in counts.values()]
     slots_groups = np.array(list(pairs), dtype=np.int64).reshape(-1, 2)
     tables = (np.array(rows, dtype=np.int64), *lists, slots_groups)
-    return Plan(*(upload(table, device) for table in tables), slots_groups[:, 0], slots_groups[:, 1])
+    on_device = (upload(table, device) for table in tables)
+    return Plan(*on_device, slots_groups[:, 0], slots_groups[:, 1])  # type: ignore[call-arg]
 
 
 _plans: WeakIdKeyDictionary = WeakIdKeyDictionary()
@@ -169,7 +171,8 @@ def send(plan: Plan, device: torch.device, *parts: np.ndarray | Tensor) -> list[
     arrays = [np.ascontiguousarray(parts[i]).reshape(-1) for i in hosted]
     words = [np.pad(array.view(np.uint8), (0, -array.nbytes % 16)) for array in arrays]
     sent = _send_words(plan, np.concatenate(words) if words else np.empty(0, np.uint8), device)
-    tensors, begin = list(parts), 0
+    tensors: list[Any] = list(parts)
+    begin = 0
     for i, array, word in zip(hosted, arrays, words, strict=True):
         dtype = torch.from_numpy(array[:0]).dtype
         tensors[i] = sent[begin : begin + array.nbytes].view(dtype)

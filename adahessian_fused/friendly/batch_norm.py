@@ -24,7 +24,14 @@ class BatchNorm(Operator):
     eps: float
     implementation: int = 0  # which of PyTorch's backends has run the forward
 
-    def forward(self, x, weight, bias, running_mean, running_var) -> tuple[Tensor, Tensors]:
+    def forward(
+        self,
+        x: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        running_mean: Tensor | None,
+        running_var: Tensor | None,
+    ) -> tuple[Tensor, Tensors]:
         y, mean, invstd, reserve, self.implementation = aten._batch_norm_impl_index.default(
             x,
             weight,
@@ -40,7 +47,17 @@ class BatchNorm(Operator):
         return y, (x, weight, mean, invstd, reserve, *running)
 
     def backward(
-        self, grad, x, weight, mean, invstd, reserve, running_mean, running_var, *, mask: Sequence[bool]
+        self,
+        grad: Tensor,
+        x: Tensor,
+        weight: Tensor | None,
+        mean: Tensor | None,
+        invstd: Tensor,
+        reserve: Tensor | None,
+        running_mean: Tensor | None,
+        running_var: Tensor | None,
+        *,
+        mask: Sequence[bool],
     ) -> Tensors:
         return aten._batch_norm_impl_index_backward.default(
             self.implementation,
@@ -58,22 +75,51 @@ class BatchNorm(Operator):
         )
 
     def double_backward(
-        self, cotangents, grad, x, weight, mean, invstd, reserve, running_mean, running_var, *, mask: Sequence[bool]
+        self,
+        cotangents: Tensors,
+        grad: Tensor,
+        x: Tensor,
+        weight: Tensor | None,
+        mean: Tensor | None,
+        invstd: Tensor,
+        reserve: Tensor | None,
+        running_mean: Tensor | None,
+        running_var: Tensor | None,
+        *,
+        mask: Sequence[bool],
     ) -> Tensors:
         if not self.training:
             mean, invstd = running_mean, (running_var + self.eps).rsqrt()
-        return double_backward.batch_norm(*cotangents, grad, x, weight, mean, invstd, fixed=not self.training)
+        v, v_weight, v_bias = cotangents
+        return double_backward.batch_norm(v, v_weight, v_bias, grad, x, weight, mean, invstd, fixed=not self.training)
 
 
 def batch_norm(
-    input, running_mean, running_var, weight=None, bias=None, training=False, momentum=0.1, eps=1e-5
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
 ) -> Tensor:
     """As torch.nn.functional.batch_norm."""
     if training:
-        F._verify_batch_size(input.size())
+        F._verify_batch_size(input.size())  # type: ignore[attr-defined]
     return call(BatchNorm(training, momentum, eps), input, weight, bias, running_mean, running_var)
 
 
-def torch_batch_norm(input, weight, bias, running_mean, running_var, training, momentum, eps, cudnn_enabled) -> Tensor:
+def torch_batch_norm(
+    input: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    training: bool,
+    momentum: float,
+    eps: float,
+    cudnn_enabled: bool,
+) -> Tensor:
     """As torch.batch_norm, which orders its arguments in another way."""
     return call(BatchNorm(training, momentum, eps), input, weight, bias, running_mean, running_var)

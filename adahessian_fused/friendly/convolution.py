@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -70,7 +71,7 @@ class Convolution(Operator):
         return d_grad, d_x, d_weight
 
 
-def _each(value: int | Sequence[int], dims: int) -> tuple[int, ...]:
+def _each(value: Any, dims: int) -> tuple[int, ...]:
     """One number for each dimension, from one number or a sequence."""
     values = (value,) if isinstance(value, int) else tuple(value)
     return values * dims if len(values) == 1 else values
@@ -83,7 +84,16 @@ def _run(dims: int, x: Tensor, weight: Tensor, bias: Tensor | None, operator: Co
     return call(operator, x, weight, bias)
 
 
-def _convolution(dims: int, input, weight, bias=None, stride=1, padding=0, dilation=1, groups=1) -> Tensor:
+def _convolution(
+    dims: int,
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: int | Sequence[int] = 1,
+    padding: int | str | Sequence[int] = 0,
+    dilation: int | Sequence[int] = 1,
+    groups: int = 1,
+) -> Tensor:
     """As torch.nn.functional.conv1d, conv2d, conv3d."""
     stride, dilation = _each(stride, dims), _each(dilation, dims)
     if padding == "valid":
@@ -101,7 +111,15 @@ def _convolution(dims: int, input, weight, bias=None, stride=1, padding=0, dilat
 
 
 def _transposed(
-    dims: int, input, weight, bias=None, stride=1, padding=0, output_padding=0, groups=1, dilation=1
+    dims: int,
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: int | Sequence[int] = 1,
+    padding: int | str | Sequence[int] = 0,
+    output_padding: int | Sequence[int] = 0,
+    groups: int = 1,
+    dilation: int | Sequence[int] = 1,
 ) -> Tensor:
     """As torch.nn.functional.conv_transpose1d, conv_transpose2d, conv_transpose3d."""
     stride, padding, dilation = (_each(value, dims) for value in (stride, padding, dilation))

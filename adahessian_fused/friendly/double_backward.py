@@ -12,12 +12,23 @@ from torch import Tensor
 from .. import backends
 from . import formulas
 
-Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
+Gradients = tuple[Tensor | None, ...]
 CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
-def batch_norm(v, v_weight, v_bias, grad, x, weight, mean, invstd, *, fixed: bool) -> Gradients:
+def batch_norm(
+    v: Tensor | None,
+    v_weight: Tensor | None,
+    v_bias: Tensor | None,
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    mean: Tensor | None,
+    invstd: Tensor,
+    *,
+    fixed: bool,
+) -> Gradients:
     """Gradients of ``grad``, x and weight, as :func:`.formulas.batch_norm_double_backward`.
 
     Cotangents may be None, which is zero, and the tensors of any dtype and memory format.
@@ -29,7 +40,19 @@ def batch_norm(v, v_weight, v_bias, grad, x, weight, mean, invstd, *, fixed: boo
     return tuple(map(_like, found, (grad, x, weight)))
 
 
-def row_norm(v, v_weight, v_bias, grad, x, weight, mean, invstd, *, shape: tuple[int, int, int], groups=1) -> Gradients:
+def row_norm(
+    v: Tensor | None,
+    v_weight: Tensor | None,
+    v_bias: Tensor | None,
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    mean: Tensor | None,
+    invstd: Tensor,
+    *,
+    shape: tuple[int, int, int],
+    groups: int = 1,
+) -> Gradients:
     """The same for :func:`.formulas.row_norm_double_backward`; ``shape`` is (rows, channels, pixels) of x."""
     like_x = (t.reshape(shape).contiguous() for t in (_or_zeros(v, x), grad.to(x.dtype), x))
     found = _run("row_norm_double_backward", *like_x, v_weight, v_bias, weight, mean, invstd, groups)

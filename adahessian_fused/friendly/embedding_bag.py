@@ -6,6 +6,7 @@ import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
 from types import SimpleNamespace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -47,11 +48,19 @@ class EmbeddingBag(Operator):
             self.padding_idx,
         )
 
-    def forward(self, weight, per_sample_weights) -> tuple[Tensor, Tensors]:
+    def forward(self, weight: Tensor, per_sample_weights: Tensor | None) -> tuple[Tensor, Tensors]:
         y, offset2bag, bag_size, maximum_indices = self._bags(weight, per_sample_weights)
         return y, (weight, per_sample_weights, offset2bag, bag_size, maximum_indices)
 
-    def _weight_gradient(self, grad, weight, per_sample_weights, offset2bag, bag_size, maximum_indices) -> Tensor:
+    def _weight_gradient(
+        self,
+        grad: Tensor,
+        weight: Tensor,
+        per_sample_weights: Tensor | None,
+        offset2bag: Tensor,
+        bag_size: Tensor,
+        maximum_indices: Tensor,
+    ) -> Tensor:
         return aten._embedding_bag_backward.default(
             grad,
             self.indices,
@@ -72,12 +81,22 @@ class EmbeddingBag(Operator):
             grad, weight, self.indices, self.offsets, offset2bag, self.mode, self.padding_idx
         )
 
-    def backward(self, grad, weight, per_sample_weights, *bags, mask: Sequence[bool]) -> Tensors:
+    def backward(
+        self, grad: Tensor, weight: Tensor, per_sample_weights: Tensor | None, *bags: Tensor, mask: Sequence[bool]
+    ) -> Tensors:
         d_weight = self._weight_gradient(grad, weight, per_sample_weights, *bags) if mask[0] else None
         d_samples = self._sample_gradient(grad, weight, bags[0]) if mask[1] else None
         return d_weight, d_samples
 
-    def double_backward(self, cotangents, grad, weight, per_sample_weights, *bags, mask: Sequence[bool]) -> Tensors:
+    def double_backward(
+        self,
+        cotangents: Tensors,
+        grad: Tensor,
+        weight: Tensor,
+        per_sample_weights: Tensor | None,
+        *bags: Tensor,
+        mask: Sequence[bool],
+    ) -> Tensors:
         v, v_samples = cotangents
         d_grad = d_weight = d_samples = None
         if v is not None:
@@ -97,7 +116,7 @@ class EmbeddingBag(Operator):
         return d_grad, d_weight, d_samples
 
 
-def embedding_bag(input, weight, offsets=None, *args, **kwargs) -> Tensor:
+def embedding_bag(input: Tensor, weight: Tensor, offsets: Tensor | None = None, *args: Any, **kwargs: Any) -> Tensor:
     """As torch.nn.functional.embedding_bag; what has no dense gradient, or is wrong, goes to it."""
     bound = _SIGNATURE.bind(input, weight, offsets, *args, **kwargs)
     bound.apply_defaults()
@@ -111,7 +130,7 @@ def embedding_bag(input, weight, offsets=None, *args, **kwargs) -> Tensor:
         input = input.reshape(-1)
         samples = None if samples is None else samples.reshape(-1)
     if given.max_norm is not None:
-        F._no_grad_embedding_renorm_(weight, input, given.max_norm, given.norm_type)
+        F._no_grad_embedding_renorm_(weight, input, given.max_norm, given.norm_type)  # type: ignore[attr-defined]
     padding = -1 if given.padding_idx is None else given.padding_idx % weight.shape[0]
     return call(EmbeddingBag(MODES[given.mode], input, offsets, include_last_offset, padding), weight, samples)
 

@@ -25,8 +25,6 @@ The last follows from :math:`ds / dx = -s^2 \hat x / n` and from :math:`P` as th
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
@@ -43,8 +41,8 @@ def norm_double_backward(
     mean: Tensor | None,
     invstd: Tensor,
     *,
-    over: Sequence[int],
-    shared: Sequence[int],
+    over: list[int],
+    shared: list[int],
     fixed: bool = False,
 ) -> Gradients:
     """Gradients of ``grad``, x and the weight.
@@ -93,7 +91,17 @@ def norm_double_backward(
     return d_grad, project(inner) - s * x_hat * average(u * p), d_weight
 
 
-def batch_norm_double_backward(v, v_weight, v_bias, grad, x, weight, mean, invstd, fixed: bool) -> Gradients:
+def batch_norm_double_backward(
+    v: Tensor | None,
+    v_weight: Tensor | None,
+    v_bias: Tensor | None,
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    mean: Tensor | None,
+    invstd: Tensor,
+    fixed: bool,
+) -> Gradients:
     """:func:`norm_double_backward` of batch norm.
 
     Shapes:
@@ -108,7 +116,17 @@ def batch_norm_double_backward(v, v_weight, v_bias, grad, x, weight, mean, invst
     return norm_double_backward(v, v_weight, v_bias, grad, x, w, mean, invstd, over=others, shared=others, fixed=fixed)
 
 
-def row_norm_double_backward(v, v_weight, v_bias, grad, x, weight, mean, invstd, groups: int) -> Gradients:
+def row_norm_double_backward(
+    v: Tensor | None,
+    v_weight: Tensor | None,
+    v_bias: Tensor | None,
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    mean: Tensor | None,
+    invstd: Tensor,
+    groups: int,
+) -> Gradients:
     """:func:`norm_double_backward` of layer, RMS and group norm.
 
     Shapes:

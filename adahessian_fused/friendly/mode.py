@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import ExitStack
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -73,17 +74,17 @@ class curvature_friendly(TorchFunctionMode):  # noqa: N801 - used like a functio
         super().__init__()
         self._attention = ExitStack()
 
-    def __enter__(self):
+    def __enter__(self) -> Any:
         self._attention.enter_context(sdpa_kernel(SDPBackend.MATH))
         return super().__enter__()
 
-    def __exit__(self, *error) -> None:
+    def __exit__(self, *error: object) -> None:
         try:
             super().__exit__(*error)
         finally:
             self._attention.close()
 
-    def __torch_function__(self, func, types, args=(), kwargs=None):
+    def __torch_function__(self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         ours = OPERATORS.get(func)
         if ours is None or not _differentiable([*args, *kwargs.values()]):

@@ -24,15 +24,38 @@ class LayerNorm(Operator):
     shape: Sequence[int]
     eps: float
 
-    def forward(self, x, weight, bias) -> tuple[Tensor, Tensors]:
+    def forward(self, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> tuple[Tensor, Tensors]:
         y, mean, invstd = aten.native_layer_norm.default(x, self.shape, weight, bias, self.eps)
         return y, (x, weight, bias, mean, invstd)
 
-    def backward(self, grad, x, weight, bias, mean, invstd, *, mask: Sequence[bool]) -> Tensors:
+    def backward(
+        self,
+        grad: Tensor,
+        x: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        mean: Tensor | None,
+        invstd: Tensor,
+        *,
+        mask: Sequence[bool],
+    ) -> Tensors:
         return aten.native_layer_norm_backward.default(grad, x, self.shape, mean, invstd, weight, bias, list(mask))
 
-    def double_backward(self, cotangents, grad, x, weight, bias, mean, invstd, *, mask: Sequence[bool]) -> Tensors:
-        return double_backward.row_norm(*cotangents, grad, x, weight, mean, invstd, shape=_rows(x, self.shape))
+    def double_backward(
+        self,
+        cotangents: Tensors,
+        grad: Tensor,
+        x: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        mean: Tensor | None,
+        invstd: Tensor,
+        *,
+        mask: Sequence[bool],
+    ) -> Tensors:
+        v, v_weight, v_bias = cotangents
+        shape = _rows(x, self.shape)
+        return double_backward.row_norm(v, v_weight, v_bias, grad, x, weight, mean, invstd, shape=shape)
 
 
 @dataclass(frozen=True)
@@ -42,7 +65,7 @@ class RmsNorm(Operator):
     shape: Sequence[int]
     eps: float
 
-    def forward(self, x, weight) -> tuple[Tensor, Tensors]:
+    def forward(self, x: Tensor, weight: Tensor | None) -> tuple[Tensor, Tensors]:
         if x.is_cuda:
             y, invstd = aten._fused_rms_norm.default(x, self.shape, weight, self.eps)
         else:
@@ -52,7 +75,9 @@ class RmsNorm(Operator):
             invstd = wide.square().mean(dims, keepdim=True).add_(self.eps).rsqrt_()
         return y, (x, weight, invstd)
 
-    def backward(self, grad, x, weight, invstd, *, mask: Sequence[bool]) -> Tensors:
+    def backward(
+        self, grad: Tensor, x: Tensor, weight: Tensor | None, invstd: Tensor, *, mask: Sequence[bool]
+    ) -> Tensors:
         if x.is_cuda:
             return aten._fused_rms_norm_backward.default(grad, x, self.shape, invstd, weight, list(mask))
         g, x_hat = grad.to(invstd.dtype), x * invstd
@@ -62,7 +87,16 @@ class RmsNorm(Operator):
         d_weight = (g * x_hat).sum_to_size(self.shape).to(weight.dtype) if mask[1] else None
         return d_x.to(x.dtype), d_weight
 
-    def double_backward(self, cotangents, grad, x, weight, invstd, *, mask: Sequence[bool]) -> Tensors:
+    def double_backward(
+        self,
+        cotangents: Tensors,
+        grad: Tensor,
+        x: Tensor,
+        weight: Tensor | None,
+        invstd: Tensor,
+        *,
+        mask: Sequence[bool],
+    ) -> Tensors:
         v, v_weight = cotangents
         return double_backward.row_norm(v, v_weight, None, grad, x, weight, None, invstd, shape=_rows(x, self.shape))
 
@@ -77,21 +111,41 @@ class GroupNorm(Operator):
     def _sizes(self, x: Tensor) -> tuple[int, int, int, int]:
         return x.shape[0], x.shape[1], x[0, 0].numel(), self.groups
 
-    def forward(self, x, weight, bias) -> tuple[Tensor, Tensors]:
+    def forward(self, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> tuple[Tensor, Tensors]:
         y, mean, invstd = aten.native_group_norm.default(x, weight, bias, *self._sizes(x), self.eps)
         return y, (x, weight, mean, invstd)
 
-    def backward(self, grad, x, weight, mean, invstd, *, mask: Sequence[bool]) -> Tensors:
+    def backward(
+        self,
+        grad: Tensor,
+        x: Tensor,
+        weight: Tensor | None,
+        mean: Tensor | None,
+        invstd: Tensor,
+        *,
+        mask: Sequence[bool],
+    ) -> Tensors:
         # The kernel takes both in the memory format of x.
         grad = grad.contiguous(memory_format=_format(x))
         # In channels_last it crashes if it has no gradient of x to write to.
         mask = [True, *mask[1:]]
         return aten.native_group_norm_backward.default(grad, x, mean, invstd, weight, *self._sizes(x), mask)
 
-    def double_backward(self, cotangents, grad, x, weight, mean, invstd, *, mask: Sequence[bool]) -> Tensors:
+    def double_backward(
+        self,
+        cotangents: Tensors,
+        grad: Tensor,
+        x: Tensor,
+        weight: Tensor | None,
+        mean: Tensor | None,
+        invstd: Tensor,
+        *,
+        mask: Sequence[bool],
+    ) -> Tensors:
         n, channels, pixels, groups = self._sizes(x)
         shape = n * groups, channels // groups, pixels
-        return double_backward.row_norm(*cotangents, grad, x, weight, mean, invstd, shape=shape, groups=groups)
+        v, v_weight, v_bias = cotangents
+        return double_backward.row_norm(v, v_weight, v_bias, grad, x, weight, mean, invstd, shape=shape, groups=groups)
 
 
 def _rows(x: Tensor, shape: Sequence[int]) -> tuple[int, int, int]:
@@ -107,12 +161,21 @@ def _format(x: Tensor) -> torch.memory_format:
     return formats[x.dim()] if dense and not x.is_cuda else torch.contiguous_format
 
 
-def layer_norm(input, normalized_shape, weight=None, bias=None, eps=1e-5, cudnn_enable=True) -> Tensor:
+def layer_norm(
+    input: Tensor,
+    normalized_shape: Sequence[int],
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    cudnn_enable: bool = True,
+) -> Tensor:
     """As torch.nn.functional.layer_norm."""
     return call(LayerNorm(normalized_shape, eps), *full(input, weight, bias))
 
 
-def rms_norm(input, normalized_shape, weight=None, eps=None) -> Tensor:
+def rms_norm(
+    input: Tensor, normalized_shape: Sequence[int], weight: Tensor | None = None, eps: float | None = None
+) -> Tensor:
     """As torch.nn.functional.rms_norm."""
     input, weight = full(input, weight)
     if eps is None:
@@ -120,7 +183,14 @@ def rms_norm(input, normalized_shape, weight=None, eps=None) -> Tensor:
     return call(RmsNorm(normalized_shape, eps), input, weight)
 
 
-def group_norm(input, num_groups, weight=None, bias=None, eps=1e-5, cudnn_enabled=True) -> Tensor:
+def group_norm(
+    input: Tensor,
+    num_groups: int,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    cudnn_enabled: bool = True,
+) -> Tensor:
     """As torch.nn.functional.group_norm."""
     if input.dim() < 2 or input.shape[1] % num_groups or input[0].numel() == num_groups:
         return F.group_norm(input, num_groups, weight, bias, eps)  # raises

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -50,7 +51,7 @@ def call(operator: Operator, *inputs: Tensor | None, inplace: bool = False) -> T
 
 class _Forward(Function):
     @staticmethod
-    def forward(ctx, operator: Operator, inplace: bool, *inputs: Tensor | None) -> Tensor:
+    def forward(ctx: Any, operator: Operator, inplace: bool, *inputs: Tensor | None) -> Tensor:
         output, saved = operator.forward(*inputs)
         if inplace:
             ctx.mark_dirty(inputs[0])
@@ -60,7 +61,7 @@ class _Forward(Function):
         return output
 
     @staticmethod
-    def backward(ctx, grad: Tensor | None) -> Tensors:
+    def backward(ctx: Any, grad: Tensor | None) -> Tensors:
         mask = ctx.needs_input_grad[2:]
         none = (None,) * len(mask)
         if grad is None:
@@ -75,7 +76,7 @@ class _Forward(Function):
 
 class _Backward(Function):
     @staticmethod
-    def forward(ctx, operator: Operator, mask: Sequence[bool], grad: Tensor, *saved: Tensor | None) -> Tensors:
+    def forward(ctx: Any, operator: Operator, mask: Sequence[bool], grad: Tensor, *saved: Tensor | None) -> Tensors:
         ctx.operator = operator
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(grad, *saved)
@@ -83,7 +84,7 @@ class _Backward(Function):
 
     @staticmethod
     @once_differentiable  # a third derivative raises
-    def backward(ctx, *cotangents: Tensor | None) -> Tensors:
+    def backward(ctx: Any, *cotangents: Tensor | None) -> Tensors:
         mask = ctx.needs_input_grad[2:]
         none = (None,) * len(mask)
         if all(v is None for v in cotangents):

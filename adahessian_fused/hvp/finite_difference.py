@@ -153,7 +153,8 @@ class FiniteDifference:
         both = [
             i for i, pair in enumerate(zip(plus, minus, strict=True)) if pair[0] is not None and pair[1] is not None
         ]
-        products, grads = [None] * len(plus), [b if b is not None else a for a, b in zip(plus, minus, strict=True)]
+        grads = [b if b is not None else a for a, b in zip(plus, minus, strict=True)]
+        products: list[Tensor | None] = [None] * len(plus)
         if both:  # in place: the pair is all the memory it takes
             differences, means = [plus[i] for i in both], [minus[i] for i in both]
             torch._foreach_sub_(differences, means)

@@ -47,7 +47,7 @@ def gradient_and_product(
         Gradients and products; None for parameters the loss does not depend on, and products None where the gradient
         does not depend on any parameter.
     """
-    options = {"grad_outputs": gradient, "allow_unused": True, "retain_graph": True}
+    options: dict[str, Any] = {"grad_outputs": gradient, "allow_unused": True, "retain_graph": True}
     try:
         duals = torch.autograd.grad(loss, params, **options)
     except NotImplementedError:
@@ -75,7 +75,7 @@ class ForwardOverReverse:
         epsilon: float | None = None,
     ) -> None:
         self._params, self._entries, self._backends, self._evaluate = params, entries, backends, evaluate
-        self._probe = {"probe": probe, "seed": seed}
+        self._probe: dict[str, Any] = {"probe": probe, "seed": seed}
         self._replay = Replay()
         self._products: list[Tensor | None] = []
 

@@ -22,7 +22,7 @@ class InterceptBackward(TorchFunctionMode):
         self._backward, self._always = backward, always
         self.called = False
 
-    def __torch_function__(self, func, types, args=(), kwargs=None):
+    def __torch_function__(self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func is not torch.Tensor.backward:
             return func(*args, **kwargs)

@@ -95,7 +95,15 @@ class Kind:
             grads = [_mean(g, other, share) for g, other in zip(grads, rest_grads, strict=True)]
         return Derivatives(loss, grads, probed, products)
 
-    def _gradients(self, loss_of, params, batch, scale, *, create_graph: bool) -> tuple[Tensor, list[Tensor | None]]:
+    def _gradients(
+        self,
+        loss_of: Callable[..., Tensor],
+        params: Sequence[Tensor],
+        batch: Any,
+        scale: Tensor | None,
+        *,
+        create_graph: bool,
+    ) -> tuple[Tensor, list[Tensor | None]]:
         device, enabled, dtype = self.autocast
         with torch.enable_grad(), torch.autocast(device, dtype, enabled=enabled):
             if create_graph:
@@ -153,14 +161,15 @@ class Flat:
             lambda numbers, sample: [probes[sample][i] for i in numbers],
             scale,
         )
-        self.found = Derivatives(None, [g if g is None else True for g in d.grads], d.probed, [])
+        present = [g if g is None else True for g in d.grads]
+        self.found = Derivatives(None, present, d.probed, [])  # type: ignore[arg-type]
         return [d.loss, *(g for g in d.grads if g is not None), *(h for sample in d.products for h in sample)]
 
     def unpack(self, outputs: Sequence[Tensor]) -> Derivatives:
         """The outputs in their places."""
         loss, *others = outputs
-        others = iter(others)
-        grads = [None if g is None else next(others) for g in self.found.grads]
+        rest = iter(others)
+        grads = [None if g is None else next(rest) for g in self.found.grads]
         n_samples = self.kind.n_samples if self.found.probed else 0
-        products = [[next(others) for _ in self.found.probed] for _ in range(n_samples)]
+        products = [[next(rest) for _ in self.found.probed] for _ in range(n_samples)]
         return Derivatives(loss, grads, self.found.probed, products)

@@ -177,7 +177,15 @@ class TrainStep:
         self._graphs[kind] = self._make(kind, params, scale, tensors, capture=bool(capture))
         return self._graphs[kind]
 
-    def _make(self, kind, params, scale, tensors, *, capture: bool) -> _Graph | None:
+    def _make(
+        self,
+        kind: Kind,
+        params: Sequence[tuple[int, Tensor]],
+        scale: Tensor | None,
+        tensors: Sequence[Tensor],
+        *,
+        capture: bool,
+    ) -> _Graph | None:
         begin = time.perf_counter()
         try:
             graph = _Graph(self._whole, kind, params, scale, tensors, compiled=self.compile, capture=capture)
@@ -237,7 +245,17 @@ class _Probes:
 class _Graph:
     """A compiled or captured kind of step."""
 
-    def __init__(self, whole: Whole, kind: Kind, params, scale, tensors, *, compiled: bool, capture: bool) -> None:
+    def __init__(
+        self,
+        whole: Whole,
+        kind: Kind,
+        params: Sequence[tuple[int, Tensor]],
+        scale: Tensor | None,
+        tensors: Sequence[Tensor],
+        *,
+        compiled: bool,
+        capture: bool,
+    ) -> None:
         state = {**dict(whole.named_parameters()), **dict(whole.named_buffers())}
         name_of = {id(t): name for name, t in state.items()}
         missing = [tuple(p.shape) for _, p in params if id(p) not in name_of]
@@ -249,14 +267,20 @@ class _Graph:
         self._addresses: list[int] | None = None
         self._flat = Flat(kind, whole, names, self._others)
         inputs = self._inputs(params, [[p for _, p in params]] * kind.n_samples, scale, tensors)
-        self._run = Compiled(self._flat, inputs) if compiled else self._flat
+        self._run: Compiled | Flat | Captured = Compiled(self._flat, inputs) if compiled else self._flat
         if capture:
             n_fixed = len(names) + len(self._others)
             self._run = Captured(self._run, inputs, n_fixed)
             self._addresses = [t.data_ptr() for t in inputs[:n_fixed]]
             self._n_fixed = n_fixed
 
-    def _inputs(self, params, probes: Sequence[Sequence[Tensor]], scale, tensors) -> list[Tensor]:
+    def _inputs(
+        self,
+        params: Sequence[tuple[int, Tensor]],
+        probes: Sequence[Sequence[Tensor]],
+        scale: Tensor | None,
+        tensors: Sequence[Tensor],
+    ) -> list[Tensor]:
         """The flat function's inputs; ``probes``: for each sample one tensor a parameter."""
         state = {**dict(self._whole.named_parameters()), **dict(self._whole.named_buffers())}
         due = self._flat.kind.due
@@ -275,7 +299,9 @@ class _Graph:
         now = self._inputs(params, [], None, [])
         return [t.data_ptr() for t in now] == self._addresses
 
-    def __call__(self, params, draw: _Probes, scale: Tensor | None, tensors: Sequence[Tensor]) -> Derivatives:
+    def __call__(
+        self, params: Sequence[tuple[int, Tensor]], draw: _Probes, scale: Tensor | None, tensors: Sequence[Tensor]
+    ) -> Derivatives:
         probed = self._flat.found.probed
         probes = []
         for sample in range(self._flat.kind.n_samples if probed else 0):
