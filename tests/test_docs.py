@@ -14,7 +14,21 @@ import torch
 from conftest import OPS
 from models import batch, mlp
 from originals import stand_ins  # noqa: F401
-from pages import DOCS, NOT_RUN, PAGES, ROOT, TARGETS, blocks, code_spans, commands, headings, name, problems, prose
+from pages import (
+    DOCS,
+    NOT_RUN,
+    PAGES,
+    ROOT,
+    RUN_BY,
+    TARGETS,
+    blocks,
+    code_spans,
+    commands,
+    headings,
+    name,
+    problems,
+    prose,
+)
 from torch import nn
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
@@ -54,7 +68,7 @@ def steps():
         handle.remove()
 
 
-@pytest.mark.parametrize("page", [p for p in PAGES if blocks(p, "python")], ids=name)
+@pytest.mark.parametrize("page", [p for p in PAGES if blocks(p, "python") and name(p) not in RUN_BY], ids=name)
 @pytest.mark.usefixtures("stand_ins")
 @pytest.mark.filterwarnings("ignore:Using backward\\(\\) with create_graph=True")
 def test_python_blocks_run(page, steps):
@@ -67,6 +81,11 @@ def test_python_blocks_run(page, steps):
             exec(code, names)
             ran += block.code
     assert any(steps) == bool(re.search(r"\bstep\(", ran))
+
+
+@pytest.mark.parametrize("page", [p for p in PAGES if name(p) in RUN_BY], ids=name)
+def test_other_pages_are_run_elsewhere(page):
+    assert page.name in (ROOT / RUN_BY[name(page)]).read_text()
 
 
 @pages
