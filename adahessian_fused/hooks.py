@@ -66,14 +66,14 @@ class BackwardHook(RemovableHandle):
         super().__init__(_hooked)
         _hooked[self.id] = weakref.ref(optimizer, lambda _: self.remove())
         if not _installed:
-            _original, Tensor.backward, _installed = Tensor.backward, _backward, True
+            _original, Tensor.backward, _installed = Tensor.backward, _backward, True  # type: ignore[method-assign]
 
     def remove(self) -> None:
         """End the hook; the last one gives ``Tensor.backward`` back, unless somebody else has wrapped it since."""
         global _installed
         super().remove()
         if not _hooked and Tensor.backward is _backward:
-            Tensor.backward, _installed = _original, False
+            Tensor.backward, _installed = _original, False  # type: ignore[method-assign]
 
 
 @functools.wraps(Tensor.backward)

@@ -21,4 +21,4 @@ def nodes(roots: Sequence[Tensor]) -> Iterator[Node]:
 
 def leaves(loss: Tensor) -> list[Tensor]:
     """The tensors that ``loss.backward()`` would give a gradient."""
-    return [node.variable for node in nodes([loss]) if node.name() == "torch::autograd::AccumulateGrad"]
+    return [node.variable for node in nodes([loss]) if node.name() == "torch::autograd::AccumulateGrad"]  # type: ignore[attr-defined]
