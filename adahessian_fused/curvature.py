@@ -183,7 +183,8 @@ class Curvature:
             flag, one = torch.zeros((), device=device), torch.ones((), device=device)
             torch._amp_foreach_non_finite_check_and_unscale_(tensors, flag, one)
             flags.append(flag)
-        return sum(flag.to(flags[0].device) for flag in flags) if flags else torch.zeros(())
+        total = sum(flag.to(flags[0].device) for flag in flags) if flags else torch.zeros(())
+        return total  # type: ignore[return-value]
 
     def report(self, grads: Sequence[Tensor]) -> None:
         """Make a gradient infinite if the curvature is not finite: GradScaler looks at gradients only."""
@@ -267,7 +268,7 @@ class Curvature:
 
 def _scaled(products: Mapping[Entry, Tensor], factor: Tensor) -> dict[Entry, Tensor]:
     """Products times a scalar; float16 becomes float32, since it cannot hold what GradScaler's factor was for."""
-    scaled = {}
+    scaled: dict[Entry, Tensor] = {}
     for bucket, members in by_bucket(list(products)).items():
         wide = [products[e].float() if products[e].dtype == torch.float16 else products[e] for e in members]
         # Not in place: autograd may have handed out one tensor twice.

@@ -76,8 +76,8 @@ class Observable(Optimizer):
         raise NotImplementedError
 
     def _reset(self) -> None:
-        super()._reset()
-        self._stepped: list[Entry] = []  # the parameters of the last step that was not skipped
+        super()._reset()  # type: ignore[misc]
+        self._stepped: Sequence[Entry] = []  # the parameters of the last step that was not skipped
 
     def hessian_diag(self, param: Tensor) -> Tensor:
         """The root-mean-square Hessian diagonal, sqrt(v / (1 - beta2^h)): a new tensor of the parameter's shape.
