@@ -14,7 +14,7 @@ WHEEL_ARCHS := $(if $(ADAHESSIAN_CUDA_ARCHS),ADAHESSIAN_CUDA_ARCHS="$(ADAHESSIAN
 
 export ADAHESSIAN_CUDA_ARCHS := $(ARCHS)
 
-.PHONY: help build demo test cpp-test cpp-bench bench overhead docs lint format wheel sdist gpu clean
+.PHONY: help build demo test cpp-test cpp-bench bench overhead docs lint format wheel sdist gpu gpu-build gpu-test gpu-bench gpu-sanitize clean
 
 help:
 	@echo "make demo    train ResNet-20 on real images with SGD, AdamW, plain AdaHessian and ours; table, JSON and plot"
@@ -28,17 +28,22 @@ help:
 	@echo "make format  let them rewrite"
 	@echo "make sdist   the source distribution, in dist; tried where there is no compiler"
 	@echo "make wheel   the wheel, in dist, from the source distribution; tried in a fresh environment"
-	@echo "make gpu     build, test and measure on a CUDA machine with its own $(PYTHON), offline; OUT=folder for the results"
+	@echo "make gpu     build, test and measure on a CUDA machine with its own $(PYTHON), offline; OUT=folder for the results."
+	@echo "             in parts: make gpu-build gpu-test gpu-bench gpu-sanitize"
 
 # ---- environment and build -----------------------------------------------------------------------------------------
 $(VENV)/.ready: constraints.txt pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(PY) -m pip install -q -c constraints.txt torch
-	$(PY) -m pip install -q -c constraints.txt setuptools cmake ninja pybind11 numpy triton \
-	  scikit-learn matplotlib rich pytest hypothesis pytest-timeout pytest-xdist ruff mypy clang-format
+	$(PY) -m pip install -q -c constraints.txt setuptools cmake ninja pybind11 numpy triton scikit-learn matplotlib rich
+	$(PY) -m pip install -q -c constraints.txt --no-deps torch-optimizer pytorch-ranger pytorch-optimizer
+	@touch $@
+
+# What the tests and the checks of the source need beside it.
+$(VENV)/.tools: $(VENV)/.ready
+	$(PY) -m pip install -q -c constraints.txt pytest hypothesis pytest-timeout pytest-xdist ruff mypy clang-format
 	$(PY) -m pip install -q --no-compile -c constraints.txt lightning accelerate transformers
-	$(PY) -m pip install -q -c constraints.txt --no-deps torch-optimizer pytorch-ranger pytorch-optimizer timm \
-	  tensorboard absl-py protobuf
+	$(PY) -m pip install -q -c constraints.txt --no-deps timm tensorboard absl-py protobuf
 	@touch $@
 
 SOURCES := $(wildcard csrc/*.h csrc/*.cpp csrc/cpu/* csrc/cuda/*) CMakeLists.txt setup.py
@@ -57,7 +62,7 @@ build: $(VENV)/.built
 demo: $(VENV)/.built
 	$(PY) examples/train_resnet.py --data digits --out demo $(ARGS)
 
-test: $(VENV)/.built cpp-test
+test: $(VENV)/.tools $(VENV)/.built cpp-test
 	OMP_WAIT_POLICY=passive $(PY) -m pytest -q -n $(WORKERS) --dist loadgroup --require $(REQUIRE) $(ARGS)
 
 # csrc without Python and torch: its tests with sanitizers, and its benchmark without. BASELINE_ONLY=OFF compiles, and
@@ -80,13 +85,13 @@ bench: $(VENV)/.built
 overhead: $(VENV)/.built
 	$(PY) -m bench.overhead --out $(OUT)/overhead $(ARGS)
 
-lint: $(VENV)/.ready
+lint: $(VENV)/.tools
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
 	$(VENV)/bin/clang-format --dry-run --Werror $(CPP_SOURCES)
 
-format: $(VENV)/.ready
+format: $(VENV)/.tools
 	$(PY) -m ruff check --fix .
 	$(PY) -m ruff format .
 	$(VENV)/bin/clang-format -i $(CPP_SOURCES)
@@ -129,11 +134,21 @@ wheel: sdist
 GPU_SITE := $(abspath build/gpu)
 # What compute-sanitizer looks at: native kernels in every order of storage, short and long blocks, long tables.
 SANITIZED := native and (reference or products) and (misaligned or channels_last_block_9 or tiny_300 or chunk_edges_block_9 or long_block_5000)
-gpu:
+gpu: gpu-test gpu-bench gpu-sanitize
+
+gpu-build:
 	ADAHESSIAN_CUDA=ON ADAHESSIAN_NATIVE=ON $(PYTHON) setup.py -q build --build-lib $(GPU_SITE)
-	mkdir -p $(OUT)
 	cd tests && PYTHONPATH=$(GPU_SITE) $(PYTHON) -m adahessian_fused info
+
+gpu-test: gpu-build
 	PYTHONSAFEPATH=1 PYTHONPATH=$(GPU_SITE) $(PYTHON) -m pytest -q --device cuda --require native,triton,reference $(ARGS)
+
+gpu-bench: gpu-build
+	mkdir -p $(OUT)
+	cd build && PYTHONPATH=$(GPU_SITE) $(PYTHON) -m adahessian_fused bench --device cuda --out $(abspath $(OUT)) $(BENCH_ARGS)
+	PYTHONSAFEPATH=1 PYTHONPATH=$(GPU_SITE):$(CURDIR) $(PYTHON) -m bench.overhead --device cuda --quick --no-memory --out $(OUT)/overhead
+
+gpu-sanitize: gpu-build
 	@tool=$$(command -v compute-sanitizer || ls /usr/local/cuda/bin/compute-sanitizer 2>/dev/null); \
 	if [ -z "$$tool" ]; then echo "compute-sanitizer was not found: no memcheck, no racecheck"; exit 0; fi; \
 	for check in memcheck racecheck; do echo "$$tool --tool $$check"; \
@@ -141,8 +156,6 @@ gpu:
 	    $$tool --tool $$check --error-exitcode 1 --kernel-name kernel_substring=tile_kernel \
 	    $(PYTHON) -m pytest -q --device cuda -k "$(SANITIZED)" tests/test_adahessian_step.py tests/test_rademacher.py \
 	    tests/test_hessian_diag.py || exit 1; done
-	cd build && PYTHONPATH=$(GPU_SITE) $(PYTHON) -m adahessian_fused bench --device cuda --out $(abspath $(OUT)) $(BENCH_ARGS)
-	PYTHONSAFEPATH=1 PYTHONPATH=$(GPU_SITE):$(CURDIR) $(PYTHON) -m bench.overhead --device cuda --quick --no-memory --out $(OUT)/overhead
 
 clean:
 	rm -rf build dist *.egg-info adahessian_fused/*.so adahessian_fused/__pycache__ $(VENV)/.built
