@@ -88,6 +88,14 @@ def check_group(group: dict[str, Any]) -> None:
         raise ValueError('capturable=True with off_step="stale"; expected off_step="hold"')
 
 
+def check_state_dtype(value: Any) -> None:
+    """Raise ValueError unless ``value`` is None or bfloat16."""
+    if value not in (None, torch.bfloat16):
+        raise ValueError(
+            f"state_dtype={value!r}; expected None (float32, float64 for float64 parameters) or torch.bfloat16"
+        )
+
+
 def check_param(param: Tensor, name: str) -> None:
     """Refuse parameters no backend can update."""
     if param.layout is not torch.strided:

@@ -16,7 +16,11 @@ from .update import HyperTable, update_bucket
 
 
 def _entries(
-    params: Sequence[Tensor], states: Sequence[dict[str, Any]] | None, block_size: int | str, averaging: str
+    params: Sequence[Tensor],
+    states: Sequence[dict[str, Any]] | None,
+    block_size: int | str,
+    averaging: str,
+    state_dtype: torch.dtype | None = None,
 ) -> list[Entry]:
     check_block_size(block_size)
     check_choice("averaging", averaging, CHOICES["averaging"])
@@ -26,8 +30,21 @@ def _entries(
         entry = Entry(p, f"params[{i}]", i, 0, {} if states is None else states[i])
         entry.describe(block_size, averaging)
         entries.append(entry)
-    make_buckets(entries, with_states=states is not None)
+    make_buckets(entries, with_states=states is not None, state_dtype=state_dtype)
     return entries
+
+
+def _state_dtype(exp_avgs: Sequence[Tensor], exp_hessian_diag_sqs: Sequence[Tensor]) -> torch.dtype | None:
+    """AdaHessian's option for states like these: bfloat16 if they are, all of them."""
+    dtypes = {tensor.dtype for tensor in (*exp_avgs, *exp_hessian_diag_sqs)}
+    if torch.bfloat16 not in dtypes:
+        return None
+    if len(dtypes) > 1:
+        found = " and ".join(sorted(map(str, dtypes)))
+        raise ValueError(
+            f"exp_avgs and exp_hessian_diag_sqs are {found}; expected all of them in torch.bfloat16 or none"
+        )
+    return torch.bfloat16
 
 
 @torch.no_grad()
@@ -65,7 +82,8 @@ def adahessian(
         grads: gradients, shapes of ``params``.
         hvps: Hz for the probe that ``rademacher`` draws from (seed, hessian_steps, sample) for parameters numbered in
             this order; or D itself with ``draw=False``; None for an off-step.
-        exp_avgs: m, float32 (float64 for float64 parameters), shapes of ``params``.
+        exp_avgs: m, float32 (float64 for float64 parameters), shapes of ``params``; or all m and v in bfloat16, which
+            are then rounded stochastically.
         exp_hessian_diag_sqs: v, likewise.
         state_steps: int64 scalars, steps so far; increased by one.
         hessian_steps: int64 scalars, Hessian updates so far; increased by one if ``hvps`` is given.
@@ -97,7 +115,9 @@ def adahessian(
         return
     keys = ("exp_avg", "exp_hessian_diag_sq", "step", "hessian_step")
     given = list(zip(exp_avgs, exp_hessian_diag_sqs, state_steps, hessian_steps, strict=True))
-    entries = _entries(params, [dict(zip(keys, values, strict=True)) for values in given], block_size, averaging)
+    states = [dict(zip(keys, values, strict=True)) for values in given]
+    state_dtype = _state_dtype(exp_avgs, exp_hessian_diag_sqs)
+    entries = _entries(params, states, block_size, averaging, state_dtype)
     tools = backends.ByDevice(backend)
     group = {"lr": lr, "betas": (beta1, beta2), "eps": eps, "weight_decay": weight_decay}
     table = HyperTable().on(torch.device("cpu"), [group | {"hessian_power": hessian_power, "maximize": maximize}])

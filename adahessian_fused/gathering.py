@@ -218,7 +218,7 @@ class GathersCurvature(EvaluatesLosses):
                 raise ValueError(f"hessian of {entry.name} is {what}; expected shape {tuple(entry.param.shape)}")
         same = all(given[entry.param].dtype == entry.param.dtype for entry in entries)
         d = {
-            entry: entry.stored(given[entry.param].to(entry.param.device), None if same else entry.bucket.state_dtype)
+            entry: entry.stored(given[entry.param].to(entry.param.device), None if same else entry.bucket.compute_dtype)
             for entry in entries
         }
         self._curvature = Curvature(self._tools, self.param_groups[0]["seed"])

@@ -24,9 +24,22 @@ _DTYPE, _STRIDES, _POINTER = attrgetter("dtype"), attrgetter("strides"), attrget
 ALIGNMENT = 64  # elements between segment starts: whole cache lines, and any vector width
 
 
-def state_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Dtype of the states and of all arithmetic for parameters of ``dtype``."""
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Dtype of all arithmetic for parameters of ``dtype``, and of their states unless these are reduced."""
     return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def stored_dtype(dtype: torch.dtype, wanted: torch.dtype | None) -> torch.dtype:
+    """Dtype of exp_avg and exp_hessian_diag_sq of parameters of ``dtype``; ``wanted`` is AdaHessian's option.
+
+    Raises:
+        ValueError: the parameters cannot have such states.
+    """
+    if wanted is None:
+        return compute_dtype(dtype)
+    if dtype == torch.float64:
+        raise ValueError(f"state_dtype={wanted} with {dtype} parameters; expected None, their states are {dtype} too")
+    return wanted
 
 
 def block_length(shape: Sequence[int], block_size: int | str) -> int:
@@ -134,8 +147,8 @@ class Entry:
         return out.copy_(tensor)
 
     def product(self, z: Tensor, h: Tensor) -> Tensor:
-        """D = z * Hz (Eq. 6) for a probe that the ops cannot draw again, in the precision of the states."""
-        dtype = state_dtype(self.param.dtype)
+        """D = z * Hz (Eq. 6) for a probe that the ops cannot draw again, in the precision of all arithmetic."""
+        dtype = compute_dtype(self.param.dtype)
         return self.stored(z.to(dtype) * h.to(dtype), dtype)
 
 
@@ -148,6 +161,7 @@ class Bucket:
         capturable: keep the step counts on the device.
         master_weights: keep float32 weights for 16-bit parameters.
         keep_diag: keep the compact diagonal of the last Hessian step (``off_step="stale"``).
+        state_dtype: dtype of exp_avg and exp_hessian_diag_sq; None for that of all arithmetic.
         with_states: False for an estimate of the diagonal alone.
     """
 
@@ -158,6 +172,7 @@ class Bucket:
         capturable: bool = False,
         master_weights: bool = False,
         keep_diag: bool = False,
+        state_dtype: torch.dtype | None = None,
         with_states: bool = True,
     ) -> None:
         first = entries[0].param
@@ -167,15 +182,15 @@ class Bucket:
         # Where |D| is averaged, D has to be summed up over probes and micro-batches, element by element, before.
         self.averages_magnitudes = any(entry.absolute for entry in entries)
         self.device, self.dtype = first.device, first.dtype
-        self.state_dtype = state_dtype(first.dtype)
+        self.compute_dtype = compute_dtype(first.dtype)
         self._make_table(entries)
         count_device = self.device if capturable else torch.device("cpu")
         self.steps = torch.zeros(len(entries), len(Steps), dtype=torch.int64, device=count_device)
         self._subset: tuple[tuple[int, ...], Tensor, Tensor] | None = None
         if not with_states:
             return
-        self.exp_avg = self.new_flat()
-        self.exp_hessian_diag_sq = self.new_flat()
+        stored = stored_dtype(first.dtype, state_dtype)
+        self.exp_avg, self.exp_hessian_diag_sq = self.new_flat(stored), self.new_flat(stored)
         use_master = master_weights and first.dtype in (torch.bfloat16, torch.float16)
         self.master = self.new_flat() if use_master else None
         self.diag = self.new_diag() if keep_diag else None
@@ -202,11 +217,11 @@ class Bucket:
 
     def new_flat(self, dtype: torch.dtype | None = None) -> Tensor:
         """Zeros of the size of all parameters, padding included."""
-        return torch.zeros(self.numel, dtype=dtype or self.state_dtype, device=self.device)
+        return torch.zeros(self.numel, dtype=dtype or self.compute_dtype, device=self.device)
 
     def new_diag(self) -> Tensor:
         """Zeros of the size of the compact diagonal."""
-        return torch.zeros(self.diag_numel, dtype=self.state_dtype, device=self.device)
+        return torch.zeros(self.diag_numel, dtype=self.compute_dtype, device=self.device)
 
     def view(self, flat: Tensor, entry: Entry) -> Tensor:
         """The part of a flat buffer that belongs to a parameter, in its shape and storage order."""
@@ -306,7 +321,7 @@ def all_fit(entries: Sequence[Entry], params: Sequence[Tensor]) -> bool:
     return all([entry.fits() for entry in entries])  # noqa: C419 - a list is faster than a generator
 
 
-def make_buckets(entries: Iterable[Entry], **options: bool) -> list[Bucket]:
+def make_buckets(entries: Iterable[Entry], **options: Any) -> list[Bucket]:
     """Sort parameters into buckets by device and dtype."""
     by_kind: dict[tuple[torch.device, torch.dtype], list[Entry]] = {}
     for entry in sorted(entries, key=lambda entry: entry.param_id):

@@ -12,9 +12,9 @@ from torch import Tensor
 
 from . import backends, hvp
 from .amp import FollowsGradScaler
-from .checks import check_grad, check_group, check_param
+from .checks import check_grad, check_group, check_param, check_state_dtype
 from .curvature import Curvature, by_bucket
-from .layout import Entry, all_fit, make_buckets
+from .layout import Entry, all_fit, make_buckets, stored_dtype
 from .statistics import Observable
 from .update import HyperTable, update_bucket
 
@@ -78,6 +78,9 @@ class AdaHessian(Observable, FollowsGradScaler):
         master_weights: keep float32 copies of 16-bit parameters. What others write to a parameter is taken over at the
             next step, except for in-place writes through ``p.data`` (``p.data.copy_(x)``), which leave no trace: write
             to ``p`` itself under ``torch.no_grad()``, or call ``torch.autograd.graph.increment_version(p)``.
+        state_dtype: dtype of exp_avg and exp_hessian_diag_sq. None: float32, float64 for float64 parameters.
+            ``torch.bfloat16``: half the memory and traffic, rounded stochastically, without bias, from random bits that
+            depend on the seed, the step, the parameter and the element alone. Not for float64 parameters.
 
     Raises:
         ValueError, TypeError: a hyperparameter or parameter out of its range; the message says what was expected.
@@ -117,8 +120,10 @@ class AdaHessian(Observable, FollowsGradScaler):
         maximize: bool = False,
         capturable: bool = False,
         master_weights: bool = False,
+        state_dtype: torch.dtype | None = None,
     ) -> None:
-        self.backend = backend
+        check_state_dtype(state_dtype)
+        self.backend, self.state_dtype = backend, state_dtype
         self._reset()
         defaults = {
             "lr": lr,
@@ -165,6 +170,7 @@ class AdaHessian(Observable, FollowsGradScaler):
                     raise ValueError(f"{name}={group[name]!r}; expected {first!r}, it is the same for all groups")
             for i, p in enumerate(group["params"]):
                 check_param(p, f"parameter {i} of group {len(self.param_groups) - 1}")
+                stored_dtype(p.dtype, self.state_dtype)
                 backends.choose(self.backend, p.device.type)
         except (TypeError, ValueError, RuntimeError):
             self.param_groups.pop()
@@ -216,6 +222,7 @@ class AdaHessian(Observable, FollowsGradScaler):
             capturable=first["capturable"],
             master_weights=first["master_weights"],
             keep_diag=any(_keeps_diag(group) for group in self.param_groups),
+            state_dtype=self.state_dtype,
         )
         self._entries, self._seen = entries, self._state_contents()
         if self._curvature is not None:

@@ -23,11 +23,11 @@ def _mul_hi_lo(a: int, b: Tensor) -> tuple[Tensor, Tensor]:
     return high >> 16, ((high & 0xFFFF) << 16) | (low & 0xFFFF)
 
 
-def philox4x32(counter: tuple[Tensor, ...], seed: int) -> tuple[Tensor, ...]:
-    """Philox4x32-10 (Salmon et al. 2011): four int64 tensors of uint32 words; the key is the 64-bit ``seed``."""
+def philox4x32(counter: tuple[Tensor, ...], seed: int, rounds: int = 10) -> tuple[Tensor, ...]:
+    """Philox4x32 (Salmon et al. 2011): four int64 tensors of uint32 words; the key is the 64-bit ``seed``."""
     c0, c1, c2, c3 = counter
     k0, k1 = seed & _MASK32, (seed >> 32) & _MASK32
-    for _ in range(10):
+    for _ in range(rounds):
         hi0, lo0 = _mul_hi_lo(_PHILOX_M0, c0)
         hi1, lo1 = _mul_hi_lo(_PHILOX_M1, c2)
         c0, c1, c2, c3 = hi1 ^ c1 ^ k0, lo1, hi0 ^ c3 ^ k1, lo0
@@ -47,6 +47,35 @@ def rademacher_signs(numel: int, param_id: int, hessian_step: Tensor, seed: int,
     words = philox4x32((call, constant * param_id, constant * (hessian_step & _MASK32), constant * sample), seed)
     bits = (torch.stack(words, 1)[..., None] >> torch.arange(32, device=device)) & 1
     return (1 - 2 * bits).reshape(-1)[:numel]
+
+
+def rounding_bits(numel: int, param_id: int, step: Tensor, seed: int) -> Tensor:
+    """16 random bits for each of a parameter's elements 0 ... numel - 1, in STORAGE order: int64, where ``step`` is.
+
+    Philox4x32-7 call number j // 8 of the parameter's step t gives the bits of elements 8 (j // 8) ... + 7: element j
+    reads half j % 2 of word (j // 2) % 4. The last word of the counter is one that no sample of a probe has.
+    """
+    call = torch.arange(n_blocks(numel, 8), device=step.device)
+    constant = torch.ones_like(call)
+    counter = (call, constant * param_id, constant * (step & _MASK32), constant * _MASK32)
+    halves = torch.stack(philox4x32(counter, seed, rounds=7), 1)[..., None] >> torch.tensor([0, 16], device=step.device)
+    return (halves & 0xFFFF).reshape(-1)[:numel]
+
+
+def swap_bytes(bits: Tensor) -> Tensor:
+    """16-bit numbers with their bytes exchanged: what rounds v where ``bits`` round m."""
+    return (bits & 0xFF) << 8 | bits >> 8
+
+
+def round_stochastically(x: Tensor, bits: Tensor) -> Tensor:
+    """A float32 tensor in bfloat16: away from zero if the 16 bits that are cut off, plus 16 random ones, carry.
+
+    The mean over the random bits is x. A finite number stays finite: one beyond bfloat16's largest is cut off.
+    """
+    word = x.view(torch.int32)
+    below_largest = (word & 0x7FFFFFFF) < 0x7F7F0000
+    word = torch.where(below_largest, word + bits.to(torch.int32), word)
+    return (word >> 16).to(torch.int16).view(torch.bfloat16)
 
 
 def block_mean(values: Tensor, block: int) -> Tensor:
@@ -203,7 +232,8 @@ def adahessian_step(
         grads: gradients, same shapes, strides and dtypes as ``params``.
         hessians: Hz (or D, if not ``draw``) like ``grads``; empty if there is none or ``diag`` is given.
         diag: compact block-averaged diagonal of :func:`hessian_diag`.
-        exp_avg: flat buffer of m, float32 (float64 for float64 parameters), updated in place.
+        exp_avg: flat buffer of m, float32 (float64 for float64 parameters), updated in place; or bfloat16, which m is
+            rounded to stochastically after the parameter has been moved by it.
         exp_hessian_diag_sq: flat buffer of v, likewise.
         master: flat buffer of float32 weights that 16-bit parameters are rounded from, updated in place.
         segments: :class:`Segment` table, one row a parameter.
@@ -217,17 +247,18 @@ def adahessian_step(
     """
     if found_inf is not None and found_inf.item() != 0:
         return
-    unscale = 1.0 if grad_scale is None else 1.0 / grad_scale.to(exp_avg.device, exp_avg.dtype)
+    rounds = exp_avg.dtype == torch.bfloat16
+    dtype = torch.float32 if rounds else exp_avg.dtype
+    unscale = 1.0 if grad_scale is None else 1.0 / grad_scale.to(exp_avg.device, dtype)
     for i, row in enumerate(segments.tolist()):
         lr, beta1, beta2, eps, weight_decay, power, maximize = groups[row[Segment.GROUP]].unbind()
         t, h = (steps[row[Segment.SLOT]] + torch.tensor([1, 0], device=steps.device)).unbind()
         span = slice(row[Segment.OFFSET], row[Segment.OFFSET] + row[Segment.NUMEL])
-        dtype = exp_avg.dtype
-        m, v = exp_avg[span], exp_hessian_diag_sq[span]
+        m, v = exp_avg[span].to(dtype), exp_hessian_diag_sq[span].to(dtype)
         param = _storage(params[i])
         p = (param if master is None else master[span]).to(dtype)
         g = _storage(grads[i]).to(dtype) * unscale
-        m.copy_(beta1 * m + (1 - beta1) * (torch.where(maximize != 0, -g, g)))
+        m = beta1 * m + (1 - beta1) * (torch.where(maximize != 0, -g, g))
 
         ds = None
         if diag is not None:
@@ -240,11 +271,16 @@ def adahessian_step(
             width = min(row[Segment.BLOCK], row[Segment.NUMEL])  # a block may be longer than its parameter
             spread = (ds * unscale).repeat_interleave(width)[: row[Segment.NUMEL]]
             spread = to_stored(spread, row[Segment.PERIOD], row[Segment.STRIDE])
-            v.copy_(beta2 * v + (1 - beta2) * spread**2)
+            v = beta2 * v + (1 - beta2) * spread**2
 
         denom = (v.sqrt() / (1 - beta2**h).sqrt()) ** power + eps  # Eq. 8, 9
         moved = p * (1 - lr * weight_decay) - lr / (1 - beta1**t) * m / denom
         p = torch.where(h > 0, moved, p)
+        if rounds:
+            bits = rounding_bits(row[Segment.NUMEL], row[Segment.PARAM_ID], t.to(m.device), seed)
+            m = round_stochastically(m, bits)
+            v = round_stochastically(v, swap_bytes(bits)) if ds is not None else v
+        exp_avg[span], exp_hessian_diag_sq[span] = m, v
         if master is not None:
             master[span] = p
         param.copy_(p)

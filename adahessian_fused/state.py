@@ -6,20 +6,24 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from .layout import state_dtype
+from .layout import compute_dtype, stored_dtype
 
 _COUNTS = ("step", "hessian_step")
 
 
-def normalized_state(state: Mapping[str, Any], group: Mapping[str, Any], param: Tensor) -> dict[str, Any]:
-    """State of one parameter as this package keeps it.
+def normalized_state(
+    state: Mapping[str, Any], group: Mapping[str, Any], param: Tensor, state_dtype: torch.dtype | None = None
+) -> dict[str, Any]:
+    """State of one parameter as an optimizer with this ``state_dtype`` keeps it.
 
     Understands its own state dicts and those of the official code, torch-optimizer, timm, davda54/ada-hessian (one
     ``step`` a parameter, v updated on every step) and pytorch-optimizer (``step`` in the group, v updated every
-    ``update_each`` steps). Moving averages keep their precision: they are never cast to the parameter's dtype.
+    ``update_each`` steps). Moving averages are never cast to the parameter's dtype; where the optimizer keeps them in
+    bfloat16 they are rounded to nearest.
     """
     if "exp_avg" not in state:
         return {}
@@ -27,9 +31,11 @@ def normalized_state(state: Mapping[str, Any], group: Mapping[str, Any], param: 
     updates = step if "step" in state else math.ceil(step / group["update_each"])
     hessian_step = int(state.get("hessian_step", updates))
     result: dict[str, Any] = {"step": step, "hessian_step": hessian_step}
-    for key in ("exp_avg", "exp_hessian_diag_sq", "master_param", "hessian_diag"):
+    dtypes = dict.fromkeys(("exp_avg", "exp_hessian_diag_sq"), stored_dtype(param.dtype, state_dtype))
+    dtypes |= dict.fromkeys(("master_param", "hessian_diag"), compute_dtype(param.dtype))
+    for key, dtype in dtypes.items():
         if isinstance(state.get(key), Tensor):
-            result[key] = state[key].detach().to(param.device, state_dtype(param.dtype))
+            result[key] = state[key].detach().to(param.device, dtype)
     return result
 
 
@@ -41,6 +47,7 @@ class PortableState(Optimizer):
     """Optimizer whose state dict is independent of how the states are laid out in memory."""
 
     backend: str
+    state_dtype: torch.dtype | None = None  # of what was pickled before there was such an option
 
     def _reset(self) -> None:
         raise NotImplementedError
@@ -55,6 +62,8 @@ class PortableState(Optimizer):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state dict of this class or of another AdaHessian (see :func:`normalized_state`).
+
+        ``state_dtype`` stays as it is: float32 moving averages are rounded to nearest, bfloat16 ones widened.
 
         Raises:
             ValueError: the state dict has other groups or parameters than this optimizer.
@@ -71,7 +80,7 @@ class PortableState(Optimizer):
         params = [p for group in self.param_groups for p in group["params"]]
         self.state.clear()
         for i, group, p in zip(ids, groups, params, strict=True):
-            loaded = normalized_state(saved[i], group, p) if i in saved else {}
+            loaded = normalized_state(saved[i], group, p, self.state_dtype) if i in saved else {}
             if loaded:
                 self.state[p] = loaded
         for group in self.param_groups:
@@ -86,7 +95,7 @@ class PortableState(Optimizer):
             self.state.default_factory,
             {p: {name: _own(value) for name, value in state.items()} for p, state in self.state.items()},
         )
-        result["backend"] = self.backend
+        result |= {"backend": self.backend, "state_dtype": self.state_dtype}
         return result
 
     def __setstate__(self, state: dict[str, Any]) -> None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from .layout import Entry, state_dtype
+from .layout import Entry, compute_dtype
 from .segments import Hyper, Steps
 from .update import HyperTable
 
@@ -94,7 +94,7 @@ class Observable(Optimizer):
         if h == 0:
             raise RuntimeError("this parameter has not seen any curvature yet; call step() first")
         beta2 = group["betas"][1]
-        return (state["exp_hessian_diag_sq"] / (1 - beta2**h)).sqrt()
+        return (state["exp_hessian_diag_sq"].to(compute_dtype(param.dtype)) / (1 - beta2**h)).sqrt()
 
     @torch.no_grad()
     def statistics(self) -> Statistics:
@@ -164,7 +164,8 @@ def _update_norm(entry: Entry, hyper: Tensor) -> Tensor:
     """Norm of the last update (Eq. 8, 9) of a parameter, from its state after it."""
     counts, row = _counts(entry), hyper.tolist() if hyper.device.type == "cpu" else hyper
     t, h = counts[Steps.STEP], counts[Steps.HESSIAN_STEP]
-    m, v = entry.views["exp_avg"], entry.views["exp_hessian_diag_sq"]
+    computed = entry.bucket.compute_dtype  # the views may be bfloat16
+    m, v = (entry.views[key].to(computed) for key in ("exp_avg", "exp_hessian_diag_sq"))
     d = (v / _bias_correction(row[Hyper.BETA2], h)).sqrt()
     moved = m / (d ** row[Hyper.HESSIAN_POWER] + row[Hyper.EPS])
     factor = (h > 0) * row[Hyper.LR] / _bias_correction(row[Hyper.BETA1], t)  # h = 0: it has not moved
@@ -174,7 +175,7 @@ def _update_norm(entry: Entry, hyper: Tensor) -> Tensor:
 def _diag_norm(entry: Entry, beta2: float) -> Tensor:
     """Norm of sqrt(v / (1 - beta2^h)); 0 before any curvature was seen."""
     v = entry.views["exp_hessian_diag_sq"]
-    return (v.sum() / _bias_correction(beta2, _counts(entry)[Steps.HESSIAN_STEP])).sqrt()
+    return (v.sum(dtype=entry.bucket.compute_dtype) / _bias_correction(beta2, _counts(entry)[Steps.HESSIAN_STEP])).sqrt()
 
 
 def _nonfinite(entry: Entry) -> Tensor:
@@ -190,7 +191,7 @@ def _bias_correction(beta: Any, count: Any) -> Any:
 
 def _norm(tensors: Iterable[Tensor | None]) -> Tensor | None:
     """Norm of all elements of several tensors, of any devices and dtypes; None if there is no tensor."""
-    norms = [torch.linalg.vector_norm(x, dtype=state_dtype(x.dtype)) for x in tensors if x is not None]
+    norms = [torch.linalg.vector_norm(x, dtype=compute_dtype(x.dtype)) for x in tensors if x is not None]
     return torch.linalg.vector_norm(_stacked(norms)) if norms else None
 
 

@@ -26,6 +26,7 @@ class Case:
         shapes: of the parameters.
         block: averaging block length, or one of AdaHessian's names for it.
         dtype: of parameters, gradients and Hessian-vector products.
+        state_dtype: AdaHessian's option.
         curvature: False for an off-step.
         groups: number of parameter groups.
         shift: elements by which the heads of all tensors are misaligned.
@@ -37,6 +38,7 @@ class Case:
     shapes: tuple[Shape, ...]
     block: int | str = 1
     dtype: torch.dtype = torch.float32
+    state_dtype: torch.dtype | None = None
     curvature: bool = True
     groups: int = 1
     shift: int = 0
@@ -51,8 +53,12 @@ class Case:
     @property
     def bytes(self) -> int:
         """Least traffic of a step: read p, g, (Hz), m, v; write p, m, (v)."""
-        per_parameter = self.dtype.itemsize + (8 if self.dtype == torch.float64 else 4)
-        return self.numel * (4 if self.curvature else 3) * per_parameter
+        return self.numel * (4 if self.curvature else 3) * (self.dtype.itemsize + self.state_bytes)
+
+    @property
+    def state_bytes(self) -> int:
+        """Bytes of an element of m, or of v."""
+        return (self.state_dtype or (torch.float64 if self.dtype == torch.float64 else torch.float32)).itemsize
 
     @property
     def adamw_bytes(self) -> int:
@@ -62,7 +68,7 @@ class Case:
     @property
     def footprint(self) -> int:
         """Bytes that a step touches: p, g, Hz, m, v."""
-        return self.numel * (3 * self.dtype.itemsize + 8)
+        return self.numel * (3 * self.dtype.itemsize + 2 * self.state_bytes)
 
     def block_length(self, shape: Shape) -> int:
         """Length of the averaging blocks of a parameter."""
@@ -79,7 +85,9 @@ def _large(millions: int, **options: object) -> Case:
     """One tensor; square if blocks are rows."""
     side = math.isqrt(millions * MILLION)
     shape = (side, side) if options.get("block") == "row" else (millions * MILLION,)
-    label = [f"{millions}M", *(["bf16"] if options.get("dtype") == torch.bfloat16 else [])]
+    halves = options.get("dtype") == torch.bfloat16, options.get("state_dtype") == torch.bfloat16
+    kinds = {(True, True): ["bf16 everything"], (True, False): ["bf16"], (False, True): ["bf16 states"]}
+    label = [f"{millions}M", *kinds.get(halves, [])]
     label.append("off-step" if options.get("curvature") is False else f"b={options.get('block', 1)}")
     return Case(" ".join(label), (shape,), **options)
 
@@ -120,6 +128,7 @@ def _quick(device: str) -> list[Case]:
         *[_large(size, block=b) for b in (1, 9, 32, "tensor")],
         _large(size, curvature=False),
         _large(size, dtype=torch.bfloat16),
+        _large(size, dtype=torch.bfloat16, state_dtype=torch.bfloat16),
         Case("ResNet-20", tuple(shapes.resnet20()), "auto", peers=(*EVERYBODY[:3], PYTORCH_OPTIMIZER)),
         Case("200 x 1,024", ((1024,),) * 200, 1, peers=EVERYBODY[:3]),
     ]
@@ -139,6 +148,9 @@ def cases(device: str, suite: str = "default") -> list[Case]:
         *[_large(n, dtype=half) for n in sizes],
         *[_large(size, block=b, dtype=half) for b in (BLOCKS[1:] if full or device == "cuda" else (9, 32))],
         _large(size, dtype=half, curvature=False),
+        _large(size, state_dtype=half),
+        *[_large(size, block=b, dtype=half, state_dtype=half) for b in (1, 9)],
+        _large(size, dtype=half, state_dtype=half, curvature=False),
         *_models(device, full),
         *_lists(),
     ]

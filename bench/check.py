@@ -59,12 +59,12 @@ def _shortened(problem: Problem) -> Problem:
     small = Problem.__new__(Problem)
     small.device = problem.device
     if len(case.shapes) > 1 or case.block in ("auto", "tensor"):
-        small.case = replace(case, dtype=torch.float64, shift=0)
+        small.case = replace(case, dtype=torch.float64, state_dtype=None, shift=0)
         small.start, small.grads, small.hessians = ([x.double() for x in each] for each in tensors)
         return small
     block = case.block_length(case.shapes[0])
     length = min(case.numel, max(CHECKED // block, 1) * block)
-    small.case = replace(case, dtype=torch.float64, shift=0, shapes=((length,),), block=block)
+    small.case = replace(case, dtype=torch.float64, state_dtype=None, shift=0, shapes=((length,),), block=block)
     small.start, small.grads, small.hessians = ([x[0].flatten()[:length].double()] for x in tensors)
     return small
 

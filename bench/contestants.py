@@ -43,7 +43,8 @@ def ours(problem: Problem, backend: str) -> Contestant:
     """A whole optimizer.step() after opt.backward()."""
     case = problem.case
     every = 1 if case.curvature else 2**40  # after the first step off-steps only
-    return stepping(problem, AdaHessian, block_size=case.block, backend=backend, update_each=every)
+    options = {"block_size": case.block, "update_each": every, "state_dtype": case.state_dtype}
+    return stepping(problem, AdaHessian, backend=backend, **options)
 
 
 def stepping(problem: Problem, make: type[AdaHessian], **options: Any) -> Contestant:
@@ -74,16 +75,19 @@ def floor(problem: Problem) -> Contestant:
         target = torch.empty_like(source)
         return Contestant(lambda: target.copy_(source))
     words = max(case.numel * case.dtype.itemsize // 4, 1)
-    states = max(case.numel * (2 if case.dtype == torch.float64 else 1), words)
+    states = case.numel * case.state_bytes // 4 or 1
     p, g, h = (torch.randn(words) for _ in range(3))
     m, v = torch.randn(states), torch.randn(states)
 
     def stream() -> None:
         p.add_(g)
-        if case.curvature:
+        if case.curvature and words <= states:
             m[:words].add_(h)
             m[words:].add_(1.0)
             v.add_(1.0)
+        elif case.curvature:  # states of half the parameters' size
+            m.add_(h[:states])
+            v.add_(h[-states:])
         else:
             torch.add(m, v, out=m)
 

@@ -52,6 +52,7 @@ def _roofline(axes: Axes, results: list[Result]) -> bool:
     lines = 0
     for dtype, dash in (("float32", "-"), ("bfloat16", "--")):
         chosen = [r for r in results if (r["tensors"], r["block"], r["dtype"], r["curvature"]) == (1, 1, dtype, True)]
+        chosen = [r for r in chosen if r.get("state_dtype", "default") == "default"]
         chosen.sort(key=lambda r: r["numel"])
         for number, name in enumerate((*_backends(results), "floor")):
             points = [(r["numel"], _rate(r, name)) for r in chosen if name in r["seconds"]]

@@ -42,6 +42,7 @@ def run_case(case: Case, device: str, backends: Sequence[str], seconds: float) -
     facts = {
         "case": case.name,
         "dtype": str(case.dtype).removeprefix("torch."),
+        "state_dtype": str(case.state_dtype or "default").removeprefix("torch."),
         "block": case.block,
         "curvature": case.curvature,
         "numel": case.numel,

@@ -1,5 +1,6 @@
 // The maths of AdaHessian (Yao et al. 2021, Algorithm 1) for one element, and the Philox generator behind the
-// Rademacher probe. Host and device compile the same lines; adahessian_fused/reference.py is the specification.
+// Rademacher probe and the rounding of states. Host and device compile the same lines; adahessian_fused/reference.py is
+// the specification.
 #pragma once
 
 #include <cmath>
@@ -44,11 +45,11 @@ struct PhiloxWords {
   U word[4];
 };
 
-// Philox4x32-10 (Salmon et al. 2011); U is uint32_t or a vector of them, for several counters at once.
-template <typename U>
+// Philox4x32 (Salmon et al. 2011); U is uint32_t or a vector of them, for several counters at once.
+template <typename U, int rounds = 10>
 ADAHESSIAN_HD PhiloxWords<U> philox4x32(U c0, U c1, U c2, U c3, uint32_t k0, uint32_t k1) {
   ADAHESSIAN_UNROLL
-  for (int round = 0; round < 10; ++round) {
+  for (int round = 0; round < rounds; ++round) {
     const Product<U> product0 = Product<U>::of(0xD2511F53u, c0), product1 = Product<U>::of(0xCD9E8D57u, c2);
     c0 = product1.high ^ c1 ^ k0;
     c1 = product1.low;
@@ -77,6 +78,43 @@ ADAHESSIAN_HD PhiloxWords<U> rademacher_words(const ProbeKey& key, U call) {
                        uint32_t(key.seed >> 32));
 }
 
+// ---- stochastic rounding of states ---------------------------------------------------------------------------------
+
+// One Philox call is 128 bits, 16 for each of 8 consecutive elements of a parameter, in storage order.
+constexpr int kRoundingsPerCall = 8;
+
+// Identifies the rounding of one parameter's states at one step: everything but the element's index.
+struct RoundingKey {
+  uint64_t seed;
+  uint32_t param_id;
+  uint32_t step;  // t, from 1
+};
+
+// The bits of stored elements 8 * call ... 8 * call + 7, two to a word, the lower half first. Seven rounds pass every
+// test of randomness that ten do (Salmon et al. 2011, Table 2). The last word of the counter is one that no sample of a
+// probe has.
+template <typename U>
+ADAHESSIAN_HD PhiloxWords<U> rounding_words(const RoundingKey& key, U call) {
+  const U zero = call ^ call;
+  return philox4x32<U, 7>(call, zero + key.param_id, zero + key.step, zero + 0xFFFFFFFFu, uint32_t(key.seed),
+                       uint32_t(key.seed >> 32));
+}
+
+// v is rounded by the same 16 bits as m, with their bytes exchanged: as uniform, and dependent on m's rounding only
+// where the first byte leaves it open.
+template <typename U>
+ADAHESSIAN_HD U swap_bytes(U bits) {
+  return (bits & 0xFFu) << 8 | bits >> 8;
+}
+
+// The bits of a float for its upper half to be the number in bfloat16: away from zero if the half that is cut off, plus
+// 16 random bits, carries, so that the mean is the float itself. A finite number stays finite: one beyond bfloat16's
+// largest is cut off. What arithmetic gives as NaN has its quiet bit in the upper half.
+template <typename U>
+ADAHESSIAN_HD U round_stochastically(U word, U bits) {
+  return (word & 0x7FFFFFFFu) < 0x7F7F0000u ? word + bits : word;
+}
+
 // ---- the update -----------------------------------------------------------------------------------------------------
 
 struct Hyper {
@@ -96,7 +134,8 @@ struct Coefficients {
   S grad_factor;     // -1 to maximize; divided by grad_scale
   S hessian_factor;  // 1 / grad_scale
   Power kind;
-  bool moves;  // false until the parameter has seen curvature (h = 0)
+  bool moves;     // false until the parameter has seen curvature (h = 0)
+  uint32_t step;  // t
 };
 
 // t: this step's number, from 1; h: Hessian updates including this step's; inv_scale: 1 / grad_scale.
@@ -116,6 +155,7 @@ ADAHESSIAN_HD Coefficients<S> coefficients(const Hyper& hyper, int64_t t, int64_
   c.hessian_factor = S(inv_scale);
   c.kind = hyper.hessian_power == 1.0 ? Power::kOne : hyper.hessian_power == 0.5 ? Power::kHalf : Power::kGeneral;
   c.moves = h > 0;
+  c.step = uint32_t(t);
   return c;
 }
 

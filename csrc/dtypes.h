@@ -17,7 +17,7 @@ struct float16 {
   uint16_t bits;
 };
 
-// The type of the states and of all arithmetic for parameters of type T.
+// The type of all arithmetic for parameters of type T, and of their states unless these are kept in bfloat16.
 template <typename T>
 struct State {
   using type = float;
@@ -122,6 +122,18 @@ void dispatch(Dtype dtype, const F& f) {
     case Dtype::kFloat16: return f(float16{});
     case Dtype::kFloat64: return f(double{});
   }
+}
+
+// Calls f with a value of the parameters' element type and one of the states'.
+template <typename F>
+void dispatch(Dtype dtype, Dtype state_dtype, const F& f) {
+  dispatch(dtype, [&](auto type) {
+    using T = decltype(type);
+    if constexpr (sizeof(T) < sizeof(double)) {
+      if (state_dtype == Dtype::kBFloat16) return f(type, bfloat16{});
+    }
+    f(type, StateOf<T>{});
+  });
 }
 
 }  // namespace adahessian

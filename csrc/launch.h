@@ -80,7 +80,8 @@ struct HessianDiagArgs {
 };
 
 struct AdaHessianStepArgs {
-  Dtype dtype;  // of parameters, gradients and Hessian-vector products
+  Dtype dtype;        // of parameters, gradients and Hessian-vector products
+  Dtype state_dtype;  // of exp_avg and exp_hessian_diag_sq: what is computed in, or bfloat16, rounded stochastically
   std::vector<Segment> segments;
   const void* diag;  // compact diagonal, or null
   void* exp_avg;

@@ -242,8 +242,11 @@ void adahessian_step(TensorList params, TensorList grads, TensorList hessians, O
     STD_TORCH_CHECK(!diag.has_value(), op, ": hessians and diag are both given; expected one source of curvature");
     attach(op, "hessians", hessians, args.segments, type, exp_avg, [](Segment& s, void* data) { s.hessian = data; });
   }
-  check_flat(op, "exp_avg", exp_avg, state_type(args.dtype));
-  check_flat(op, "exp_hessian_diag_sq", exp_hessian_diag_sq, state_type(args.dtype));
+  const bool rounds = exp_avg.scalar_type() == ScalarType::BFloat16 && args.dtype != Dtype::kFloat64;
+  args.state_dtype = rounds ? Dtype::kBFloat16 : args.dtype == Dtype::kFloat64 ? Dtype::kFloat64 : Dtype::kFloat32;
+  const ScalarType stored = rounds ? ScalarType::BFloat16 : state_type(args.dtype);
+  check_flat(op, "exp_avg", exp_avg, stored);
+  check_flat(op, "exp_hessian_diag_sq", exp_hessian_diag_sq, stored);
   check_same_device(op, "exp_hessian_diag_sq", exp_hessian_diag_sq, exp_avg);
   check_inside(op, "exp_avg", exp_avg, args.segments);
   check_inside(op, "exp_hessian_diag_sq", exp_hessian_diag_sq, args.segments);

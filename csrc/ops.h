@@ -49,6 +49,7 @@ inline Dtype dtype_of(const char* op, const char* argument, const Tensor& tensor
                   "; expected float32, bfloat16, float16 or float64");
 }
 
+// Of all arithmetic for parameters of this dtype.
 inline ScalarType state_type(Dtype dtype) { return dtype == Dtype::kFloat64 ? ScalarType::Double : ScalarType::Float; }
 
 inline std::string shape_of(const Tensor& tensor) {

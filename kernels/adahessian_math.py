@@ -1,4 +1,5 @@
-"""The maths of AdaHessian (Yao et al. 2021, Algorithm 1) for one element, and the Philox generator behind the probe.
+"""The maths of AdaHessian (Yao et al. 2021, Algorithm 1) for one element, and the Philox generator behind the probe
+and the rounding of states.
 
 Same names and order as csrc/adahessian_math.h; adahessian_fused/reference.py is the specification.
 """
@@ -18,9 +19,9 @@ SIGNS_PER_CALL = tl.constexpr(128)
 
 
 @triton.jit
-def philox4x32(c0, c1, c2, c3, k0, k1):
-    """Philox4x32-10 (Salmon et al. 2011): four uint32 words from a counter and a key of uint32."""
-    for _ in tl.static_range(10):
+def philox4x32(c0, c1, c2, c3, k0, k1, ROUNDS: tl.constexpr = 10):
+    """Philox4x32 (Salmon et al. 2011): four uint32 words from a counter and a key of uint32."""
+    for _ in tl.static_range(ROUNDS):
         product0_high = tl.umulhi(c0, 0xD2511F53)
         product1_high = tl.umulhi(c2, 0xCD9E8D57)
         product0_low = tl.mul(c0, 0xD2511F53, sanitize_overflow=False)  # meant to wrap around
@@ -51,6 +52,48 @@ def rademacher_words(key, call):
     Element l reads bit l % 32 of word (l // 32) % 4; a set bit means -1.
     """
     return philox4x32(call, key.param_id, key.hessian_step, key.sample, key.seed_low, key.seed_high)
+
+
+# ---- stochastic rounding of states -----------------------------------------------------------------------------------
+
+# One Philox call is 128 bits, 16 for each of 8 consecutive elements of a parameter, in storage order.
+ROUNDINGS_PER_CALL = tl.constexpr(8)
+
+
+class RoundingKey(NamedTuple):
+    """Identifies the rounding of one parameter's states at one step: everything but the element's index. All uint32."""
+
+    seed_low: Any
+    seed_high: Any
+    param_id: Any
+    step: Any  # t, from 1
+
+
+@triton.jit
+def rounding_words(key, call):
+    """The bits of stored elements 8 * call ... 8 * call + 7, two to a word, the lower half first.
+
+    Seven rounds pass every test of randomness that ten do (Salmon et al. 2011, Table 2). The last word of the counter
+    is one that no sample of a probe has.
+    """
+    return philox4x32(call, key.param_id, key.step, 0xFFFFFFFF, key.seed_low, key.seed_high, 7)
+
+
+@triton.jit
+def swap_bytes(bits):
+    """What rounds v where ``bits`` round m: as uniform, and dependent only where the first byte leaves it open."""
+    return (bits & 0xFF) << 8 | bits >> 8
+
+
+@triton.jit
+def round_stochastically(x, bits):
+    """A float32 in bfloat16: away from zero if the half that is cut off, plus 16 random bits, carries.
+
+    A finite number stays finite: one beyond bfloat16's largest is cut off.
+    """
+    word = x.to(tl.uint32, bitcast=True)
+    word = tl.where((word & 0x7FFFFFFF) < 0x7F7F0000, word + bits, word)
+    return (word >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True)
 
 
 # ---- the update ------------------------------------------------------------------------------------------------------

@@ -10,7 +10,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .adahessian_math import Coefficients, round_to, update_exp_avg, update_exp_hessian_diag_sq, update_param
+from .adahessian_math import (
+    Coefficients,
+    round_stochastically,
+    round_to,
+    swap_bytes,
+    update_exp_avg,
+    update_exp_hessian_diag_sq,
+    update_param,
+)
 from .coefficients import coefficients_kernel, host_coefficients, load_coefficients
 from .hessian_diag import average_long_blocks
 from .table import LAUNCH, TILES, Mode, addresses, common_dtype, on, plan_of, seed_words, send, tl_dtype
@@ -24,7 +32,9 @@ from .tile import (
     is_vector,
     kernel,
     load_probe_key,
+    load_rounding_key,
     load_row,
+    rounding_bits,
     rows_in_tile,
     spread,
     tile_lanes,
@@ -55,24 +65,31 @@ class Arrays(NamedTuple):
 
 
 @triton.jit
-def load_state(arrays, lanes, VECTOR: tl.constexpr):
-    """The weights, g, m and v, in the dtype of the states."""
+def load_state(arrays, lanes, S: tl.constexpr, VECTOR: tl.constexpr):
+    """The weights, g, m and v, in the dtype S of all arithmetic."""
     weights = arrays.param if arrays.master is None else arrays.master
     p = tl.load(at(weights, lanes.origin, lanes.index, VECTOR), mask=lanes.mask, other=0)
     g = tl.load(at(arrays.grad, lanes.origin, lanes.index, VECTOR), mask=lanes.mask, other=0)
     m = tl.load(at(arrays.exp_avg, lanes.origin, lanes.index, VECTOR), mask=lanes.mask, other=0)
     v = tl.load(at(arrays.exp_hessian_diag_sq, lanes.origin, lanes.index, VECTOR), mask=lanes.mask, other=0)
-    return p.to(m.dtype), g.to(m.dtype), m, v
+    return p.to(S), g.to(S), m.to(S), v.to(S)
 
 
 @triton.jit
-def update(arrays, lanes, p, g, m, v, ds, c, CURVATURE: tl.constexpr, VECTOR: tl.constexpr):
-    """Algorithm 1, lines 7-9; ``ds`` is ignored on an off-step."""
+def update(
+    arrays, lanes, p, g, m, v, ds, c, rounding, CURVATURE: tl.constexpr, VECTOR: tl.constexpr, LANES: tl.constexpr
+):
+    """Algorithm 1, lines 7-9; ``ds`` is ignored on an off-step, ``rounding`` unless the states are bfloat16."""
     m = update_exp_avg(m, g, c)
-    tl.store(at(arrays.exp_avg, lanes.origin, lanes.index, VECTOR), m, mask=lanes.mask)
     if CURVATURE != "none":
         v = update_exp_hessian_diag_sq(v, ds, c)
-        tl.store(at(arrays.exp_hessian_diag_sq, lanes.origin, lanes.index, VECTOR), v, mask=lanes.mask)
+    kept_m, kept_v = m, v
+    if arrays.exp_avg.dtype.element_ty == tl.bfloat16:
+        bits = rounding_bits(rounding, lanes, VECTOR, LANES)
+        kept_m, kept_v = round_stochastically(m, bits), round_stochastically(v, swap_bytes(bits))
+    tl.store(at(arrays.exp_avg, lanes.origin, lanes.index, VECTOR), kept_m, mask=lanes.mask)
+    if CURVATURE != "none":
+        tl.store(at(arrays.exp_hessian_diag_sq, lanes.origin, lanes.index, VECTOR), kept_v, mask=lanes.mask)
     p = tl.where(c.moves != 0, update_param(p, m, v, c), p)
     if arrays.master is not None:
         tl.store(at(arrays.master, lanes.origin, lanes.index, VECTOR), p, mask=lanes.mask)
@@ -83,16 +100,27 @@ def update(arrays, lanes, p, g, m, v, ds, c, CURVATURE: tl.constexpr, VECTOR: tl
 
 @triton.jit
 def update_vector_tile(
-    arrays, diag, c, key, row, start, count, CURVATURE: tl.constexpr, DRAW: tl.constexpr, TILE: tl.constexpr
+    arrays,
+    diag,
+    c,
+    key,
+    rounding,
+    row,
+    start,
+    count,
+    S: tl.constexpr,
+    CURVATURE: tl.constexpr,
+    DRAW: tl.constexpr,
+    TILE: tl.constexpr,
 ):
     """A tile that is_vector."""
     lanes = vector_lanes(start, count, TILE)
     # All reads first: averaging has barriers, and reads do not move across them.
-    p, g, m, v = load_state(arrays, lanes, True)
+    p, g, m, v = load_state(arrays, lanes, S, True)
     ds = m
     if CURVATURE == "hessian":
         if row.block <= TILE:
-            ds = tl.load(at(arrays.hessian, lanes.origin, lanes.index, True), mask=lanes.mask, other=0).to(m.dtype)
+            ds = tl.load(at(arrays.hessian, lanes.origin, lanes.index, True), mask=lanes.mask, other=0).to(S)
             if row.block > 1:  # otherwise only D^2 = Hz^2 enters
                 ds = hutchinson(ds, key, row, start, lanes, DRAW, TILE)
                 ds = spread(block_means(ds, row, count, lanes, True), row, lanes, True)
@@ -100,12 +128,23 @@ def update_vector_tile(
             ds = load_compact(diag, row, start, lanes, True)
     elif CURVATURE == "compact":
         ds = load_compact(diag, row, start, lanes, True)
-    update(arrays, lanes, p, g, m, v, ds, c, CURVATURE, True)
+    update(arrays, lanes, p, g, m, v, ds, c, rounding, CURVATURE, True, TILE)
 
 
 @triton.jit
 def update_general_tile(
-    arrays, diag, c, key, row, start, count, CURVATURE: tl.constexpr, DRAW: tl.constexpr, TILE: tl.constexpr
+    arrays,
+    diag,
+    c,
+    key,
+    rounding,
+    row,
+    start,
+    count,
+    S: tl.constexpr,
+    CURVATURE: tl.constexpr,
+    DRAW: tl.constexpr,
+    TILE: tl.constexpr,
 ):
     """Any tile: blocks are averaged over the whole tile, then the rest is done a few lanes at a time.
 
@@ -113,7 +152,7 @@ def update_general_tile(
     the warps.
     """
     SOME: tl.constexpr = TILE // 4
-    means = tl.zeros([TILE], arrays.exp_avg.dtype.element_ty)
+    means = tl.zeros([TILE], S)
     if CURVATURE == "hessian" and row.block <= TILE:
         lanes = tile_lanes(row, start, count, False, TILE)
         means = tl.load(at(arrays.hessian, lanes.origin, lanes.index, False), mask=lanes.mask, other=0).to(means.dtype)
@@ -125,13 +164,13 @@ def update_general_tile(
     while first < end:
         lane = first + tl.arange(0, SOME)
         lanes = general_lanes(row, start, count, rows_in_tile(row), row.lane_period.to(tl.int32), lane)
-        p, g, m, v = load_state(arrays, lanes, False)
+        p, g, m, v = load_state(arrays, lanes, S, False)
         ds = m
         if CURVATURE == "hessian" and row.block <= TILE:
             ds = spread(means, row, lanes, False)
         elif CURVATURE != "none":
             ds = load_compact(diag, row, start, lanes, False)
-        update(arrays, lanes, p, g, m, v, ds, c, CURVATURE, False)
+        update(arrays, lanes, p, g, m, v, ds, c, rounding, CURVATURE, False, SOME)
         first += SOME
 
 
@@ -163,6 +202,8 @@ def adahessian_step_kernel(
     if found_inf is not None:
         count = tl.where(tl.load(found_inf) != 0, 0, count)  # an empty tile changes nothing
     key = load_probe_key(row, steps, seed_low, seed_high, sample)
+    rounding = load_rounding_key(row, steps, seed_low, seed_high)
+    S: tl.constexpr = tl.float64 if DTYPE.primitive_bitwidth == 64 else tl.float32
     c = load_coefficients(coefficients, row.pair, grad_scale)
 
     table += segment * (3 if CURVATURE == "hessian" else 2)
@@ -186,9 +227,9 @@ def adahessian_step_kernel(
 
     arrays = Arrays(param, grad, hessian, exp_avg, exp_hessian_diag_sq, master)
     if is_vector(row, start, count, touched):
-        update_vector_tile(arrays, diag, c, key, row, start, count, CURVATURE, DRAW, TILE)
+        update_vector_tile(arrays, diag, c, key, rounding, row, start, count, S, CURVATURE, DRAW, TILE)
     else:
-        update_general_tile(arrays, diag, c, key, row, start, count, CURVATURE, DRAW, TILE)
+        update_general_tile(arrays, diag, c, key, rounding, row, start, count, S, CURVATURE, DRAW, TILE)
 
 
 # ---- the op ----------------------------------------------------------------------------------------------------------
@@ -222,7 +263,7 @@ def adahessian_step(
         grads: gradients, same shapes, strides and dtype as ``params``.
         hessians: Hz (or D, if not ``draw``) like ``grads``; empty if there is none or ``diag`` is given.
         diag: compact block-averaged diagonal of :func:`hessian_diag`.
-        exp_avg: flat buffer of m, float32 (float64 for float64 parameters), updated in place.
+        exp_avg: flat buffer of m, float32 (float64 for float64 parameters) or bfloat16, updated in place.
         exp_hessian_diag_sq: flat buffer of v, likewise.
         master: flat buffer of float32 weights that 16-bit parameters are rounded from, updated in place.
         segments: :class:`Segment` table, one row a parameter.
@@ -279,22 +320,23 @@ def _launch(
     tile, num_warps = TILES[dtype.itemsize]
     plan = plan_of(segments, mode, tile, device)
     curvature = mode is not Mode.ELEMENTWISE
+    computed = torch.float64 if dtype == torch.float64 else torch.float32
     table, scale = addresses(*lists), np.ones(1)
     if on_device:
         table, scale, steps, groups = send(plan, device, table, scale, steps, groups)
-        coefficients = torch.empty(len(plan.pairs), len(Coefficients._fields), dtype=exp_avg.dtype, device=device)
+        coefficients = torch.empty(len(plan.pairs), len(Coefficients._fields), dtype=computed, device=device)
         coefficients_kernel[(len(plan.pairs),)](
             coefficients, plan.pairs, groups, steps, int(curvature), num_warps=1, **LAUNCH
         )
     else:
         rows = host_coefficients(groups.numpy()[plan.groups], steps.numpy()[plan.slots], curvature)
-        rows = rows.astype(np.float64 if exp_avg.dtype == torch.float64 else np.float32)
+        rows = rows.astype(np.float64 if computed == torch.float64 else np.float32)
         table, scale, steps, coefficients = send(plan, device, table, scale, steps, rows)
 
     config = {"DTYPE": tl_dtype(dtype), "DRAW": draw, "TILE": tile, "num_warps": num_warps, **LAUNCH}
     if mode is Mode.HESSIAN:
         # Blocks longer than a tile are averaged ahead, so that Hz is read once.
-        diag = torch.empty(len(plan.blocks), dtype=exp_avg.dtype, device=device)
+        diag = torch.empty(len(plan.blocks), dtype=computed, device=device)
         average_long_blocks(plan, table, (3, 2), diag, steps, scale, False, probe, **config)
     if len(plan.tiles):
         adahessian_step_kernel[(len(plan.tiles),)](

@@ -14,7 +14,15 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from .adahessian_math import SIGNS_PER_CALL, ProbeKey, divide_rn, rademacher_words
+from .adahessian_math import (
+    ROUNDINGS_PER_CALL,
+    SIGNS_PER_CALL,
+    ProbeKey,
+    RoundingKey,
+    divide_rn,
+    rademacher_words,
+    rounding_words,
+)
 from .table import VECTOR as _VECTOR
 from .table import Row
 
@@ -72,6 +80,18 @@ def load_probe_key(row, steps, seed_low, seed_high, sample):
         row.param_id.to(tl.uint32),
         hessian_step.to(tl.uint32),
         sample.to(tl.uint32, bitcast=True),
+    )
+
+
+@triton.jit
+def load_rounding_key(row, steps, seed_low, seed_high):
+    """The rounding of the segment's states in the coming step."""
+    step = tl.load(steps + row.slot * 2) + 1
+    return RoundingKey(
+        seed_low.to(tl.uint32, bitcast=True),
+        seed_high.to(tl.uint32, bitcast=True),
+        row.param_id.to(tl.uint32),
+        step.to(tl.uint32),
     )
 
 
@@ -172,6 +192,23 @@ def rademacher_bits(key, start, logical, TILE: tl.constexpr):
     words = tl.join(tl.join(w0, w2), tl.join(w1, w3)).reshape(8 * TILE // SIGNS_PER_CALL)
     bit = (start - first_call * SIGNS_PER_CALL).to(tl.int32) + logical
     return (tl.gather(words.to(tl.int32, bitcast=True), bit // 32, 0) >> (bit % 32)) & 1
+
+
+@triton.jit
+def rounding_bits(key, lanes, VECTOR: tl.constexpr, TILE: tl.constexpr):
+    """The lanes' 16 bits, uint32. In a tile that is_vector one Philox call for 8 lanes, otherwise one for each."""
+    if VECTOR:
+        call = lanes.origin // ROUNDINGS_PER_CALL + tl.arange(0, TILE // ROUNDINGS_PER_CALL)
+        w0, w1, w2, w3 = rounding_words(key, call.to(tl.uint32))
+        words = tl.join(tl.join(w0, w2), tl.join(w1, w3)).reshape(TILE // 2)
+        bits = tl.join(words & 0xFFFF, words >> 16).reshape(TILE)
+    else:
+        stored = tl.where(lanes.mask, lanes.origin + lanes.index, 0)
+        w0, w1, w2, w3 = rounding_words(key, (stored // ROUNDINGS_PER_CALL).to(tl.uint32))
+        low, high = tl.where((stored & 2) != 0, w1, w0), tl.where((stored & 2) != 0, w3, w2)
+        word = tl.where((stored & 4) != 0, high, low)
+        bits = tl.where((stored & 1) != 0, word >> 16, word & 0xFFFF)
+    return bits
 
 
 @triton.jit

@@ -6,7 +6,7 @@ problem.py makes tensors of a :class:`Case`; :func:`any_case` draws cases for hy
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -85,6 +85,7 @@ class Case:
     steps: tuple[tuple[int, int], ...] = MIXED_STEPS[1:2]
     gaussian: bool = False  # Hz of any value; otherwise multiples of 1/8, whose sums are exact in every order
     master: bool = False
+    stored: torch.dtype | None = None  # bfloat16: m and v are rounded stochastically
     param_at: Place = ALIGNED
     grad_at: Place = ALIGNED
     hessian_at: Place = ALIGNED
@@ -92,6 +93,7 @@ class Case:
 
     @property
     def state_dtype(self) -> torch.dtype:
+        """Of all arithmetic, and of the flat buffers but for m and v where ``stored`` is given."""
         return torch.float64 if self.dtype == torch.float64 else torch.float32
 
     def __str__(self) -> str:
@@ -160,6 +162,25 @@ GAUSSIAN_CASES = tuple(
 SMALL_CASES = LAYOUT_CASES + DTYPE_CASES + GAUSSIAN_CASES
 CASES = SMALL_CASES + LARGE_CASES
 
+_HALF = torch.bfloat16
+ROUNDED_CASES = (
+    *(
+        Case(f"rounded_{_label(d)}_block_{b}", specs(*_SHAPES, (4097,), block=b), d, GROUPS, MIXED_STEPS, stored=_HALF)
+        for d in DTYPES[:3]
+        for b in (1, 9, "tensor")
+    ),
+    *(
+        Case(f"rounded_{name}", specs(*shapes, block=b, order=order), stored=_HALF, **places)
+        for name, shapes, b, order, places in (
+            ("channels_last", _LAST_4D, 9, "channels_last", {}),
+            ("channels_last_tensor", _LAST_5D, "tensor", "channels_last", {}),
+            ("transposed", _TRANSPOSED, 2, "transposed", {}),
+            ("misaligned", _SHAPES, 9, "contiguous", {"state_at": MISALIGNED, "param_at": Place(64, 3, 1)}),
+            ("long_block", ((9001,), (3, 5000)), 5000, "contiguous", {}),
+        )
+    ),
+)
+
 # What Triton's interpreter has the time for: a tenth of a second for each parameter and each 1024 elements.
 _INTERPRETED = (
     *("block_1", "block_127", "block_4095", "block_tensor", "channels_last_block_9", "channels_last_5d"),
@@ -168,6 +189,7 @@ _INTERPRETED = (
     *("blocks_differ", "float16_block_9", "float64_block_127", "gaussian_bfloat16_block_9"),
 )
 _INTERPRETED_AGAIN = ("channels_last_block_row", "empty_first", "groups", "float64_block_9", "bfloat16_block_127")
+_INTERPRETED_AGAIN += tuple(f"rounded_{name}" for name in ("bfloat16_block_1", "float32_block_9", "channels_last"))
 
 
 def cases_for(backend: str, device: str, cases: tuple[Case, ...]) -> list[Case]:
@@ -204,7 +226,12 @@ def any_case(max_params: int = 5) -> st.SearchStrategy[Case]:
         grad_at=place,
         hessian_at=place,
         state_at=place,
-    )
+    ).flatmap(lambda case: st.sampled_from(_stored_as(case)))
+
+
+def _stored_as(case: Case) -> list[Case]:
+    """The case, and the same with m and v in bfloat16 if it can be."""
+    return [case] if case.dtype == torch.float64 else [case, replace(case, stored=_HALF)]
 
 
 def examples(backend) -> int:

@@ -110,6 +110,8 @@ def build(case: Case, device: str = "cpu") -> Problem:
     arenas, begins = {}, {}
     for kind, windows in _values(case).items():
         dtype = case.dtype if kind in places else case.state_dtype
+        if case.stored is not None and kind in ("exp_avg", "exp_hessian_diag_sq"):
+            dtype = case.stored
         begins[kind] = places.get(kind, case.state_at).begins([w.numel() for w in windows])
         ends = [b + w.numel() for b, w in zip(begins[kind], windows, strict=True)]
         arena = torch.full((max(ends, default=0) + 5,), torch.nan, dtype=dtype)

@@ -6,7 +6,20 @@ import dataclasses
 
 import pytest
 import torch
-from cases import CASES, DTYPES, GROUPS, MIXED_STEPS, SMALL_CASES, Case, Place, Spec, any_case, examples, specs
+from cases import (
+    CASES,
+    DTYPES,
+    GROUPS,
+    MIXED_STEPS,
+    ROUNDED_CASES,
+    SMALL_CASES,
+    Case,
+    Place,
+    Spec,
+    any_case,
+    examples,
+    specs,
+)
 from hypothesis import given, settings
 from problem import Problem, bits, build
 from tolerances import assert_within, step_bounds
@@ -24,6 +37,7 @@ MIXED = Case(
     steps=MIXED_STEPS,
 )
 STATES = ("exp_avg", "exp_hessian_diag_sq", "master", "param")
+STORED = (None, torch.bfloat16)
 INF, NAN = torch.inf, torch.nan
 NOT_FINITE = ((1, 150, NAN), (1, 299, INF), (7, 0, NAN), (7, 150, INF), (7, 299, NAN), (300, 0, INF), (300, 299, NAN))
 
@@ -76,6 +90,12 @@ def test_off_step(backend, case, device):
     assert torch.equal(bits(problem.arenas["exp_hessian_diag_sq"]), v)
 
 
+@pytest.mark.cases(ROUNDED_CASES)
+@pytest.mark.parametrize("curvature", ["hessian", "diag", "none"])
+def test_states_in_bfloat16(backend, case, curvature, device):
+    check_step(backend, build(case, device), curvature)
+
+
 def test_any_layout(backend, device):
     @settings(max_examples=examples(backend), deadline=None, derandomize=True, database=None)
     @given(any_case())
@@ -87,9 +107,10 @@ def test_any_layout(backend, device):
 
 
 @pytest.mark.parametrize("curvature", ["hessian", "diag", "none"])
+@pytest.mark.parametrize("stored", STORED, ids=str)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_master_weights(backend, dtype, curvature, device):
-    check_step(backend, build(dataclasses.replace(MIXED, dtype=dtype, master=True), device), curvature)
+def test_master_weights(backend, dtype, stored, curvature, device):
+    check_step(backend, build(dataclasses.replace(MIXED, dtype=dtype, stored=stored, master=True), device), curvature)
 
 
 @pytest.mark.parametrize("options", [{"draw": False}, {"sample": 5}, {"seed": -1}, {"sample": 2**32 - 1}], ids=str)
@@ -114,8 +135,9 @@ def test_a_block_longer_than_the_parameter_is_the_whole_parameter(backend, block
         assert kind not in whole.arenas or torch.equal(bits(problem.arenas[kind]), bits(whole.arenas[kind])), kind
 
 
-def test_counts_and_groups_on_the_device(backend, device):
-    problem = build(MIXED, device)
+@pytest.mark.parametrize("stored", STORED, ids=str)
+def test_counts_and_groups_on_the_device(backend, stored, device):
+    problem = build(dataclasses.replace(MIXED, stored=stored), device)
     problem.steps, problem.groups = problem.steps.to(device), problem.groups.to(device)
     check_step(backend, problem)
 
@@ -209,9 +231,10 @@ def test_a_gradient_that_is_not_finite_stays_in_its_element(backend, place, valu
 SPLITS = {"one_by_one": [[0], [1], [2], [3], [4], [5]], "halves_unsorted": [[3, 0, 5], [4, 1, 2]]}
 
 
+@pytest.mark.parametrize("stored", STORED, ids=str)
 @pytest.mark.parametrize("split", SPLITS.values(), ids=SPLITS)
-def test_the_grouping_does_not_matter(backend, split, device):
-    case = dataclasses.replace(MIXED, gaussian=True)
+def test_the_grouping_does_not_matter(backend, split, stored, device):
+    case = dataclasses.replace(MIXED, gaussian=True, stored=stored)
     together, apart = build(case, device), build(case, device)
     together.run_step(backend)
     for only in split:
@@ -227,9 +250,10 @@ PLACEMENTS = {
 }
 
 
+@pytest.mark.parametrize("stored", STORED, ids=str)
 @pytest.mark.parametrize("places", PLACEMENTS.values(), ids=PLACEMENTS)
-def test_the_places_do_not_matter(backend, places, device):
-    case = dataclasses.replace(MIXED, gaussian=True)
+def test_the_places_do_not_matter(backend, places, stored, device):
+    case = dataclasses.replace(MIXED, gaussian=True, stored=stored)
     packed, placed = build(case, device), build(dataclasses.replace(case, **places), device)
     packed.run_step(backend), placed.run_step(backend)
     for kind in packed.arenas:
@@ -237,13 +261,14 @@ def test_the_places_do_not_matter(backend, places, device):
             assert torch.equal(a, b), kind
 
 
+@pytest.mark.parametrize("stored", STORED, ids=str)
 @pytest.mark.parametrize("block", [1, 9, 4095, "tensor"])
-def test_the_threads_do_not_matter(native, block, set_threads, device):
-    case = Case("threads", specs((300_001,), (3,), (65_537,), block=block), groups=GROUPS, gaussian=True)
+def test_the_threads_do_not_matter(native, block, stored, set_threads, device):
+    case = Case("threads", specs((300_001,), (3,), (65_537,), block=block), groups=GROUPS, gaussian=True, stored=stored)
     results = []
     for threads in (1, 2):
         set_threads(threads)
         problem = build(case, device)
         problem.run_step(native)
-        results.append(torch.cat([bits(problem.arenas[kind]) for kind in ("param", "exp_avg", "exp_hessian_diag_sq")]))
-    assert torch.equal(*results)
+        results.append([bits(problem.arenas[kind]) for kind in ("param", "exp_avg", "exp_hessian_diag_sq")])
+    assert all(map(torch.equal, *results))

@@ -138,13 +138,21 @@ def test_a_case_without_the_memory_is_skipped(monkeypatch):
     assert result["skipped"] in table.rows([result])[0][2]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("curvature", [True, False])
-def test_the_floor_moves_the_bytes_of_the_step(dtype, curvature):
-    case = Case("x", ((64, 10), (2,)), dtype=dtype, curvature=curvature)
-    per_parameter = {(torch.float32, True): 32, (torch.float32, False): 24, (torch.bfloat16, True): 24}
-    assert case.bytes == case.numel * per_parameter.get((dtype, curvature), 18)
-    contestants.floor(Problem(case, "cpu")).step()
+@pytest.mark.parametrize(
+    ("dtype", "state_dtype", "hessian_step", "off_step"),
+    [
+        (torch.float32, None, 32, 24),
+        (torch.bfloat16, None, 24, 18),
+        (torch.float32, torch.bfloat16, 24, 18),
+        (torch.bfloat16, torch.bfloat16, 16, 12),
+    ],
+    ids=str,
+)
+def test_the_floor_moves_the_bytes_of_the_step(dtype, state_dtype, hessian_step, off_step):
+    for curvature, per_parameter in ((True, hessian_step), (False, off_step)):
+        case = Case("x", ((64, 10), (2,)), dtype=dtype, state_dtype=state_dtype, curvature=curvature)
+        assert case.bytes == case.numel * per_parameter
+        contestants.floor(Problem(case, "cpu")).step()
 
 
 def test_compiling_is_limited_in_time():

@@ -30,11 +30,15 @@ NORM_ARGUMENTS = {
 STEP, DIAG, RADEMACHER, PERTURB = "adahessian_step", "hessian_diag", "rademacher", "perturb"
 NORM = "norm_double_backward"
 PLANES, ROWS = {"LAST": False, "BLOCK_I": 1024, "BLOCK_C": 1}, {"LAST": True, "BLOCK_I": 32, "BLOCK_C": 32}
-# name: (module, kernel, dtype of the parameters, constexpr arguments)
+ROUNDED = dict.fromkeys(["exp_avg", "exp_hessian_diag_sq"], "*bf16")
+# name: (module, kernel, dtype of the parameters, constexpr arguments or types of others)
 CASES = {
     "step-hessian-fp32": (STEP, "adahessian_step_kernel", "fp32", {"CURVATURE": "hessian"}),
     "step-hessian-bf16": (STEP, "adahessian_step_kernel", "bf16", {"CURVATURE": "hessian"}),
     "step-none-fp32": (STEP, "adahessian_step_kernel", "fp32", {"CURVATURE": "none", "diag": None}),
+    "step-hessian-fp32-rounded": (STEP, "adahessian_step_kernel", "fp32", {"CURVATURE": "hessian", **ROUNDED}),
+    "step-hessian-bf16-rounded": (STEP, "adahessian_step_kernel", "bf16", {"CURVATURE": "hessian", **ROUNDED}),
+    "step-none-bf16-rounded": (STEP, "adahessian_step_kernel", "bf16", {"CURVATURE": "none", "diag": None, **ROUNDED}),
     "step-none-bf16": (STEP, "adahessian_step_kernel", "bf16", {"CURVATURE": "none", "diag": None}),
     "diag-fp32": (DIAG, "hessian_diag_kernel", "fp32", {}),
     "diag-bf16": (DIAG, "hessian_diag_kernel", "bf16", {}),
@@ -76,6 +80,8 @@ def inspect_kernel(module: str, name: str, dtype: str, given: dict) -> dict:
     if module == "norm_double_backward":
         arguments |= dict.fromkeys(["v", "grad", "x", "d_grad", "d_x"], f"*{dtype}") | NORM_ARGUMENTS
     constants = {"DTYPE": {"fp32": tl.float32, "bf16": tl.bfloat16}[dtype], "STATE": tl.float32, "DRAW": True}
+    arguments |= {n: kind for n, kind in given.items() if isinstance(kind, str) and kind.startswith("*")}
+    given = {n: value for n, value in given.items() if n not in arguments or value is None}
     constants |= {"TILE": tile, "master": None, "grad_scale": None, "found_inf": None, **given}
     signature = {n: "constexpr" if n in constants else arguments[n] for n in kernel.arg_names}
     constants = {n: value for n, value in constants.items() if n in signature}
@@ -124,6 +130,9 @@ def test_nothing_spills_and_16_warps_fit(inspected: dict[str, dict], case: str) 
         # 8 elements a thread: two accesses for each fp32 stream, one for each bf16 stream
         ("step-hessian-fp32", 2 * 5, 2 * 3),  # p, g, Hz, m, v -> p, m, v
         ("step-hessian-bf16", 3 + 2 * 2, 1 + 2 * 2),
+        ("step-hessian-fp32-rounded", 2 * 3 + 2, 2 + 2),
+        ("step-hessian-bf16-rounded", 5, 3),
+        ("step-none-bf16-rounded", 4, 2),
         ("step-none-fp32", 2 * 4, 2 * 2),  # p, g, m, v -> p, m
         ("step-none-bf16", 2 + 2 * 2, 1 + 2),
         ("diag-fp32", 2, 2),  # Hz -> Ds where b = 1

@@ -19,7 +19,8 @@ error counts only when S is float64, which doubles u. Inputs are far from overfl
                                 adds nothing, k = 1/2 one u, a general power 8 + |k log2 root| units (CUDA's powf is
                                 off by up to 4 ulp; in exp2(k log2 x) the product's rounding becomes a relative error)
     p                           decay p: 4, the update: 6, plus the errors of m and of the denominator
-    storage                     half a unit in the last place of a 16-bit parameter
+    storage                     half a unit in the last place of a 16-bit parameter; a whole one of m and v in bfloat16,
+                                which are rounded up or down after p has been moved by them
 """
 
 from __future__ import annotations
@@ -99,8 +100,10 @@ def step_bounds(before: Problem, after: Problem, ds: list[Tensor] | None, unscal
             update = lr / (1 - beta1**t) * m1.abs() / (power + eps)
             step_error = lr / (1 - beta1**t) * m_error / (low + eps) + update * (denom_error / (low + eps) + 6 * u)
             p_error = step_error + 4 * u * (p0 * (1 - lr * weight_decay)).abs()
-        bounds["exp_avg"].append(m_error)
-        bounds["exp_hessian_diag_sq"].append(v_error)
+        stored = before.case.stored or before.case.state_dtype
+        bounds["exp_avg"].append(m_error + 2 * storage_rounding(m1.abs() + m_error, stored))
+        v_changes = ds is not None
+        bounds["exp_hessian_diag_sq"].append(v_error + v_changes * 2 * storage_rounding(v1 + v_error, stored))
         bounds["master"].append(p_error)
         rounded = h > 0 or before.case.master
         bounds["param"].append(p_error + rounded * storage_rounding(p1.abs() + p_error, before.case.dtype))

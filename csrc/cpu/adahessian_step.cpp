@@ -7,15 +7,15 @@
 namespace adahessian::cpu {
 namespace {
 
-template <typename T>
-std::vector<StepWork<T>> prepare(const AdaHessianStepArgs& args) {
+template <typename T, typename M>
+std::vector<StepWork<T, M>> prepare(const AdaHessianStepArgs& args) {
   using S = StateOf<T>;
   const double inv_scale = args.grad_scale ? 1.0 / double(*args.grad_scale) : 1.0;
-  std::vector<StepWork<T>> works;
+  std::vector<StepWork<T, M>> works;
   works.reserve(args.segments.size());
   const Segment* last = nullptr;
   for (const Segment& s : args.segments) {
-    StepWork<T> work{};
+    StepWork<T, M> work{};
     work.has_curvature = args.diag != nullptr || s.hessian != nullptr;
     const int64_t* count = args.counts.steps + 2 * s.slot;
     // The pow() of the bias corrections are shared by neighbours with equal counts, that is by nearly all.
@@ -27,8 +27,8 @@ std::vector<StepWork<T>> prepare(const AdaHessianStepArgs& args) {
     work.key = probe_key(args.probe, s, args.counts);
     work.param = static_cast<T*>(s.param);
     work.grad = static_cast<const T*>(s.grad);
-    work.exp_avg = static_cast<S*>(args.exp_avg) + s.offset;
-    work.exp_hessian_diag_sq = static_cast<S*>(args.exp_hessian_diag_sq) + s.offset;
+    work.exp_avg = static_cast<M*>(args.exp_avg) + s.offset;
+    work.exp_hessian_diag_sq = static_cast<M*>(args.exp_hessian_diag_sq) + s.offset;
     work.master = args.master ? args.master + s.offset : nullptr;
     work.diag = args.diag ? static_cast<const S*>(args.diag) + s.diag_offset : nullptr;
     works.push_back(work);
@@ -41,17 +41,24 @@ std::vector<StepWork<T>> prepare(const AdaHessianStepArgs& args) {
 
 void adahessian_step(const AdaHessianStepArgs& args, const Context& context) {
   if (args.found_inf != nullptr && *args.found_inf != 0.0f) return;
-  dispatch(args.dtype, [&](auto type) {
+  dispatch(args.dtype, args.state_dtype, [&](auto type, auto state_type) {
     using T = decltype(type);
+    using M = decltype(state_type);
     using S = StateOf<T>;
     const Tiling tiling(args.segments);
-    std::vector<StepWork<T>> works = prepare<T>(args);
+    std::vector<StepWork<T, M>> works = prepare<T, M>(args);
     std::vector<std::vector<S>> long_means;
     if (args.diag == nullptr && any_long_block(args.segments)) {
       long_means = long_block_means<T>(args.segments, tiling, args.probe, args.counts, context);
       for (size_t i = 0; i < works.size(); ++i) works[i].long_means = long_means[i].data();
     }
-    tiling.for_each_run(context, [&](const Run& run, size_t i) { kernels<T>().adahessian_step(run, works[i]); });
+    const auto step = [] {
+      if constexpr (std::is_same_v<M, S>)
+        return kernels<T>().adahessian_step;
+      else
+        return kernels<T>().adahessian_step_bfloat16;
+    }();
+    tiling.for_each_run(context, [&](const Run& run, size_t i) { step(run, works[i]); });
   });
 }
 

@@ -15,6 +15,19 @@ inline namespace ADAHESSIAN_ISA {
 
 constexpr int64_t kCallsPerTile = kTile / kSignsPerCall + 1;
 
+// From a vector for each of a call's words to one call after the other.
+template <typename E>
+ADAHESSIAN_HD void store_call_after_call(const PhiloxWords<Bits<float>>& words, E* to) {
+  constexpr int64_t vector = kVectorBytes / int64_t(sizeof(E));
+  const auto& word = words.word;
+  const Bits<float> even[] = {interleaved<0>(word[0], word[2]), interleaved<1>(word[0], word[2])};
+  const Bits<float> odd[] = {interleaved<0>(word[1], word[3]), interleaved<1>(word[1], word[3])};
+  store_vector(to, interleaved<0>(even[0], odd[0]));
+  store_vector(to + vector, interleaved<1>(even[0], odd[0]));
+  store_vector(to + 2 * vector, interleaved<0>(even[1], odd[1]));
+  store_vector(to + 3 * vector, interleaved<1>(even[1], odd[1]));
+}
+
 // The signs of z for logical elements [begin, begin + size), one bit each; a set bit means -1.
 class SignBits {
   static constexpr int64_t W = kLanes<float>;  // Philox calls side by side
@@ -25,15 +38,8 @@ class SignBits {
     const int64_t calls = (begin + size + kSignsPerCall - 1) / kSignsPerCall - first_call;
     first_ = uint64_t(begin - first_call * kSignsPerCall);
     for (int64_t done = 0; done < calls; done += W) {
-      const auto [word] = rademacher_words(key, Bits<float>(lane_numbers<float>()) + uint32_t(first_call + done));
-      // From a vector for each of a call's words to one call after the other.
-      uint32_t* to = words_ + done * 4;
-      const Bits<float> even[] = {interleaved<0>(word[0], word[2]), interleaved<1>(word[0], word[2])};
-      const Bits<float> odd[] = {interleaved<0>(word[1], word[3]), interleaved<1>(word[1], word[3])};
-      store_vector(to, interleaved<0>(even[0], odd[0]));
-      store_vector(to + W, interleaved<1>(even[0], odd[0]));
-      store_vector(to + 2 * W, interleaved<0>(even[1], odd[1]));
-      store_vector(to + 3 * W, interleaved<1>(even[1], odd[1]));
+      const auto words = rademacher_words(key, Bits<float>(lane_numbers<float>()) + uint32_t(first_call + done));
+      store_call_after_call(words, words_ + done * 4);
     }
   }
   // All positive.

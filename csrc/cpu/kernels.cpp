@@ -2,6 +2,7 @@
 #include "kernels.h"
 
 #include "block_mean.h"
+#include "rounding.h"
 #include "tile.h"
 
 #define ADAHESSIAN_INLINE_LAMBDA __attribute__((always_inline))
@@ -179,22 +180,27 @@ void hessian_diag(const Tile& tile, const AverageWork<T>& work) {
 // ---- adahessian_step ------------------------------------------------------------------------------------------------
 
 // The arrays of a segment from one element of storage on.
-template <typename T>
+template <typename T, typename M>
 struct Arrays {
-  using S = StateOf<T>;
   T* param;
   const T* grad;
-  S* exp_avg;
-  S* exp_hessian_diag_sq;
+  M* exp_avg;
+  M* exp_hessian_diag_sq;
   float* master;
 };
 
-// A vector of elements, and its Ds unless this is an off-step.
-template <Power kind, bool has_curvature, bool has_master, typename T>
-ADAHESSIAN_HD void update_vector(const Arrays<T>& to, Vector<StateOf<T>> ds, const Coefficients<StateOf<T>>& c) {
+template <typename T, typename M>
+ADAHESSIAN_HD Rounding<M> rounding_of(const StepWork<T, M>& work) {
+  return Rounding<M>({work.key.seed, work.key.param_id, work.c.step});
+}
+
+// A vector of elements, its Ds unless this is an off-step, and the bits that round its states.
+template <Power kind, bool has_curvature, bool has_master, typename T, typename M, typename Random>
+ADAHESSIAN_HD void update_vector(const Arrays<T, M>& to, Vector<StateOf<T>> ds, const Coefficients<StateOf<T>>& c,
+                                 Random bits) {
   using V = Vector<StateOf<T>>;
-  const V m = update_exp_avg(load_vector<V>(to.exp_avg), load_as_vector(to.grad), c);
-  V v = load_vector<V>(to.exp_hessian_diag_sq);
+  const V m = update_exp_avg(load_as_vector(to.exp_avg), load_as_vector(to.grad), c);
+  V v = load_as_vector(to.exp_hessian_diag_sq);
   if constexpr (has_curvature) v = update_exp_hessian_diag_sq(v, ds, c);
   V p;
   if constexpr (has_master) {
@@ -203,37 +209,40 @@ ADAHESSIAN_HD void update_vector(const Arrays<T>& to, Vector<StateOf<T>> ds, con
   } else {
     p = update_param<kind>(load_as_vector(to.param), m, v, c);
   }
-  store_vector(to.exp_avg, m);
-  if constexpr (has_curvature) store_vector(to.exp_hessian_diag_sq, v);
+  store_state(to.exp_avg, m, bits);
+  if constexpr (has_curvature) store_state(to.exp_hessian_diag_sq, v, swap_bytes(bits));
   store_as_vector(to.param, p);
 }
 
 // Elements [begin, begin + size) of storage; next(i) gives Ds of elements i ... i + W - 1 of them, in turn.
-template <Power kind, bool has_curvature, bool has_master, typename T, typename Next>
-ADAHESSIAN_HD void update_range(const StepWork<T>& work, int64_t begin, int64_t size, const Next& next) {
+template <Power kind, bool has_curvature, bool has_master, typename T, typename M, typename Next>
+ADAHESSIAN_HD void update_range(const StepWork<T, M>& work, int64_t begin, int64_t size, const Next& next) {
   using S = StateOf<T>;
   constexpr int64_t W = kLanes<S>;
   // Copies, which stores to the arrays cannot change.
   const Coefficients<S> c = work.c;
-  const Arrays<T> first = {work.param, work.grad, work.exp_avg, work.exp_hessian_diag_sq, work.master};
+  const Arrays<T, M> first = {work.param, work.grad, work.exp_avg, work.exp_hessian_diag_sq, work.master};
   const auto arrays = [&](int64_t i) ADAHESSIAN_INLINE_LAMBDA {
-    return Arrays<T>{first.param + i, first.grad + i, first.exp_avg + i, first.exp_hessian_diag_sq + i,
-                     has_master ? first.master + i : nullptr};
+    return Arrays<T, M>{first.param + i, first.grad + i, first.exp_avg + i, first.exp_hessian_diag_sq + i,
+                        has_master ? first.master + i : nullptr};
   };
+  Rounding<M> rounding = rounding_of(work);
   int64_t i = 0;
-  for (; i + W <= size; i += W) update_vector<kind, has_curvature, has_master>(arrays(begin + i), next(i), c);
+  for (; i + W <= size; i += W) {
+    update_vector<kind, has_curvature, has_master>(arrays(begin + i), next(i), c, rounding.from(begin + i));
+  }
   if (const int64_t rest = size - i; rest > 0) {  // by way of whole vectors
     T param[W] = {}, grad[W] = {};
-    S exp_avg[W] = {}, exp_hessian_diag_sq[W] = {};
+    M exp_avg[W] = {}, exp_hessian_diag_sq[W] = {};
     float master[W] = {};
-    const Arrays<T> from = arrays(begin + i);
+    const Arrays<T, M> from = arrays(begin + i);
     std::copy_n(from.param, rest, param);
     std::copy_n(from.grad, rest, grad);
     std::copy_n(from.exp_avg, rest, exp_avg);
     std::copy_n(from.exp_hessian_diag_sq, rest, exp_hessian_diag_sq);
     if constexpr (has_master) std::copy_n(from.master, rest, master);
-    const Arrays<T> whole = {param, grad, exp_avg, exp_hessian_diag_sq, master};
-    update_vector<kind, has_curvature, has_master>(whole, next(i), c);
+    const Arrays<T, M> whole = {param, grad, exp_avg, exp_hessian_diag_sq, master};
+    update_vector<kind, has_curvature, has_master>(whole, next(i), c, rounding.from(begin + i));
     std::copy_n(param, rest, from.param);
     std::copy_n(exp_avg, rest, from.exp_avg);
     std::copy_n(exp_hessian_diag_sq, rest, from.exp_hessian_diag_sq);
@@ -241,8 +250,8 @@ ADAHESSIAN_HD void update_range(const StepWork<T>& work, int64_t begin, int64_t 
   }
 }
 
-template <bool has_curvature, typename T, typename Next>
-ADAHESSIAN_HD void update(const StepWork<T>& work, int64_t begin, int64_t size, const Next& next) {
+template <bool has_curvature, typename T, typename M, typename Next>
+ADAHESSIAN_HD void update(const StepWork<T, M>& work, int64_t begin, int64_t size, const Next& next) {
   const auto with = [&]<bool has_master>() ADAHESSIAN_INLINE_LAMBDA {
     switch (work.c.kind) {
       case Power::kOne: return update_range<Power::kOne, has_curvature, has_master>(work, begin, size, next);
@@ -256,9 +265,26 @@ ADAHESSIAN_HD void update(const StepWork<T>& work, int64_t begin, int64_t size, 
   with.template operator()<false>();
 }
 
+// No curvature so far: momentum only.
+template <typename T, typename M>
+void update_momentum(const StepWork<T, M>& work, int64_t begin, int64_t size) {
+  constexpr int64_t W = kLanes<StateOf<T>>;
+  Rounding<M> rounding = rounding_of(work);
+  for (int64_t i = begin; i < begin + size; i += W) {
+    const int64_t count = std::min(W, begin + size - i);
+    M exp_avg[W] = {};
+    T grad[W] = {};
+    std::copy_n(work.exp_avg + i, count, exp_avg);
+    std::copy_n(work.grad + i, count, grad);
+    const auto m = update_exp_avg(load_as_vector(exp_avg), load_as_vector(grad), work.c);
+    store_state(exp_avg, m, rounding.from(i));
+    std::copy_n(exp_avg, count, work.exp_avg + i);
+  }
+}
+
 // Ds in an array, in storage order: Hz itself, or numbers of the states' type. `soon` is read afterwards.
-template <typename T, typename Element>
-[[gnu::noinline]] void update_from(const StepWork<T>& work, int64_t begin, int64_t size, const Element* ds,
+template <typename T, typename M, typename Element>
+[[gnu::noinline]] void update_from(const StepWork<T, M>& work, int64_t begin, int64_t size, const Element* ds,
                                    const T* soon = nullptr) {
   constexpr int64_t W = kLanes<StateOf<T>>;
   update<true>(work, begin, size, [&](int64_t i) ADAHESSIAN_INLINE_LAMBDA {
@@ -270,8 +296,8 @@ template <typename T, typename Element>
   });
 }
 
-template <typename T>
-void update_short_blocks(const Run& run, const StepWork<T>& work) {
+template <typename T, typename M>
+void update_short_blocks(const Run& run, const StepWork<T, M>& work) {
   using S = StateOf<T>;
   SignBits signs;
   for (int64_t t = run.begin; t < run.end; ++t) {
@@ -286,8 +312,8 @@ void update_short_blocks(const Run& run, const StepWork<T>& work) {
 }
 
 // While a tile is updated, the blocks of the next one are summed.
-template <typename T>
-[[gnu::noinline]] void update_blocks(const Run& run, const StepWork<T>& work) {
+template <typename T, typename M>
+[[gnu::noinline]] void update_blocks(const Run& run, const StepWork<T, M>& work) {
   using S = StateOf<T>;
   const int64_t block = run.segment->block;
   SignBits signs;
@@ -314,8 +340,8 @@ template <typename T>
 }
 
 // Ds of every element of a tile, in logical order.
-template <typename T>
-ADAHESSIAN_HD void tile_ds(const Tile& tile, const StepWork<T>& work, StateOf<T>* ds) {
+template <typename T, typename M>
+ADAHESSIAN_HD void tile_ds(const Tile& tile, const StepWork<T, M>& work, StateOf<T>* ds) {
   using S = StateOf<T>;
   const Segment& s = *tile.segment;
   const int64_t first_block = tile.begin / s.block;
@@ -344,17 +370,12 @@ ADAHESSIAN_HD void tile_ds(const Tile& tile, const StepWork<T>& work, StateOf<T>
   }
 }
 
-template <typename T>
-void adahessian_step(const Run& run, const StepWork<T>& work) {
+template <typename T, typename M>
+void adahessian_step(const Run& run, const StepWork<T, M>& work) {
   using S = StateOf<T>;
   const Segment& s = *run.segment;
   const int64_t begin = run.tile(run.begin).begin, end = run.tile(run.end - 1).end;
-  if (!work.c.moves) {  // no curvature so far: momentum only
-    for (int64_t i = begin; i < end; ++i) {
-      work.exp_avg[i] = update_exp_avg(work.exp_avg[i], S(load_as(work.grad[i])), work.c);
-    }
-    return;
-  }
+  if (!work.c.moves) return update_momentum(work, begin, end - begin);
   if (!work.has_curvature) {
     return update<false>(work, begin, end - begin, [](int64_t) ADAHESSIAN_INLINE_LAMBDA { return Vector<S>{}; });
   }
@@ -381,8 +402,15 @@ void adahessian_step(const Run& run, const StepWork<T>& work) {
 
 }  // namespace
 
+// Doubles are not rounded to bfloat16.
 template <typename T>
-constexpr Kernels<T> of_type = {rademacher<T>, perturb<T>, sum_tile<T>, hessian_diag<T>, adahessian_step<T>};
+constexpr auto step_bfloat16 = adahessian_step<T, bfloat16>;
+template <>
+constexpr auto step_bfloat16<double> = nullptr;
+
+template <typename T>
+constexpr Kernels<T> of_type = {
+    rademacher<T>, perturb<T>, sum_tile<T>, hessian_diag<T>, adahessian_step<T, StateOf<T>>, step_bfloat16<T>};
 
 extern const KernelTable table = {of_type<float>, of_type<double>, of_type<bfloat16>, of_type<float16>};
 

@@ -31,7 +31,8 @@ struct PerturbWork {
   bool save;
 };
 
-template <typename T>
+// M: what m and v are stored in.
+template <typename T, typename M>
 struct StepWork {
   using S = StateOf<T>;
   Coefficients<S> c;
@@ -39,8 +40,8 @@ struct StepWork {
   ProbeKey key;
   T* param;
   const T* grad;
-  S* exp_avg;
-  S* exp_hessian_diag_sq;
+  M* exp_avg;
+  M* exp_hessian_diag_sq;
   float* master;        // or null
   const S* diag;        // compact diagonal of the segment, or null
   const S* long_means;  // means of blocks longer than a tile, or null
@@ -58,7 +59,9 @@ struct Kernels {
   // Means over averaging blocks that are no longer than a tile.
   void (*hessian_diag)(const Tile& tile, const AverageWork<T>& work);
   // Algorithm 1, lines 5-9.
-  void (*adahessian_step)(const Run& run, const StepWork<T>& work);
+  void (*adahessian_step)(const Run& run, const StepWork<T, StateOf<T>>& work);
+  // The same with m and v in bfloat16; null for double.
+  void (*adahessian_step_bfloat16)(const Run& run, const StepWork<T, bfloat16>& work);
 };
 
 struct KernelTable {

@@ -15,7 +15,9 @@ namespace adahessian::cuda {
 
 void adahessian_step(const AdaHessianStepArgs& args, const Context& context) {
   gpu::CudaDevice device("adahessian_step", context);
-  dispatch(args.dtype, [&](auto type) { gpu::adahessian_step<decltype(type)>(args, device); });
+  dispatch(args.dtype, args.state_dtype, [&](auto type, auto state_type) {
+    gpu::adahessian_step<decltype(type), decltype(state_type)>(args, device);
+  });
 }
 
 }  // namespace adahessian::cuda

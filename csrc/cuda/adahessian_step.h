@@ -4,49 +4,51 @@
 #include <type_traits>
 
 #include "hessian_diag.h"
+#include "rounding.h"
 #include "step_table.h"
 
 namespace adahessian::gpu {
 
-template <typename T, Order kOrder>
+// T: of the parameters; M: what the states are stored in.
+template <typename T, typename M, Order kOrder_>
 struct StepBody {
+  using Param = T;
+  using State = M;
   using S = StateOf<T>;
-  using Arguments = StepArguments<S>;
+  static constexpr Order kOrder = kOrder_;
+  static constexpr int kSlots = Traits<T, M>::kSlots, kVector = Traits<T, M>::kVector, kTile = Traits<T, M>::kTile;
+  static constexpr bool kRounds = !std::is_same_v<M, S>;
+  using Arguments = StepArguments<S, M>;
   struct NoBlocks {};
   struct Shared {
     StepRow row;
     Tile tile;
     Coefficients<S> coefficients;
     bool skip;
-    std::conditional_t<kOrder != Order::kFlat, Signs<Traits<T>::kTile>, NoBlocks> signs;
-    std::conditional_t<kOrder != Order::kFlat, Blocks<S, Traits<T>::kTile>, NoBlocks> blocks;
+    std::conditional_t<kOrder != Order::kFlat, Signs<kTile>, NoBlocks> signs;
+    std::conditional_t<kOrder != Order::kFlat, Blocks<S, kTile>, NoBlocks> blocks;
   };
-  // What a thread carries across the barriers. 16-bit gradients and parameters stay packed until the end, so that
-  // nothing waits for them early; parameters in the place of the master weights.
+  // What a thread carries across the barriers. 16-bit numbers stay packed until the end, so that nothing waits for them
+  // early; parameters in the place of the master weights.
   struct Thread {
-    static constexpr int kSlots = Traits<T>::kSlots, kVector = Traits<T>::kVector;
     Vec<T, kVector> grad[kSlots];
-    Vec<S, kVector> weight[kSlots], exp_avg[kSlots], exp_hessian_diag_sq[kSlots], d[kSlots];
+    Vec<M, kVector> exp_avg[kSlots], exp_hessian_diag_sq[kSlots];
+    Vec<S, kVector> weight[kSlots], d[kSlots];
   };
   static constexpr int kBlocksPerSm = sizeof(T) == sizeof(double) ? 2 : kOrder == Order::kAny ? 3 : 4;
 };
 
-template <typename T, Order kOrder>
-using StepShared = typename StepBody<T, kOrder>::Shared;
-template <typename T, Order kOrder>
-using StepThread = typename StepBody<T, kOrder>::Thread;
-
 // Phase 1, one thread: which tile of which parameter this is, and whether there is anything to do.
-template <typename T, Order kOrder>
-ADAHESSIAN_HD void locate(const StepArguments<StateOf<T>>& arguments, StepShared<T, kOrder>& shared, uint32_t tile) {
+template <class Body>
+ADAHESSIAN_HD void locate(const typename Body::Arguments& arguments, typename Body::Shared& shared, uint32_t tile) {
   const float found_inf = arguments.found_inf ? *arguments.found_inf : 0.0f;
   shared.row = row_of_tile(arguments.table, tile);
-  shared.tile = cut<Traits<T>::kVector, kOrder>(shared.row.geometry, tile - shared.row.first_tile);
+  shared.tile = cut<Body::kVector, Body::kOrder>(shared.row.geometry, tile - shared.row.first_tile);
   shared.skip = found_inf != 0.0f;
 }
 
-template <typename S>
-ADAHESSIAN_HD Coefficients<S> coefficients_of(const StepArguments<S>& arguments, const StepRow& row) {
+template <typename S, typename M>
+ADAHESSIAN_HD Coefficients<S> coefficients_of(const StepArguments<S, M>& arguments, const StepRow& row) {
   const double inv_scale = arguments.grad_scale ? 1.0 / double(*arguments.grad_scale) : 1.0;
   if (arguments.groups != nullptr) {
     const int64_t* steps = arguments.probe.steps + 2 * row.probe.slot;
@@ -63,8 +65,8 @@ ADAHESSIAN_HD bool takes_hessian(const StepRow& row) {
   return row.curvature == Curvature::kElementwise || row.curvature == Curvature::kBlocks;
 }
 
-template <typename S>
-ADAHESSIAN_HD bool draws(const StepArguments<S>& arguments, const StepRow& row) {
+template <typename S, typename M>
+ADAHESSIAN_HD bool draws(const StepArguments<S, M>& arguments, const StepRow& row) {
   return arguments.probe.draw && row.curvature == Curvature::kBlocks && !(row.flags & StepRow::kAbsolute);
 }
 
@@ -92,10 +94,11 @@ ADAHESSIAN_HD void unpack(Vec<S, n>& place) {
 }
 
 // Calls visit(what a thread holds, array, whether it is aligned) for every array that is read.
-template <typename T, Order kOrder, class Visit>
-ADAHESSIAN_HD void visit_inputs(const StepArguments<StateOf<T>>& arguments, const StepRow& row,
-                                StepThread<T, kOrder>& state, int i, const Visit& visit) {
-  using S = StateOf<T>;
+template <class Body, class Visit>
+ADAHESSIAN_HD void visit_inputs(const typename Body::Arguments& arguments, const StepRow& row,
+                                typename Body::Thread& state, int i, const Visit& visit) {
+  using T = typename Body::Param;
+  using S = typename Body::S;
   const bool state_aligned = row.flags & StepRow::kStateAligned;
   if (takes_hessian(row)) {
     visit_packed(state.d[i], static_cast<const T*>(row.hessian), row.flags & StepRow::kHessianAligned, visit);
@@ -113,28 +116,29 @@ ADAHESSIAN_HD void visit_inputs(const StepArguments<StateOf<T>>& arguments, cons
 }
 
 // The same for every array that is written.
-template <typename T, Order kOrder, class Visit>
-ADAHESSIAN_HD void visit_outputs(const StepArguments<StateOf<T>>& arguments, const StepRow& row, bool moves,
-                                 const StepThread<T, kOrder>& state, const Vec<T, Traits<T>::kVector>& param, int i,
-                                 const Visit& visit) {
+template <class Body, class Visit>
+ADAHESSIAN_HD void visit_outputs(const typename Body::Arguments& arguments, const StepRow& row, bool moves,
+                                 const typename Body::Thread& state,
+                                 const Vec<typename Body::Param, Body::kVector>& param, int i, const Visit& visit) {
   const bool state_aligned = row.flags & StepRow::kStateAligned;
   visit(state.exp_avg[i], arguments.exp_avg + row.offset, state_aligned);
   if (row.curvature != Curvature::kNone) {
     visit(state.exp_hessian_diag_sq[i], arguments.exp_hessian_diag_sq + row.offset, state_aligned);
   }
   if (arguments.master != nullptr) {
-    visit(state.weight[i], as_states<StateOf<T>>(arguments.master) + row.offset, state_aligned);
+    visit(state.weight[i], as_states<typename Body::S>(arguments.master) + row.offset, state_aligned);
   }
   if (!moves && arguments.master == nullptr) return;
-  visit(param, static_cast<T*>(row.param), row.flags & StepRow::kParamAligned);
+  visit(param, static_cast<typename Body::Param*>(row.param), row.flags & StepRow::kParamAligned);
 }
 
 // Phase 2: every load is issued before anything waits.
-template <typename T, Order kOrder>
-ADAHESSIAN_HD void load_all(const StepArguments<StateOf<T>>& arguments, StepShared<T, kOrder>& shared,
-                            StepThread<T, kOrder>& state, int thread) {
-  using S = StateOf<T>;
-  constexpr int kSlots = Traits<T>::kSlots, kVector = Traits<T>::kVector;
+template <class Body>
+ADAHESSIAN_HD void load_all(const typename Body::Arguments& arguments, typename Body::Shared& shared,
+                            typename Body::Thread& state, int thread) {
+  using S = typename Body::S;
+  constexpr Order kOrder = Body::kOrder;
+  constexpr int kSlots = Body::kSlots, kVector = Body::kVector;
   const StepRow& row = shared.row;
   const Tile& tile = shared.tile;
   // Before this warp holds anything; the first warps may be drawing the probe.
@@ -144,11 +148,11 @@ ADAHESSIAN_HD void load_all(const StepArguments<StateOf<T>>& arguments, StepShar
     const Slot slot = slot_of<kVector, kOrder>(tile, thread + i * kThreads);
     if (kOrder == Order::kAny && tile.layout == Layout::kGather) {
       for_each_place<kVector>(tile, slot, [&](int e, int64_t index) {
-        visit_inputs<T, kOrder>(arguments, row, state, i,
-                                [&](auto& vec, const auto* array, bool) { set(vec, e, in_global(array)[index]); });
+        visit_inputs<Body>(arguments, row, state, i,
+                           [&](auto& vec, const auto* array, bool) { set(vec, e, in_global(array)[index]); });
       });
     } else {
-      visit_inputs<T, kOrder>(arguments, row, state, i, [&](auto& vec, const auto* array, bool aligned) {
+      visit_inputs<Body>(arguments, row, state, i, [&](auto& vec, const auto* array, bool aligned) {
         load<Order::kFlat>(vec, array, tile, slot, aligned);
       });
     }
@@ -158,7 +162,7 @@ ADAHESSIAN_HD void load_all(const StepArguments<StateOf<T>>& arguments, StepShar
   }
   if (takes_hessian(row)) {
     ADAHESSIAN_UNROLL
-    for (int i = 0; i < kSlots; ++i) unpack<T>(state.d[i]);
+    for (int i = 0; i < kSlots; ++i) unpack<typename Body::Param>(state.d[i]);
   } else if (row.curvature == Curvature::kUniform) {
     const S ds = in_global(static_cast<const S*>(row.diag))[tile.first_block];
     ADAHESSIAN_UNROLL
@@ -170,24 +174,26 @@ ADAHESSIAN_HD void load_all(const StepArguments<StateOf<T>>& arguments, StepShar
 }
 
 // Phase 3, kBlocks: D = z * Hz (Eq. 6) to its logical place. kDiagBlocks: the compact diagonal's part of this tile.
-template <typename T, Order kOrder>
-ADAHESSIAN_HD void fill_blocks(const StepArguments<StateOf<T>>& arguments, StepShared<T, kOrder>& shared,
-                               StepThread<T, kOrder>& state, int thread) {
+template <class Body>
+ADAHESSIAN_HD void fill_blocks(const typename Body::Arguments& arguments, typename Body::Shared& shared,
+                               typename Body::Thread& state, int thread) {
+  using S = typename Body::S;
+  constexpr Order kOrder = Body::kOrder;
   const Tile& tile = shared.tile;
   if (shared.row.curvature == Curvature::kDiagBlocks) {
-    const auto* diag = in_global(static_cast<const StateOf<T>*>(shared.row.diag)) + tile.first_block;
+    const auto* diag = in_global(static_cast<const S*>(shared.row.diag)) + tile.first_block;
     for (int unit = thread; unit < tile.units; unit += kThreads) value_at(shared.blocks, unit * tile.unit) = diag[unit];
     return;
   }
-  constexpr int kVector = Traits<T>::kVector;
+  constexpr int kVector = Body::kVector;
   ADAHESSIAN_UNROLL
-  for (int i = 0; i < Traits<T>::kSlots; ++i) {
+  for (int i = 0; i < Body::kSlots; ++i) {
     const Slot slot = slot_of<kVector, kOrder>(tile, thread + i * kThreads);
     const uint32_t negative =
         draws(arguments, shared.row) ? negative_signs<kVector, kOrder>(shared.signs, tile, slot) : 0;
     ADAHESSIAN_UNROLL
     for (int e = 0; e < kVector; ++e) {
-      const StateOf<T> d = get(state.d[i], e);
+      const S d = get(state.d[i], e);
       set(state.d[i], e, shared.row.flags & StepRow::kAbsolute ? magnitude(d) : negative >> e & 1 ? -d : d);
     }
     scatter<kOrder>(shared.blocks, state.d[i], tile, slot);
@@ -203,14 +209,43 @@ ADAHESSIAN_HD void move(Vec<S, n>& p, const Vec<S, n>& m, const Vec<S, n>& v, co
   }
 }
 
+// States in the type that they are computed in.
+template <typename S, typename M, int n>
+ADAHESSIAN_HD Vec<S, n> computed(const Vec<M, n>& stored) {
+  Vec<S, n> result;
+  ADAHESSIAN_UNROLL
+  for (int e = 0; e < n; ++e) set(result, e, S(load_as(get(stored, e))));
+  return result;
+}
+
+// m and v in the type that they are stored in.
+template <class Body>
+ADAHESSIAN_HD void keep(const typename Body::Arguments& arguments, typename Body::Shared& shared,
+                        typename Body::Thread& state, const Vec<typename Body::S, Body::kVector>& m,
+                        const Vec<typename Body::S, Body::kVector>& v, const Slot& slot, int i) {
+  if constexpr (!Body::kRounds) {
+    state.exp_avg[i] = m, state.exp_hessian_diag_sq[i] = v;
+  } else {
+    const RoundingKey key = {arguments.probe.seed, shared.row.probe.param_id, shared.coefficients.step};
+    const SlotBits bits = slot_bits<Body::kOrder>(key, shared.tile, slot);
+    ADAHESSIAN_UNROLL
+    for (int e = 0; e < Body::kVector; ++e) {
+      set_rounded(state.exp_avg[i], e, get(m, e), bits_of(bits, e));
+      set_rounded(state.exp_hessian_diag_sq[i], e, get(v, e), swap_bytes(bits_of(bits, e)));
+    }
+  }
+}
+
 // The last phase: m, v and the parameter of one slot (Eq. 8, 9).
-template <typename T, Order kOrder>
-ADAHESSIAN_HD void update_slot(const StepArguments<StateOf<T>>& arguments, StepShared<T, kOrder>& shared,
-                               StepThread<T, kOrder>& state, const Slot& slot, int i) {
-  using S = StateOf<T>;
-  constexpr int kVector = Traits<T>::kVector;
+template <class Body>
+ADAHESSIAN_HD void update_slot(const typename Body::Arguments& arguments, typename Body::Shared& shared,
+                               typename Body::Thread& state, const Slot& slot, int i) {
+  using S = typename Body::S;
+  constexpr Order kOrder = Body::kOrder;
+  constexpr int kVector = Body::kVector;
   const Coefficients<S>& c = shared.coefficients;
-  Vec<S, kVector>&m = state.exp_avg[i], &v = state.exp_hessian_diag_sq[i], &p = state.weight[i];
+  Vec<S, kVector> m = computed<S>(state.exp_avg[i]), v = computed<S>(state.exp_hessian_diag_sq[i]);
+  Vec<S, kVector>& p = state.weight[i];
   ADAHESSIAN_UNROLL
   for (int e = 0; e < kVector; ++e) {
     set(m, e, update_exp_avg(get(m, e), S(load_as(get(state.grad[i], e))), c));
@@ -226,7 +261,8 @@ ADAHESSIAN_HD void update_slot(const StepArguments<StateOf<T>>& arguments, StepS
       set(v, e, update_exp_hessian_diag_sq(get(v, e), ds, c));
     }
   }
-  if (arguments.master == nullptr) unpack<T>(p);
+  keep<Body>(arguments, shared, state, m, v, slot, i);
+  if (arguments.master == nullptr) unpack<typename Body::Param>(p);
   if (c.moves) {
     switch (c.kind) {
       case Power::kOne: move<Power::kOne>(p, m, v, c); break;
@@ -236,37 +272,40 @@ ADAHESSIAN_HD void update_slot(const StepArguments<StateOf<T>>& arguments, StepS
   }
 }
 
-template <typename T, Order kOrder>
-ADAHESSIAN_HD void store_slot(const StepArguments<StateOf<T>>& arguments, StepShared<T, kOrder>& shared,
-                              const StepThread<T, kOrder>& state, const Slot& slot, int i) {
+template <class Body>
+ADAHESSIAN_HD void store_slot(const typename Body::Arguments& arguments, typename Body::Shared& shared,
+                              const typename Body::Thread& state, const Slot& slot, int i) {
+  using T = typename Body::Param;
+  constexpr Order kOrder = Body::kOrder;
   const Tile& tile = shared.tile;
   const bool moves = shared.coefficients.moves;
-  Vec<T, Traits<T>::kVector> param = {};
+  Vec<T, Body::kVector> param = {};
   ADAHESSIAN_UNROLL
-  for (int e = 0; e < Traits<T>::kVector; ++e) set(param, e, stored<T>(get(state.weight[i], e)));
+  for (int e = 0; e < Body::kVector; ++e) set(param, e, stored<T>(get(state.weight[i], e)));
   if (kOrder == Order::kAny && tile.layout == Layout::kGather) {
-    for_each_place<Traits<T>::kVector>(tile, slot, [&](int e, int64_t index) {
-      visit_outputs<T, kOrder>(arguments, shared.row, moves, state, param, i,
-                               [&](const auto& vec, auto* array, bool) { in_global(array)[index] = get(vec, e); });
+    for_each_place<Body::kVector>(tile, slot, [&](int e, int64_t index) {
+      visit_outputs<Body>(arguments, shared.row, moves, state, param, i,
+                          [&](const auto& vec, auto* array, bool) { in_global(array)[index] = get(vec, e); });
     });
   } else {
-    visit_outputs<T, kOrder>(
-        arguments, shared.row, moves, state, param, i,
-        [&](const auto& vec, auto* array, bool aligned) { store<Order::kFlat>(array, vec, tile, slot, aligned); });
+    visit_outputs<Body>(arguments, shared.row, moves, state, param, i, [&](const auto& vec, auto* array, bool aligned) {
+      store<Order::kFlat>(array, vec, tile, slot, aligned);
+    });
   }
 }
 
-template <typename T, Order kOrder, class Executor>
-ADAHESSIAN_HD void run(StepBody<T, kOrder>, Executor& executor, const StepArguments<StateOf<T>>& arguments,
-                       StepShared<T, kOrder>& shared, uint32_t tile) {
+template <typename T, typename M, Order kOrder, class Executor>
+ADAHESSIAN_HD void run(StepBody<T, M, kOrder>, Executor& executor, const StepArguments<StateOf<T>, M>& arguments,
+                       typename StepBody<T, M, kOrder>::Shared& shared, uint32_t tile) {
+  using Body = StepBody<T, M, kOrder>;
   executor.phase([&](int thread, auto&) {
-    if (thread == 0) locate<T, kOrder>(arguments, shared, tile);
+    if (thread == 0) locate<Body>(arguments, shared, tile);
   });
   if (shared.skip) return;
-  executor.phase([&](int thread, auto& state) { load_all<T, kOrder>(arguments, shared, state, thread); });
+  executor.phase([&](int thread, auto& state) { load_all<Body>(arguments, shared, state, thread); });
   if constexpr (kOrder != Order::kFlat) {
     if (averages(shared.row.curvature)) {
-      executor.phase([&](int thread, auto& state) { fill_blocks<T, kOrder>(arguments, shared, state, thread); });
+      executor.phase([&](int thread, auto& state) { fill_blocks<Body>(arguments, shared, state, thread); });
     }
     if (shared.row.curvature == Curvature::kBlocks) {
       const Lengths lengths = {shared.tile.unit, shared.tile.count};
@@ -275,10 +314,10 @@ ADAHESSIAN_HD void run(StepBody<T, kOrder>, Executor& executor, const StepArgume
   }
   executor.last([&](int thread, auto& state) {
     ADAHESSIAN_UNROLL
-    for (int i = 0; i < Traits<T>::kSlots; ++i) {
-      const Slot slot = slot_of<Traits<T>::kVector, kOrder>(shared.tile, thread + i * kThreads);
-      update_slot<T, kOrder>(arguments, shared, state, slot, i);
-      store_slot<T, kOrder>(arguments, shared, state, slot, i);
+    for (int i = 0; i < Body::kSlots; ++i) {
+      const Slot slot = slot_of<Body::kVector, kOrder>(shared.tile, thread + i * kThreads);
+      update_slot<Body>(arguments, shared, state, slot, i);
+      store_slot<Body>(arguments, shared, state, slot, i);
     }
   });
 }

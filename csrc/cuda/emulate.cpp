@@ -23,7 +23,9 @@ void hessian_diag(const HessianDiagArgs& args, const Context& context) {
 
 void adahessian_step(const AdaHessianStepArgs& args, const Context& context) {
   gpu::EmulatedDevice device("adahessian_step", context);
-  dispatch(args.dtype, [&](auto type) { gpu::adahessian_step<decltype(type)>(args, device); });
+  dispatch(args.dtype, args.state_dtype, [&](auto type, auto state_type) {
+    gpu::adahessian_step<decltype(type), decltype(state_type)>(args, device);
+  });
 }
 
 }  // namespace adahessian::emulated

@@ -11,11 +11,12 @@ namespace adahessian::gpu {
 
 constexpr int kThreads = 256;  // of a thread block
 
-// A thread holds kSlots vectors of 128 bits: enough bytes in flight, few enough registers.
-template <typename T>
+// A thread holds kSlots vectors of 128 bits, of 16-bit parameters or states if either are: enough bytes in flight, few
+// enough registers. M is what the states are stored in.
+template <typename T, typename M = StateOf<T>>
 struct Traits {
-  static constexpr int kVector = 16 / sizeof(T);
-  static constexpr int kSlots = sizeof(T) == 2 ? 1 : 2;
+  static constexpr int kVector = 16 / (sizeof(T) < sizeof(M) ? sizeof(T) : sizeof(M));
+  static constexpr int kSlots = kVector == 8 ? 1 : 2;
   static constexpr int kTile = kThreads * kSlots * kVector;  // elements, all dtypes but double the same
 };
 
@@ -50,9 +51,9 @@ struct Geometry {
 // The tilings of one element type. Blocks are at most as long as the parameter.
 class Tiler {
  public:
-  template <typename T>
+  template <typename T, typename M = StateOf<T>>
   static Tiler of() {
-    return Tiler(Traits<T>::kTile, Traits<T>::kVector);
+    return Tiler(Traits<T, M>::kTile, Traits<T, M>::kVector);
   }
 
   // For elementwise work.

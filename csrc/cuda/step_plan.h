@@ -45,13 +45,11 @@ class CoefficientsTable {
 };
 
 // A parameter's source of curvature and the tiles that suit it.
-template <typename T>
 struct Choice {
   Curvature curvature;
   Geometry geometry;
 
-  Choice(const Segment& s, const void* diag) {
-    const Tiler tiler = Tiler::of<T>();
+  Choice(const Segment& s, const void* diag, const Tiler& tiler) {
     const int64_t block = std::min(s.block, s.numel);
     const bool is_flat = s.period == 1 || s.stride == 1;
     curvature = Curvature::kNone;
@@ -75,12 +73,11 @@ struct Choice {
   }
 };
 
-template <typename T>
+template <typename T, typename M>
 uint32_t flags_of(const AdaHessianStepArgs& args, const Segment& s, const StepRow& row) {
-  if (!row.geometry.takes_vectors(Traits<T>::kVector)) return s.absolute ? StepRow::kAbsolute : 0;
-  using S = StateOf<T>;
-  const bool states = is_aligned(static_cast<S*>(args.exp_avg) + s.offset) &&
-                      is_aligned(static_cast<S*>(args.exp_hessian_diag_sq) + s.offset) &&
+  if (!row.geometry.takes_vectors(Traits<T, M>::kVector)) return s.absolute ? StepRow::kAbsolute : 0;
+  const bool states = is_aligned(static_cast<M*>(args.exp_avg) + s.offset) &&
+                      is_aligned(static_cast<M*>(args.exp_hessian_diag_sq) + s.offset) &&
                       (args.master == nullptr || is_aligned(args.master + s.offset));
   return (is_aligned(s.param) ? StepRow::kParamAligned : 0) | (is_aligned(s.grad) ? StepRow::kGradAligned : 0) |
          (is_aligned(s.hessian) ? StepRow::kHessianAligned : 0) | (is_aligned(row.diag) ? StepRow::kDiagAligned : 0) |
@@ -115,12 +112,11 @@ void average_long_blocks(const AdaHessianStepArgs& args, Device& device, std::ve
   reduce<T>(device, arguments, reductions);
 }
 
-template <typename T>
-StepArguments<StateOf<T>> step_arguments(const AdaHessianStepArgs& args) {
-  using S = StateOf<T>;
-  StepArguments<S> arguments;
-  arguments.exp_avg = static_cast<S*>(args.exp_avg);
-  arguments.exp_hessian_diag_sq = static_cast<S*>(args.exp_hessian_diag_sq);
+template <typename S, typename M>
+StepArguments<S, M> step_arguments(const AdaHessianStepArgs& args) {
+  StepArguments<S, M> arguments;
+  arguments.exp_avg = static_cast<M*>(args.exp_avg);
+  arguments.exp_hessian_diag_sq = static_cast<M*>(args.exp_hessian_diag_sq);
   arguments.master = args.master;
   arguments.groups = args.counts.on_device ? reinterpret_cast<const Hyper*>(args.groups) : nullptr;
   arguments.grad_scale = args.grad_scale;
@@ -129,7 +125,7 @@ StepArguments<StateOf<T>> step_arguments(const AdaHessianStepArgs& args) {
   return arguments;
 }
 
-template <typename T, class Device>
+template <typename T, typename M = StateOf<T>, class Device>
 void adahessian_step(const AdaHessianStepArgs& args, Device& device) {
   using S = StateOf<T>;
   if (args.master != nullptr && !std::is_same_v<S, float>) {
@@ -143,22 +139,22 @@ void adahessian_step(const AdaHessianStepArgs& args, Device& device) {
   Order order = Order::kFlat;
   for (const Segment& s : args.segments) {
     if (s.numel == 0) continue;
-    const Choice<T> choice(s, args.diag);
+    const Choice choice(s, args.diag, Tiler::of<T, M>());
     const S* diag = args.diag != nullptr ? static_cast<const S*>(args.diag) + s.diag_offset : nullptr;
     const uint32_t constant = coefficients.index_of(s, choice.curvature != Curvature::kNone);
     rows.push_back({choice.geometry, s.param, s.grad, s.hessian, diag, s.offset, probe_row(s, args.counts),
                     uint32_t(s.group), 0, constant, choice.curvature, 0});
-    rows.back().flags = flags_of<T>(args, s, rows.back());
+    rows.back().flags = flags_of<T, M>(args, s, rows.back());
     segments.push_back(&s);
     order = std::max(order, choice.order());
   }
   average_long_blocks<T>(args, device, rows, segments);
-  StepArguments<S> arguments = step_arguments<T>(args);
+  StepArguments<S, M> arguments = step_arguments<S, M>(args);
   switch (order) {
-    case Order::kFlat: return launch_rows<StepBody<T, Order::kFlat>>(device, arguments, rows, coefficients.take());
+    case Order::kFlat: return launch_rows<StepBody<T, M, Order::kFlat>>(device, arguments, rows, coefficients.take());
     case Order::kLogical:
-      return launch_rows<StepBody<T, Order::kLogical>>(device, arguments, rows, coefficients.take());
-    case Order::kAny: return launch_rows<StepBody<T, Order::kAny>>(device, arguments, rows, coefficients.take());
+      return launch_rows<StepBody<T, M, Order::kLogical>>(device, arguments, rows, coefficients.take());
+    case Order::kAny: return launch_rows<StepBody<T, M, Order::kAny>>(device, arguments, rows, coefficients.take());
   }
 }
 

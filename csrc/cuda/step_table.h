@@ -42,11 +42,12 @@ struct StepRow {
   uint32_t flags;
 };
 
-template <typename S>
+// S: the type of all arithmetic; M: what the states are stored in.
+template <typename S, typename M>
 struct StepArguments {
   using TableType = Table<StepRow, Coefficients<S>, 24>;
-  S* exp_avg;
-  S* exp_hessian_diag_sq;
+  M* exp_avg;
+  M* exp_hessian_diag_sq;
   float* master;
   const Hyper* groups;  // null if the step counts are on the host
   const float* grad_scale;

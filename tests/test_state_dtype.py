@@ -1,0 +1,198 @@
+"""AdaHessian with state_dtype=torch.bfloat16: memory, checkpoints, conventions, and that training does not suffer.
+
+How the ops round is in test_rounding.py.
+"""
+
+from __future__ import annotations
+
+import copy
+import pickle
+
+import pytest
+import torch
+from models import (
+    assert_same,
+    fresh,
+    loss_of,
+    mlp,
+    pytest_generate_tests,  # noqa: F401
+    train,
+    weights,
+)
+from test_state import moments, through_file
+from torch import nn
+
+from adahessian_fused import AdaHessian, adahessian
+
+HALF = torch.bfloat16
+MOMENTS = ("exp_avg", "exp_hessian_diag_sq")
+
+
+def reduced(model, **options):
+    return fresh(model, state_dtype=HALF, **options)
+
+
+def of(opt, key):
+    return [state[key] for state in opt.state.values()]
+
+
+# ---- the option ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_moments_are_bfloat16_and_take_half_the_memory(every_engine, device, dtype):
+    sizes = []
+    for state_dtype in (None, HALF):
+        model, opt = fresh(mlp(dtype, device), state_dtype=state_dtype, backend=every_engine, lr=1e-3)
+        train(opt, model, 1)
+        assert {t.dtype for key in MOMENTS for t in of(opt, key)} == {state_dtype or torch.float32}
+        sizes.append([of(opt, key)[0].untyped_storage().nbytes() for key in MOMENTS])
+    assert sizes[0] == [2 * size for size in sizes[1]]
+
+
+@pytest.mark.parametrize("wanted", [torch.float32, torch.float16, "bfloat16", 16])
+def test_other_dtypes_are_refused(wanted):
+    with pytest.raises(ValueError, match=r"state_dtype=.*expected None .*or torch.bfloat16"):
+        AdaHessian([nn.Parameter(torch.ones(2))], state_dtype=wanted)
+
+
+def test_float64_parameters_are_refused():
+    opt = AdaHessian([nn.Parameter(torch.ones(2))], state_dtype=HALF)
+    with pytest.raises(ValueError, match=r"state_dtype=torch.bfloat16 with torch.float64 parameters; expected None"):
+        opt.add_param_group({"params": [nn.Parameter(torch.ones(2, dtype=torch.float64))]})
+    assert len(opt.param_groups) == 1
+
+
+def test_hessian_diag_is_float32(engine, device):
+    model, opt = reduced(mlp(torch.float32, device), backend=engine)
+    train(opt, model, 3)
+    p, beta2 = model[0].weight, opt.param_groups[0]["betas"][1]
+    expected = (opt.state[p]["exp_hessian_diag_sq"].float() / (1 - beta2**3)).sqrt()
+    assert opt.hessian_diag(p).dtype == torch.float32
+    assert torch.equal(opt.hessian_diag(p), expected)
+
+
+def test_the_functional_form_takes_states_in_bfloat16(engine, device):
+    """As the optimizer does with the same states, seed and step counts."""
+    p = nn.Parameter(torch.linspace(-1, 1, 300, device=device))
+    q, g, d = p.detach().clone(), torch.sin(7 * p.detach()), torch.cos(5 * p.detach())
+    opt = AdaHessian([p], lr=0.1, seed=5, state_dtype=HALF, backend=engine)
+    m, v = (torch.zeros_like(q, dtype=HALF) for _ in range(2))
+    counts = [torch.zeros((), dtype=torch.int64) for _ in range(2)]
+    options = {"lr": 0.1, "beta1": 0.9, "beta2": 0.999, "eps": 1e-4, "weight_decay": 0.0, "seed": 5, "draw": False}
+    for _ in range(3):
+        p.grad = g.clone()
+        opt.step(hessian=[d])
+        adahessian([q], [g], [d], [m], [v], counts[:1], counts[1:], **options, backend=engine)
+    assert_same([q, m, v], [p.detach(), *(opt.state[p][key] for key in MOMENTS)])
+    with pytest.raises(ValueError, match="expected all of them in torch.bfloat16 or none"):
+        adahessian([q], [g], [d], [m], [v.float()], counts[:1], counts[1:], **options, backend=engine)
+
+
+# ---- checkpoints -----------------------------------------------------------------------------------------------------
+
+OPTIONS = {
+    "defaults": {},
+    "stale": {"update_each": 3, "off_step": "stale", "block_size": 4},
+    "capturable": {"capturable": True, "update_each": 2},
+    "samples": {"n_samples": 2, "block_size": "row", "seed": 9},
+}
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_resumed_training_is_bit_identical(device, dtype, options):
+    options = {**options, "master_weights": dtype == torch.bfloat16}
+    (a, opt_a), (b, opt_b) = (reduced(mlp(dtype, device), **options) for _ in range(2))
+    train(opt_a, a, 6), train(opt_b, b, 2)
+    c, opt_c = reduced(b)
+    opt_c.load_state_dict(through_file(opt_b.state_dict()))
+    assert {t.dtype for key in MOMENTS for t in of(opt_c, key)} == {HALF}
+    train(opt_c, c, range(2, 6))
+    assert_same([*weights(c), *moments(opt_c, c)], [*weights(a), *moments(opt_a, a)])
+
+
+@pytest.mark.parametrize("way", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))], ids=["deepcopy", "pickle"])
+def test_copies_keep_the_option(device, way):
+    a, opt_a = reduced(mlp(torch.float32, device))
+    train(opt_a, a, 2)
+    b, opt_b = way((a, opt_a))
+    assert opt_b.state_dtype == HALF
+    assert_same(train(opt_b, b, [2, 3]), train(opt_a, a, [2, 3]))
+
+
+def test_float32_states_are_rounded_to_nearest_and_bfloat16_ones_widened(device):
+    wide, opt_wide = fresh(mlp(torch.float32, device))
+    train(opt_wide, wide, 3)
+    narrow, opt_narrow = reduced(wide)
+    opt_narrow.load_state_dict(opt_wide.state_dict())
+    again, opt_again = fresh(wide)
+    opt_again.load_state_dict(opt_narrow.state_dict())
+    for key in MOMENTS:
+        rounded = [t.to(HALF) for t in of(opt_wide, key)]
+        assert_same(of(opt_narrow, key), rounded)
+        assert_same(of(opt_again, key), [t.float() for t in rounded])
+    for model, opt, dtype in ((narrow, opt_narrow, HALF), (again, opt_again, torch.float32)):
+        train(opt, model, 1)
+        assert {t.dtype for key in MOMENTS for t in of(opt, key)} == {dtype}
+
+
+# ---- conventions -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("capturable", [False, True], ids=["", "capturable"])
+def test_a_skipped_step_changes_neither_states_nor_the_bits_of_the_next(device, capturable):
+    (a, opt_a), (b, opt_b) = (reduced(mlp(torch.float32, device), capturable=capturable) for _ in range(2))
+    scaler = torch.amp.GradScaler(device, init_scale=2.0**10)
+    for model, opt, batches in ((a, opt_a, (0, None, 1)), (b, opt_b, (0, 1))):
+        for i in batches:
+            opt.zero_grad()
+            loss = loss_of(model, i or 0) * (1 if i is not None else torch.inf)
+            opt.backward(loss, grad_scaler=scaler)
+            scaler.step(opt)
+            scaler.update(2.0**10)
+    assert_same([*weights(a), *moments(opt_a, a)], [*weights(b), *moments(opt_b, b)])
+
+
+def test_off_steps_round_m_by_other_bits(device):
+    """The bits are numbered by the step, not by the Hessian step: two off-steps must not round alike."""
+    p = nn.Parameter(torch.zeros(20_000, device=device))
+    opt = AdaHessian([p], lr=0.0, betas=(0.0, 0.999), update_each=10, state_dtype=HALF)
+    kept = []
+    for _ in range(3):
+        p.grad = torch.full_like(p, 1 + 2**-8)  # half an ulp above 1
+        opt.step(hessian=[torch.ones_like(p)] if not kept else None)
+        kept.append(opt.state[p]["exp_avg"] > 1)
+    for one, other in ((0, 1), (1, 2)):
+        assert abs((kept[one] == kept[other]).double().mean() - 0.5) < 5 * 0.5 / 20_000**0.5
+
+
+# ---- training --------------------------------------------------------------------------------------------------------
+
+
+def loss_curve(state_dtype, seed: int) -> torch.Tensor:
+    """Training loss on scikit-learn's digits, every 30 steps, of a network whose second moments move slowly."""
+    digits = pytest.importorskip("sklearn.datasets").load_digits()
+    x, y = torch.tensor(digits.data, dtype=torch.float32) / 16, torch.tensor(digits.target)
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(64, 24), nn.Tanh(), nn.Linear(24, 10))
+    opt = AdaHessian(model.parameters(), lr=0.05, seed=seed, state_dtype=state_dtype)
+    losses = []
+    for step in range(300):
+        rows = torch.randint(len(x), (128,))
+        opt.zero_grad()
+        opt.backward(nn.functional.cross_entropy(model(x[rows]), y[rows]))
+        opt.step()
+        if step % 30 == 29:
+            with torch.no_grad():
+                losses.append(nn.functional.cross_entropy(model(x), y))
+    return torch.stack(losses)
+
+
+def test_the_loss_curve_does_not_suffer():
+    """The rounding changes the curve by no more than other probes do."""
+    wide, narrow = (torch.stack([loss_curve(dtype, seed) for seed in range(3)]) for dtype in (None, HALF))
+    spread = wide.std(0)
+    assert (wide[:, -1] < 0.15 * wide[:, 0]).all(), "it trains"
+    print(wide, narrow, spread)
+    assert ((narrow.mean(0) - wide.mean(0)).abs() < 3 * spread).all()
