@@ -78,7 +78,7 @@ class Kernel:
 def kernel_name(mangled: str) -> str:
     """A body's op, dtype and order, like ``adahessian_step-float32-flat``; other kernels keep their name."""
     names, types = "|".join(BODIES), "f|d|NS_8bfloat16E|NS_7float16E"
-    body = re.search(rf"({names})I({types})({types}|S\w*_)?(?:LNS0_5OrderE(\d))?", mangled)
+    body = re.search(rf"({names})I({types})({types}|S\d*_)?(?:LNS0_5OrderE(\d))?", mangled)
     if body is None:
         return mangled
     dtype = DTYPES[body[2].replace("S_", "").removesuffix("E")]
