@@ -22,8 +22,8 @@ struct Settings {
   int64_t threads = std::max<int64_t>(std::thread::hardware_concurrency(), 1);
 };
 
-// Arrays of one parameter, written once by the threads that will use them.
-template <typename T>
+// Arrays of one parameter, written once by the threads that will use them. M: what m and v are stored in.
+template <typename T, typename M>
 struct Arrays {
   Arrays(int64_t numel, int64_t block, test::Threads& threads)
       : param(numel), grad(numel), hessian(numel), z(numel), exp_avg(numel), exp_hessian_diag_sq(numel), diag(numel) {
@@ -44,6 +44,7 @@ struct Arrays {
     Segment row = segment;
     if (!curvature) row.hessian = nullptr;
     cpu::adahessian_step({dtype,
+                          sizeof(M) == 2 ? Dtype::kBFloat16 : Dtype::kFloat32,
                           {row},
                           nullptr,
                           exp_avg.data(),
@@ -62,8 +63,8 @@ struct Arrays {
       for (int64_t i = begin; i < end; ++i) {
         const auto at = size_t(i);
         store_to(param[at], load_as(param[at]) + load_as(grad[at]));
-        exp_avg[at] += load_as(hessian[at]);
-        exp_hessian_diag_sq[at] += 1;
+        store_to(exp_avg[at], load_as(exp_avg[at]) + load_as(hessian[at]));
+        store_to(exp_hessian_diag_sq[at], load_as(exp_hessian_diag_sq[at]) + 1);
       }
     });
   }
@@ -73,7 +74,8 @@ struct Arrays {
 
   static constexpr Dtype dtype = sizeof(T) == 2 ? Dtype::kBFloat16 : Dtype::kFloat32;
   std::vector<T> param, grad, hessian, z;
-  std::vector<float> exp_avg, exp_hessian_diag_sq, diag;
+  std::vector<M> exp_avg, exp_hessian_diag_sq;
+  std::vector<float> diag;
   Segment segment;
   Context context;
   Hyper hyper = {1e-3, 0.9, 0.999, 1e-4, 0.01, 1.0, 0.0};
@@ -114,17 +116,17 @@ void print(const std::vector<Contestant>& contestants) {
   }
 }
 
-template <typename T>
+template <typename T, typename M>
 void bench(const Settings& settings, const std::string& dtype, const std::vector<int64_t>& blocks,
            test::Threads& threads) {
-  const int64_t n = settings.numel, p = sizeof(T), state = sizeof(float);
+  const int64_t n = settings.numel, p = sizeof(T), state = sizeof(M);
   for (const int64_t block : blocks) {
-    Arrays<T> arrays(n, block, threads);
+    Arrays<T, M> arrays(n, block, threads);
     const std::string suffix = " " + dtype + " b=" + std::to_string(block);
     std::vector<Contestant> contestants = {
         {"streaming " + dtype, n * (4 * p + 4 * state), [&] { arrays.stream(threads); }},
         {"adahessian_step" + suffix, n * (4 * p + 4 * state), [&] { arrays.adahessian_step(true); }},
-        {"hessian_diag" + suffix, n * p + (n + block - 1) / block * state, [&] { arrays.hessian_diag(); }},
+        {"hessian_diag" + suffix, n * p + (n + block - 1) / block * 4, [&] { arrays.hessian_diag(); }},
     };
     if (block == 1) {
       contestants.push_back(
@@ -160,7 +162,9 @@ int main(int argc, char** argv) {
               static_cast<long long>(settings.threads), static_cast<long long>(settings.rounds));
   std::printf("%-36s %10s %10s %10s %9s %15s\n", "", "ms", "p20", "p80", "GB/s", "per byte/floor");
   test::Threads threads(int(settings.threads));
-  bench<float>(settings, "float32", {1, 9, 32, 128, settings.numel}, threads);
-  bench<bfloat16>(settings, "bfloat16", {1, 9}, threads);
+  bench<float, float>(settings, "float32", {1, 9, 32, 128, settings.numel}, threads);
+  bench<bfloat16, float>(settings, "bfloat16", {1, 9}, threads);
+  bench<float, bfloat16>(settings, "bf16 states", {1, 9}, threads);
+  bench<bfloat16, bfloat16>(settings, "bf16 everything", {1, 9}, threads);
   return 0;
 }

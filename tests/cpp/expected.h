@@ -14,9 +14,9 @@ namespace adahessian::test {
 
 using Words = std::array<uint32_t, 4>;
 
-// Philox4x32-10 as its authors define it (Salmon et al. 2011).
-inline Words philox(Words c, std::array<uint32_t, 2> key) {
-  for (int round = 0; round < 10; ++round) {
+// Philox4x32 as its authors define it (Salmon et al. 2011).
+inline Words philox(Words c, std::array<uint32_t, 2> key, int rounds = 10) {
+  for (int round = 0; round < rounds; ++round) {
     const uint64_t a = 0xD2511F53ull * c[0], b = 0xCD9E8D57ull * c[2];
     c = {uint32_t(b >> 32) ^ c[1] ^ key[0], uint32_t(b), uint32_t(a >> 32) ^ c[3] ^ key[1], uint32_t(a)};
     key = {key[0] + 0x9E3779B9u, key[1] + 0xBB67AE85u};
@@ -45,8 +45,8 @@ inline int64_t storage(const Segment& s, int64_t l) {
 }
 
 // Block means of D = z * Hz (Eq. 6, 7), in logical order.
-template <typename T>
-std::vector<double> expected_means(const Problem<T>& problem, size_t number) {
+template <typename T, typename M>
+std::vector<double> expected_means(const Problem<T, M>& problem, size_t number) {
   const Segment& s = problem.segments[number];
   const std::vector<double> z = expected_signs(s, problem.probe, problem.steps[size_t(2 * s.slot + 1)]);
   std::vector<double> means;
@@ -77,6 +77,24 @@ double storage_rounding(double x) {
 struct Value {
   double value, bound;
 };
+
+// The 16 bits that round m of stored element i in step t; those of v are the same with their bytes exchanged.
+inline uint32_t rounding_bits(const Segment& s, const Probe& probe, int64_t t, int64_t i) {
+  const Words words = philox({uint32_t(i / 8), s.param_id, uint32_t(t), 0xFFFFFFFFu},
+                             {uint32_t(probe.seed), uint32_t(probe.seed >> 32)}, 7);
+  return words[size_t(i % 8 / 2)] >> (16 * (i % 2)) & 0xFFFFu;
+}
+
+// A number after it was rounded to bfloat16 by these bits: where its own error leaves open which way, either will do.
+template <typename M>
+Value rounded(const Value& x, uint32_t bits) {
+  if (!std::is_same_v<M, bfloat16> || x.value == 0) return x;
+  const double magnitude = std::abs(x.value), ulp = std::exp2(std::max(std::floor(std::log2(magnitude)), -126.0) - 7);
+  const double below = std::floor(magnitude / ulp) * ulp, fraction = (magnitude - below) / ulp, error = x.bound / ulp;
+  const double carry = fraction * 65536 + bits - 65536, unsure = error * 65536 + 1;
+  if (std::abs(carry) <= unsure || fraction <= error || fraction >= 1 - error) return {x.value, x.bound + ulp};
+  return {std::copysign(below + (carry >= 0 ? ulp : 0), x.value), 0};
+}
 
 struct Element {
   Value m, v, weight;  // before it is rounded to the parameter's dtype

@@ -58,6 +58,7 @@ struct Problem {
   int step(bool counts_on_device = false) {
     EmulatedDevice device("adahessian_step", context);
     gpu::adahessian_step<float>({Dtype::kFloat32,
+                                 Dtype::kFloat32,
                                  segments,
                                  nullptr,
                                  exp_avg.data(),
@@ -158,6 +159,7 @@ void test_compact_diagonal() {
     Segment without = s;
     without.hessian = nullptr;
     gpu::adahessian_step<float>({Dtype::kFloat32,
+                                 Dtype::kFloat32,
                                  {without},
                                  twice.diag.data(),
                                  twice.exp_avg.data(),

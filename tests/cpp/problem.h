@@ -31,6 +31,14 @@ constexpr Dtype kDtype = std::is_same_v<T, float>      ? Dtype::kFloat32
                          : std::is_same_v<T, float16>  ? Dtype::kFloat16
                                                        : Dtype::kFloat64;
 
+// Calls f with a value of each parameter type and of each type that its states can be stored in.
+template <typename F>
+void for_each_storage(const F& f) {
+  f(float{}, float{}, "float32"), f(bfloat16{}, float{}, "bfloat16"), f(float16{}, float{}, "float16");
+  f(double{}, double{}, "float64"), f(float{}, bfloat16{}, "float32 rounded");
+  f(bfloat16{}, bfloat16{}, "bfloat16 rounded"), f(float16{}, bfloat16{}, "float16 rounded");
+}
+
 // Calls f with a value of each parameter type.
 template <typename F>
 void for_each_dtype(const F& f) {
@@ -85,7 +93,8 @@ class Random {
 
 constexpr double kUntouched = -77;  // what lies outside the segments
 
-template <typename T>
+// M: what m and v are stored in.
+template <typename T, typename M = StateOf<T>>
 struct Problem {
   using S = StateOf<T>;
 
@@ -104,7 +113,7 @@ struct Problem {
       hessian.push_back(filled<T>(s.numel, options.shift, random));
     }
     z = Array<T>(offset);
-    exp_avg = Array<S>(offset), exp_hessian_diag_sq = Array<S>(offset);
+    exp_avg = Array<M>(offset), exp_hessian_diag_sq = Array<M>(offset);
     master = Array<float>(options.master ? offset : 0);
     diag = Array<S>(diag_offset);
     for (int64_t i = 0; i < offset; ++i) {
@@ -144,6 +153,7 @@ struct Problem {
 
   void adahessian_step(const Engine& engine, Source source = Source::kHessian) {
     engine.adahessian_step({kDtype<T>,
+                            kDtype<M>,
                             table(source == Source::kHessian),
                             source == Source::kDiag ? diag.data() : nullptr,
                             exp_avg.data(),
@@ -173,7 +183,8 @@ struct Problem {
   std::vector<Segment> segments;
   std::vector<Array<T>> param, grad, hessian;
   Array<T> z;
-  Array<S> exp_avg, exp_hessian_diag_sq, diag;
+  Array<M> exp_avg, exp_hessian_diag_sq;
+  Array<S> diag;
   Array<float> master;
   std::vector<int64_t> steps;
   std::vector<Hyper> groups;

@@ -20,11 +20,11 @@ std::vector<Shape> mixed() {
 
 constexpr Options kOptions = {.n_groups = 2, .n_slots = 3};
 
-template <typename T>
-void test_threads(const Engine& engine, const Problem<T>& expected, const std::string& name) {
+template <typename T, typename M>
+void test_threads(const Engine& engine, const Problem<T, M>& expected, const std::string& name) {
   for (const int n : {2, 3, 7}) {
     Threads threads(n);
-    Problem<T> problem(mixed(), kOptions);
+    Problem<T, M> problem(mixed(), kOptions);
     problem.context.parallel_for = [&](int64_t begin, int64_t end, int64_t grain, const auto& body) {
       threads.run(begin, end, grain, body);
     };
@@ -34,9 +34,9 @@ void test_threads(const Engine& engine, const Problem<T>& expected, const std::s
 }
 
 // Single tiles, the last one first.
-template <typename T>
-void test_order(const Engine& engine, const Problem<T>& expected, const std::string& name) {
-  Problem<T> problem(mixed(), kOptions);
+template <typename T, typename M>
+void test_order(const Engine& engine, const Problem<T, M>& expected, const std::string& name) {
+  Problem<T, M> problem(mixed(), kOptions);
   problem.context.parallel_for = [](int64_t begin, int64_t end, int64_t, const auto& body) {
     for (int64_t i = end; i-- > begin;) body(i, i + 1);
   };
@@ -44,9 +44,9 @@ void test_order(const Engine& engine, const Problem<T>& expected, const std::str
   check(problem.same_results(expected), name + ": the same in single tiles, backwards");
 }
 
-template <typename T>
-void test_one_at_a_time(const Engine& engine, const Problem<T>& expected, const std::string& name) {
-  Problem<T> problem(mixed(), kOptions);
+template <typename T, typename M>
+void test_one_at_a_time(const Engine& engine, const Problem<T, M>& expected, const std::string& name) {
+  Problem<T, M> problem(mixed(), kOptions);
   const std::vector<Segment> all = problem.segments;
   auto param = std::move(problem.param), grad = std::move(problem.grad), hessian = std::move(problem.hessian);
   for (size_t i = 0; i < all.size(); ++i) {
@@ -64,23 +64,23 @@ void test_one_at_a_time(const Engine& engine, const Problem<T>& expected, const 
   check(problem.same_results(expected), name + ": the same with one parameter a launch");
 }
 
-template <typename T>
-void test_alignment(const Engine& engine, const Problem<T>& expected, const std::string& name) {
+template <typename T, typename M>
+void test_alignment(const Engine& engine, const Problem<T, M>& expected, const std::string& name) {
   Options options = kOptions;
   for (options.shift = 1; options.shift < 4; ++options.shift) {
-    Problem<T> problem(mixed(), options);
+    Problem<T, M> problem(mixed(), options);
     problem.run_all(engine);
     check(problem.same_results(expected), name + ": the same misaligned by " + std::to_string(options.shift));
   }
 }
 
 // hessian_diag and then a step on its result is the step on Hz.
-template <typename T>
-void test_compact_diagonal(const Engine& engine, const Problem<T>& expected, const std::string& name) {
-  Problem<T> problem(mixed(), kOptions);
+template <typename T, typename M>
+void test_compact_diagonal(const Engine& engine, const Problem<T, M>& expected, const std::string& name) {
+  Problem<T, M> problem(mixed(), kOptions);
   problem.rademacher(engine);
   problem.hessian_diag(engine);
-  problem.adahessian_step(engine, Problem<T>::Source::kDiag);
+  problem.adahessian_step(engine, Problem<T, M>::Source::kDiag);
   check(problem.same_results(expected), name + ": the same by way of the compact diagonal");
 }
 
@@ -88,10 +88,11 @@ void test_compact_diagonal(const Engine& engine, const Problem<T>& expected, con
 
 void test_independence() {
   for (const Engine& engine : kEngines) {
-    for_each_dtype([&](auto type, const std::string& dtype) {
+    for_each_storage([&](auto type, auto state_type, const std::string& dtype) {
       using T = decltype(type);
+      using M = decltype(state_type);
       const std::string name = engine.name + ", " + dtype;
-      Problem<T> expected(mixed(), kOptions);
+      Problem<T, M> expected(mixed(), kOptions);
       expected.run_all(engine);
       if (engine.name == "cpu") {  // emulated launches run on one thread
         test_threads(engine, expected, name);
