@@ -174,8 +174,8 @@ def _update_norm(entry: Entry, hyper: Tensor) -> Tensor:
 
 def _diag_norm(entry: Entry, beta2: float) -> Tensor:
     """Norm of sqrt(v / (1 - beta2^h)); 0 before any curvature was seen."""
-    v = entry.views["exp_hessian_diag_sq"]
-    return (v.sum(dtype=entry.bucket.compute_dtype) / _bias_correction(beta2, _counts(entry)[Steps.HESSIAN_STEP])).sqrt()
+    v = entry.views["exp_hessian_diag_sq"].sum(dtype=entry.bucket.compute_dtype)
+    return (v / _bias_correction(beta2, _counts(entry)[Steps.HESSIAN_STEP])).sqrt()
 
 
 def _nonfinite(entry: Entry) -> Tensor:
