@@ -10,7 +10,9 @@ import pytest
 pytest.importorskip("adahessian_fused._C", reason="the native library is not built")
 from adahessian_fused import _native
 
-OP_TESTS = [Path(__file__).with_name(f"test_{op}.py") for op in ("rademacher", "hessian_diag", "adahessian_step")]
+OP_TESTS = [
+    Path(__file__).with_name(f"test_{op}.py") for op in ("rademacher", "hessian_diag", "adahessian_step", "rounding")
+]
 
 
 def run(*command: object, capability: str) -> subprocess.CompletedProcess:

@@ -92,6 +92,12 @@ def test_registration_of_the_step(native, options, device):
     check_registration(native.adahessian_step, arguments("adahessian_step", build(case, device), **options))
 
 
+@pytest.mark.parametrize("curvature", ["hessian", "none"])
+def test_registration_of_the_step_with_states_in_bfloat16(native, curvature, device):
+    case = dataclasses.replace(CASE, stored=torch.bfloat16)
+    check_registration(native.adahessian_step, arguments("adahessian_step", build(case, device), curvature))
+
+
 @pytest.mark.parametrize("op", OPS)
 def test_compiled_like_eager(native, op, device):
     torch.compiler.reset()
@@ -258,6 +264,14 @@ def test_refused(native, op, name, label, change, device):
     given = arguments(op, build(CASE, device))
     given[name] = change(given[name])
     check_refused(native, op, given, ALSO_NAMED.get(name, name))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_states_in_bfloat16_are_refused_beside_others_and_for_float64(native, dtype, device):
+    given = arguments("adahessian_step", build(dataclasses.replace(CASE, dtype=dtype), device))
+    given["exp_avg"] = given["exp_avg"].to(torch.bfloat16)
+    wrong = "exp_avg is bfloat16; expected float64" if dtype == torch.float64 else "sq is float32; expected bfloat16"
+    check_refused(native, "adahessian_step", given, wrong)
 
 
 ELSEWHERE = [("rademacher", "segments"), ("perturb", "params"), ("perturb", "segments")]
