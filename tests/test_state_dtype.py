@@ -72,6 +72,13 @@ def test_hessian_diag_is_float32(engine, device):
     assert torch.equal(opt.hessian_diag(p), expected)
 
 
+def test_statistics_are_summed_in_float32(engine, device):
+    model, opt = reduced(mlp(torch.float32, device), backend=engine)
+    train(opt, model, 3)
+    diag = torch.cat([opt.hessian_diag(p).flatten() for p in model.parameters()])
+    torch.testing.assert_close(opt.statistics().hessian_diag_norm, diag.norm(), check_dtype=False)
+
+
 def test_the_functional_form_takes_states_in_bfloat16(engine, device):
     """As the optimizer does with the same states, seed and step counts."""
     p = nn.Parameter(torch.linspace(-1, 1, 300, device=device))
