@@ -97,7 +97,7 @@ template <typename U>
 ADAHESSIAN_HD PhiloxWords<U> rounding_words(const RoundingKey& key, U call) {
   const U zero = call ^ call;
   return philox4x32<U, 7>(call, zero + key.param_id, zero + key.step, zero + 0xFFFFFFFFu, uint32_t(key.seed),
-                       uint32_t(key.seed >> 32));
+                          uint32_t(key.seed >> 32));
 }
 
 // v is rounded by the same 16 bits as m, with their bytes exchanged: as uniform, and dependent on m's rounding only
