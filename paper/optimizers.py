@@ -1,0 +1,55 @@
+"""The optimizers that are compared, and how each takes a step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from contextlib import nullcontext
+
+import torch
+from torch import Tensor
+
+from adahessian_fused import AdaHessian, curvature_friendly
+
+from .run import Setup
+from .task import Batch, Task
+
+OURS = "AdaHessian"
+EPS = 1e-4  # of AdaHessian, as published
+
+
+def make(setup: Setup, lr: float, seed: int, task: Task, params: Iterable[Tensor]) -> torch.optim.Optimizer:
+    """The optimizer of a run; schedule, betas and weight decay of ours are AdamW's."""
+    decay = task.decay(setup.optimizer, lr)
+    if setup.optimizer == "SGD":
+        return torch.optim.SGD(params, lr, momentum=0.9, weight_decay=decay, fused=True)
+    if setup.optimizer == "AdaGrad":
+        return torch.optim.Adagrad(params, lr, weight_decay=decay)
+    if setup.optimizer == "AdamW":
+        return torch.optim.AdamW(params, lr, task.betas, weight_decay=decay, fused=True)
+    options = {"block_size": task.block_size, "seed": seed, **setup.options}
+    return AdaHessian(params, lr, task.betas, EPS, decay, **options)
+
+
+def stepper(opt: torch.optim.Optimizer, loss_fn: Callable[..., Tensor]) -> Callable[[Batch], Tensor]:
+    """A function that takes one step with a mini-batch and returns the loss before it."""
+    if not isinstance(opt, AdaHessian):
+        return lambda batch: _first_order(opt, loss_fn, batch)
+    if opt.param_groups[0]["hessian_fraction"] < 1:
+        return lambda batch: _split(opt, loss_fn, batch)
+    return lambda batch: opt.step(lambda: loss_fn(*batch))  # curvature-friendly by itself
+
+
+def _first_order(opt: torch.optim.Optimizer, loss_fn: Callable[..., Tensor], batch: Batch) -> Tensor:
+    opt.zero_grad()
+    loss = loss_fn(*batch)
+    loss.backward()
+    opt.step()
+    return loss.detach()
+
+
+def _split(opt: AdaHessian, loss_fn: Callable[..., Tensor], batch: Batch) -> Tensor:
+    opt.zero_grad()
+    with curvature_friendly() if opt.needs_hessian else nullcontext():
+        loss = opt.backward_split(loss_fn, *batch)
+    opt.step()
+    return loss
