@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from .optimizers import OURS
 from .run import Run, Setup
@@ -140,5 +140,3 @@ def small(runs: list[Run]) -> list[Run]:
     """Without repetitions, in order."""
     return list({run.key: run for run in runs}.values())
 
-
-__all__ = ["FULL", "QUICK", "Comparison", "Extent", "comparisons", "replace", "small", "tuning"]

@@ -76,6 +76,7 @@ class Task(ABC):
     def describe(self) -> dict[str, Any]:
         """Everything the runs have in common; results are only kept together if it is the same."""
         return {
+            "name": self.name,
             "title": self.title,
             "data": self.data,
             "metric": self.metric,
@@ -88,5 +89,6 @@ class Task(ABC):
             "block_size": self.block_size,
             "learning_rates": {name: list(grid) for name, grid in self.learning_rates.items()},
             "tuned_on": self.tuned_on,
+            "tables": list(self.tables),
             "schedule": [round(self.schedule((i + 0.5) / 8), 4) for i in range(8)],
         }

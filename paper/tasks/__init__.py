@@ -9,7 +9,9 @@ from pathlib import Path
 from ..task import Task
 from .cv import Images
 from .lm import Language
+from .nlu import Sentences
 from .nmt import Translation
+from .recsys import Recommendation
 
 # Task: how it is made, and the data it can have, its own first.
 MAKERS = {
@@ -17,9 +19,19 @@ MAKERS = {
     "resnet32": (lambda *a: Images("resnet32", *a), ("digits", "cifar10")),
     "nmt": (Translation, ("grammar", "iwslt14")),
     "lm": (Language, ("topics", "ptb", "wikitext")),
+    "polarity": (lambda *a: Sentences("polarity", *a), ("rules", "glue")),
+    "acceptability": (lambda *a: Sentences("acceptability", *a), ("rules", "glue")),
+    "relatedness": (lambda *a: Sentences("relatedness", *a), ("rules", "glue")),
+    "recsys": (Recommendation, ("generated", "criteo")),
 }
 # What a person calls them.
-EXPERIMENTS = {"cv": ("resnet20", "resnet32"), "nmt": ("nmt",), "lm": ("lm",)}
+EXPERIMENTS = {
+    "cv": ("resnet20", "resnet32"),
+    "nmt": ("nmt",),
+    "lm": ("lm",),
+    "nlu": ("polarity", "acceptability", "relatedness"),
+    "recsys": ("recsys",),
+}
 
 
 @dataclass(frozen=True)
