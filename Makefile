@@ -14,10 +14,11 @@ WHEEL_ARCHS := $(if $(ADAHESSIAN_CUDA_ARCHS),ADAHESSIAN_CUDA_ARCHS="$(ADAHESSIAN
 
 export ADAHESSIAN_CUDA_ARCHS := $(ARCHS)
 
-.PHONY: help build demo test cpp-test cpp-bench bench overhead docs lint format wheel sdist gpu gpu-build gpu-test gpu-bench gpu-sanitize clean
+.PHONY: help build demo paper test cpp-test cpp-bench bench overhead docs lint format wheel sdist gpu gpu-build gpu-test gpu-bench gpu-sanitize clean
 
 help:
 	@echo "make demo    train ResNet-20 on real images with SGD, AdamW, plain AdaHessian and ours; table, JSON and plot"
+	@echo "make paper   the paper's experiments in small and a report; within 40 minutes, goes on where it stopped, ARGS=--quick: 2"
 	@echo "make test    the whole test suite on this machine"
 	@echo "make cpp-test   csrc without Python, under AddressSanitizer and UBSan; part of make test"
 	@echo "make bench   the update against its floor and its peers"

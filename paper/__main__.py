@@ -23,7 +23,7 @@ from .plan import FULL, QUICK, Extent
 from .pool import Pool, carry_out
 from .report import write
 from .results import OtherSettingsError, Results
-from .tasks import EXPERIMENTS, MAKERS, Spec, make
+from .tasks import BUILT_IN, EXPERIMENTS, MAKERS, Spec, make
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -59,12 +59,13 @@ def specs(args: argparse.Namespace) -> list[Spec]:
     Raises:
         DataError: the experiment does not know the data.
     """
+    wanted = BUILT_IN if args.data is None else (args.data,)
     found = []
-    for name in [task for experiment in args.experiments for task in EXPERIMENTS[experiment]]:
-        known = MAKERS[name][1]
-        if args.data is not None and args.data not in known:
-            raise DataError(f"--data {args.data} is not for {name}, which has {', '.join(known)}; name one experiment")
-        found.append(Spec(name, args.data or known[0], args.root, args.device, args.out))
+    for experiment in args.experiments:
+        chosen = [(name, data) for name in EXPERIMENTS[experiment] for data in MAKERS[name][1] if data in wanted]
+        if not chosen:
+            raise DataError(f"--data {args.data} is not for {experiment}; name the experiment it is for")
+        found += [Spec(name, data, args.root, args.device, args.out) for name, data in chosen]
     return found
 
 

@@ -139,4 +139,3 @@ def comparisons(task: Task, lrs: Mapping[str, float], extent: Extent) -> list[Co
 def small(runs: list[Run]) -> list[Run]:
     """Without repetitions, in order."""
     return list({run.key: run for run in runs}.values())
-

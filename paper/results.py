@@ -37,7 +37,8 @@ class Results:
             differing = sorted(k for k in found["settings"] | self.settings
                                if found["settings"].get(k) != self.settings.get(k))  # fmt: skip
             raise OtherSettingsError(
-                f"{path} has results with other settings ({', '.join(differing)}); remove it, or write elsewhere with --out"
+                f"{path} has results with other settings ({', '.join(differing)}); remove it, or write elsewhere with "
+                "--out"
             )
         self.machine: dict[str, Any] = found.get("machine", {})
         self.step_times: dict[str, dict[str, float]] = found.get("step_times", {})

@@ -47,7 +47,7 @@ class Task(ABC):
 
     @abstractmethod
     def batches(self, seed: int) -> Iterator[Batch]:
-        """Mini-batches without end, a function of the seed alone; every tensor has the examples along its first axis."""
+        """Mini-batches without end, a function of the seed; every tensor has the examples along its first axis."""
 
     @abstractmethod
     def loss(self, model: nn.Module, *batch: Tensor) -> Tensor:
@@ -65,7 +65,7 @@ class Task(ABC):
     def schedule(self, done: float) -> float:
         """Factor of the learning rate at a share of the run, strictly between 0 and 1."""
 
-    def prepare(self) -> None:
+    def prepare(self) -> None:  # noqa: B027 - most need nothing
         """What has to be there before the first run."""
 
     def decay(self, optimizer: str, lr: float) -> float:

@@ -45,34 +45,29 @@ def acceptability(rng: random.Random) -> Example:
     return ["the", *adjectives, subject, *place, verb, "the", rng.choice(NOUNS)[rng.randrange(2)]], int(right)
 
 
-def relatedness(rng: random.Random) -> Example:
-    """Whether two sentences are about the same of four circles of things and people."""
-    circles = [NOUNS[i::4] for i in range(4)]
-    same = rng.random() < 0.5
-    first = rng.choice(circles)
-    second = first if same else rng.choice([circle for circle in circles if circle is not first])
-
-    def about(circle: tuple) -> list[str]:
-        a, b = rng.sample(circle, 2)
-        return ["a", rng.choice(ADJECTIVES)[0], a[0], rng.choice(VERBS)[0], "the", b[0]]
-
-    return [*about(first), SEPARATOR, *about(second)], int(same)
+def contrast(rng: random.Random) -> Example:
+    """Whether the opinion behind "but", or beside "although", is favourable."""
+    good = [rng.random() < 0.5, rng.random() < 0.5]
+    first, second = (["the", rng.choice(THINGS), "was", rng.choice(GOOD if g else BAD)] for g in good)
+    if rng.random() < 0.5:
+        return [*first, "but", *second], int(good[1])
+    return ["although", *first, ",", *second], int(good[1])
 
 
 RULES: dict[str, Callable[[random.Random], Example]] = {
     "polarity": polarity,
     "acceptability": acceptability,
-    "relatedness": relatedness,
+    "contrast": contrast,
 }
 # Of GLUE: folder, file of the development set, columns of the sentences, column of the label; by number without header.
 GLUE = {
-    "polarity": ("SST-2", "dev.tsv", ("sentence",), "label"),
-    "acceptability": ("CoLA", "dev.tsv", (3,), 1),
-    "relatedness": ("MRPC", "dev.tsv", ("#1 String", "#2 String"), "Quality"),
-    "entailment": ("RTE", "dev.tsv", ("sentence1", "sentence2"), "label"),
-    "questions": ("QNLI", "dev.tsv", ("question", "sentence"), "label"),
-    "duplicates": ("QQP", "dev.tsv", ("question1", "question2"), "is_duplicate"),
-    "inference": ("MNLI", "dev_matched.tsv", ("sentence1", "sentence2"), "gold_label"),
+    "sst2": ("SST-2", "dev.tsv", ("sentence",), "label"),
+    "cola": ("CoLA", "dev.tsv", (3,), 1),
+    "mrpc": ("MRPC", "dev.tsv", ("#1 String", "#2 String"), "Quality"),
+    "rte": ("RTE", "dev.tsv", ("sentence1", "sentence2"), "label"),
+    "qnli": ("QNLI", "dev.tsv", ("question", "sentence"), "label"),
+    "qqp": ("QQP", "dev.tsv", ("question1", "question2"), "is_duplicate"),
+    "mnli": ("MNLI", "dev_matched.tsv", ("sentence1", "sentence2"), "gold_label"),
 }
 
 
@@ -128,7 +123,9 @@ def read_tsv(path: Path, columns: tuple[str | int, ...], label: str | int) -> li
         chosen = [header.index(name) for name in chosen]
     rows = [[row[i].strip() for i in chosen] for row in lines if len(row) > max(chosen)]
     if len(lines) - len(rows) > len(lines) / 1000 or not rows:
-        raise DataError(f"{path}: {len(lines) - len(rows)} of {len(lines)} rows have fewer than {max(chosen) + 1} fields")
+        raise DataError(
+            f"{path}: {len(lines) - len(rows)} of {len(lines)} rows have fewer than {max(chosen) + 1} fields"
+        )
     return rows
 
 

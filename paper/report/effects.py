@@ -48,7 +48,7 @@ def no_loss(d: Difference | None, claim: str) -> str:
 def frequencies(o: Outcome) -> list[str]:
     """The largest frequency against curvature at every step."""
     cells = o.tables["frequency"].cells
-    (_, first), (_, last) = list(cells)[0], list(cells)[-1]
+    (_, first), (_, last) = next(iter(cells)), list(cells)[-1]
     d = o.difference(cells["", last], cells["", first])
     return [no_loss(d, f"{o.task.title}: curvature every {last} steps costs no accuracy")]
 

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 from ..plan import Comparison, Extent, comparisons
 from ..results import Results
 from ..run import Run, Setup
+from ..tasks import MAKERS
 from .statistics import Difference, Scores, cell, difference
 
 
@@ -42,7 +43,11 @@ class Outcome:
     def cell(self, runs: tuple[Run, ...]) -> str:
         """Test score as it stands in a table."""
         text = cell(self.scores(runs), len(runs), 1 if self.task.metric == "perplexity" else 2)
-        above = [run for run in runs if (r := self.results.runs.get(run.key)) and r["diverged"] and r["scores"]["test"] is not None]
+        above = [
+            run
+            for run in runs
+            if (r := self.results.runs.get(run.key)) and r["diverged"] and r["scores"]["test"] is not None
+        ]
         return text + (" †" if above else "")
 
     def difference(self, first: tuple[Run, ...], second: tuple[Run, ...]) -> Difference | None:
@@ -66,6 +71,6 @@ class Outcome:
 
 def load(folder: Path, extent: Extent) -> dict[str, Outcome]:
     """All results files of a folder, in the order of the paper's tables."""
-    order = ("resnet20", "resnet32", "nmt", "lm", "polarity", "acceptability", "relatedness", "recsys")
+    order = list(MAKERS)
     found = {path.stem: Outcome(path, extent) for path in sorted(folder.glob("*.json"))}
     return dict(sorted(found.items(), key=lambda item: order.index(item[0]) if item[0] in order else len(order)))

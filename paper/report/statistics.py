@@ -21,7 +21,7 @@ def cell(scores: Scores, expected: int, digits: int = 2) -> str:
     if len(finite) < len(scores):
         notes.append(f"{len(scores) - len(finite)} of {len(scores)} diverged")
     if not scores:
-        return "–"
+        return "-"
     if not finite:
         return "diverged"
     deviation = f" ± {statistics.stdev(finite):.{digits}f}" if len(finite) > 1 else ""

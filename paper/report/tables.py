@@ -20,11 +20,13 @@ PAPER_FREQUENCY = {
     "resnet32": ("93.08 ± .10", "92.91 ± .14", "92.95 ± .17", "92.93 ± .24", "93.00 ± .10"),
 }
 PAPER_COST = {"resnet20": (2.42, 1.71, 1.47, 1.36, 1.28), "resnet32": (3.23, 2.12, 1.74, 1.56, 1.45)}
+SCALES = ("0.5", "1", "2", "3", "4", "5", "6", "10")
 PAPER_SCALING = {
-    "AdamW": {"0.5": "35.42", "1": "35.66", "2": "35.37", "3": "35.18", "4": "34.79", "5": "14.41", "6": "0.41", "10": "diverges"},
-    OURS: {"0.5": "35.33", "1": "35.79", "2": "35.21", "3": "34.74", "4": "34.19", "5": "33.78", "6": "32.70", "10": "32.48"},
-}  # fmt: skip
-PAPER_BLOCKS = {"1": "35.67", "2": "35.66", "4": "35.78", "8": "35.77", "16": "35.67", "32": "35.79", "64": "35.72", "128": "35.67"}  # fmt: skip
+    "AdamW": dict(zip(SCALES, ("35.42", "35.66", "35.37", "35.18", "34.79", "14.41", "0.41", "diverges"), strict=True)),
+    OURS: dict(zip(SCALES, ("35.33", "35.79", "35.21", "34.74", "34.19", "33.78", "32.70", "32.48"), strict=True)),
+}
+BLOCKS = ("1", "2", "4", "8", "16", "32", "64", "128")
+PAPER_BLOCKS = dict(zip(BLOCKS, ("35.67", "35.66", "35.78", "35.77", "35.67", "35.79", "35.72", "35.67"), strict=True))
 
 
 def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -69,7 +71,7 @@ def frequencies(outcomes: Sequence[Outcome]) -> str:
 
 def _ratio(o: Outcome, setup: Setup, base: Setup) -> str:
     times = o.step_time(setup), o.step_time(base)
-    return f"{times[0] / times[1]:.2f}" if all(times) else "–"
+    return f"{times[0] / times[1]:.2f}" if all(times) else "-"
 
 
 def scaling(o: Outcome) -> str:
@@ -99,7 +101,7 @@ def bags(o: Outcome) -> str:
     rows = []
     for (label, _), runs in o.tables["bags"].cells.items():
         taken = o.step_time(runs[0].setup)
-        rows.append([label, o.cell(runs), f"{1e3 * taken:.1f}" if taken else "–"])
+        rows.append([label, o.cell(runs), f"{1e3 * taken:.1f}" if taken else "-"])
     return markdown(["way", o.task.metric, "ms a step"], rows)
 
 

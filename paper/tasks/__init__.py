@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache, lru_cache
+from functools import cache, partial
 from pathlib import Path
 
+from ..data.sentences import GLUE, RULES
 from ..task import Task
 from .cv import Images
 from .lm import Language
@@ -14,14 +16,13 @@ from .nmt import Translation
 from .recsys import Recommendation
 
 # Task: how it is made, and the data it can have, its own first.
-MAKERS = {
-    "resnet20": (lambda *a: Images("resnet20", *a), ("digits", "cifar10")),
-    "resnet32": (lambda *a: Images("resnet32", *a), ("digits", "cifar10")),
+MAKERS: dict[str, tuple[Callable[..., Task], tuple[str, ...]]] = {
+    "resnet20": (partial(Images, "resnet20"), ("digits", "cifar10")),
+    "resnet32": (partial(Images, "resnet32"), ("digits", "cifar10")),
     "nmt": (Translation, ("grammar", "iwslt14")),
     "lm": (Language, ("topics", "ptb", "wikitext")),
-    "polarity": (lambda *a: Sentences("polarity", *a), ("rules", "glue")),
-    "acceptability": (lambda *a: Sentences("acceptability", *a), ("rules", "glue")),
-    "relatedness": (lambda *a: Sentences("relatedness", *a), ("rules", "glue")),
+    **{name: (partial(Sentences, name), ("rules",)) for name in RULES},
+    **{name: (partial(Sentences, name), ("glue",)) for name in GLUE},
     "recsys": (Recommendation, ("generated", "criteo")),
 }
 # What a person calls them.
@@ -29,9 +30,10 @@ EXPERIMENTS = {
     "cv": ("resnet20", "resnet32"),
     "nmt": ("nmt",),
     "lm": ("lm",),
-    "nlu": ("polarity", "acceptability", "relatedness"),
+    "nlu": (*RULES, *GLUE),
     "recsys": ("recsys",),
 }
+BUILT_IN = ("digits", "grammar", "topics", "rules", "generated")
 
 
 @dataclass(frozen=True)
@@ -47,7 +49,7 @@ class Spec:
     @property
     def stem(self) -> str:
         """Of its results file."""
-        return self.name if self.data == MAKERS[self.name][1][0] else f"{self.name}-{self.data}"
+        return self.name if self.data in BUILT_IN else f"{self.name}-{self.data}"
 
 
 @cache

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -34,7 +35,7 @@ class Images(Task):
     metric = "accuracy, %"
     betas = (0.9, 0.999)
     weight_decay = 5e-4
-    learning_rates = {
+    learning_rates: ClassVar = {
         "SGD": (0.01, 0.03, 0.1, 0.3),
         "AdamW": (0.001, 0.003, 0.01, 0.03),
         "AdaHessian": (0.015, 0.05, 0.15, 0.5),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -25,10 +26,10 @@ class Language(Task):
     name, title, metric, higher_is_better = "lm", "language modelling", "perplexity", False
     block_size = 32
     tables = ("optimizers", "cheap")
-    learning_rates = {
-        "SGD": (0.1, 0.3, 1.0, 3.0),
+    learning_rates: ClassVar = {
+        "SGD": (0.03, 0.1, 0.3, 1.0),
         "AdamW": (0.001, 0.003, 0.01, 0.03),
-        "AdaHessian": (0.015, 0.05, 0.15, 0.5),
+        "AdaHessian": (0.005, 0.015, 0.05, 0.15),
     }
 
     def __init__(self, data: str = "topics", root: Path | None = None) -> None:

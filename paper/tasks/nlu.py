@@ -6,6 +6,7 @@ import copy
 from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 
 from .. import schedules
 from ..data.files import DataError
-from ..data.sentences import MASK, RULES, SPECIAL, by_rule, padded, read_glue, words_of
+from ..data.sentences import GLUE, MASK, RULES, SPECIAL, by_rule, padded, read_glue, words_of
 from ..models.transformer import Classifier, Encoder, Size
 from ..task import Batch, Task
 
@@ -26,7 +27,12 @@ MASKED = 0.15  # share of the words that pre-training hides
 @lru_cache(maxsize=1)
 def corpus(data: str, root: Path | None) -> tuple[dict, list[str]]:
     """Examples by kind and part, and the words of all of them."""
-    kinds = {name: by_rule(name, SIZES) if data == "rules" else read_glue(root, name) for name in RULES}
+    if data == "rules":
+        kinds = {name: by_rule(name, SIZES) for name in RULES}
+    else:
+        kinds = {
+            name: read_glue(root, name) for name, (folder, *_) in GLUE.items() if root and (root / folder).is_dir()
+        }
     return kinds, words_of([parts.get("unlabelled", []) + parts["train"] for parts in kinds.values()])
 
 
@@ -36,7 +42,7 @@ class Sentences(Task):
     metric = "accuracy, %"
     betas, weight_decay, block_size = (0.9, 0.999), 0.01, 32
     tables = ("optimizers",)
-    learning_rates = {
+    learning_rates: ClassVar = {
         "SGD": (0.01, 0.03, 0.1, 0.3),
         "AdamW": (0.0003, 0.001, 0.003, 0.01),
         "AdaHessian": (0.005, 0.015, 0.05, 0.15),
@@ -49,6 +55,8 @@ class Sentences(Task):
         self.kinds, self.words = corpus(data, root)
         self.size, self.longest, self.batch_size, self.steps = (SMALL, 32, 32, 120) if small else (FULL, 128, 32, 3000)
         self.pretraining_steps = 400 if small else 50_000
+        if name not in self.kinds:
+            raise DataError(f"{root} has no folder {GLUE[name][0]} of GLUE; pass the folder that has it as --root")
         self.parts = {part: padded(rows, self.words, self.longest) for part, rows in self.kinds[name].items()}
         self.checkpoint = "nlu-checkpoint.pt" if small else f"nlu-checkpoint-{data}.pt"
         self.classes = int(self.parts["train"].labels.max()) + 1
@@ -62,7 +70,7 @@ class Sentences(Task):
         return Encoder(len(self.words), self.size, self.longest, causal=False)
 
     def prepare(self) -> None:
-        """Pre-train the encoder on the sentences of all kinds, with AdamW, to guess hidden words (Devlin et al. 2019)."""
+        """Pre-train the encoder on the sentences of all kinds, to guess hidden words (Devlin et al. 2019)."""
         path = self.folder / self.checkpoint
         if path.exists():
             return

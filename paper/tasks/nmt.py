@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -24,10 +25,10 @@ class Translation(Task):
     name, title, metric = "nmt", "translation", "BLEU"
     block_size = 32
     tables = ("optimizers", "lr_scaling", "block_size", "cheap")
-    learning_rates = {
-        "SGD": (0.1, 0.3, 1.0, 3.0),
+    learning_rates: ClassVar = {
+        "SGD": (0.03, 0.1, 0.3, 1.0),
         "AdamW": (0.001, 0.003, 0.01, 0.03),
-        "AdaHessian": (0.015, 0.05, 0.15, 0.5),
+        "AdaHessian": (0.005, 0.015, 0.05, 0.15),
     }
 
     def __init__(self, data: str = "grammar", root: Path | None = None) -> None:

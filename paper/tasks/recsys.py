@@ -1,14 +1,15 @@
 """Click prediction: DLRM on generated logs, or on Criteo's.
 
-PyTorch's embedding bags cannot be differentiated twice. There are three ways round that: ``curvature_friendly()``, which
-closures enter by themselves and which has an embedding bag of its own; ordinary embeddings (the variant "dense"); and
-finite differences, for which the perceptrons must be smooth (the variant "gelu").
+PyTorch's embedding bags cannot be differentiated twice. There are three ways round that: ``curvature_friendly()``,
+which closures enter by themselves and which has an embedding bag of its own; ordinary embeddings (the variant "dense");
+and finite differences, for which the perceptrons must be smooth (the variant "gelu").
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -29,7 +30,7 @@ class Recommendation(Task):
     name, title, metric = "recsys", "click prediction", "accuracy, %"
     betas, weight_decay = (0.9, 0.999), 0.0
     tables = ("optimizers", "bags", "cheap")
-    learning_rates = {
+    learning_rates: ClassVar = {
         "SGD": (0.03, 0.1, 0.3, 1.0),
         "AdaGrad": (0.003, 0.01, 0.03, 0.1),
         "AdamW": (0.001, 0.003, 0.01, 0.03),
