@@ -27,7 +27,6 @@ def linear(done: float, warmup: float = 0.1) -> float:
     return done / warmup if done < warmup else (1 - done) / (1 - warmup)
 
 
-def constant(done: float) -> float:
-    """No schedule."""
-    del done
-    return 1.0
+def constant(done: float, warmup: float = 0.1) -> float:
+    """Linear warm-up, then no change."""
+    return min(done / warmup, 1.0)

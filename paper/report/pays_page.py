@@ -32,7 +32,8 @@ def page(outcomes: Sequence[Outcome]) -> str:
         return f"{HEAD}\n**Not finished:** no task has all the runs of AdamW and its step times yet.\n"
     parts = [HEAD, "## In short", "\n".join(f"* {kind(o)}: {verdict(o, found[o.stem])}" for o in known)]
     parts += ["## Settings to start with", "\n".join(f"* {kind(o)}: {start_with(o, found[o.stem])}" for o in known)]
-    parts += ["## When to stay with AdamW", stay(known, found), PLOT]
+    parts += ["## When to stay with AdamW", stay(known, found)]
+    parts += ["## What did not train", failed(known, found), PLOT]
     for o in known:
         parts += [f"## {kind(o).capitalize()}", f"{o.task.data}; {len(o.extent.seeds)} seeds.", table(o, found[o.stem])]
     missing = [kind(o) for o in outcomes if not found[o.stem]]
@@ -44,6 +45,20 @@ def page(outcomes: Sequence[Outcome]) -> str:
 def kind(o: Outcome) -> str:
     """What the task stands for."""
     return KINDS.get(o.stem, o.task.title)
+
+
+def failed(outcomes: Sequence[Outcome], found: dict[str, list]) -> str:
+    """Settings that diverged with some seed at the learning rate that was tuned with curvature at every step."""
+    lines = []
+    for o in outcomes:
+        labels = []
+        for row in found[o.stem]:
+            n = sum(o.results.runs[run.key]["diverged"] for run in row.runs)
+            if n:
+                labels.append(f"{row.label} ({n} of {len(row.runs)} seeds)")
+        if labels:
+            lines.append(f"* {kind(o)}: {', '.join(labels)}.")
+    return "\n".join(lines) or "No run diverged."
 
 
 def stay(outcomes: Sequence[Outcome], found: dict[str, list]) -> str:
