@@ -81,28 +81,24 @@ def table(o: Outcome, found: Sequence[Row]) -> str:
 
 
 def start_with(o: Outcome, found: Sequence[Row]) -> str:
-    """The cheapest setting of ours that is not worse than our best one, with its learning rate and block size."""
-    ours = [row for row in found if row.ours]
-    if not ours:
-        return "not decided: runs are missing."
+    """The cheapest of our settings whose mean is within a standard deviation of our best one's."""
     sign = 1 if o.task.higher_is_better else -1
-
-    def score(row: Row) -> float:
-        finite = [s for s in o.scores(row.runs) if s is not None]
-        return sign * statistics.mean(finite) if len(finite) == len(row.runs) else float("-inf")
-
-    best = max(ours, key=score)
-
-    def even(row: Row) -> bool:
-        d = o.difference(row.runs, best.runs)
-        return row is best or (score(row) > float("-inf") and d is not None and d.verdict != "worse")
-
-    cheapest = min(filter(even, ours), key=lambda row: row.seconds)
-    run = cheapest.runs[0]
+    scores = {row.label: [sign * score for score in o.scores(row.runs) if score is not None] for row in found}
+    ours = [row for row in found if row.ours and len(scores[row.label]) == len(row.runs)]
+    if not ours:
+        return "not decided: no setting of ours has a score for every seed."
+    means = {row.label: statistics.mean(scores[row.label]) for row in ours}
+    best = max(ours, key=lambda row: means[row.label])
+    spread = statistics.stdev(scores[best.label]) if len(best.runs) > 1 else 0.0
+    near = [row for row in ours if means[row.label] >= means[best.label] - spread]
+    run = min(near, key=lambda row: row.seconds).runs[0]
     options = {"lr": run.lr, "block_size": o.task.block_size, **run.setup.options}
     text = ", ".join(f"{name}={value!r}" for name, value in options.items())
     steps = "" if run.steps == o.task.steps else f" for {run.steps} instead of {o.task.steps} steps"
-    return f"`AdaHessian(..., {text})`{steps}: the cheapest that these seeds cannot tell from our best ({best.label})."
+    return (
+        f"`AdaHessian(..., {text})`{steps}: the cheapest within a standard deviation of our best setting here "
+        f"({best.label})."
+    )
 
 
 def verdict(o: Outcome, found: Sequence[Row]) -> str:

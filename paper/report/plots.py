@@ -90,12 +90,13 @@ def _line(panel: Axes, points: list, label: str, colour: str, seconds: float | N
 
 
 def _limit(axes: Sequence[Axes]) -> None:
-    """Cut off at the top what is far above the first quarter of the curves: one divergence hides all else."""
+    """Logarithmic where losses span a decade; cut off far above the middle, as one divergence would hide all else."""
     for panel in axes:
-        panel.set_yscale("log")
         values = sorted(y for line in panel.lines for y in line.get_ydata() if y > 0)
         if values:
-            panel.set_ylim(top=min(values[-1] * 1.1, values[len(values) // 2] * 30))
+            top = min(values[-1] * 1.05, values[len(values) // 2] * 30)
+            panel.set_yscale("log" if top > 10 * values[0] else "linear")
+            panel.set_ylim(top=top)
 
 
 def _scores(panel: Axes, o: Outcome, table: Comparison) -> None:
