@@ -9,7 +9,7 @@ from .outcome import Outcome
 from .statistics import Difference, mean
 
 SHOWN, NOT_SHOWN, OPPOSITE = "**shown**", "**not shown**", "**the opposite**"
-TOO_FEW = "not decided: fewer than two seeds are there for both."
+TOO_FEW = "not decided: fewer than two seeds have a score for both."
 
 
 def against(d: Difference | None, claim: str) -> str:

@@ -51,8 +51,11 @@ class Outcome:
         return text + (" †" if above else "")
 
     def difference(self, first: tuple[Run, ...], second: tuple[Run, ...]) -> Difference | None:
-        """Of the test scores."""
-        return difference(self.scores(first), self.scores(second), higher_is_better=self.task.higher_is_better)
+        """Of the test scores, seed by seed, where both are there."""
+        runs = self.results.runs
+        both = [(a, b) for a, b in zip(first, second, strict=True) if a.key in runs and b.key in runs]
+        scores = [self.scores(column) for column in zip(*both, strict=True)] or ([], [])
+        return difference(*scores, higher_is_better=self.task.higher_is_better)
 
     def step_time(self, setup: Setup) -> float | None:
         """Seconds."""

@@ -7,7 +7,7 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from scipy.stats import ttest_rel
+from scipy.stats import ttest_1samp
 
 Scores = Sequence[float | None]
 
@@ -54,7 +54,7 @@ class Difference:
 
 def difference(first: Scores, second: Scores, *, higher_is_better: bool) -> Difference | None:
     """The paired difference; None if fewer than two seeds have both scores."""
-    pairs = [(a, b) for a, b in zip(first, second, strict=False) if a is not None and b is not None]
+    pairs = [(a, b) for a, b in zip(first, second, strict=True) if a is not None and b is not None]
     if len(pairs) < 2:
         return None
     sign = 1 if higher_is_better else -1
@@ -62,7 +62,7 @@ def difference(first: Scores, second: Scores, *, higher_is_better: bool) -> Diff
     mean = statistics.mean(gains)
     if statistics.stdev(gains) == 0:
         return Difference(mean, mean, mean, len(pairs))
-    interval = ttest_rel([sign * a for a, _ in pairs], [sign * b for _, b in pairs]).confidence_interval(0.95)
+    interval = ttest_1samp(gains, 0).confidence_interval(0.95)
     return Difference(mean, float(interval.low), float(interval.high), len(pairs))
 
 
