@@ -99,7 +99,7 @@ def optimizers(chosen: Sequence[Outcome]) -> list[str]:
 
 def about(o: Outcome) -> str:
     """What is trained on what."""
-    return f"{o.task.title}: {o.task.data}; {o.task.parameters:,} parameters, {o.task.steps} steps"
+    return f"{o.task.title}: {o.task.data}; {o.task.parameters:,} parameters, {o.extent.steps or o.task.steps} steps"
 
 
 def done(outcomes: Mapping[str, Outcome]) -> str:

@@ -32,7 +32,7 @@ class Recommendation(Task):
     tables = ("optimizers", "bags", "cheap")
     learning_rates: ClassVar = {
         "SGD": (0.03, 0.1, 0.3, 1.0),
-        "AdaGrad": (0.01, 0.03, 0.1, 0.3),
+        "AdaGrad": (0.03, 0.1, 0.3, 1.0),
         "AdamW": (0.001, 0.003, 0.01, 0.03),
         "AdaHessian": (0.015, 0.05, 0.15, 0.5),
     }
