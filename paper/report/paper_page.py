@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+from ..tasks import BUILT_IN, MAKERS
 from . import effects, tables
 from .outcome import Outcome
 
@@ -109,6 +110,9 @@ def done(outcomes: Mapping[str, Outcome]) -> str:
         found, all_of_them = o.done()
         if found < all_of_them:
             missing.append(f"{o.task.title} ({found} of {all_of_them} runs)")
+    own = [name for name, (_, data) in MAKERS.items() if data[0] in BUILT_IN]
+    if not set(own).isdisjoint(outcomes):
+        missing += [f"{name} (tuning)" for name in own if name not in outcomes]
     return f"**Not finished:** {', '.join(missing)}; `make paper` goes on where it stopped." if missing else ""
 
 
