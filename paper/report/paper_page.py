@@ -18,9 +18,9 @@ size: `python -m paper cv --data cifar10 --root DIR`, `nmt --data iwslt14`, `lm 
 * **Setting.** As in the paper, AdaHessian gets AdamW's schedule, betas, weight decay, batches and initial weights; only
   the learning rate is tuned, and the block size is the paper's where it names one (kernels of convolutions, 32 for
   transformers) and 1 elsewhere. Every optimizer has the same number of trials, on a seed that no table uses, and keeps
-  the learning rate with the best validation score; grids were moved once, by one place, where a first look found the best
-  rate at an edge or trials that diverged. Every setting of AdaHessian uses the rate that was tuned with curvature at
-  every step. All trials, seeds and curves are in the JSON files.
+  the learning rate with the best validation score; grids were moved once, by one place, where a first look found the
+  best rate at an edge or trials that diverged. Every setting of AdaHessian uses the rate that was tuned with curvature
+  at every step. All trials, seeds and curves are in the JSON files.
 * **Cells** are the mean and the standard deviation of the test score over {seeds} seeds. † marks cells in which the
   last training losses of a run are above its first; "diverged" means a loss that is not finite.
 * **Shown or not.** Two settings are compared seed by seed. A difference counts if the 95 % interval of its mean

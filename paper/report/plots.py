@@ -14,10 +14,13 @@ from matplotlib.axes import Axes
 
 from bench.plots import COLOURS, STYLE
 
+from ..optimizers import OURS
 from ..plan import Comparison
 from ..run import Run
 from .outcome import Outcome
 from .statistics import mean
+
+NAMES = ("SGD", "AdamW", OURS, "AdaGrad")  # a colour each
 
 
 def curve(o: Outcome, runs: Sequence[Run], kind: str) -> list[tuple[int, float, float, float]]:
@@ -36,15 +39,17 @@ def draw(o: Outcome, path: Path) -> None:
     """Training loss over steps, validation loss over steps and over time, for the optimizers of a task."""
     with plt.rc_context(STYLE):
         figure, axes = plt.subplots(1, 3, figsize=(11, 3.4), layout="constrained")
-        for number, ((name, _), runs) in enumerate(o.tables["optimizers"].cells.items()):
-            _line(axes[0], curve(o, runs, "train"), name, COLOURS[number])
-            _line(axes[1], curve(o, runs, "validation"), name, COLOURS[number])
-            _line(axes[2], curve(o, runs, "validation"), name, COLOURS[number], o.step_time(runs[0].setup))
+        for (name, _), runs in o.tables["optimizers"].cells.items():
+            colour = COLOURS[NAMES.index(name)]
+            _line(axes[0], curve(o, runs, "train"), name, colour)
+            _line(axes[1], curve(o, runs, "validation"), name, colour)
+            _line(axes[2], curve(o, runs, "validation"), name, colour, o.step_time(runs[0].setup))
         axes[0].set(xlabel="step", ylabel="training loss")
         axes[1].set(xlabel="step", ylabel="validation loss")
         axes[2].set(xlabel="seconds: steps x time of a step", ylabel="validation loss")
         _limit(axes)
-        axes[0].legend(frameon=False)
+        if axes[0].lines:
+            axes[0].legend(frameon=False)
         figure.suptitle(f"{o.task.title}: {o.task.data}", fontsize=9)
         _save(figure, path)
 
@@ -101,13 +106,13 @@ def _limit(axes: Sequence[Axes]) -> None:
 
 def _scores(panel: Axes, o: Outcome, table: Comparison) -> None:
     rows = list(dict.fromkeys(row for row, _ in table.cells))
-    for number, row in enumerate(rows):
+    for row in rows:
         cells = {float(column): o.scores(runs) for (name, column), runs in table.cells.items() if name == row}
         finite = {x: [s for s in scores if s is not None] for x, scores in cells.items()}
         xs = [x for x in sorted(finite) if finite[x]]
         spread = [statistics.stdev(finite[x]) if len(finite[x]) > 1 else 0.0 for x in xs]
         panel.errorbar(
-            xs, [mean(finite[x]) for x in xs], spread, marker="o", capsize=3, label=row, color=COLOURS[1 + number]
+            xs, [mean(finite[x]) for x in xs], spread, marker="o", capsize=3, label=row, color=COLOURS[NAMES.index(row)]
         )
 
 
