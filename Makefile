@@ -40,9 +40,10 @@ $(VENV)/.ready: constraints.txt pyproject.toml
 	$(PY) -m pip install -q -c constraints.txt --no-deps torch-optimizer pytorch-ranger pytorch-optimizer
 	@touch $@
 
-# What the tests and the checks of the source need beside it.
+# What the tests, the checks of the source and the paper's experiments need beside it.
 $(VENV)/.tools: $(VENV)/.ready
-	$(PY) -m pip install -q -c constraints.txt pytest hypothesis pytest-timeout pytest-xdist ruff mypy clang-format
+	$(PY) -m pip install -q -c constraints.txt sacrebleu markdown-it-py \
+	  pytest hypothesis pytest-timeout pytest-xdist ruff mypy clang-format
 	$(PY) -m pip install -q --no-compile -c constraints.txt lightning accelerate transformers
 	$(PY) -m pip install -q -c constraints.txt --no-deps timm tensorboard absl-py protobuf
 	@touch $@
@@ -62,6 +63,9 @@ build: $(VENV)/.built
 # ---- the main job, tests, benchmarks -------------------------------------------------------------------------------
 demo: $(VENV)/.built
 	$(PY) examples/train_resnet.py --data digits --out demo $(ARGS)
+
+paper: $(VENV)/.tools $(VENV)/.built
+	$(PY) -m paper $(ARGS)
 
 test: $(VENV)/.tools $(VENV)/.built cpp-test
 	OMP_WAIT_POLICY=passive $(PY) -m pytest -q -n $(WORKERS) --dist loadgroup --require $(REQUIRE) $(ARGS)
