@@ -3,6 +3,7 @@
 from . import compat
 from .backends import available_backends
 from .compat import accelerate
+from .distributed.ranks import batch_weight
 from .fraction import split_batch
 from .friendly import curvature_friendly
 from .functional import adahessian, hutchinson_diagonal
@@ -21,6 +22,7 @@ __all__ = [
     "accelerate",
     "adahessian",
     "available_backends",
+    "batch_weight",
     "check_hvp",
     "compat",
     "curvature_friendly",

@@ -8,6 +8,7 @@ from torch import Tensor
 from . import hvp
 from .closures import TakesClosures
 from .curvature import Curvature
+from .distributed.sharded import any_sharded
 from .layout import Entry
 
 
@@ -62,20 +63,44 @@ class FollowsGradScaler(TakesClosures):
     @torch.no_grad()
     def _complete_curvature(self, grad_scaler: torch.amp.GradScaler | None = None) -> None:
         """Compute the curvature that graphs still hold, unscale it if asked to, and report infinities in it."""
+        self._average_before_scaler(too_late=grad_scaler is None)
         entries, grads = self._with_gradients()
         if hvp.differentiable(grads):
             self._from_backward(entries, grads, self._due())
             hvp.release_graph(grads)
         if self._curvature is None or not grads:
             return
+        self._average_curvature(self._due())
         if grad_scaler is not None:
             one = torch.ones((), device=grads[0].device)
             self._curvature.unscale(1 / grad_scaler.scale(one))
         self._curvature.report(grads)
 
+    def _average_before_scaler(self, *, too_late: bool) -> None:
+        """Average over the ranks what is still local, so that all of them find the same infinities.
+
+        Unless ``scaler.unscale_`` has looked for them before, which is remembered to be told in :meth:`step`.
+        """
+        grads = [p.grad for _, p in self._trained() if p.grad is not None]
+        if self._ranks is None or self._ranks.grads_averaged or not grads:
+            return
+        if self._curvature is not None or not self.needs_hessian or hvp.differentiable(grads):
+            self._average_local(None)
+            self._ranks.averaged_late = too_late
+
     def _scale_and_flag(self, curvature: Curvature | None) -> tuple[Tensor | None, Tensor | None]:
         """What GradScaler has left for this step: the scale the gradients still carry, and whether to skip."""
         grad_scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
+        if found_inf is not None and any_sharded([p for _, p in self._trained()]):
+            raise RuntimeError(
+                "GradScaler with sharded parameters (DTensor) finds infinities of this rank's part alone; expected "
+                "bfloat16, which needs no loss scale"
+            )
+        if found_inf is not None and grad_scale is None and self._ranks is not None and self._ranks.averaged_late:
+            raise RuntimeError(
+                "scaler.unscale_(opt) has looked at the gradients of this rank alone, so ranks may disagree about "
+                "skipping the step; expected opt.unscale_(scaler), which averages them before"
+            )
         if found_inf is None or curvature is None:
             return grad_scale, found_inf
         if grad_scale is None and not curvature.unscaled:

@@ -68,7 +68,7 @@ def check_group(group: dict[str, Any]) -> None:
     _check_number("hessian_power", group["hessian_power"], 0.0, 1.0, high_included=True)
     check_count("update_each", group["update_each"])
     check_count("n_samples", group["n_samples"])
-    for name in ("maximize", "capturable", "master_weights"):
+    for name in ("maximize", "capturable", "master_weights", "probe_per_rank"):
         if group[name] not in (True, False):
             raise ValueError(f"{name}={group[name]!r}; expected True or False")
     _check_number("hessian_fraction", group["hessian_fraction"], 0.0, 1.0, low_included=False, high_included=True)

@@ -82,6 +82,8 @@ class TakesClosures(HooksBackward):
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Reset the gradients, and drop curvature that was gathered with them."""
         self._curvature = None
+        if self._ranks is not None:
+            self._ranks.reset()
         super().zero_grad(set_to_none)
         if self._grads_before is not None:  # called by a closure: zeros are not what its backward() leaves
             self._grads_before = self._grad_versions()

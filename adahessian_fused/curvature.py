@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from operator import attrgetter, eq
 from typing import Any
 
@@ -11,9 +11,10 @@ from torch import Tensor
 
 from . import hvp
 from .layout import Bucket, Entry
+from .reference import rademacher_signs
 from .segments import Segment, Steps
 
-_DTYPE = attrgetter("dtype")
+_DTYPE, _FIRST = attrgetter("dtype"), attrgetter("first")
 
 
 def by_bucket(entries: Sequence[Entry]) -> dict[Bucket, list[Entry]]:
@@ -33,22 +34,31 @@ def draw_probe(
     z = {}
     for bucket, members in by_bucket(entries).items():
         flat = torch.empty(bucket.numel, dtype=bucket.dtype, device=bucket.device)
-        if probe == "rademacher":
+        if probe == "rademacher" and not all(map(_FIRST, members)):
             backend = backends[bucket.device.type]
             backend.rademacher(flat, bucket.table_of(members), bucket.steps, seed, sample)
-        else:
+        elif probe == "gaussian":
             generator = torch.Generator(bucket.device)
             # One stream for each step and sample, so that a resumed run draws what the uninterrupted one would.
             step = max(int(bucket.steps[entry.row, Steps.HESSIAN_STEP]) for entry in members)
-            generator.manual_seed(_mixed(seed, step, sample, members[0].param_id))
+            generator.manual_seed(mixed(seed, step, sample, members[0].param_id))
             flat.normal_(generator=generator)
         for entry in members:
             # Gaussian numbers in logical order: the same probe in any memory format.
             z[entry] = bucket.view(flat, entry) if probe == "rademacher" else bucket.logical_view(flat, entry)
+            if entry.first:  # a rank's part of a parameter, which the ops do not draw
+                h = bucket.steps[entry.row, Steps.HESSIAN_STEP].to(bucket.device)
+                signs = rademacher_signs(entry.param.numel(), entry.param_id, h, seed, sample, entry.first)
+                z[entry].copy_(signs.view(entry.param.shape))
     return z
 
 
-def _mixed(*words: int) -> int:
+def drawable(entries: Iterable[Entry], probe: str) -> bool:
+    """Whether the ops can draw the probe of these parameters themselves."""
+    return probe == "rademacher" and not any(map(_FIRST, entries))
+
+
+def mixed(*words: int) -> int:
     """63 bits of which each, the low 32 that a CPU generator looks at too, depends on every word (splitmix64)."""
     state, mask = 0, 2**64 - 1
     for word in words:
@@ -145,7 +155,7 @@ class Curvature:
             products, self.unscaled = _scaled(products, inverse_scale), True
         if weight != 1.0:  # not in place: autograd may have handed out one tensor twice
             products = dict(zip(products, torch._foreach_mul(list(products.values()), weight), strict=True))
-        draw = probe == "rademacher"
+        draw = drawable(products, probe)
         if not draw and z is None:
             z = draw_probe(list(products), self._backends, probe=probe, seed=self._seed, sample=sample)
         d = {entry: entry.stored(h, h.dtype) if draw else entry.product(z[entry], h) for entry, h in products.items()}
@@ -186,12 +196,20 @@ class Curvature:
         total = sum(flag.to(flags[0].device) for flag in flags) if flags else torch.zeros(())
         return total  # type: ignore[return-value]
 
-    def report(self, grads: Sequence[Tensor]) -> None:
-        """Make a gradient infinite if the curvature is not finite: GradScaler looks at gradients only."""
+    def report(self, grads: Sequence[Tensor], agree: Callable[[Tensor], Tensor] | None = None) -> None:
+        """Make a gradient infinite if the curvature is not finite: GradScaler looks at gradients only.
+
+        Args:
+            grads: the gradients.
+            agree: makes of this rank's flag the one of all ranks.
+        """
         smallest = min((grad for grad in grads if grad.numel()), key=Tensor.numel, default=None)
-        if smallest is not None and not self.reported:
-            smallest.add_(torch.where(self.found_inf() > 0, torch.inf, 0.0).to(smallest))
-            self.reported = True
+        if smallest is None or (self.reported and agree is None):
+            return
+        found_inf = self.found_inf().to(smallest.device)
+        found_inf = found_inf if agree is None else agree(found_inf)
+        smallest.add_(torch.where(found_inf > 0, torch.inf, 0.0).to(smallest))
+        self.reported = True
 
     @property
     def folded(self) -> bool:
@@ -201,6 +219,21 @@ class Curvature:
     def must_fold(self, entries: Iterable[Entry]) -> bool:
         """Whether the update needs the compact diagonal: some of it is folded, or it is kept for stale steps."""
         return self.folded or any(entry.bucket.diag is not None for entry in entries)
+
+    def numbers(self, entries: Sequence[Entry]) -> list[Tensor]:
+        """What of the folded curvature belongs to each parameter, as views; zeros if nothing has been taken in.
+
+        Its block means; or D itself, if magnitudes are to be averaged.
+        """
+        self.fold()
+        views = []
+        for entry in entries:
+            bucket, fine = entry.bucket, entry.bucket.averages_magnitudes
+            if bucket not in self.diags:
+                self.diags[bucket] = bucket.new_flat() if fine else bucket.new_diag()
+            flat = self.diags[bucket]
+            views.append(bucket.logical_view(flat, entry) if fine else bucket.diag_view(flat, entry))
+        return views
 
     def fold(self) -> None:
         """Turn pending products into the compact diagonal."""

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import contextlib
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from . import hvp
 from .checks import check_grad
 from .curvature import Curvature
+from .distributed.average import GradientAverage, average_curvature
+from .distributed.sharded import EXACT_IS_REFUSED, any_sharded
 from .hvp.finite_difference import FiniteDifference
 from .hvp.forward_over_reverse import ForwardOverReverse
 from .hvp.replay import mean_of
@@ -32,6 +36,7 @@ class EvaluatesLosses(PortableState):
     _curvature: Curvature | None
     _entries: dict[int, Entry]
     _tools: Mapping[str, Any]
+    _warned = False  # of ranks without a process group
 
     def _ensure(self, params: Sequence[Tensor]) -> list[Entry]:
         raise NotImplementedError
@@ -54,17 +59,87 @@ class EvaluatesLosses(PortableState):
 
     def _gathered(self) -> Curvature:
         """What this step's curvature is to be added to."""
+        if self._ranks is None:
+            self._warn_if_not_alone()
+        else:
+            self._ranks.curvature_averaged = False
         # Gradients that were dropped behind our back (model.zero_grad()) leave curvature that no longer counts.
-        abandoned = all(entry.param.grad is None for entry in self._entries.values())
+        abandoned = all(entry.owner.grad is None for entry in self._entries.values())
         if self._curvature is None or abandoned:
-            return Curvature(self._tools, self.param_groups[0]["seed"])
+            return Curvature(self._tools, self._probe_seed)
         return self._curvature
 
-    def _report_overflow(self, grads: Sequence[Tensor]) -> None:
-        """Tell ``scaler.unscale_(opt)``, which may be the next call, if the unscaled curvature is not finite."""
-        if self._curvature.unscaled:
-            with torch.no_grad():
-                self._curvature.report(grads)
+    @torch.no_grad()
+    def _report_overflow(self, *, scaled: bool) -> None:
+        """Tell ``scaler.unscale_(opt)``, which may be the next call, if the unscaled curvature is not finite.
+
+        All ranks hear the same.
+        """
+        if scaled:
+            agree = None if self._ranks is None or self._ranks.silent else self._ranks.largest
+            self._curvature.report([p.grad for _, p in self._trained() if p.grad is not None], agree)
+
+    # ---- several ranks -----------------------------------------------------------------------------------------------
+
+    @property
+    def _probe_seed(self) -> int:
+        """Key of the probe's generator on this rank."""
+        seed = self.param_groups[0]["seed"]
+        per_rank = self._ranks is not None and self.param_groups[0]["probe_per_rank"]
+        return self._ranks.probe_seed(seed) if per_rank else seed
+
+    def no_sync(self) -> contextlib.AbstractContextManager[None]:
+        """Inside it :meth:`backward` leaves gradients and curvature on their rank, as DDP's ``no_sync`` does.
+
+        For all but the last of several micro-batches, forward passes included::
+
+            with opt.no_sync():
+                opt.backward(loss_fn(model(x1), y1) / 2)
+            opt.backward(loss_fn(model(x2), y2) / 2)
+
+        Without a process group it does nothing.
+        """
+        return contextlib.nullcontext() if self._ranks is None else self._ranks.no_sync()
+
+    def _start_average(self, grads: Sequence[Tensor | None] | None = None) -> GradientAverage | None:
+        """Begin to average ``p.grad`` plus ``grads`` over the ranks; None if there are none, or inside no_sync()."""
+        return None if self._ranks is None or self._ranks.silent else self._averaging(grads)
+
+    def _averaging(self, grads: Sequence[Tensor | None] | None = None) -> GradientAverage:
+        params = [p for _, p in self._trained()]
+        self._ranks.watch(params)
+        return GradientAverage(self._ranks, params, grads)
+
+    def _finish_average(self, average: GradientAverage | None) -> None:
+        if average is not None:
+            average.finish()
+        elif self._ranks is not None:
+            self._ranks.grads_averaged = False
+
+    def _average_curvature(self, due: Sequence[bool]) -> None:
+        if self._ranks is not None and self._curvature is not None and not self._ranks.curvature_averaged:
+            entries = self._ensure([p for n, p in self._trained() if due[n]])
+            average_curvature(self._ranks, self._curvature, entries)
+
+    def _check_differentiable(self) -> None:
+        """Raise if parameters are sharded and curvature is to come from a graph."""
+        way = self.param_groups[0]["hvp"]
+        if way != "finite_difference" and any_sharded([p for _, p in self._trained()]):
+            raise RuntimeError(EXACT_IS_REFUSED.format(way))
+
+    def _warn_if_not_alone(self) -> None:
+        """Warn once if there are ranks that nobody has told about."""
+        if not self._warned and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+            self._warned = True
+            if self.param_groups[0]["hvp"] != "finite_difference":
+                warnings.warn(
+                    f"torch.distributed has {dist.get_world_size()} ranks, but this optimizer has no process_group: "
+                    "its curvature, and the gradient of opt.backward(), are those of this rank's batch alone, and "
+                    "ranks drift apart; expected AdaHessian(..., process_group=torch.distributed.group.WORLD)",
+                    stacklevel=2,
+                )
+
+    # ---- evaluation --------------------------------------------------------------------------------------------------
 
     def _evaluate_loss(
         self,
@@ -98,6 +173,7 @@ class EvaluatesLosses(PortableState):
             The mean of what ``evaluate`` has returned, or the first if it is no number.
         """
         options, params, due = self.param_groups[0], self._trained(), self._due()
+        self._check_differentiable()
         curvature, values = self._gathered(), []
         strategy = STRATEGIES[options["hvp"]](
             [p for _, p in params],
@@ -105,10 +181,11 @@ class EvaluatesLosses(PortableState):
             self._tools,
             evaluate,
             probe=options["probe"],
-            seed=options["seed"],
+            seed=self._probe_seed,
             epsilon=options["fd_epsilon"],
         )
-        with _own_grads([p for _, p in params]), strategy, torch.no_grad():
+        alone = contextlib.nullcontext() if self._ranks is None else self._ranks.evaluating()
+        with _own_grads([p for _, p in params]), alone, strategy, torch.no_grad():
             for sample in range(options["n_samples"]):
                 found, grads, products = strategy(sample)
                 values += found
@@ -125,8 +202,9 @@ class EvaluatesLosses(PortableState):
                     **scales(),
                 )
         hvp.accumulate_grads([p for _, p in params], gradient)
+        self._finish_average(self._start_average())
         self._curvature = curvature
-        self._report_overflow([params[i][1].grad for i in kept])
+        self._report_overflow(scaled=scales().get("inverse_scale") is not None)
         return mean_of(values)
 
     def _probed(self, due: Sequence[bool]) -> list[Entry]:

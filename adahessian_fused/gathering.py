@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -11,9 +12,11 @@ from torch import Tensor
 from . import hvp
 from .checks import check_grad
 from .curvature import Curvature
+from .distributed.ranks import batch_weight
+from .distributed.sharded import any_sharded, part_of
 from .evaluation import Differentiate, EvaluatesLosses
 from .fraction import split_batch
-from .layout import Entry
+from .layout import Entry, compute_dtype
 from .profiling import profiled
 
 
@@ -36,6 +39,7 @@ class GathersCurvature(EvaluatesLosses):
         retain_graph: bool = False,
         grad_scaler: torch.amp.GradScaler | None = None,
         curvature: float | None = None,
+        batch_size: int | None = None,
     ) -> Tensor | None:
         """Differentiate the loss: adds to ``p.grad`` like ``loss.backward()`` and gathers curvature if it is due.
 
@@ -59,6 +63,9 @@ class GathersCurvature(EvaluatesLosses):
                 ``grad_scaler.unscale_(opt)``; otherwise ``opt.backward(grad_scaler.scale(loss))`` does as well, with
                 ``opt.unscale_(grad_scaler)`` if gradients are to be clipped.
             curvature: weight of this loss's curvature, 1 unless given; 0 computes the gradient only.
+            batch_size: with a process group, the number of examples of which ``loss`` is the mean on this rank, if not
+                all ranks have the same number of them; every rank has to give it. A rank without any calls
+                ``opt.backward(None, batch_size=0)``.
 
         Returns:
             The loss that a function computed, detached; with finite differences the mean over the evaluations.
@@ -67,29 +74,41 @@ class GathersCurvature(EvaluatesLosses):
             RuntimeError: the loss cannot be differentiated as ``hvp`` asks for; the message says what to do.
         """
         given = not callable(loss)
+        weight = None if batch_size is None else self.batch_weight(batch_size)
         if self._inside is not None:  # in a closure that a strategy evaluates
             loss = loss if given else loss()
+            loss = loss if weight is None else loss * weight
             self._inside(loss if grad_scaler is None else grad_scaler.scale(loss), gradient=gradient)
             return None if given else loss.detach()
         options = self.param_groups[0]
         wanted = self.needs_hessian and curvature != 0
+        if batch_size == 0:
+            self._take_nothing(wanted)
+            return None
         if wanted and curvature is None:
             self._check_whole_batch()
         scale = grad_scaler.scale if grad_scaler is not None and grad_scaler.is_enabled() else None
         if wanted and options["hvp"] != "autograd":
             if given:
                 raise RuntimeError(hvp.NEEDS_FUNCTION.format(options["hvp"]))
-            return self._evaluate_loss(loss, gradient, scale, 1.0 if curvature is None else curvature)
+            weighted = loss if weight is None else lambda: loss() * weight
+            found = self._evaluate_loss(weighted, gradient, scale, 1.0 if curvature is None else curvature)
+            return found if weight is None else found / weight
         loss = loss if given else loss()
         hvp.check_loss(loss, gradient)
         inverse_scale = None
-        scaled = loss
+        scaled = loss if weight is None else loss * weight
         if scale is not None:
-            inverse_scale, scaled = 1 / scale(torch.ones((), device=loss.device)), scale(loss)
+            inverse_scale, scaled = 1 / scale(torch.ones((), device=loss.device)), scale(scaled)
         params = self._trained()
         if params and not wanted:
-            self._first_order(scaled, gradient=gradient, retain_graph=retain_graph)
+            by_ddp = self._ranks is not None and batch_size is None and self._ranks.averages_first_order
+            if self._ranks is None or (by_ddp and not self.needs_hessian):
+                self._first_order(scaled, gradient=gradient, retain_graph=retain_graph)
+            else:
+                self._first_order_here(scaled, gradient, retain_graph)
         elif params:
+            self._check_differentiable()
             grads = hvp.first_order(scaled, [p for _, p in params], gradient)
             self._check_graph([scaled, *filter(torch.is_tensor, grads)])
             self._take_graph(
@@ -132,7 +151,8 @@ class GathersCurvature(EvaluatesLosses):
                 "opt.backward_split() in a closure that is evaluated several times; call it before opt.step() instead"
             )
         first, rest, share = split_batch(batch, fraction)
-        loss = self.backward(lambda: loss_fn(*first) * share, grad_scaler=grad_scaler, curvature=1 / share)
+        with self.no_sync() if share < 1 else contextlib.nullcontext():
+            loss = self.backward(lambda: loss_fn(*first) * share, grad_scaler=grad_scaler, curvature=1 / share)
         if share < 1:
             loss += self.backward(lambda: loss_fn(*rest) * (1 - share), grad_scaler=grad_scaler, curvature=0)
         return loss
@@ -148,7 +168,56 @@ class GathersCurvature(EvaluatesLosses):
 
     def _first_order(self, loss: Tensor, *, gradient: Tensor | None = None, retain_graph: bool = False) -> None:
         """The gradient alone, into ``p.grad`` of this optimizer's parameters."""
-        torch.autograd.backward(loss, gradient, retain_graph=retain_graph, inputs=[p for _, p in self._trained()])
+        # DDP waits for all of its parameters, not just for ours; FSDP's are not in the graph themselves.
+        inputs = [p for _, p in self._trained()]
+        if self._ranks is not None or any_sharded(inputs):
+            inputs = None
+        torch.autograd.backward(loss, gradient, retain_graph=retain_graph, inputs=inputs)
+
+    # ---- several ranks -----------------------------------------------------------------------------------------------
+
+    def batch_weight(self, batch_size: int) -> Tensor:
+        """Factor on this rank's mean loss of ``batch_size`` examples, for ranks with different numbers of them.
+
+        What ``opt.backward(loss, batch_size=n)`` does, for closures, ``opt.backward_split`` and ``loss.backward()``::
+
+            loss = loss_fn(model(x), y) * opt.batch_weight(len(x))
+
+        Every rank has to call it. It is 1 without a process group.
+        """
+        _, first = self._trained()[0]
+        like = torch.ones((), dtype=compute_dtype(first.dtype), device=first.device)
+        if not isinstance(batch_size, int) or batch_size < 0:
+            raise ValueError(f"batch_size={batch_size!r}; expected a number of examples")
+        return like if self._ranks is None else batch_weight(batch_size, self._ranks.group, like)
+
+    def _take_nothing(self, wanted: bool) -> None:
+        """The part in a backward pass of a rank that has no examples."""
+        if wanted:
+            self._curvature = self._gathered()
+        self._finish_average(self._start_average())
+
+    def _first_order_here(self, loss: Tensor, gradient: Tensor | None, retain_graph: bool) -> None:
+        """The gradient alone without any hooks of DDP, averaged over the ranks."""
+        params = [p for _, p in self._trained()]
+        grads = torch.autograd.grad(loss, params, gradient, retain_graph=retain_graph, allow_unused=True)
+        average = self._start_average(grads)
+        hvp.accumulate_grads(params, grads, gradient)
+        self._finish_average(average)
+
+    def _average_local(self, hessian: Sequence[Tensor | None] | None) -> None:
+        """Before a step: average what other backward passes than ours have left on this rank."""
+        if self._ranks is None or self._ranks.grads_averaged:
+            return
+        average = self._averaging()
+        due, trained = self._due(), self._trained()
+        if hessian is None and self._curvature is None and any(due):
+            entries = self._ensure([p for _, p in trained if p.grad is not None])
+            if entries:
+                self._from_graph(entries, due)
+            else:  # another rank may use these parameters
+                self._curvature = self._gathered()
+        average.finish()
 
     # ---- curvature from a graph --------------------------------------------------------------------------------------
 
@@ -166,9 +235,11 @@ class GathersCurvature(EvaluatesLosses):
         found = [(n, p, g) for (n, p), g in zip(params, grads, strict=True) if g is not None]
         entries = self._ensure([p for _, p, _ in found])
         pairs = [(entry, g) for entry, (n, _, g) in zip(entries, found, strict=True) if due[n] and g.requires_grad]
+        average = self._start_average(grads)  # while Hz is computed
         self._differentiate(pairs, retain_graph=retain_graph, inverse_scale=inverse_scale, weight=weight)
         hvp.accumulate_grads([p for _, p, _ in found], [g for _, _, g in found], seed_gradient)
-        self._report_overflow([p.grad for _, p, _ in found])
+        self._finish_average(average)
+        self._report_overflow(scaled=inverse_scale is not None)
 
     def _differentiate(self, pairs: Sequence[tuple[Entry, Tensor]], *, retain_graph: bool, **scales: Any) -> None:
         """Add the curvature along this step's probes; ``pairs`` are parameters and gradients with a graph."""
@@ -189,12 +260,13 @@ class GathersCurvature(EvaluatesLosses):
 
     def _from_graph(self, entries: Sequence[Entry], due: Sequence[bool]) -> None:
         """Curvature from gradients that ``loss.backward(create_graph=True)`` left."""
-        grads = [entry.param.grad for entry in entries]
+        grads = [entry.owner.grad for entry in entries]
         with_graph = hvp.differentiable(grads)
         if not with_graph:
             way = self.param_groups[0]["hvp"]
             raise RuntimeError(hvp.NO_CURVATURE if way == "autograd" else hvp.NEEDS_FUNCTION.format(way))
         self._check_whole_batch()
+        self._check_differentiable()
         self._check_graph([grads[i] for i in with_graph])
         self._differentiate([(entries[i], grads[i]) for i in with_graph if due[entries[i].group]], retain_graph=False)
 
@@ -211,16 +283,20 @@ class GathersCurvature(EvaluatesLosses):
         if len(hessian) != len(params):
             raise ValueError(f"hessian has {len(hessian)} entries; expected {len(params)}, one for each parameter")
         given = dict(zip(params, hessian, strict=True))
+        for p, h in given.items():
+            given[p] = part_of(h, p) if isinstance(h, Tensor) else h
         for entry in entries:
-            h = given[entry.param]
+            h = given[entry.owner]
             if not isinstance(h, Tensor) or h.shape != entry.param.shape:
                 what = f"of shape {tuple(h.shape)}" if isinstance(h, Tensor) else repr(h)
                 raise ValueError(f"hessian of {entry.name} is {what}; expected shape {tuple(entry.param.shape)}")
-        same = all(given[entry.param].dtype == entry.param.dtype for entry in entries)
+        same = all(given[entry.owner].dtype == entry.param.dtype for entry in entries)
         d = {
-            entry: entry.stored(given[entry.param].to(entry.param.device), None if same else entry.bucket.compute_dtype)
+            entry: entry.stored(given[entry.owner].to(entry.param.device), None if same else entry.bucket.compute_dtype)
             for entry in entries
         }
-        self._curvature = Curvature(self._tools, self.param_groups[0]["seed"])
+        self._curvature = Curvature(self._tools, self._probe_seed)
+        if self._ranks is not None:
+            self._ranks.curvature_averaged = False
         self._curvature.unscaled = True
         self._curvature.add(d, sample=0, draw=False)

@@ -88,10 +88,11 @@ def _backward(
     if not takers:
         _original(self, gradient, retain_graph, create_graph, inputs)
         return
-    if distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1:
+    several = distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1
+    if several and any(opt._ranks is None for opt in takers):
         raise RuntimeError(
-            f"opt.hook_backward() in one of {distributed.get_world_size()} processes; expected a single one, since the "
-            "curvature, and the gradient that comes with it, would be this process's alone"
+            f"opt.hook_backward() in one of {distributed.get_world_size()} processes; expected AdaHessian(..., "
+            "process_group=...), since curvature, and the gradient that comes with it, would be this process's alone"
         )
     if rest:
         torch.autograd.backward(self, gradient, retain_graph=True, inputs=rest)

@@ -16,11 +16,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .distributed import sharded
 from .segments import Segment, Steps, n_blocks, segment_table
 
 # map() over these is several times faster than a loop, and there are thousands of parameters.
 _DTYPE, _STRIDES, _POINTER = attrgetter("dtype"), attrgetter("strides"), attrgetter("pointer")
 
+_LIKE_PARAM = ("exp_avg", "exp_hessian_diag_sq", "master_param")  # states of the parameter's shape
 ALIGNMENT = 64  # elements between segment starts: whole cache lines, and any vector width
 
 
@@ -86,7 +88,7 @@ def storage_order(shape: Sequence[int], strides: Sequence[int]) -> tuple[int, in
 class Entry:
     """One parameter's place in its bucket."""
 
-    param: Tensor
+    param: Tensor  # of a sharded parameter the part that this rank has
     name: str  # for messages
     param_id: int
     group: int
@@ -101,11 +103,18 @@ class Entry:
     pointer: int = 0
     version: int = -1  # of the parameter after our last write; -1: others may have written since
     views: dict[str, Tensor] = field(default_factory=dict)
+    owner: Tensor | None = None  # the parameter as the user sees it, which has the gradient
+    first: int = 0  # number, in the whole parameter, of the first element here
+
+    def __post_init__(self) -> None:
+        self.owner, self.param = self.param, sharded.local(self.param)
 
     def describe(self, block_size: int | str, averaging: str) -> None:
         """Take down how the parameter is stored now, and its group's averaging."""
-        p = self.param
-        self.block_size, self.block = block_size, block_length(p.shape, block_size)
+        self.param = p = sharded.local(self.owner)
+        self.block_size, self.block = block_size, block_length(self.owner.shape, block_size)
+        self.first = sharded.first_element(self.owner)
+        sharded.check_blocks(self.owner, self.block, self.name)
         self.absolute = averaging == "abs"
         self.strides = p.stride()
         self.order = storage_order(p.shape, self.strides)
@@ -124,7 +133,7 @@ class Entry:
 
     def fits(self) -> bool:
         """Whether the parameter still is what this entry was made for (users rebind ``p.data``)."""
-        p = self.param
+        p = self.param = sharded.local(self.owner)
         if p.stride() != self.strides:
             return False
         pointer = p.data_ptr()
@@ -265,6 +274,8 @@ class Bucket:
             entry.state["hessian_diag"], views["hessian_diag"] = d, self.diag_view(self.diag, entry)
         for key, view in views.items():
             old = entry.state.get(key)
+            if isinstance(old, Tensor) and old.ndim:
+                old = sharded.part_of(old, entry.owner)
             if isinstance(old, Tensor) and old.shape != view.shape:
                 raise ValueError(
                     f"state {key} of {entry.name} has shape {tuple(old.shape)}; expected {tuple(view.shape)}. Was it "
@@ -274,7 +285,7 @@ class Bucket:
                 view.copy_(old) if isinstance(old, Tensor) else view.fill_(old)
             elif key == "master_param":
                 view.copy_(entry.param)
-            entry.state[key] = view
+            entry.state[key] = sharded.joined(view, entry.owner) if key in _LIKE_PARAM else view
         entry.views, entry.version = views, -1
 
     def keep_diag(self, diag: Tensor, entries: Iterable[Entry]) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from itertools import chain, repeat
 from operator import attrgetter, is_, is_not
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -14,16 +14,22 @@ from . import backends, hvp
 from .amp import FollowsGradScaler
 from .checks import check_grad, check_group, check_param, check_state_dtype
 from .curvature import Curvature, by_bucket
+from .distributed import sharded
+from .distributed.ranks import Ranks
 from .layout import Entry, all_fit, make_buckets, stored_dtype
 from .statistics import Observable
 from .update import HyperTable, update_bucket
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+    from torch.nn.parallel import DistributedDataParallel
 
 _LAYOUT = attrgetter("layout")
 
 # Options that hold for the whole optimizer although they are stored in every parameter group.
 _OPTIMIZER_WIDE = (
     *("n_samples", "probe", "seed", "hvp", "hessian_fraction", "fd_epsilon"),
-    *("capturable", "master_weights"),
+    *("capturable", "master_weights", "probe_per_rank"),
 )
 
 
@@ -81,6 +87,11 @@ class AdaHessian(Observable, FollowsGradScaler):
         state_dtype: dtype of exp_avg and exp_hessian_diag_sq. None: float32, float64 for float64 parameters.
             ``torch.bfloat16``: half the memory and traffic, rounded stochastically, without bias, from random bits that
             depend on the seed, the step, the parameter and the element alone. Not for float64 parameters.
+        process_group: the ranks that train this model together, each with its part of the batch: a group of
+            torch.distributed, or the DistributedDataParallel module that wraps the model. Gradients and block means of
+            the diagonal become means over the ranks. Sharded parameters (FSDP2) need none.
+        probe_per_rank: with a process group, every rank draws probes of its own, which average like further samples;
+            False: all ranks draw the same, and Hz is the product with the mean Hessian.
 
     Raises:
         ValueError, TypeError: a hyperparameter or parameter out of its range; the message says what was expected.
@@ -121,9 +132,12 @@ class AdaHessian(Observable, FollowsGradScaler):
         capturable: bool = False,
         master_weights: bool = False,
         state_dtype: torch.dtype | None = None,
+        process_group: ProcessGroup | DistributedDataParallel | None = None,
+        probe_per_rank: bool = True,
     ) -> None:
         check_state_dtype(state_dtype)
         self.backend, self.state_dtype = backend, state_dtype
+        self._ranks = None if process_group is None else Ranks(process_group)
         self._reset()
         defaults = {
             "lr": lr,
@@ -144,6 +158,7 @@ class AdaHessian(Observable, FollowsGradScaler):
             "maximize": maximize,
             "capturable": capturable,
             "master_weights": master_weights,
+            "probe_per_rank": probe_per_rank,
         }
         super().__init__(params, defaults)
 
@@ -168,6 +183,7 @@ class AdaHessian(Observable, FollowsGradScaler):
                 first = self.param_groups[0][name]
                 if group[name] != first:
                     raise ValueError(f"{name}={group[name]!r}; expected {first!r}, it is the same for all groups")
+            sharded.check_options(group, has_group=self._ranks is not None)
             for i, p in enumerate(group["params"]):
                 check_param(p, f"parameter {i} of group {len(self.param_groups) - 1}")
                 stored_dtype(p.dtype, self.state_dtype)
@@ -176,15 +192,19 @@ class AdaHessian(Observable, FollowsGradScaler):
             self.param_groups.pop()
             raise
         group.setdefault("step", 0)
+        if self._ranks is not None:
+            self._ranks.watch([p for p in group["params"] if p.requires_grad])
 
     def _ensure(self, params: Sequence[Tensor]) -> list[Entry]:
         """The entries of parameters; the buckets are rebuilt if anything about them changed."""
         options = [(group["block_size"], group["averaging"], _keeps_diag(group)) for group in self.param_groups]
-        entries = list(map(self._entries.get, map(id, params)))
+        entries, owners = list(map(self._entries.get, map(id, params))), params
+        if sharded.any_sharded(owners):
+            params = [sharded.local(p) for p in owners]
         if None in entries or options != self._options or self._state_replaced() or not all_fit(entries, params):
-            self._rebuild(params)
+            self._rebuild(owners)
             self._options = options
-            entries = [self._entries[id(p)] for p in params]
+            entries = [self._entries[id(p)] for p in owners]
         return entries
 
     def _state_contents(self) -> tuple[list[dict[str, Any]], list[Any]]:
@@ -201,6 +221,8 @@ class AdaHessian(Observable, FollowsGradScaler):
     def _rebuild(self, params: Iterable[Tensor]) -> None:
         """Sort all parameters that have had a gradient, before a checkpoint too, into new buckets with their state."""
         wanted = set(params).union(p for p, state in self.state.items() if "exp_avg" in state)
+        if self._ranks is not None:  # the same layout on all of them, whatever each has used
+            wanted.update(p for _, p in self._trained())
         known, self._entries = self._entries, {}  # an error below leaves nothing half done
         moved = {entry: (entry.bucket, entry.row) for entry in known.values()}
         entries: dict[int, Entry] = {}
@@ -239,6 +261,8 @@ class AdaHessian(Observable, FollowsGradScaler):
         if not set(map(_LAYOUT, grads)) <= {torch.strided}:
             for entry, grad in zip(entries, grads, strict=True):
                 check_grad(grad, entry.name)
+        if sharded.any_sharded(params):
+            grads = [sharded.part_of(grad, p) for grad, p in zip(grads, params, strict=True)]
         return entries, grads
 
     # ---- the step ----------------------------------------------------------------------------------------------------
@@ -258,6 +282,9 @@ class AdaHessian(Observable, FollowsGradScaler):
         # Older versions of torch know it by the name of CUDA alone.
         getattr(self, "_accelerator_graph_capture_health_check", self._cuda_graph_capture_health_check)()
         loss = None if closure is None else self._evaluate(closure)
+        if not self.state and closure is None and self._is_blank():
+            return loss
+        self._average_local(hessian)
         entries, grads = self._with_gradients()
         if not entries:
             return loss
@@ -268,9 +295,24 @@ class AdaHessian(Observable, FollowsGradScaler):
             self._from_user(hessian, entries)
             due = [True] * len(due)
         hvp.release_graph(grads)
+        self._average_curvature(due)
         curvature, self._curvature = self._curvature, None
         self._update(entries, grads, due, curvature)
+        if self._ranks is not None:
+            self._ranks.stepped()
         return loss
+
+    def _is_blank(self) -> bool:
+        """Whether the first step has lr = 0 and gradients of zero, by which torch.distributed.checkpoint makes states.
+
+        They are made, and nothing is counted.
+        """
+        grads = [(p, p.grad) for _, p in self._trained() if p.grad is not None]
+        still = all(float(group["lr"]) == 0 for group in self.param_groups)
+        if not still or not grads or any(g.requires_grad or bool(sharded.part_of(g, p).any()) for p, g in grads):
+            return False
+        self._ensure([p for p, _ in grads])
+        return True
 
     def _update(
         self, entries: Sequence[Entry], grads: list[Tensor], due: Sequence[bool], curvature: Curvature | None
@@ -285,14 +327,14 @@ class AdaHessian(Observable, FollowsGradScaler):
         rescaled = grad_scale is not None and curvature is not None and curvature.unscaled
         if curvature is not None and (rescaled or curvature.must_fold(self._entries.values())):
             curvature.fold()
-        seed = self.param_groups[0]["seed"]
+        seed, grad_of = self._probe_seed, dict(zip(entries, grads, strict=True))
         for bucket, in_bucket in by_bucket(entries).items():
             groups = self._hyper.on(bucket.steps.device, self.param_groups)
             for kind, members in self._by_kind(in_bucket, due).items():
                 update_bucket(
                     bucket,
                     members,
-                    grads if len(members) == len(entries) else [entry.param.grad for entry in members],
+                    grads if len(members) == len(entries) else [grad_of[entry] for entry in members],
                     kind,
                     curvature,
                     groups,

@@ -35,18 +35,18 @@ def philox4x32(counter: tuple[Tensor, ...], seed: int, rounds: int = 10) -> tupl
     return c0, c1, c2, c3
 
 
-def rademacher_signs(numel: int, param_id: int, hessian_step: Tensor, seed: int, sample: int) -> Tensor:
-    """The probe z of a parameter's elements 0 ... numel - 1, in logical order: +1 and -1, int64, where hessian_step is.
+def rademacher_signs(numel: int, param_id: int, hessian_step: Tensor, seed: int, sample: int, first: int = 0) -> Tensor:
+    """The probe z of ``numel`` elements of a parameter, in logical order: +1 and -1, int64, where hessian_step is.
 
     Philox call number l // 128 of the parameter gives the signs of elements 128 (l // 128) ... + 127: element l reads
-    bit l % 32 of word (l // 32) % 4, and a set bit means -1.
+    bit l % 32 of word (l // 32) % 4, and a set bit means -1. The elements begin with number ``first``.
     """
     device = hessian_step.device
-    call = torch.arange(n_blocks(numel, 128), device=device)
+    call = torch.arange(first // 128, n_blocks(first + numel, 128), device=device)
     constant = torch.ones_like(call)
     words = philox4x32((call, constant * param_id, constant * (hessian_step & _MASK32), constant * sample), seed)
     bits = (torch.stack(words, 1)[..., None] >> torch.arange(32, device=device)) & 1
-    return (1 - 2 * bits).reshape(-1)[:numel]
+    return (1 - 2 * bits).reshape(-1)[first % 128 :][:numel]
 
 
 def rounding_bits(numel: int, param_id: int, step: Tensor, seed: int) -> Tensor:

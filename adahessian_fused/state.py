@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from .distributed.ranks import Ranks
 from .layout import compute_dtype, stored_dtype
 
 _COUNTS = ("step", "hessian_step")
@@ -48,6 +49,7 @@ class PortableState(Optimizer):
 
     backend: str
     state_dtype: torch.dtype | None = None  # of what was pickled before there was such an option
+    _ranks: Ranks | None = None
 
     def _reset(self) -> None:
         raise NotImplementedError
@@ -96,6 +98,8 @@ class PortableState(Optimizer):
             {p: {name: _own(value) for name, value in state.items()} for p, state in self.state.items()},
         )
         result |= {"backend": self.backend, "state_dtype": self.state_dtype}
+        if self._ranks is not None:
+            result["_ranks"] = self._ranks
         return result
 
     def __setstate__(self, state: dict[str, Any]) -> None:

@@ -14,7 +14,7 @@ DOCS = ROOT / "docs"
 PAGES = sorted([*DOCS.rglob("*.md"), ROOT / "README.md", ROOT / "examples" / "README.md"])
 NOT_RUN = "not run: "
 RUN_BY = {  # pages whose code needs more than a model and a few batches, and what runs it
-    "docs/distributed.md": "tests/distributed_checks.py",
+    "docs/distributed.md": "tests/distributed_wrappers.py",
     "docs/mixed_precision.md": "tests/test_mixed_precision_page.py",
     "docs/trainers.md": "tests/test_trainers.py",
 }

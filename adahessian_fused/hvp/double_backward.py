@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..distributed.sharded import any_sharded, joined
 from .errors import naming_the_operator
 
 NO_CURVATURE = (
@@ -92,6 +93,9 @@ def accumulate_grads(
         grads: their gradients; None is passed over.
         seed_gradient: what the backward pass started from, which must not become anybody's ``p.grad``.
     """
+    if any_sharded(params):
+        _accumulate_parts(params, grads)
+        return
     old, new = [], []
     seen = set() if seed_gradient is None else {seed_gradient.data_ptr()}
     for p, g in zip(params, grads, strict=True):
@@ -109,6 +113,15 @@ def accumulate_grads(
     if old:
         with torch.no_grad():
             torch._foreach_add_(old, new)
+
+
+def _accumulate_parts(params: Sequence[Tensor], parts: Sequence[Tensor | None]) -> None:
+    """The same for sharded parameters and this rank's part of their gradients."""
+    for p, part in zip(params, parts, strict=True):
+        if part is not None and p.grad is not None:
+            p.grad.add_(joined(part, p))
+        elif part is not None:
+            p.grad = joined(part, p)
 
 
 def release_graph(grads: Sequence[Tensor]) -> None:

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..curvature import by_bucket, draw_probe
+from ..curvature import by_bucket, draw_probe, drawable
+from ..distributed.sharded import any_sharded, part_of
 from ..layout import Bucket, Entry
 from .replay import Replay
 
@@ -57,12 +58,12 @@ class Moves:
 
     def to(self, distance: float, sample: int) -> None:
         """Write p + distance * z for probe number ``sample``."""
-        gaussian = distance != 0 and self._probe == "gaussian"
+        by_hand = distance != 0 and not drawable(self._entries, self._probe)
         for number, work in enumerate(self._work):
-            self._launch(*work, 0.0 if gaussian else distance, sample, save=number >= self._saved)
+            self._launch(*work, 0.0 if by_hand else distance, sample, save=number >= self._saved)
             self._saved = max(self._saved, number + 1)
-        if gaussian:
-            z = draw_probe(self._entries, self._backends, probe="gaussian", seed=self._seed, sample=sample)
+        if by_hand:
+            z = draw_probe(self._entries, self._backends, probe=self._probe, seed=self._seed, sample=sample)
             torch._foreach_add_([entry.param.detach() for entry in z], list(z.values()), alpha=distance)
         torch.clear_autocast_cache()  # it may hold 16-bit copies of the weights
 
@@ -167,13 +168,14 @@ class FiniteDifference:
     def _gradients(self) -> tuple[Any, list[Tensor | None]]:
         with torch.enable_grad():
             value = self._evaluate(self._differentiate)
-        grads = [p.grad for p in self._params]
+        grads = [p.grad if p.grad is None else part_of(p.grad, p) for p in self._params]
         for p in self._params:
             p.grad = None
         return value, grads
 
     def _differentiate(self, loss: Tensor, *, gradient: Tensor | None = None, **unused: Any) -> None:
-        torch.autograd.backward(loss, gradient, inputs=self._params)
+        # Sharded parameters are not in the graph themselves.
+        torch.autograd.backward(loss, gradient, inputs=None if any_sharded(self._params) else self._params)
 
 
 def warn_of_autocast(replay: Replay, epsilon: float) -> None:

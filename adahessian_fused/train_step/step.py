@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from .. import hvp
-from ..curvature import Curvature, draw_probe
+from ..curvature import draw_probe
 from ..optimizer import AdaHessian
 from .compiled import Compiled
 from .cuda_graph import Captured
@@ -208,10 +208,12 @@ class TrainStep:
     def _hand_over(self, params: Sequence[tuple[int, Tensor]], found: Derivatives, draw: _Probes) -> None:
         """Gradients to ``p.grad`` and products to the optimizer, as its own backward() leaves them."""
         opt = self.optimizer
+        average = opt._start_average(found.grads)
         hvp.accumulate_grads([p for _, p in params], found.grads)
-        if not found.probed:
+        opt._finish_average(average)
+        if not opt.needs_hessian or not (found.probed or average):
             return
-        curvature = Curvature(opt._tools, opt.param_groups[0]["seed"])
+        curvature = opt._gathered()
         entries = opt._ensure([params[i][1] for i in found.probed])
         for sample, products in enumerate(found.products):
             curvature.take(
@@ -237,7 +239,7 @@ class _Probes:
         opt = self._optimizer
         entries = opt._ensure([self._params[i][1] for i in numbers])
         options = opt.param_groups[0]
-        z = draw_probe(entries, opt._tools, probe=options["probe"], seed=options["seed"], sample=sample)
+        z = draw_probe(entries, opt._tools, probe=options["probe"], seed=opt._probe_seed, sample=sample)
         self.drawn.append(z)
         return [z[entry] for entry in entries]
 

@@ -1,0 +1,135 @@
+"""Sharded parameters (FSDP2, any DTensor): every rank updates its part, a contiguous range of whole rows."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+EXACT_IS_REFUSED = (
+    'hvp="{}" with sharded parameters (DTensor): FSDP gathers them for the forward pass, the sharded ones are not in '
+    'the graph, and so their gradients cannot be differentiated again; expected hvp="finite_difference" with '
+    "opt.step(closure) or opt.backward(function)"
+)
+# Where a DTensor's own attributes are looked at, it is typed Any: importing its class is slow.
+_PLAIN = {Tensor, torch.nn.Parameter, type(None)}
+
+
+def _dtensor() -> Any:
+    from torch.distributed.tensor import DTensor  # slow to import, and not everywhere
+
+    return DTensor
+
+
+def any_sharded(tensors: Sequence[Any]) -> bool:
+    """Whether one of them is a DTensor."""
+    kinds = set(map(type, tensors)) - _PLAIN
+    return bool(kinds) and torch.distributed.is_available() and any(issubclass(kind, _dtensor()) for kind in kinds)
+
+
+def is_sharded(tensor: Any) -> bool:
+    """Whether it is a DTensor."""
+    return any_sharded((tensor,))
+
+
+def local(tensor: Any) -> Tensor:
+    """The part of a DTensor that is in this rank's memory, that memory itself; other tensors as they are."""
+    if not is_sharded(tensor):
+        return tensor
+    with torch.no_grad():
+        return tensor.to_local()
+
+
+def part_of(tensor: Any, param: Any) -> Tensor:
+    """This rank's part of a tensor that belongs to a parameter, cut like the parameter's own.
+
+    Args:
+        tensor: a DTensor in any placement, or a plain tensor: that part already, or the whole.
+        param: the parameter.
+    """
+    if not is_sharded(param):
+        return tensor
+    if is_sharded(tensor):
+        same = tensor.placements == param.placements and tensor.device_mesh == param.device_mesh
+        return local(tensor if same else tensor.redistribute(param.device_mesh, param.placements))
+    mine = local(param)
+    if tensor.shape == param.shape != mine.shape:
+        begin = first_element(param) // max(math.prod(param.shape[1:]), 1)
+        return tensor[begin : begin + mine.shape[0]]
+    return tensor
+
+
+def joined(tensor: Tensor, param: Any) -> Tensor:
+    """A DTensor like the parameter whose part on this rank is ``tensor``, of which it shares the memory."""
+    if not is_sharded(param) or is_sharded(tensor):
+        return tensor
+    options = {"run_check": False, "shape": param.shape, "stride": param.stride()}
+    return _dtensor().from_local(tensor, param.device_mesh, param.placements, **options)
+
+
+def _cut(param: Any) -> tuple[int, int]:
+    """How many rows a full part of the parameter has, and this rank's number among the parts."""
+    shards = [(i, placement) for i, placement in enumerate(param.placements) if not placement.is_replicate()]
+    if not shards:
+        return max(param.shape[0] if param.ndim else 1, 1), 0
+    (axis, placement), *others = shards
+    if others or not placement.is_shard(0) or type(placement).__name__ != "Shard":
+        raise ValueError(
+            f"a parameter of shape {tuple(param.shape)} has placements {param.placements}; expected one Shard(0), and "
+            "Replicate() on further axes of the mesh. Other cuts are no contiguous range of elements"
+        )
+    return -(-param.shape[0] // param.device_mesh.size(axis)), param.device_mesh.get_local_rank(axis)
+
+
+def first_element(param: Tensor) -> int:
+    """Index, in the whole parameter, of the first element that this rank has; 0 if it is not sharded.
+
+    Raises:
+        ValueError: the parameter is cut in another way than by its rows.
+    """
+    if not is_sharded(param):
+        return 0
+    rows, number = _cut(param)
+    return min(rows * number, param.shape[0] if param.ndim else 1) * math.prod(param.shape[1:])
+
+
+def check_blocks(param: Tensor, block: int, name: str) -> None:
+    """Refuse averaging blocks (Eq. 7) that lie on two ranks; every rank finds the same.
+
+    Raises:
+        ValueError: a cut goes through a block.
+    """
+    if not is_sharded(param):
+        return
+    rows, _ = _cut(param)
+    if param.ndim and rows < param.shape[0] and rows * math.prod(param.shape[1:]) % block:
+        raise ValueError(
+            f"a cut after every {rows} rows, or {rows * math.prod(param.shape[1:])} elements, of {name}, of shape "
+            f'{tuple(param.shape)}, goes through averaging blocks of {block}; expected block_size="auto" or "row", '
+            "whose blocks are parts of rows, or 1 for this parameter"
+        )
+
+
+def check_options(group: dict[str, Any], *, has_group: bool) -> None:
+    """Refuse options of a parameter group that do not work with sharded parameters.
+
+    Args:
+        group: the parameter group.
+        has_group: whether the optimizer has a process group.
+
+    Raises:
+        ValueError: an option is out of the question.
+    """
+    if not any_sharded(group["params"]):
+        return
+    if has_group:
+        raise ValueError(
+            "process_group is given for sharded parameters (DTensor); expected None, FSDP averages their gradients"
+        )
+    if group["probe"] == "gaussian":
+        raise ValueError('probe="gaussian" with sharded parameters; expected "rademacher", drawn for each element')
+    if group["off_step"] == "stale" and group["update_each"] > 1:
+        raise ValueError('off_step="stale" with sharded parameters; expected "hold"')

@@ -1,0 +1,203 @@
+"""What goes over the wire, overflows, wrong use, and ranks that fail; run by test_distributed.py."""
+
+from __future__ import annotations
+
+import datetime
+import os
+import time
+import warnings
+
+import pytest
+import torch
+import torch.distributed as dist
+from distributed_problem import (
+    backward,
+    batch,
+    bytes_reduced,
+    everything,
+    loss_of,
+    make_model,
+    same_bits,
+    snapshot,
+)
+from ranks import Ranks, worlds
+from torch import nn
+
+from adahessian_fused import AdaHessian
+
+# ---- what goes over the wire -----------------------------------------------------------------------------------------
+
+
+def check_traffic_is_one_and_one_bth(ranks):
+    model = nn.Sequential(nn.Conv2d(1, 8, 3), nn.Tanh(), nn.Conv2d(8, 8, 3), nn.Tanh(), nn.Flatten(), nn.Linear(32, 4))
+    params = list(model.parameters())
+    d, blocks = sum(p.numel() for p in params), sum(p.shape[:2].numel() if p.ndim == 4 else p.numel() for p in params)
+    opt = AdaHessian(params, process_group=ranks.group, update_each=2)
+    x, y = batch(0, dtype=torch.float32)
+
+    def step():
+        opt.zero_grad()
+        opt.backward(loss_of(model, x, y))
+        nn.utils.clip_grad_norm_(params, 0.1)  # which does not make gradients this rank's own
+        opt.step()
+
+    def backward_only():
+        with opt.no_sync():
+            opt.backward(loss_of(model, x, y))
+
+    per_tensor = len(params)  # the number of ranks that have it travels along
+    assert bytes_reduced(step) == 4 * (d + per_tensor + blocks + per_tensor)
+    assert bytes_reduced(step) == 4 * (d + per_tensor)
+    assert bytes_reduced(backward_only) == 0
+
+
+def check_gradients_travel_while_products_are_computed(ranks):
+    model, (x, y) = make_model(), batch(0)
+    opt = AdaHessian(model.parameters(), process_group=ranks.group)
+    order = []
+    reduce, differentiate = dist.all_reduce, opt._differentiate
+    opt._differentiate = lambda *args, **kwargs: (order.append("Hz"), differentiate(*args, **kwargs))
+
+    def all_reduce(tensor, *args, async_op=False, **kwargs):
+        order.append(f"{tensor.numel()} async={async_op}")
+        return reduce(tensor, *args, async_op=async_op, **kwargs)
+
+    dist.all_reduce = all_reduce
+    try:
+        opt.backward(loss_of(model, x, y))
+    finally:
+        dist.all_reduce = reduce
+    d = sum(p.numel() + 1 for p in model.parameters())
+    assert order == [f"{d} async=True", "Hz"]
+
+
+# ---- GradScaler ------------------------------------------------------------------------------------------------------
+
+
+def check_all_ranks_skip_if_one_overflows(ranks):
+    for style, unscale_first in ((s, u) for s in ("backward", "scaled", "create_graph") for u in (False, True)):
+        model = make_model(torch.float32)
+        opt = AdaHessian(model.parameters(), process_group=ranks.group, update_each=2)
+        scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
+        for step in range(4):
+            x, y = batch(step, dtype=torch.float32)
+            loss = loss_of(model, x, y)
+            if step >= 2 and ranks.rank == ranks.size - 1:
+                loss = loss * torch.inf
+            before = [p.clone() for p in model.parameters()]
+            opt.zero_grad()
+            if style == "backward":
+                opt.backward(loss, grad_scaler=scaler)
+            elif style == "scaled":
+                opt.backward(scaler.scale(loss))
+            else:
+                scaler.scale(loss).backward(create_graph=opt.needs_hessian)
+            if unscale_first:
+                opt.unscale_(scaler)
+            scaler.step(opt)
+            scaler.update()
+            assert all(map(torch.equal, before, model.parameters())) == (step >= 2)
+        assert scaler.get_scale() == 2.0**8
+        assert opt.param_groups[0]["step"] == 2
+        assert same_bits(everything(model, opt), ranks.group)
+
+
+def check_all_ranks_skip_if_the_curvature_of_one_overflows(ranks):
+    """The gradient is finite, the second derivative of x^1.5 at 0 is not."""
+    for unscale_first in (False, True):
+        model, (x, y) = make_model(torch.float32), batch(0, dtype=torch.float32)
+        model[5].bias.data.zero_()
+        opt = AdaHessian(model.parameters(), process_group=ranks.group)
+        scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
+        before = [p.clone() for p in model.parameters()]
+        loss = loss_of(model, x, y)
+        if ranks.rank == ranks.size - 1:
+            loss = loss + model[5].bias.pow(1.5).sum()
+        opt.backward(loss, grad_scaler=scaler)
+        if unscale_first:
+            scaler.unscale_(opt)
+        scaler.step(opt)
+        scaler.update()
+        assert scaler.get_scale() == 2.0**9
+        assert all(map(torch.equal, before, model.parameters()))
+
+
+# ---- errors ----------------------------------------------------------------------------------------------------------
+
+
+def check_wrong_use_is_named(ranks):
+    model, (x, y) = make_model(), batch(0)
+    with pytest.raises(TypeError, match=r"process_group is a str; expected a torch\.distributed process group"):
+        AdaHessian(model.parameters(), process_group="nccl")
+    first = dist.new_group([0])
+    if ranks.rank > 0:
+        with pytest.raises((ValueError, TypeError), match="process_group"):
+            AdaHessian(model.parameters(), process_group=first)
+    opt = AdaHessian(model.parameters(), process_group=ranks.group)
+    with pytest.raises(ValueError, match="batch_size=-1; expected a number of examples"):
+        opt.backward(loss_of(model, x, y), batch_size=-1)
+    loss_of(model, x, y).backward()
+    with pytest.raises(RuntimeError, match="this step needs curvature"):
+        opt.step()
+    opt.zero_grad()
+    scaler = torch.amp.GradScaler("cpu")
+    scaler.scale(loss_of(model, x, y)).backward(create_graph=True)
+    scaler.unscale_(opt)
+    with pytest.raises(RuntimeError, match=r"scaler\.unscale_\(opt\) has looked at the gradients of this rank alone"):
+        scaler.step(opt)
+    opt.zero_grad()
+    lonely = AdaHessian(model.parameters())
+    with pytest.warns(UserWarning, match=f"{ranks.size} ranks, but this optimizer has no process_group"):
+        lonely.backward(loss_of(model, x, y))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        lonely.backward(loss_of(model, x, y))
+
+
+# ---- ranks that fail -------------------------------------------------------------------------------------------------
+
+
+def _trained(ranks: Ranks, group) -> tuple[nn.Module, AdaHessian]:
+    model, (x, y) = make_model(), batch(0)
+    opt = AdaHessian(model.parameters(), process_group=group, lr=0.05)
+    backward(model, opt, x, y)
+    return model, opt
+
+
+def _nothing_happened(model, opt, before) -> bool:
+    tensors, steps = snapshot(model, opt)
+    return all(map(torch.equal, tensors, before[0])) and steps == before[1]
+
+
+def check_a_hanging_rank_is_an_error_on_the_others(ranks):
+    seconds = 1.5
+    for last_call in ("nothing", "backward"):
+        group = dist.new_group(timeout=datetime.timedelta(seconds=seconds))
+        model, opt = _trained(ranks, group)
+        before, (x, y) = snapshot(model, opt), batch(1)
+        opt.zero_grad()
+        start = time.monotonic()
+        if ranks.rank == ranks.size - 1:
+            if last_call == "backward":
+                opt.backward(loss_of(model, x, y))
+            time.sleep(seconds + 1)
+        else:
+            with pytest.raises(RuntimeError, match=r"(?i)timed? ?out"):  # noqa: PT012 - either of them
+                opt.backward(loss_of(model, x, y))
+                assert last_call == "backward"
+                opt.step()
+            assert time.monotonic() - start < 2 * seconds
+        assert _nothing_happened(model, opt, before)
+
+
+@worlds(2, 3, kills=True)
+def check_a_rank_that_dies_is_an_error_on_the_others(ranks):
+    model, opt = _trained(ranks, ranks.group)
+    before, (x, y) = snapshot(model, opt), batch(1)
+    opt.zero_grad()
+    opt.backward(loss_of(model, x, y))
+    if ranks.rank == ranks.size - 1:
+        os._exit(1)
+    with pytest.raises(RuntimeError):
+        opt.step()
+    assert _nothing_happened(model, opt, before)

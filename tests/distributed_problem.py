@@ -1,0 +1,127 @@
+"""A small problem that several ranks solve together, and one process alone."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.nn import functional as F
+
+from adahessian_fused import AdaHessian
+
+STEPS = 4
+EXACT = 1e-11  # float64; sums over the batch in another order, and the steps after them
+DIFFERENCES = 1e-6  # the same behind finite differences at a distance of 2^-23
+N = 12  # examples of a joint batch; 2 and 3 divide it
+SETTINGS = {"lr": 0.05, "weight_decay": 0.01, "update_each": 2}
+
+
+def make_model(dtype: torch.dtype = torch.float64) -> nn.Module:
+    """A smooth network with a convolution, whose kernels are averaged over blocks of 9."""
+    torch.manual_seed(1)
+    layers = nn.Conv2d(1, 3, 3), nn.Tanh(), nn.Flatten(), nn.Linear(3 * 16, 5), nn.Tanh(), nn.Linear(5, 3)
+    return nn.Sequential(*layers).to(dtype)
+
+
+def batch(step: int, n: int = N, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
+    """The joint batch of a step, the same on every rank."""
+    random = torch.Generator().manual_seed(100 + step)
+    inputs = torch.randn(n, 1, 6, 6, generator=random, dtype=torch.float64).to(dtype)
+    return inputs, torch.randint(0, 3, (n,), generator=random)
+
+
+def loss_of(model: nn.Module, inputs: Tensor, targets: Tensor) -> Tensor:
+    return F.cross_entropy(model(inputs), targets)
+
+
+def alone(steps: int, n: Callable[[int], int] = lambda step: N, **options) -> nn.Module:
+    """The model after training in one process on the joint batches."""
+    model = make_model()
+    opt = AdaHessian(model.parameters(), **SETTINGS | options)
+    for step in range(steps):
+        inputs, targets = batch(step, n(step))
+        opt.step(lambda: loss_of(model, inputs, targets))  # noqa: B023 - called at once
+    return model
+
+
+def values(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Plain tensors; the whole of what is sharded."""
+    return [t.detach().full_tensor() if isinstance(t, DTensor) else t.detach() for t in tensors]
+
+
+def deviation(model: nn.Module, expected: nn.Module) -> float:
+    """The largest difference of a parameter, relative to the largest of its tensor."""
+    pairs = zip(values(list(model.parameters())), values(list(expected.parameters())), strict=True)
+    return max(float((a - b).abs().max() / b.abs().max()) for a, b in pairs)
+
+
+def same_bits(tensors: Sequence[Tensor], group: dist.ProcessGroup) -> bool:
+    """Whether all ranks hold the same bytes."""
+    mine = [t.detach().contiguous().clone() for t in tensors]
+    theirs = [None] * dist.get_world_size(group)
+    dist.all_gather_object(theirs, mine, group=group)
+    return all(torch.equal(a, b) for other in theirs for a, b in zip(mine, other, strict=True))
+
+
+def everything(model: nn.Module, opt: AdaHessian) -> list[Tensor]:
+    """Parameters and states."""
+    return [*model.parameters(), *(v for s in opt.state.values() for v in s.values() if isinstance(v, Tensor))]
+
+
+def snapshot(model: nn.Module, opt: AdaHessian) -> tuple:
+    """What a failed step must not change."""
+    return copy.deepcopy([t.detach() for t in everything(model, opt)]), [g["step"] for g in opt.param_groups]
+
+
+# ---- ways to take a step ---------------------------------------------------------------------------------------------
+
+
+def backward(model, opt, x, y):
+    opt.zero_grad()
+    opt.backward(loss_of(model, x, y))
+    opt.step()
+
+
+def closure(model, opt, x, y):
+    opt.step(lambda: loss_of(model, x, y))
+
+
+def standard_closure(model, opt, x, y):
+    def evaluate():
+        opt.zero_grad()
+        loss = loss_of(model, x, y)
+        loss.backward()
+        return loss
+
+    opt.step(evaluate)
+
+
+def hooked(model, opt, x, y):
+    opt.zero_grad()
+    with opt.hook_backward():
+        loss_of(model, x, y).backward()
+    opt.step()
+
+
+# ---- traffic ---------------------------------------------------------------------------------------------------------
+
+
+def bytes_reduced(run) -> int:
+    """Bytes of the all-reduces of this package while something runs; DDP's own do not come through here."""
+    total, original = 0, dist.all_reduce
+
+    def counted(tensor, *args, **kwargs):
+        nonlocal total
+        total += tensor.nbytes
+        return original(tensor, *args, **kwargs)
+
+    dist.all_reduce = counted
+    try:
+        run()
+    finally:
+        dist.all_reduce = original
+    return total

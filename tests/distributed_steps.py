@@ -1,0 +1,226 @@
+"""What every step does on 2 and on 3 ranks; run by test_distributed.py, one process group for each check."""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from distributed_problem import (
+    DIFFERENCES,
+    EXACT,
+    SETTINGS,
+    STEPS,
+    N,
+    alone,
+    backward,
+    batch,
+    closure,
+    deviation,
+    everything,
+    hooked,
+    loss_of,
+    make_model,
+    same_bits,
+    standard_closure,
+)
+from ranks import Ranks
+from torch import nn
+from torch.nn import functional as F
+from torch.nn.parallel import DistributedDataParallel
+
+from adahessian_fused import AdaHessian, TrainStep
+from adahessian_fused.curvature import draw_probe
+
+
+def together(ranks: Ranks, step, **options):
+    """A model trained on all ranks with a step of the check's, which gets model, optimizer and this rank's part."""
+    model = make_model()
+    opt = AdaHessian(model.parameters(), process_group=ranks.group, **SETTINGS | options)
+    for i in range(STEPS):
+        inputs, targets = batch(i)
+        step(model, opt, inputs[ranks.share(N)], targets[ranks.share(N)])
+    assert same_bits(everything(model, opt), ranks.group)
+    return model
+
+
+def create_graph(model, opt, x, y):
+    opt.zero_grad()
+    loss_of(model, x, y).backward(create_graph=opt.needs_hessian)
+    opt.step()
+
+
+def two_micro_batches(model, opt, x, y):
+    opt.zero_grad()
+    half = len(x) // 2
+    with opt.no_sync():
+        opt.backward(loss_of(model, x[:half], y[:half]) / 2)
+    opt.backward(loss_of(model, x[half:], y[half:]) / 2)
+    opt.step()
+
+
+def backward_and_more(model, opt, x, y):
+    """On off-steps, a second gradient that the optimizer does not see."""
+    opt.zero_grad()
+    opt.backward(loss_of(model, x, y) / 2)
+    if opt.needs_hessian:
+        opt.backward(loss_of(model, x, y) / 2)
+    else:
+        (loss_of(model, x, y) / 2).backward()
+    opt.step()
+
+
+def never_in_sync(model, opt, x, y):
+    opt.zero_grad()
+    with opt.no_sync():
+        opt.backward(loss_of(model, x, y))
+        opt.step()
+
+
+def train_step(model, opt, x, y):
+    TrainStep(model, F.cross_entropy, opt, compile=False)(x, y)
+
+
+def user_diagonal(model, opt, x, y):
+    params = list(model.parameters())
+    opt.zero_grad()
+    loss_of(model, x, y).backward()
+    opt.step(hessian=[torch.full_like(p, 1.0 + len(x)) for p in params])
+
+
+WAYS = (
+    *(backward, closure, standard_closure, create_graph, hooked),
+    *(two_micro_batches, backward_and_more, never_in_sync, train_step),
+)
+
+
+def check_every_style_equals_the_joint_batch(ranks):
+    expected = alone(STEPS)
+    for way in WAYS:
+        found = deviation(together(ranks, way, probe_per_rank=False), expected)
+        assert found < EXACT, (way.__name__, found)
+
+
+def check_every_option_equals_the_joint_batch(ranks):
+    for options in (
+        {"averaging": "abs"},
+        {"n_samples": 2},
+        {"block_size": 7},
+        {"block_size": "tensor", "off_step": "stale"},
+        {"probe": "gaussian"},
+        {"maximize": True, "update_each": 1},
+        {"backend": "reference"},
+        {"hvp": "forward_over_reverse"},
+        {"hvp": "finite_difference"},
+    ):
+        found = deviation(together(ranks, closure, probe_per_rank=False, **options), alone(STEPS, **options))
+        assert found < (DIFFERENCES if options.get("hvp") == "finite_difference" else EXACT), (options, found)
+
+
+def check_ranks_stay_bit_identical_for_100_steps(ranks):
+    model = make_model(torch.float32)
+    opt = AdaHessian(model.parameters(), process_group=ranks.group, lr=0.1, update_each=3)
+    for step in range(100):
+        x, y = batch(step, dtype=torch.float32)
+        backward(model, opt, x[ranks.share(N)], y[ranks.share(N)])
+    assert same_bits(everything(model, opt), ranks.group)
+    assert opt.state[model[0].weight]["hessian_step"] == 34
+
+
+def check_per_rank_probes_are_samples_of_their_own(ranks):
+    """The mean over ranks of z_r * H z_r for different z_r, with one Hessian: the same batch everywhere."""
+    for hvp in ("autograd", "finite_difference"):
+        model, (x, y) = make_model(), batch(0)
+        ddp = DistributedDataParallel(model, process_group=ranks.group)
+        opt = AdaHessian(model.parameters(), process_group=ddp, block_size=1, hvp=hvp)
+        opt.backward(lambda: loss_of(ddp, x, y))  # noqa: B023 - called at once
+        _check_mean_diagonal(ranks, model, opt, x, y, 1e-9 if hvp == "autograd" else DIFFERENCES)
+
+
+def _check_mean_diagonal(ranks, model, opt, x, y, tolerance):
+    entries = list(opt._entries.values())
+    own = draw_probe(entries, opt._tools, probe="rademacher", seed=opt._probe_seed, sample=0)
+    probes = [None] * ranks.size
+    dist.all_gather_object(probes, [own[entry].clone() for entry in entries], group=ranks.group)
+    assert not all(torch.equal(a, b) for a, b in zip(probes[0], probes[1], strict=True))
+    params = list(model.parameters())
+    grads = torch.autograd.grad(loss_of(model, x, y), params, create_graph=True)
+    products = [torch.autograd.grad(grads, params, z, retain_graph=True) for z in probes]
+    opt.step()
+    for i, entry in enumerate(entries):
+        mean = sum(z[i] * h[i] for z, h in zip(probes, products, strict=True)) / ranks.size
+        torch.testing.assert_close(opt.hessian_diag(entry.param), mean.abs(), rtol=tolerance, atol=1e-3 * tolerance)
+
+
+def _uneven(ranks: Ranks, n: int) -> slice:
+    """This rank's part of n examples: two on the first, the rest on the second, none on the third."""
+    sizes = [2, n - 2, 0][: ranks.size]
+    begin = sum(sizes[: ranks.rank])
+    return slice(begin, begin + sizes[ranks.rank])
+
+
+def check_uneven_batches_are_weighted(ranks):
+    model, expected = make_model(), alone(STEPS, lambda step: 7)
+    opt = AdaHessian(model.parameters(), process_group=ranks.group, probe_per_rank=False, **SETTINGS)
+    for step in range(STEPS):
+        inputs, targets = batch(step, 7)
+        mine = _uneven(ranks, 7)
+        x, y = inputs[mine], targets[mine]
+        opt.zero_grad()
+        loss = loss_of(model, x, y) if len(x) else None
+        if step == 2 and len(x):
+            opt.backward(lambda: loss_of(model, x, y), batch_size=len(x))  # noqa: B023
+        else:
+            opt.backward(loss, batch_size=len(x))
+        opt.step()
+    assert deviation(model, expected) < EXACT
+
+
+def check_weights_inside_closures(ranks):
+    model, expected = make_model(), alone(1, lambda step: 7)
+    opt = AdaHessian(model.parameters(), process_group=ranks.group, probe_per_rank=False, **SETTINGS)
+    inputs, targets = batch(0, 7)
+    mine = ranks.share(7)
+    opt.step(lambda: loss_of(model, inputs[mine], targets[mine]) * opt.batch_weight(len(inputs[mine])))
+    assert deviation(model, expected) < EXACT
+
+
+class Branches(nn.Module):
+    """Every example goes through the first branch or the second; the third is for nobody."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(3)
+        self.branches = nn.ModuleList(nn.Linear(4, 2) for _ in range(3))
+        self.double()
+
+    def forward(self, x, which):
+        return torch.tanh(self.branches[which](x))
+
+
+def check_parameters_that_only_some_ranks_use(ranks):
+    random = torch.Generator().manual_seed(5)
+    for way in ("backward", "create_graph", "finite_difference"):
+        x = torch.randn(STEPS, ranks.size, 5, 4, generator=random, dtype=torch.float64)
+        models = [Branches(), Branches()]
+        options = SETTINGS | {"probe_per_rank": False} | ({"hvp": way} if way == "finite_difference" else {})
+        opts = [
+            AdaHessian(models[0].parameters(), process_group=ranks.group, **options),
+            AdaHessian(models[1].parameters(), **options),
+        ]
+        for step in range(STEPS):
+            # In the last step rank 0 alone uses the first branch, before that the last rank alone the second.
+            branch = [int(r == ranks.size - 1) if step < STEPS - 1 else int(r > 0) for r in range(ranks.size)]
+            models[1].zero_grad()
+            opts[1].zero_grad()
+            losses = lambda model, of: [model(x[step, r], branch[r]).square().mean() for r in of]  # noqa: B023, E731
+            opts[1].backward(lambda: sum(losses(models[1], range(ranks.size))) / ranks.size)  # noqa: B023
+            opts[1].step()
+            opts[0].zero_grad()
+            if way == "create_graph":
+                (loss,) = losses(models[0], [ranks.rank])
+                loss.backward(create_graph=opts[0].needs_hessian)
+            else:
+                opts[0].backward(lambda: losses(models[0], [ranks.rank])[0])  # noqa: B023
+            opts[0].step()
+            assert all(p.grad is None for p in models[0].branches[2].parameters())
+        assert deviation(models[0], models[1]) < (DIFFERENCES if way == "finite_difference" else EXACT), way
+        assert same_bits(everything(models[0], opts[0]), ranks.group)

@@ -1,0 +1,254 @@
+"""DDP, FSDP2 and checkpoints on several ranks, and the page about them; run by test_distributed.py."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from distributed_problem import (
+    DIFFERENCES,
+    EXACT,
+    SETTINGS,
+    STEPS,
+    N,
+    alone,
+    backward,
+    batch,
+    bytes_reduced,
+    closure,
+    deviation,
+    everything,
+    hooked,
+    loss_of,
+    make_model,
+    same_bits,
+    standard_closure,
+)
+from ranks import Ranks, worlds
+from torch import nn
+from torch.distributed import checkpoint
+from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+from torch.nn import functional as F
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from adahessian_fused import AdaHessian
+
+# ---- DistributedDataParallel -----------------------------------------------------------------------------------------
+
+
+def _parts(x):
+    return x[: len(x) // 2], x[len(x) // 2 :]
+
+
+def ddp_micro_batches(model, opt, x, y):
+    (x1, x2), (y1, y2) = _parts(x), _parts(y)
+    opt.zero_grad()
+    with model.no_sync():
+        opt.backward(loss_of(model, x1, y1) / 2)
+    opt.backward(loss_of(model, x2, y2) / 2)
+    opt.step()
+
+
+def ddp_unwrapped(model, opt, x, y):
+    backward(model.module, opt, x, y)
+
+
+def ddp_unwrapped_on_off_steps(model, opt, x, y):
+    opt.zero_grad()
+    if opt.needs_hessian:
+        opt.backward(loss_of(model, x, y))
+    else:
+        loss_of(model.module, x, y).backward()
+    opt.step()
+
+
+def ddp_first_order_as_ever(model, opt, x, y):
+    opt.zero_grad()
+    if opt.needs_hessian:
+        opt.backward(loss_of(model.module, x, y))
+    else:
+        loss_of(model, x, y).backward()
+    opt.step()
+
+
+def check_ddp_equals_the_joint_batch(ranks):
+    expected = alone(STEPS)
+    around = (ddp_unwrapped, ddp_unwrapped_on_off_steps)  # without its hooks on off-steps
+    ways = (backward, closure, standard_closure, hooked, ddp_micro_batches, ddp_first_order_as_ever, *around)
+    for knows_ddp in (True, False):
+        for way in ways:
+            model = make_model()
+            ddp = DistributedDataParallel(model, process_group=ranks.group)
+            handle = ddp if knows_ddp else ranks.group
+            opt = AdaHessian(ddp.parameters(), process_group=handle, probe_per_rank=False, **SETTINGS)
+            off_steps = 0
+            for step in range(STEPS):
+                inputs, targets = batch(step)
+                x, y = inputs[ranks.share(N)], targets[ranks.share(N)]
+                first_order = not opt.needs_hessian
+                off_steps += first_order * bytes_reduced(lambda: way(ddp, opt, x, y))  # noqa: B023
+            assert deviation(model, expected) < EXACT, (way.__name__, knows_ddp)
+            assert same_bits(everything(model, opt), ranks.group)
+            # DDP has averaged the gradients of first-order steps, and nobody does it again.
+            assert (off_steps == 0) == (knows_ddp and way not in around), (way.__name__, knows_ddp, off_steps)
+
+
+def check_finite_differences_through_ddp(ranks):
+    expected = alone(STEPS, hvp="finite_difference")
+    options = {"hvp": "finite_difference", **SETTINGS}
+    for group in ("ddp", None):  # averaged here, or by DDP's hooks at both ends of the difference
+        model = make_model()
+        ddp = DistributedDataParallel(model, process_group=ranks.group)
+        handle = {"process_group": ddp, "probe_per_rank": False} if group else {}
+        opt = AdaHessian(ddp.parameters(), **options, **handle)
+        for step in range(STEPS):
+            inputs, targets = batch(step)
+            standard_closure(ddp, opt, inputs[ranks.share(N)], targets[ranks.share(N)])
+        assert deviation(model, expected) < DIFFERENCES, group
+        assert same_bits(everything(model, opt), ranks.group)
+
+
+def check_per_rank_differences_refuse_ddp_hooks(ranks):
+    """The hooks would mix gradients at the points of different probes."""
+    ddp = DistributedDataParallel(make_model(), process_group=ranks.group)
+    opt = AdaHessian(ddp.parameters(), process_group=ranks.group, hvp="finite_difference")
+    before = [p.clone() for p in ddp.parameters()]
+    x, y = batch(0)
+    with pytest.raises(RuntimeError, match=r"expected AdaHessian\(\.\.\., process_group=<that module>\)"):
+        standard_closure(ddp, opt, x, y)
+    assert all(map(torch.equal, before, ddp.parameters()))
+
+
+# ---- sharded parameters (FSDP2) --------------------------------------------------------------------------------------
+
+
+def _sharded(ranks: Ranks, **options) -> tuple[nn.Module, AdaHessian]:
+    model, mesh = make_model(), DeviceMesh.from_group(ranks.group, "cpu")
+    fully_shard(model[3], mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    return model, AdaHessian(model.parameters(), hvp="finite_difference", **SETTINGS | options)
+
+
+def check_fsdp_equals_the_joint_batch(ranks):
+    """Same probes too: rows of the convolution and of the matrices lie on all ranks, unevenly."""
+    expected = alone(STEPS, hvp="finite_difference")
+    for way in (closure, standard_closure, "function"):
+        model, opt = _sharded(ranks)
+        for step in range(STEPS):
+            inputs, targets = batch(step)
+            x, y = inputs[ranks.share(N)], targets[ranks.share(N)]
+            if way == "function":
+                opt.zero_grad()
+                opt.backward(lambda: loss_of(model, x, y))  # noqa: B023
+                opt.step()
+            else:
+                way(model, opt, x, y)
+        assert deviation(model, expected) < DIFFERENCES, way
+        weight = model[3].weight
+        assert opt.state[weight]["exp_avg"].placements == weight.placements
+        assert opt.hessian_diag(weight).full_tensor().shape == weight.shape
+
+
+class Collectives(TorchDispatchMode):
+    """Counts them inside it."""
+
+    def __init__(self):
+        super().__init__()
+        self.counts = Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.counts[str(func)] += func.namespace in ("c10d", "_c10d_functional")
+        self.counts += Counter()  # without zeros
+        return func(*args, **(kwargs or {}))
+
+
+def check_fsdp_communicates_once_for_each_pass(ranks):
+    """A finite difference is two passes, and the curvature of a shard is nobody else's business."""
+    model, opt = _sharded(ranks)
+    x, y = batch(0)
+    counts = []
+    for _ in range(2):
+        with Collectives() as mode:
+            closure(model, opt, x, y)
+        counts.append(mode.counts)
+    with_curvature, without = counts
+    assert len(without) == 2  # kinds: gathering and scattering
+    assert with_curvature == {op: 2 * n for op, n in without.items()}
+
+
+def check_what_sharded_parameters_do_not_allow(ranks):
+    x, y = batch(0)
+    model, opt = _sharded(ranks, block_size="tensor")
+    with pytest.raises(ValueError, match=r"a cut after every . rows, .* goes through averaging blocks of 27"):
+        closure(model, opt, x, y)
+    for hvp in ("autograd", "forward_over_reverse"):
+        exact = AdaHessian(model.parameters(), hvp=hvp)
+        with pytest.raises(RuntimeError, match=rf'hvp="{hvp}" with sharded parameters .* expected hvp="finite_diff'):
+            closure(model, exact, x, y)
+    for options, message in (
+        ({"process_group": ranks.group}, "process_group is given for sharded parameters"),
+        ({"probe": "gaussian"}, 'probe="gaussian" with sharded'),
+        ({"off_step": "stale", "update_each": 2}, 'off_step="stale" with sharded'),
+    ):
+        with pytest.raises(ValueError, match=message):
+            AdaHessian(model.parameters(), **options)
+
+
+@worlds(2, 3, 1)
+def check_checkpoint_of_two_ranks_resumes_on_one_and_three(ranks):
+    """Saved in the world of 2, which runs first; the world of 1 is an ordinary model."""
+    if ranks.size == 1:
+        model = make_model()
+        opt = AdaHessian(model.parameters(), hvp="finite_difference", **SETTINGS)
+    else:
+        model, opt = _sharded(ranks)
+
+    def train(first, last):
+        for step in range(first, last):
+            inputs, targets = batch(step)
+            closure(model, opt, inputs[ranks.share(N)], targets[ranks.share(N)])
+
+    def state():
+        return {"model": model.state_dict(), "optimizer": get_optimizer_state_dict(model, opt)}
+
+    if ranks.size == 2:
+        train(0, 3)
+        checkpoint.save(state(), checkpoint_id=ranks.folder / "saved", process_group=ranks.group)
+    else:
+        loaded = state()
+        assert opt.param_groups[0]["step"] == 0
+        checkpoint.load(loaded, checkpoint_id=ranks.folder / "saved", process_group=ranks.group)
+        model.load_state_dict(loaded["model"])
+        set_optimizer_state_dict(model, opt, loaded["optimizer"])
+        assert opt.param_groups[0]["step"] == 3
+        assert opt.state[model[0].weight]["hessian_step"] == 2
+    train(3, 6)  # an off-step first
+    assert deviation(model, alone(6, hvp="finite_difference")) < DIFFERENCES
+
+
+# ---- documentation ---------------------------------------------------------------------------------------------------
+
+
+def check_the_recipes_of_the_documentation_run(ranks):
+    """The blocks of docs/distributed.md in their order; the ranks agree after each."""
+    page = (Path(__file__).parents[1] / "docs" / "distributed.md").read_text()
+    parts = [batch(i, dtype=torch.float32) for i in range(3)]
+    names = {"torch": torch, "dist": dist, "loss_fn": F.cross_entropy, "folder": ranks.folder / str(ranks.size)}
+    names |= {"make_model": lambda: make_model(torch.float32), "mesh": DeviceMesh.from_group(ranks.group, "cpu")}
+    names |= {"batches": [(x[ranks.share(N)], y[ranks.share(N)]) for x, y in parts]}
+    blocks = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    assert len(blocks) == 6
+    for block in blocks:
+        exec(block, names)
+        assert names["opt"].state
+        if not any(isinstance(p, DTensor) for p in names["model"].parameters()):
+            assert same_bits(everything(names["model"], names["opt"]), ranks.group)
+    assert names["opt"].param_groups[0]["step"] == 3  # loaded

@@ -1,0 +1,30 @@
+"""Several ranks on one machine: gloo, CPU. The checks are in the files below; all of them share one launch a world."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import ranks
+
+pytestmark = pytest.mark.xdist_group("distributed")
+
+NAMES = ("distributed_steps.py", "distributed_wrappers.py", "distributed_failures.py")
+FILES = [Path(__file__).with_name(name) for name in NAMES]
+LINES = [line for file in FILES for line in file.read_text().splitlines()]
+CHECKS = [line.split("(")[0].removeprefix("def ") for line in LINES if line.startswith("def check_")]
+
+
+@pytest.fixture(scope="module")
+def results():
+    return ranks.run(FILES, [2, 3, 1])
+
+
+@pytest.mark.parametrize("world", ["1", "2", "3"])
+@pytest.mark.parametrize("name", CHECKS)
+def test_on_all_ranks(results, name, world):
+    if name not in results[world]:
+        assert any(name in checks for checks in results.values())
+        return  # it is for other numbers of ranks
+    failures = [f"rank {rank}: {error}" for rank, error in enumerate(results[world][name]) if error]
+    assert not failures, "\n".join(failures)
