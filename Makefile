@@ -44,8 +44,8 @@ $(VENV)/.ready: constraints.txt pyproject.toml
 $(VENV)/.tools: $(VENV)/.ready
 	$(PY) -m pip install -q -c constraints.txt sacrebleu markdown-it-py \
 	  pytest hypothesis pytest-timeout pytest-xdist ruff mypy clang-format
-	$(PY) -m pip install -q --no-compile -c constraints.txt lightning accelerate transformers
-	$(PY) -m pip install -q -c constraints.txt --no-deps timm tensorboard absl-py protobuf
+	$(PY) -m pip install -q --no-compile -c constraints.txt lightning accelerate transformers tensorboard
+	$(PY) -m pip install -q -c constraints.txt --no-deps timm
 	@touch $@
 
 SOURCES := $(wildcard csrc/*.h csrc/*.cpp csrc/cpu/* csrc/cuda/*) CMakeLists.txt setup.py
@@ -68,7 +68,7 @@ paper: $(VENV)/.tools $(VENV)/.built
 	$(PY) -m paper $(ARGS)
 
 test: $(VENV)/.tools $(VENV)/.built cpp-test
-	OMP_WAIT_POLICY=passive $(PY) -m pytest -q -n $(WORKERS) --dist loadgroup --require $(REQUIRE) $(ARGS)
+	OMP_WAIT_POLICY=passive $(PY) -m pytest -q -n $(WORKERS) --dist loadfile --require $(REQUIRE) $(ARGS)
 
 # csrc without Python and torch: its tests with sanitizers, and its benchmark without. BASELINE_ONLY=OFF compiles, and
 # tests, the kernels for every instruction set, which takes minutes; SANITIZE=thread looks for races.

@@ -28,7 +28,6 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "cases(list): run the test once for each backend and case of the list")
-    config.addinivalue_line("markers", "xdist_group(name): run by one worker, because what they share is dear to make")
     if config.getoption("--device") == "cpu":
         os.environ["TRITON_INTERPRET"] = "1"  # before anything imports the Triton kernels
     known = {name for names in BACKENDS.values() for name in names}

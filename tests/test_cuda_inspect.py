@@ -16,8 +16,6 @@ from pathlib import Path
 import pytest
 from sass import shortest_path
 
-pytestmark = pytest.mark.xdist_group("cuda_inspect")
-
 ROOT = Path(__file__).parents[1]
 CUDA = ROOT / "csrc" / "cuda"
 FLAGS = ["-O3", "-std=c++20", "-arch=sm_90"]

@@ -7,8 +7,6 @@ from pathlib import Path
 import pytest
 import ranks
 
-pytestmark = pytest.mark.xdist_group("distributed")
-
 NAMES = ("distributed_steps.py", "distributed_wrappers.py", "distributed_failures.py")
 FILES = [Path(__file__).with_name(name) for name in NAMES]
 LINES = [line for file in FILES for line in file.read_text().splitlines()]

@@ -36,10 +36,7 @@ RECIPES = {
     "all": Recipe(accumulate=2, clip=0.05, bf16=True, epochs=2, options=EVERY_SECOND),
 }
 
-pytestmark = [
-    pytest.mark.xdist_group("trainers"),
-    pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning"),
-]
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
 
 
 @pytest.fixture(autouse=True)

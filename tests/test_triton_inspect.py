@@ -14,8 +14,6 @@ from pathlib import Path
 
 import pytest
 
-pytestmark = pytest.mark.xdist_group("triton_inspect")
-
 ARGUMENTS = {
     **dict.fromkeys(["table", "rows", "pairs", "steps"], "*i64"),
     **dict.fromkeys(["tiles", "parts", "blocks"], "*i32"),
