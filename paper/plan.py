@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -21,11 +22,12 @@ class Extent:
     lr_scales: tuple[float, ...] = (0.5, 1, 2, 4, 6, 10, 20)
     block_sizes: tuple[int, ...] = (1, 4, 16, 32, 64, 128)
     trials: int | None = None  # learning rates an optimizer; None: its whole grid
+    refine: bool = True  # two more trials around the grid's best
     steps: int | None = None  # of a run; None: the task's
 
 
 FULL = Extent()
-QUICK = Extent(seeds=(0,), frequencies=(1, 2), lr_scales=(1, 10), block_sizes=(1, 32), trials=1, steps=4)
+QUICK = Extent(seeds=(0,), frequencies=(1, 2), lr_scales=(1, 10), block_sizes=(1, 32), trials=1, refine=False, steps=4)
 
 
 @dataclass(frozen=True)
@@ -42,11 +44,27 @@ class Comparison:
 
 def tuning(task: Task, extent: Extent) -> dict[str, list[Run]]:
     """The trials of every optimizer: the same number for each, on a seed that no table uses."""
-    steps = extent.steps or task.steps
-    return {
-        name: [Run(Setup(name), lr, TUNING_SEED, steps) for lr in grid[: extent.trials]]
-        for name, grid in task.learning_rates.items()
-    }
+    return {name: [trial(task, extent, name, lr) for lr in grid[: extent.trials]]
+            for name, grid in task.learning_rates.items()}  # fmt: skip
+
+
+def refinement(task: Task, extent: Extent, best: Mapping[str, float]) -> dict[str, list[Run]]:
+    """Two more trials of every optimizer, around the best of its grid; none unless the extent refines."""
+    return {name: [trial(task, extent, name, lr) for lr in around(best[name], grid) if extent.refine]
+            for name, grid in task.learning_rates.items()}  # fmt: skip
+
+
+def trial(task: Task, extent: Extent, optimizer: str, lr: float) -> Run:
+    """One of them."""
+    return Run(Setup(optimizer), lr, TUNING_SEED, extent.steps or task.steps)
+
+
+def around(best: float, grid: tuple[float, ...]) -> tuple[float, float]:
+    """Half-way, in the logarithm, to the neighbours in a grid; at an edge of it as far again on the other side."""
+    i = grid.index(best)
+    below = math.sqrt(best * grid[i - 1]) if i > 0 else best * best / grid[1]
+    above = math.sqrt(best * grid[i + 1]) if i + 1 < len(grid) else best * best / grid[-2]
+    return float(f"{below:.2g}"), float(f"{above:.2g}")
 
 
 class Planner:

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from .plan import Extent, comparisons, small, tuning
+from .plan import Extent, comparisons, small
 from .results import Results
 from .run import Run, Setup
 from .step_time import measure
@@ -79,7 +79,8 @@ def learn_rates(pool: Pool, spec: Spec, results: Results, lender: Results | None
     """The learning rates of a task: tuned here, or taken over from the task it names."""
     task = make(spec)
     if lender is None:
-        pool.carry_out(spec, results, [run for runs in tuning(task, extent).values() for run in runs])
+        for _ in ("the grid", "around its best"):
+            pool.carry_out(spec, results, [run for runs in results.trials(task, extent).values() for run in runs])
     return (lender or results).best_lrs(task, extent)
 
 

@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from .plan import Extent, tuning
+from .plan import Extent, refinement, tuning
 from .run import Run
 from .task import Task
 
@@ -69,9 +69,18 @@ class Results:
         """One for each run that there is; None where the loss was not finite."""
         return [self.runs[run.key]["scores"][split] for run in runs if run.key in self.runs]
 
+    def trials(self, task: Task, extent: Extent) -> dict[str, list[Run]]:
+        """Those of the grid, and as soon as they are done those around its best."""
+        trials = tuning(task, extent)
+        best = self._best_of(trials, task)
+        more = refinement(task, extent, best) if best else {}
+        return {name: [*runs, *more.get(name, [])] for name, runs in trials.items()}
+
     def best_lrs(self, task: Task, extent: Extent) -> dict[str, float] | None:
         """The learning rate with the best validation score, by optimizer; None while trials are missing."""
-        trials = tuning(task, extent)
+        return self._best_of(self.trials(task, extent), task)
+
+    def _best_of(self, trials: dict[str, list[Run]], task: Task) -> dict[str, float] | None:
         if any(self.missing(runs) for runs in trials.values()):
             return None
         sign = 1 if task.higher_is_better else -1

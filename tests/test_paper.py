@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 from dataclasses import replace
@@ -15,7 +16,7 @@ for module in ("sklearn", "scipy", "matplotlib", "rich", "sacrebleu", "markdown_
 from paper import __main__ as program  # noqa: E402 - without its packages there is nothing to test
 from paper import schedules  # noqa: E402
 from paper.optimizers import OURS, make, stepper  # noqa: E402
-from paper.plan import FULL, QUICK, comparisons, nominal_cost, tuning  # noqa: E402
+from paper.plan import FULL, QUICK, around, comparisons, nominal_cost, refinement, tuning  # noqa: E402
 from paper.report import effects, paper_page, pays_page, tables, write  # noqa: E402
 from paper.report.outcome import Outcome  # noqa: E402
 from paper.report.statistics import cell, difference  # noqa: E402
@@ -126,7 +127,15 @@ def test_every_optimizer_has_as_many_trials(task):
     for name in TASKS:
         trials = tuning(task(name), FULL)
         assert len({len(runs) for runs in trials.values()}) == 1
-        assert not {run.seed for runs in trials.values() for run in runs} & set(FULL.seeds)
+        more = refinement(task(name), FULL, {optimizer: runs[0].lr for optimizer, runs in trials.items()})
+        assert {len(runs) for runs in more.values()} == {2}
+        seeds = {run.seed for found in (trials, more) for runs in found.values() for run in runs}
+        assert not seeds & set(FULL.seeds)
+
+
+@pytest.mark.parametrize(("best", "expected"), [(0.1, (0.033, 0.17)), (0.3, (0.17, 0.55)), (1.0, (0.55, 3.3))])
+def test_trials_around_the_best_of_a_grid(best, expected):
+    assert around(best, (0.1, 0.3, 1.0)) == expected
 
 
 def test_nominal_cost():
@@ -148,6 +157,7 @@ SETTINGS = {
     "learning_rates": {"SGD": [0.1, 1.0], "AdamW": [0.01, 0.1], OURS: [0.1, 0.3]},
     "tuned_on": None,
 }
+GRID_ONLY = replace(FULL, refine=False)
 STEP_TIMES = {"SGD": 1.0, "AdamW": 1.0, OURS: 3.0}
 
 
@@ -166,12 +176,12 @@ def record(score: float | None, loss: float = 1.0) -> dict:
 def invent(tmp_path):
     """An outcome in which every run has the score that a function of it says."""
 
-    def made(score, extent=FULL, **settings) -> Outcome:
+    def made(score, extent=GRID_ONLY, **settings) -> Outcome:
         results = Results(tmp_path / "nmt.json", SETTINGS | settings)
         outline = type("Outline", (), results.settings)
-        runs = [run for found in tuning(outline, extent).values() for run in found]
-        for run in runs:
-            results.runs[run.key] = described(run, record(-run.lr))
+        for _ in ("grid", "around its best"):
+            for run in itertools.chain(*results.trials(outline, extent).values()):
+                results.runs[run.key] = described(run, record(-run.lr))
         lrs = results.best_lrs(outline, extent)
         for table in comparisons(outline, lrs, extent):
             for run in table.runs():
@@ -207,13 +217,21 @@ def test_learning_rates_are_those_with_the_best_validation_score(tmp_path):
     results = Results(tmp_path / "a.json", SETTINGS)
     outline = type("Outline", (), SETTINGS)
     scores = {0.1: 3.0, 1.0: None, 0.01: 2.0, 0.3: 5.0}
-    runs = [run for found in tuning(outline, FULL).values() for run in found]
-    assert results.best_lrs(outline, FULL) is None
-    for run in runs:
+    assert results.best_lrs(outline, GRID_ONLY) is None
+    for run in itertools.chain(*results.trials(outline, GRID_ONLY).values()):
         results.add(run, record(scores[run.lr]))
-    assert results.best_lrs(outline, FULL) == {"SGD": 0.1, "AdamW": 0.1, OURS: 0.3}
+    assert results.best_lrs(outline, GRID_ONLY) == {"SGD": 0.1, "AdamW": 0.1, OURS: 0.3}
     outline.higher_is_better = False
-    assert results.best_lrs(outline, FULL) == {"SGD": 0.1, "AdamW": 0.01, OURS: 0.1}
+    assert results.best_lrs(outline, GRID_ONLY) == {"SGD": 0.1, "AdamW": 0.01, OURS: 0.1}
+
+    outline.higher_is_better = True
+    assert results.best_lrs(outline, FULL) is None
+    around_them = {"SGD": (0.01, 0.32), "AdamW": (0.032, 1.0), OURS: (0.17, 0.9)}
+    for name, runs in results.trials(outline, FULL).items():
+        assert tuple(run.lr for run in runs[2:]) == around_them[name]
+        for run in results.missing(runs):
+            results.add(run, record(6.0 if run.lr in (0.32, 0.17) else 1.0))
+    assert results.best_lrs(outline, FULL) == {"SGD": 0.32, "AdamW": 0.1, OURS: 0.17}
 
 
 # ---- report ----------------------------------------------------------------------------------------------------------
@@ -304,13 +322,13 @@ def test_frequency(invent, loss, found):
 
 def test_pages(invent, tmp_path):
     invent(ours_minus_adamw(2))
-    written = write(tmp_path, tmp_path / "docs", FULL)
+    written = write(tmp_path, tmp_path / "docs", GRID_ONLY)
     assert sorted(path.name for path in written) == [
         *("paper.html", "paper.md", "when_does_it_pay.html", "when_does_it_pay.md")
     ]
     paper, pays = ((tmp_path / "docs" / name).read_text() for name in ("paper.md", "when_does_it_pay.md"))
     assert "| AdaHessian | 23.01 ± 1.01 | 35.79 ± .06 |" in paper
-    assert "At an edge of its grid" in paper
+    assert "The smallest or the largest that was tried" in paper
     assert "translation (" not in paper
     assert "**Not finished:** resnet20 (tuning)" in paper  # of the others there is no file
     for name in ("nmt", "nmt-sensitivity", "time"):

@@ -32,6 +32,11 @@ class Outcome:
         return source.best_lrs(SimpleNamespace(**source.settings), self.extent)
 
     @cached_property
+    def trials(self) -> dict[str, list[Run]]:
+        """Those of this file that chose the learning rates, by optimizer."""
+        return self.results.trials(self.task, self.extent)
+
+    @cached_property
     def tables(self) -> dict[str, Comparison]:
         """By name; empty while trials are missing."""
         return {t.name: t for t in comparisons(self.task, self.lrs, self.extent)} if self.lrs else {}

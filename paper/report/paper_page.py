@@ -18,9 +18,10 @@ size: `python -m paper cv --data cifar10 --root DIR`, `nmt --data iwslt14`, `lm 
 * **Setting.** As in the paper, AdaHessian gets AdamW's schedule, betas, weight decay, batches and initial weights; only
   the learning rate is tuned, and the block size is the paper's where it names one (kernels of convolutions, 32 for
   transformers) and 1 elsewhere. Every optimizer has the same number of trials, on a seed that no table uses, and keeps
-  the learning rate with the best validation score; grids were moved once, by one place, where a first look found the
-  best rate at an edge or trials that diverged. Every setting of AdaHessian uses the rate that was tuned with curvature
-  at every step. All trials, seeds and curves are in the JSON files.
+  the learning rate with the best validation score: a grid first, then two rates around the grid's best. Grids were
+  moved once, by one place, where a first look found the best rate at an edge or trials that diverged. Every setting of
+  AdaHessian uses the rate that was tuned with curvature at every step. All trials, seeds and curves are in the JSON
+  files.
 * **Cells** are the mean and the standard deviation of the test score over {seeds} seeds. † marks cells in which the
   last training losses of a run are above its first; "diverged" means a loss that is not finite.
 * **Shown or not.** Two settings are compared seed by seed. A difference counts if the 95 % interval of its mean
@@ -121,11 +122,12 @@ def edges(tuned: Sequence[Outcome]) -> str:
     """Optimizers whose best learning rate is the smallest or largest tried."""
     found = []
     for o in tuned:
-        grids = o.task.learning_rates
-        found += [f"{o.task.title}: {name}" for name, lr in o.lrs.items() if lr in (grids[name][0], grids[name][-1])]
+        for name, runs in o.trials.items():
+            rates = [run.lr for run in runs]
+            found += [f"{o.task.title}: {name}"] if o.lrs[name] in (min(rates), max(rates)) else []
     if not found:
-        return "No optimizer's best learning rate is at an edge of its grid."
-    return f"At an edge of its grid, so perhaps not the best there is: {', '.join(found)}."
+        return "No optimizer's best learning rate is the smallest or the largest that was tried."
+    return f"The smallest or the largest that was tried, so perhaps not the best there is: {', '.join(found)}."
 
 
 def wall(outcomes: Mapping[str, Outcome]) -> str:

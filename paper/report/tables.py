@@ -107,17 +107,12 @@ def bags(o: Outcome) -> str:
 
 def trials(o: Outcome) -> str:
     """Learning rates that were tried, with their validation scores; the chosen one in bold."""
-    found = {}
-    for record in o.results.runs.values():
-        if record["seed"] == 100 and not record["options"] and not record["variant"]:
-            found[record["optimizer"], record["lr"]] = record["scores"]["validation"]
     rows = []
-    for name, grid in o.task.learning_rates.items():
+    for name, runs in o.trials.items():
         cells = []
-        for lr in grid:
-            if (name, lr) in found:
-                score = found[name, lr]
-                text = f"{lr:g}: " + ("diverged" if score is None else f"{score:.2f}")
-                cells.append(f"**{text}**" if (o.lrs or {}).get(name) == lr else text)
+        for run in sorted(runs, key=lambda run: run.lr):
+            for score in o.scores((run,), "validation"):
+                text = f"{run.lr:g}: " + ("diverged" if score is None else f"{score:.2f}")
+                cells.append(f"**{text}**" if (o.lrs or {}).get(name) == run.lr else text)
         rows.append([f"{o.task.title}: {name}", ", ".join(cells)])
     return "\n".join("| " + " | ".join(row) + " |" for row in rows)
