@@ -181,15 +181,17 @@ ADAHESSIAN_HD X update_exp_hessian_diag_sq(X v, X ds, const Coefficients<S>& c) 
   return c.beta2 * v + c.one_minus_beta2 * (scaled * scaled);
 }
 
-// p <- p (1 - lr wd) - lr / (1 - beta1^t) * m / ((sqrt(v) / sqrt(1 - beta2^h))^k + eps)        (Eq. 8, 9)
+// (sqrt(v) / sqrt(1 - beta2^h))^k + eps
 template <Power kind, typename X, typename S>
-ADAHESSIAN_HD X update_param(X p, X m, X v, const Coefficients<S>& c) {
+ADAHESSIAN_HD X denominator(X v, const Coefficients<S>& c) {
   using F = Functions<X>;
   const X root = F::square_root(v) * c.inv_sqrt_bias2;
-  const X denom = (kind == Power::kOne    ? root
-                   : kind == Power::kHalf ? F::square_root(root)
-                                          : F::power(root, c.power)) +
-                  c.eps;
+  return (kind == Power::kOne ? root : kind == Power::kHalf ? F::square_root(root) : F::power(root, c.power)) + c.eps;
+}
+
+// p <- p (1 - lr wd) - lr / (1 - beta1^t) * m / denominator        (Eq. 8, 9)
+template <typename X, typename S>
+ADAHESSIAN_HD X update_param(X p, X m, X denom, const Coefficients<S>& c) {
   return p * c.decay - c.step_size * (m / denom);
 }
 

@@ -36,34 +36,47 @@ class SignBits {
   ADAHESSIAN_MEMBER void draw(const ProbeKey& key, int64_t begin, int64_t size) {
     const int64_t first_call = begin / kSignsPerCall;
     const int64_t calls = (begin + size + kSignsPerCall - 1) / kSignsPerCall - first_call;
-    first_ = uint64_t(begin - first_call * kSignsPerCall);
+    uint32_t drawn[kWords];
     for (int64_t done = 0; done < calls; done += W) {
       const auto words = rademacher_words(key, Bits<float>(lane_numbers<float>()) + uint32_t(first_call + done));
-      store_call_after_call(words, words_ + done * 4);
+      store_call_after_call(words, drawn + done * 4);
     }
+    const int64_t skipped = begin - first_call * kSignsPerCall, bits = skipped % 32;
+    const uint32_t* from = drawn + skipped / 32;
+    for (int64_t k = 0; k <= size / 32; ++k) words_[k] = from[k] >> bits | from[k + 1] << 1 << (31 - bits);
   }
   // All positive.
-  ADAHESSIAN_MEMBER void clear() {
-    first_ = 0;
-    std::fill(std::begin(words_), std::end(words_), 0u);
-  }
+  ADAHESSIAN_MEMBER void clear() { std::fill(std::begin(words_), std::end(words_), 0u); }
   // Bit l is the sign of element i + l, counted from `begin`; at least 32 bits are valid.
   ADAHESSIAN_MEMBER uint64_t from(int64_t i) const {
-    const uint64_t bit = first_ + uint64_t(i);
-    return load_vector<uint64_t>(words_ + bit / 32) >> (bit % 32);
+    return load_vector<uint64_t>(words_ + i / 32) >> (uint64_t(i) % 32);
+  }
+  // The same for a multiple of kLanes<S>, and bits for that many elements.
+  template <typename S>
+  ADAHESSIAN_MEMBER uint64_t of_vector(int64_t i) const {
+    if constexpr (kLanes<S> % 8 != 0) return from(i);
+    return load_vector<uint16_t>(reinterpret_cast<const char*>(words_) + i / 8);
   }
 
  private:
-  uint64_t first_;
-  uint32_t words_[(kCallsPerTile + W) * 4];
+  static constexpr int64_t kWords = (kCallsPerTile + W) * 4;
+  uint32_t words_[kWords];
 };
 
 // Changes the sign of the lanes whose bit is set.
 template <typename S>
 ADAHESSIAN_HD Vector<S> flip_signs(Vector<S> x, uint64_t bits) {
+#if defined(__AVX512F__)
+  const __m512i n = __m512i(x);
+  if constexpr (sizeof(S) == 4)
+    return Vector<S>(_mm512_mask_xor_epi32(n, __mmask16(bits), n, __m512i(Bits<S>{} + kSign<S>)));
+  if constexpr (sizeof(S) == 8)
+    return Vector<S>(_mm512_mask_xor_epi64(n, __mmask8(bits), n, __m512i(Bits<S>{} + kSign<S>)));
+#else
   const Bits<S> to_the_top = Bits<S>(Signed<S>(kSignShift<S>) - lane_numbers<S>());
   const Bits<S> in_every_lane = Bits<S>{} + Unsigned<S>(bits);
   return Vector<S>(Bits<S>(x) ^ (in_every_lane << to_the_top & kSign<S>));
+#endif
 }
 
 // z * Hz, or |Hz|, of a tile.
@@ -74,7 +87,7 @@ class D {
   ADAHESSIAN_MEMBER D(const T* hessian, const SignBits& signs, int64_t size, bool absolute)
       : hessian_(hessian), signs_(signs), size_(size), keep_(absolute ? ~kSign<S> : ~Unsigned<S>{0}) {}
 
-  // Elements i ... i + W - 1; zero past the end, where nothing is read.
+  // Elements i ... i + W - 1, i being a multiple of W; zero past the end, where nothing is read.
   ADAHESSIAN_MEMBER Vector<S> vector(int64_t i) const {
     Vector<S> h{};
     if (i + kLanes<S> <= size_) {
@@ -84,7 +97,7 @@ class D {
     } else {
       return h;
     }
-    return flip_signs<S>(Vector<S>(Bits<S>(h) & keep_), signs_.from(i));
+    return flip_signs<S>(Vector<S>(Bits<S>(h) & keep_), signs_.template of_vector<S>(i));
   }
   ADAHESSIAN_MEMBER int64_t size() const { return size_; }
 
@@ -103,7 +116,8 @@ class D {
 
 // ---- blocks of at most a vector -------------------------------------------------------------------------------------
 
-// Takes a tile's D vector by vector and gives for every lane the mean of its block, kDelay vectors later.
+// Takes a tile's D vector by vector and gives for every lane the mean of its block, kDelay vectors later: one of them
+// so that whoever uses a vector need not wait for its sums.
 //
 // The sums over the `block` lanes from each lane on come by doubling: w1 = x, w2[i] = w1[i] + w1[i+1], w4[i] = w2[i] +
 // w2[i+2] and so on; the binary digits of `block` tell which of them make up the sum. Each level is one vector behind
@@ -115,7 +129,7 @@ class ShortBlocks {
   static_assert(2 <= block && block <= W);
 
  public:
-  static constexpr int64_t kDelay = kTop;
+  static constexpr int64_t kDelay = kTop + 1;
 
   // The last block of `size` elements may be shorter than the others.
   ADAHESSIAN_MEMBER explicit ShortBlocks(int64_t size) : whole_(size - size % block), rest_(size % block) {}
@@ -128,10 +142,11 @@ class ShortBlocks {
     }
     level_[0][0] = x;
     raise(std::make_integer_sequence<int, kTop>());
+    const Vector<S> firsts = firsts_;
     const Vector<S> sums = collect<kTop - 1, (1 << kTop)>(level_[kTop][0]);
-    const Vector<S> firsts = pick<S>(before_, sums, load_vector<Index<S>>(kFirst.index[into_]));
+    firsts_ = pick<S>(before_, sums, load_vector<Index<S>>(kFirst.index[into_]));
     before_ = sums;
-    into_ = (into_ + W) % block;
+    into_ += into_ + W % block < block ? W % block : W % block - block;
     to_ += W;
     return to_ <= whole_ ? firsts * (S(1) / S(block)) : last_means(firsts);
   }
@@ -171,13 +186,38 @@ class ShortBlocks {
   }
 
   int64_t whole_, rest_;
-  int64_t to_ = -kDelay * W;                                // the element after the last lane that was given
-  int64_t into_ = ((-kDelay * W) % block + block) % block;  // how far into its block lane 0 of the next is
-  Vector<S> level_[kTop + 1][kTop + 1] = {};                // level_[k][age]: w_(2^k), `age` vectors ago
-  Vector<S> before_{};                                      // the window sums of the vector before
+  int64_t to_ = -kDelay * W;                              // the element after the last lane that was given
+  int64_t into_ = ((-kTop * W) % block + block) % block;  // how far into its block lane 0 of the next sums is
+  Vector<S> level_[kTop + 1][kTop + 1] = {};              // level_[k][age]: w_(2^k), `age` vectors ago
+  Vector<S> before_{}, firsts_{};                         // the window sums, and what was picked, a vector ago
 };
 
 // ---- blocks longer than a vector ------------------------------------------------------------------------------------
+
+// Where a vector of consecutive elements lies: the lanes of the block that its first lane belongs to, and whether that
+// block ends with it.
+template <typename S>
+struct InBlock {
+  Index<S> lanes;
+  bool ends;
+};
+
+// Walks over blocks, vector by vector.
+template <typename S>
+class BlockWalk {
+  static constexpr int64_t W = kLanes<S>;
+
+ public:
+  ADAHESSIAN_MEMBER explicit BlockWalk(int64_t block) : block_(block), left_(block) {}
+  ADAHESSIAN_MEMBER InBlock<S> next() {
+    const InBlock<S> in = {lane_numbers<S>() < Signed<S>(left_), left_ <= W};
+    left_ += (in.ends ? block_ : 0) - W;
+    return in;
+  }
+
+ private:
+  int64_t block_, left_;  // elements of the block from the next vector on
+};
 
 // Means of blocks, from vectors that are pushed one after the other. A row of partial sums is kept for each block.
 template <typename S>
@@ -188,50 +228,37 @@ class BlockSums {
   static constexpr int64_t kRows = kTile / W + W + 1;
 
   // `rows` is scratch of kRows vectors.
-  ADAHESSIAN_MEMBER BlockSums(int64_t block, Vector<S>* rows) : block_(block), left_(block), rows_(rows) {}
-  ADAHESSIAN_MEMBER void push(Vector<S> x) {
-    const Index<S> in_this = lane_numbers<S>() < Signed<S>(left_);
-    const bool ends = left_ <= W;
-    const Vector<S> sum = sum_ + where<S>(in_this, x);
-    rows_[row_] = sum;
-    sum_ = ends ? where<S>(~in_this, x) : sum;
-    row_ += ends;
-    left_ += (ends ? block_ : 0) - W;
+  ADAHESSIAN_MEMBER explicit BlockSums(Vector<S>* rows) : rows_(rows), row_(rows) { rows[0] = Vector<S>{}; }
+  ADAHESSIAN_MEMBER void push(Vector<S> x, InBlock<S> in) {
+    row_[0] += where<S>(in.lanes, x);
+    row_[1] = where<S>(~in.lanes, x);
+    row_ += in.ends;
   }
   // Means of the blocks of `size` elements; writes up to a vector past the last one.
-  ADAHESSIAN_MEMBER void end(int64_t size, S* means) {
-    const int64_t whole = size / block_, rest = size % block_;
-    if (left_ < block_) rows_[row_++] = sum_;
-    for (int64_t i = row_; i % W != 0; ++i) rows_[i] = Vector<S>{};
-    for (int64_t i = 0; i < row_; i += W) store_vector(means + i, sum_of_each<S>(rows_ + i) * (S(1) / S(block_)));
-    if (rest > 0) means[whole] *= S(block_) / S(rest);
+  ADAHESSIAN_MEMBER void end(int64_t size, int64_t block, S* means) {
+    const int64_t whole = size / block, rest = size % block, count = whole + (rest > 0);
+    for (int64_t i = count; i % W != 0; ++i) rows_[i] = Vector<S>{};
+    for (int64_t i = 0; i < count; i += W) store_vector(means + i, sum_of_each<S>(rows_ + i) * (S(1) / S(block)));
+    if (rest > 0) means[whole] *= S(block) / S(rest);
   }
 
  private:
-  int64_t block_, left_, row_ = 0;
-  Vector<S> sum_{};
-  Vector<S>* rows_;
+  Vector<S>*rows_, *row_;
 };
 
 // Repeats means over their blocks, vector by vector; the blocks are at least a vector long. Reads one mean too many.
 template <typename S>
 class SpreadMeans {
-  static constexpr int64_t W = kLanes<S>;
-
  public:
-  ADAHESSIAN_MEMBER SpreadMeans(const S* means, int64_t block) : mean_(means), block_(block), left_(block) {}
-  ADAHESSIAN_MEMBER Vector<S> next() {
-    const Index<S> in_this = lane_numbers<S>() < Signed<S>(left_);
-    const Vector<S> here = Vector<S>{} + mean_[0], after = Vector<S>{} + mean_[1];
-    const bool ends = left_ <= W;
-    mean_ += ends;
-    left_ += (ends ? block_ : 0) - W;
-    return in_this ? here : after;
+  ADAHESSIAN_MEMBER explicit SpreadMeans(const S* means) : mean_(means) {}
+  ADAHESSIAN_MEMBER Vector<S> next(InBlock<S> in) {
+    const Vector<S> here = broadcast<S>(mean_[0]), after = broadcast<S>(mean_[1]);
+    mean_ += in.ends;
+    return in.lanes ? here : after;
   }
 
  private:
   const S* mean_;
-  int64_t block_, left_;
 };
 
 }  // namespace ADAHESSIAN_ISA

@@ -22,7 +22,7 @@ void rademacher(const Tile& tile, const ProbeKey& key, T* z) {
                  [&](int64_t first, int64_t step, int64_t stored, int64_t size) ADAHESSIAN_INLINE_LAMBDA {
                    int64_t n = 0;
                    if (step == 1) {
-                     const Vector<S> one = Vector<S>{} + S(1);
+                     const Vector<S> one = broadcast<S>(1);
                      for (; n + kLanes<S> <= size; n += kLanes<S>)
                        store_as_vector(z + stored + n, flip_signs<S>(one, signs.from(n)));
                    }
@@ -48,7 +48,7 @@ void perturb(const Tile& tile, const PerturbWork<T>& work) {
                    }
                    int64_t n = 0;
                    if (step == 1) {
-                     const Vector<S> scale = Vector<S>{} + work.scale;
+                     const Vector<S> scale = broadcast<S>(work.scale);
                      for (; n + kLanes<S> <= size; n += kLanes<S>)
                        store_as_vector(param + n, load_as_vector(saved + n) + flip_signs<S>(scale, signs.from(n)));
                    }
@@ -72,22 +72,6 @@ ADAHESSIAN_HD D<T> stored_d(const Tile& tile, const SignBits& signs) {
   const Segment& s = *tile.segment;
   return {static_cast<const T*>(s.hessian) + tile.begin, signs, tile.size(), s.absolute};
 }
-
-// A reference to whoever wants the means of a chunk: (first element, number of elements, means).
-template <typename S>
-class ChunkUser {
- public:
-  template <typename F>
-  explicit ChunkUser(const F& f)
-      : object_(&f), call_([](const void* object, int64_t begin, int64_t size, const S* ds) {
-          (*static_cast<const F*>(object))(begin, size, ds);
-        }) {}
-  void operator()(int64_t begin, int64_t size, const S* ds) const { call_(object_, begin, size, ds); }
-
- private:
-  const void* object_;
-  void (*call_)(const void*, int64_t, int64_t, const S*);
-};
 
 // Calls body(D of the tile), gathering it first where it is stored in another order.
 template <typename T, typename Body>
@@ -118,42 +102,50 @@ double sum_tile(const Tile& tile, const Probe& probe, const ProbeKey& key) {
   return total;
 }
 
-// Means of short blocks are worked out and used in chunks: short enough for the memory to go on prefetching what the
-// update needs, while the update asks for the Hz of the chunk after.
-constexpr int64_t kChunk = 256;
-
 template <typename S>
 constexpr int64_t kShortBlock = kLanes<S>;  // a vector
 
-// Calls use(first element, number of elements, mean of each one's block) for the chunks of a tile.
-template <int block, typename T>
-[[gnu::noinline]] void spread_short_blocks_of(const D<T>& d, ChunkUser<StateOf<T>> use) {
-  using S = StateOf<T>;
-  constexpr int64_t W = kLanes<S>, delay = ShortBlocks<S, block>::kDelay * W;
-  ShortBlocks<S, block> blocks(d.size());
-  S ds[kChunk];
-  for (int64_t i = 0; i < delay; i += W) blocks.push(d.vector(i));
-  for (int64_t begin = 0; begin < d.size(); begin += kChunk) {
-    const int64_t size = std::min(kChunk, d.size() - begin);
-    for (int64_t i = 0; i < size; i += W) store_vector(ds + i, blocks.push(d.vector(begin + i + delay)));
-    use(begin, size, ds);
-  }
+// Calls body(std::integral_constant<int, block>) for a block of 2 ... kShortBlock elements.
+template <typename S, typename Body>
+ADAHESSIAN_HD void for_short_block(int64_t block, const Body& body) {
+  [&]<int... b>(std::integer_sequence<int, b...>) {
+    ((b + 2 == block ? body(std::integral_constant<int, b + 2>()) : void()), ...);
+  }(std::make_integer_sequence<int, kShortBlock<S> - 1>());
 }
 
-template <typename T>
-void spread_short_blocks(const D<T>& d, int64_t block, ChunkUser<StateOf<T>> use) {
-  [&]<int... b>(std::integer_sequence<int, b...>) {
-    ((b + 2 == block ? spread_short_blocks_of<b + 2>(d, use) : void()), ...);
-  }(std::make_integer_sequence<int, kLanes<StateOf<T>> - 1>());
+// Means of short blocks, vector by vector, for a loop that begins at element 0 of a tile.
+template <int block, typename T>
+class ShortBlocksOf {
+  using S = StateOf<T>;
+  static constexpr int64_t W = kLanes<S>, kAhead = ShortBlocks<S, block>::kDelay * W;
+
+ public:
+  ADAHESSIAN_MEMBER explicit ShortBlocksOf(const D<T>& d) : d_(d), blocks_(d.size()) {
+    for (int64_t i = 0; i < kAhead; i += W) blocks_.push(d_.vector(i));
+  }
+  // Ds of elements i ... i + W - 1.
+  ADAHESSIAN_MEMBER Vector<S> next(int64_t i) { return blocks_.push(d_.vector(i + kAhead)); }
+
+ private:
+  D<T> d_;
+  ShortBlocks<S, block> blocks_;
+};
+
+// The mean of each element's block; blocks are short. Writes up to a vector past the tile's last element.
+template <int block, typename T>
+[[gnu::noinline]] void spread_short_blocks(D<T> d, StateOf<T>* ds) {
+  ShortBlocksOf<block, T> blocks(d);
+  for (int64_t i = 0; i < d.size(); i += kLanes<StateOf<T>>) store_vector(ds + i, blocks.next(i));
 }
 
 // The mean of every block of a tile; blocks are longer than a vector.
 template <typename T>
-[[gnu::noinline]] void average_blocks(const D<T>& d, int64_t block, StateOf<T>* means) {
+[[gnu::noinline]] void average_blocks(D<T> d, int64_t block, StateOf<T>* means) {
   Vector<StateOf<T>> rows[BlockSums<StateOf<T>>::kRows];
-  BlockSums<StateOf<T>> sums(block, rows);
-  for (int64_t i = 0; i < d.size(); i += kLanes<StateOf<T>>) sums.push(d.vector(i));
-  sums.end(d.size(), means);
+  BlockWalk<StateOf<T>> walk(block);
+  BlockSums<StateOf<T>> sums(rows);
+  for (int64_t i = 0; i < d.size(); i += kLanes<StateOf<T>>) sums.push(d.vector(i), walk.next());
+  sums.end(d.size(), block, means);
 }
 
 template <typename T>
@@ -165,11 +157,8 @@ void hessian_diag(const Tile& tile, const AverageWork<T>& work) {
     if (block > kShortBlock<S>) {
       average_blocks(d, block, means);
     } else if (block > 1) {
-      int64_t done = 0;
-      const auto keep_first = [&](int64_t begin, int64_t size, const S* ds) {
-        for (; done * block < begin + size; ++done) means[done] = ds[done * block - begin];
-      };
-      spread_short_blocks(d, block, ChunkUser<S>(keep_first));
+      for_short_block<S>(block, [&](auto b) { spread_short_blocks<b>(d, means); });
+      for (int64_t k = 1; k < count; ++k) means[k] = means[k * block];
     } else {
       for (int64_t i = 0; i < d.size(); i += kLanes<S>) store_vector(means + i, d.vector(i));
     }
@@ -194,27 +183,43 @@ ADAHESSIAN_HD Rounding<M> rounding_of(const StepWork<T, M>& work) {
   return Rounding<M>({work.key.seed, work.key.param_id, work.c.step});
 }
 
-// A vector of elements, its Ds unless this is an off-step, and the bits that round its states.
-template <Power kind, bool has_curvature, bool has_master, typename T, typename M, typename Random>
-ADAHESSIAN_HD void update_vector(const Arrays<T, M>& to, Vector<StateOf<T>> ds, const Coefficients<StateOf<T>>& c,
-                                 Random bits) {
+// What the second half of a vector's update takes from the first.
+template <typename S>
+struct Quotient {
+  Vector<S> m, denom;
+};
+
+// First half of the update of a vector of elements: its Ds unless this is an off-step, and the bits that round its
+// states.
+template <Power kind, bool has_curvature, typename T, typename M, typename Random>
+ADAHESSIAN_HD Quotient<StateOf<T>> update_states(const Arrays<T, M>& to, Vector<StateOf<T>> ds,
+                                                 const Coefficients<StateOf<T>>& c, Random bits) {
   using V = Vector<StateOf<T>>;
   const V m = update_exp_avg(load_as_vector(to.exp_avg), load_as_vector(to.grad), c);
   V v = load_as_vector(to.exp_hessian_diag_sq);
   if constexpr (has_curvature) v = update_exp_hessian_diag_sq(v, ds, c);
-  V p;
-  if constexpr (has_master) {
-    p = update_param<kind>(load_vector<V>(to.master), m, v, c);
-    store_vector(to.master, p);
-  } else {
-    p = update_param<kind>(load_as_vector(to.param), m, v, c);
-  }
   store_state(to.exp_avg, m, bits);
   if constexpr (has_curvature) store_state(to.exp_hessian_diag_sq, v, swap_bytes(bits));
+  return {m, denominator<kind>(v, c)};
+}
+
+// Second half.
+template <bool has_master, typename T, typename M>
+ADAHESSIAN_HD void move_params(const Arrays<T, M>& to, Quotient<StateOf<T>> q, const Coefficients<StateOf<T>>& c) {
+  using V = Vector<StateOf<T>>;
+  V p;
+  if constexpr (has_master) {
+    p = update_param(load_vector<V>(to.master), q.m, q.denom, c);
+    store_vector(to.master, p);
+  } else {
+    p = update_param(load_as_vector(to.param), q.m, q.denom, c);
+  }
   store_as_vector(to.param, p);
 }
 
-// Elements [begin, begin + size) of storage; next(i) gives Ds of elements i ... i + W - 1 of them, in turn.
+// Elements [begin, begin + size) of storage; next(i) gives Ds of elements i ... i + W - 1 of them, in turn. The second
+// half of a vector's update follows the first half of the next one's: what both together wait for, square root after
+// sums and quotient after root, is more than a processor looks ahead.
 template <Power kind, bool has_curvature, bool has_master, typename T, typename M, typename Next>
 ADAHESSIAN_HD void update_range(const StepWork<T, M>& work, int64_t begin, int64_t size, const Next& next) {
   using S = StateOf<T>;
@@ -227,9 +232,18 @@ ADAHESSIAN_HD void update_range(const StepWork<T, M>& work, int64_t begin, int64
                         has_master ? first.master + i : nullptr};
   };
   Rounding<M> rounding = rounding_of(work);
+  const auto states = [&](const Arrays<T, M>& of, int64_t i) ADAHESSIAN_INLINE_LAMBDA {
+    return update_states<kind, has_curvature>(of, next(i), c, rounding.from(begin + i));
+  };
   int64_t i = 0;
-  for (; i + W <= size; i += W) {
-    update_vector<kind, has_curvature, has_master>(arrays(begin + i), next(i), c, rounding.from(begin + i));
+  if (W <= size) {
+    Quotient<S> quotient = states(arrays(begin), 0);
+    for (i = W; i + W <= size; i += W) {
+      const Quotient<S> after = states(arrays(begin + i), i);
+      move_params<has_master>(arrays(begin + i - W), quotient, c);
+      quotient = after;
+    }
+    move_params<has_master>(arrays(begin + i - W), quotient, c);
   }
   if (const int64_t rest = size - i; rest > 0) {  // by way of whole vectors
     T param[W] = {}, grad[W] = {};
@@ -242,7 +256,7 @@ ADAHESSIAN_HD void update_range(const StepWork<T, M>& work, int64_t begin, int64
     std::copy_n(from.exp_hessian_diag_sq, rest, exp_hessian_diag_sq);
     if constexpr (has_master) std::copy_n(from.master, rest, master);
     const Arrays<T, M> whole = {param, grad, exp_avg, exp_hessian_diag_sq, master};
-    update_vector<kind, has_curvature, has_master>(whole, next(i), c, rounding.from(begin + i));
+    move_params<has_master>(whole, states(whole, i), c);
     std::copy_n(param, rest, from.param);
     std::copy_n(exp_avg, rest, from.exp_avg);
     std::copy_n(exp_hessian_diag_sq, rest, from.exp_hessian_diag_sq);
@@ -282,13 +296,11 @@ void update_momentum(const StepWork<T, M>& work, int64_t begin, int64_t size) {
   }
 }
 
-// Ds in an array, in storage order: Hz itself, or numbers of the states' type. `soon` is read afterwards.
+// Ds in an array, in storage order: Hz itself, or numbers of the states' type.
 template <typename T, typename M, typename Element>
-[[gnu::noinline]] void update_from(const StepWork<T, M>& work, int64_t begin, int64_t size, const Element* ds,
-                                   const T* soon = nullptr) {
+[[gnu::noinline]] void update_from(const StepWork<T, M>& work, int64_t begin, int64_t size, const Element* ds) {
   constexpr int64_t W = kLanes<StateOf<T>>;
   update<true>(work, begin, size, [&](int64_t i) ADAHESSIAN_INLINE_LAMBDA {
-    if (soon != nullptr) __builtin_prefetch(soon + i);
     if (i + W <= size) return load_as_vector(ds + i);
     Element last[W] = {};
     std::copy_n(ds + i, size - i, last);
@@ -296,18 +308,31 @@ template <typename T, typename M, typename Element>
   });
 }
 
+// Sums blocks and updates in one loop, in the case that matters: there is such a loop for each block length.
+template <typename T, typename M>
+constexpr bool kSumsShortBlocks = std::is_same_v<M, StateOf<T>>;
+
+template <typename T, typename M>
+bool sums_short_blocks(const StepWork<T, M>& work) {
+  return kSumsShortBlocks<T, M> && work.c.kind == Power::kOne && work.master == nullptr;
+}
+
+template <int block, typename T, typename M>
+[[gnu::noinline]] void update_short_blocks(const StepWork<T, M>& work, int64_t begin, D<T> d) {
+  ShortBlocksOf<block, T> blocks(d);
+  update_range<Power::kOne, true, false>(work, begin, d.size(),
+                                         [&](int64_t i) ADAHESSIAN_INLINE_LAMBDA { return blocks.next(i); });
+}
+
 template <typename T, typename M>
 void update_short_blocks(const Run& run, const StepWork<T, M>& work) {
-  using S = StateOf<T>;
   SignBits signs;
   for (int64_t t = run.begin; t < run.end; ++t) {
     const Tile tile = run.tile(t);
     draw(tile, work.probe, work.key, signs);
-    const T* hessian = static_cast<const T*>(run.segment->hessian) + tile.begin;
-    const auto use = [&](int64_t begin, int64_t size, const S* ds) {
-      update_from(work, tile.begin + begin, size, ds, hessian + begin + size + kLanes<S> * kLanes<S> / 4);
-    };
-    spread_short_blocks(stored_d<T>(tile, signs), run.segment->block, ChunkUser<S>(use));
+    for_short_block<StateOf<T>>(run.segment->block, [&](auto block) {
+      if constexpr (kSumsShortBlocks<T, M>) update_short_blocks<block>(work, tile.begin, stored_d<T>(tile, signs));
+    });
   }
 }
 
@@ -326,17 +351,21 @@ template <typename T, typename M>
     const Tile next = run.tile(t);
     draw(next, work.probe, work.key, signs);
     const D<T> d = stored_d<T>(next, signs);
-    BlockSums<S> sums(block, rows);
-    SpreadMeans<S> spread(means, block);
+    BlockWalk<S> walk(block);  // in this tile and in the next one
+    BlockSums<S> sums(rows);
+    SpreadMeans<S> spread(means);
     update<true>(work, tile.begin, tile.size(), [&](int64_t i) ADAHESSIAN_INLINE_LAMBDA {
-      sums.push(d.vector(i));
-      return spread.next();
+      const InBlock<S> in = walk.next();
+      sums.push(d.vector(i), in);
+      return spread.next(in);
     });
-    sums.end(next.size(), means);
+    sums.end(next.size(), block, means);
     tile = next;
   }
-  SpreadMeans<S> spread(means, block);
-  update<true>(work, tile.begin, tile.size(), [&](int64_t) ADAHESSIAN_INLINE_LAMBDA { return spread.next(); });
+  BlockWalk<S> walk(block);
+  SpreadMeans<S> spread(means);
+  update<true>(work, tile.begin, tile.size(),
+               [&](int64_t) ADAHESSIAN_INLINE_LAMBDA { return spread.next(walk.next()); });
 }
 
 // Ds of every element of a tile, in logical order.
@@ -356,15 +385,16 @@ ADAHESSIAN_HD void tile_ds(const Tile& tile, const StepWork<T, M>& work, StateOf
     if (s.block == 1) return;
   } else {
     const bool is_short = s.block <= kShortBlock<S>;
-    const auto copy = [&](int64_t begin, int64_t size, const S* from) { std::copy_n(from, size, ds + begin); };
     with_d<T>(tile, work.probe, work.key, [&](const auto& d) {
-      is_short ? spread_short_blocks(d, s.block, ChunkUser<S>(copy)) : average_blocks(d, s.block, means);
+      if (!is_short) return average_blocks(d, s.block, means);
+      for_short_block<S>(s.block, [&](auto block) { spread_short_blocks<block>(d, ds); });
     });
     if (is_short) return;
   }
   if (s.block >= kLanes<S>) {
-    SpreadMeans<S> spread(means, s.block);
-    for (int64_t i = 0; i < tile.size(); i += kLanes<S>) store_vector(ds + i, spread.next());
+    BlockWalk<S> walk(s.block);
+    SpreadMeans<S> spread(means);
+    for (int64_t i = 0; i < tile.size(); i += kLanes<S>) store_vector(ds + i, spread.next(walk.next()));
   } else {
     for (int64_t i = 0; i < tile.size(); ++i) ds[i] = means[i / s.block];
   }
@@ -384,7 +414,8 @@ void adahessian_step(const Run& run, const StepWork<T, M>& work) {
     return update_from(work, begin, end - begin, static_cast<const T*>(s.hessian) + begin);
   }
   if (work.diag == nullptr && s.period == 1 && s.block <= kTile) {
-    return s.block <= kShortBlock<S> ? update_short_blocks(run, work) : update_blocks(run, work);
+    if (s.block > kShortBlock<S>) return update_blocks(run, work);
+    if (sums_short_blocks(work)) return update_short_blocks(run, work);
   }
   S ds[kTile + kPadding], in_storage_order[kTile];
   for (int64_t t = run.begin; t < run.end; ++t) {

@@ -85,6 +85,12 @@ ADAHESSIAN_HD Index<S> lane_numbers() {
   return lanes;
 }
 
+// x in every lane. (x - 0 is x for the compiler too; 0 + x is not, because of -0.)
+template <typename S>
+ADAHESSIAN_HD Vector<S> broadcast(S x) {
+  return x - Vector<S>{};
+}
+
 // Lanes where the mask is set; zero elsewhere.
 template <typename S>
 ADAHESSIAN_HD Vector<S> where(Index<S> mask, Vector<S> x) {

@@ -204,7 +204,7 @@ template <Power kind, typename S, int n>
 ADAHESSIAN_HD void move(Vec<S, n>& p, const Vec<S, n>& m, const Vec<S, n>& v, const Coefficients<S>& c) {
   ADAHESSIAN_UNROLL
   for (int e = 0; e < n; ++e) {
-    set(p, e, update_param<kind>(get(p, e), get(m, e), get(v, e), c));
+    set(p, e, update_param(get(p, e), get(m, e), denominator<kind>(get(v, e), c), c));
     if (kind == Power::kGeneral) in_sequence();  // pow is long; several at once would cost registers
   }
 }

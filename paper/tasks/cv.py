@@ -46,7 +46,7 @@ class Images(Task):
         dataset, self.x, self.y = split(load_digits() if data == "digits" else load_cifar10(root))
         self.dataset = dataset
         self.batch_size = 64 if data == "digits" else 256
-        self.steps = (6 if data == "digits" else 160) * dataset.batches_per_epoch(self.batch_size)
+        self.steps = (9 if data == "digits" else 160) * dataset.batches_per_epoch(self.batch_size)
         self.data = (
             f"{data}, {len(dataset.train_y):,} training images of {dataset.image_shape[1]} x {dataset.image_shape[2]}"
         )
