@@ -313,16 +313,14 @@ class Bucket:
 
     def count_step(self, entries: Sequence[Entry], *, with_curvature: bool, found_inf: Tensor | None) -> None:
         """Advance the step counts of some entries, unless ``found_inf`` says that the step was skipped."""
-        rows = slice(None) if len(entries) == self.count else self._select(entries)[1]
-        columns = slice(None) if with_curvature else slice(0, 1)
-        if rows == slice(None):
-            self.steps[:, columns] += 1 if found_inf is None else (found_inf == 0)
+        counted = self.steps if with_curvature else self.steps[:, : Steps.HESSIAN_STEP]
+        if len(entries) == self.count:
+            counted.add_(1 if found_inf is None else (found_inf == 0))
             return
         increment = torch.ones((), dtype=torch.int64, device=self.steps.device)
         if found_inf is not None:
             increment = (found_inf == 0).to(torch.int64)
-        for column in range(columns.stop or len(Steps)):
-            self.steps[:, column].index_add_(0, rows, increment.expand(len(entries)))  # type: ignore[arg-type]
+        counted.index_add_(0, self._select(entries)[1], increment.expand(len(entries), counted.shape[1]))
 
 
 def all_fit(entries: Sequence[Entry], params: Sequence[Tensor]) -> bool:

@@ -38,6 +38,9 @@ struct Arrays {
     });
   }
 
+  void perturb(double scale, bool save) {
+    cpu::perturb({dtype, z.data(), {segment}, counts(), probe, scale, save}, context);
+  }
   void rademacher() const { cpu::rademacher({dtype, z_data(), {segment}, counts(), probe}, context); }
   void hessian_diag() { cpu::hessian_diag({dtype, diag.data(), {segment}, counts(), probe, 1.0, false}, context); }
   void adahessian_step(bool curvature) {
@@ -132,6 +135,8 @@ void bench(const Settings& settings, const std::string& dtype, const std::vector
       contestants.push_back(
           {"adahessian_step off-step " + dtype, n * 3 * (p + state), [&] { arrays.adahessian_step(false); }});
       contestants.push_back({"rademacher " + dtype, n * p, [&] { arrays.rademacher(); }});
+      contestants.push_back({"perturb, saving " + dtype, n * 3 * p, [&] { arrays.perturb(1e-3, true); }});
+      contestants.push_back({"perturb, put back " + dtype, n * 2 * p, [&] { arrays.perturb(0, false); }});
     }
     measure(contestants, settings.rounds);
     print(contestants);

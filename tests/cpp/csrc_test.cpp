@@ -12,6 +12,7 @@ int main(int argc, char** argv) {
       {"philox", test_philox},
       {"dtypes", test_dtypes},
       {"rademacher", test_rademacher},
+      {"perturb", test_perturb},
       {"hessian_diag", test_hessian_diag},
       {"adahessian_step", test_adahessian_step},
       {"independence", test_independence},

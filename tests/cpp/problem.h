@@ -16,13 +16,14 @@ namespace adahessian::test {
 struct Engine {
   std::string name;
   decltype(&cpu::rademacher) rademacher;
+  decltype(&cpu::perturb) perturb;
   decltype(&cpu::hessian_diag) hessian_diag;
   decltype(&cpu::adahessian_step) adahessian_step;
 };
 
 inline const Engine kEngines[] = {
-    {"cpu", cpu::rademacher, cpu::hessian_diag, cpu::adahessian_step},
-    {"emulated", emulated::rademacher, emulated::hessian_diag, emulated::adahessian_step},
+    {"cpu", cpu::rademacher, cpu::perturb, cpu::hessian_diag, cpu::adahessian_step},
+    {"emulated", emulated::rademacher, emulated::perturb, emulated::hessian_diag, emulated::adahessian_step},
 };
 
 template <typename T>
@@ -112,12 +113,13 @@ struct Problem {
       grad.push_back(filled<T>(s.numel, options.shift, random));
       hessian.push_back(filled<T>(s.numel, options.shift, random));
     }
-    z = Array<T>(offset);
+    z = Array<T>(offset), saved = Array<T>(offset);
     exp_avg = Array<M>(offset), exp_hessian_diag_sq = Array<M>(offset);
     master = Array<float>(options.master ? offset : 0);
     diag = Array<S>(diag_offset);
     for (int64_t i = 0; i < offset; ++i) {
-      z.set(i, kUntouched), exp_avg.set(i, kUntouched), exp_hessian_diag_sq.set(i, kUntouched);
+      z.set(i, kUntouched), saved.set(i, kUntouched), exp_avg.set(i, kUntouched),
+          exp_hessian_diag_sq.set(i, kUntouched);
       if (options.master) master.set(i, kUntouched);
     }
     for (int64_t i = 0; i < diag_offset; ++i) diag.set(i, kUntouched);
@@ -144,6 +146,11 @@ struct Problem {
     engine.rademacher({kDtype<T>, z.data(), segments, {steps.data(), false}, probe}, context);
   }
 
+  // With scale 0 the saved values are put back; a move from the saved values does not save.
+  void perturb(const Engine& engine, double scale, bool save) {
+    engine.perturb({kDtype<T>, saved.data(), table(false), {steps.data(), false}, probe, scale, save}, context);
+  }
+
   void hessian_diag(const Engine& engine, double scale = 1, bool accumulate = false) {
     engine.hessian_diag({kDtype<T>, diag.data(), table(true), {steps.data(), false}, probe, scale, accumulate},
                         context);
@@ -168,21 +175,22 @@ struct Problem {
                            context);
   }
 
-  // The three ops one after the other.
+  // The ops one after the other.
   void run_all(const Engine& engine) {
     rademacher(engine);
     hessian_diag(engine);
     adahessian_step(engine);
+    perturb(engine, 0.25, true);
   }
 
   bool same_results(const Problem& other) const {
-    return z == other.z && diag == other.diag && exp_avg == other.exp_avg && master == other.master &&
-           exp_hessian_diag_sq == other.exp_hessian_diag_sq && param == other.param;
+    return z == other.z && saved == other.saved && diag == other.diag && exp_avg == other.exp_avg &&
+           master == other.master && exp_hessian_diag_sq == other.exp_hessian_diag_sq && param == other.param;
   }
 
   std::vector<Segment> segments;
   std::vector<Array<T>> param, grad, hessian;
-  Array<T> z;
+  Array<T> z, saved;
   Array<M> exp_avg, exp_hessian_diag_sq;
   Array<S> diag;
   Array<float> master;
