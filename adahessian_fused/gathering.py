@@ -16,6 +16,7 @@ from .distributed.ranks import batch_weight
 from .distributed.sharded import any_sharded, part_of
 from .evaluation import Differentiate, EvaluatesLosses
 from .fraction import split_batch
+from .friendly import curvature_friendly
 from .layout import Entry, compute_dtype
 from .profiling import profiled
 
@@ -53,10 +54,10 @@ class GathersCurvature(EvaluatesLosses):
                 opt.backward(lambda: loss_fn(model(x), y) / m, curvature=m if i == 0 else 0)
 
         Args:
-            loss: scalar, or with ``gradient`` a tensor of its shape; or a function that computes and returns it, which
-                ``hvp="finite_difference"`` and ``"forward_over_reverse"`` need on steps with curvature. Finite
-                differences call it twice for each sample; it has to do the same each time (random numbers of torch and
-                buffers of modules are taken care of).
+            loss: scalar, or with ``gradient`` a tensor of its shape; or a function that computes and returns it. Where
+                curvature is due the function runs inside :class:`curvature_friendly`; ``hvp="finite_difference"`` and
+                ``"forward_over_reverse"`` need one on such steps. Finite differences call it twice for each sample; it
+                has to do the same each time (random numbers of torch and buffers of modules are taken care of).
             gradient: as in ``Tensor.backward``.
             retain_graph: keep the graph of the loss.
             grad_scaler: scales the loss (pass it unscaled). Needed only where other code calls
@@ -94,7 +95,9 @@ class GathersCurvature(EvaluatesLosses):
             weighted = loss if weight is None else lambda: loss() * weight
             found = self._evaluate_loss(weighted, gradient, scale, 1.0 if curvature is None else curvature)
             return found if weight is None else found / weight
-        loss = loss if given else loss()
+        if not given:
+            with curvature_friendly() if wanted else contextlib.nullcontext():
+                loss = loss()
         hvp.check_loss(loss, gradient)
         inverse_scale = None
         scaled = loss if weight is None else loss * weight

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from contextlib import nullcontext
 
 import torch
 from torch import Tensor
 
-from adahessian_fused import AdaHessian, curvature_friendly
+from adahessian_fused import AdaHessian
 
 from .run import Setup
 from .task import Batch, Task
@@ -49,7 +48,6 @@ def _first_order(opt: torch.optim.Optimizer, loss_fn: Callable[..., Tensor], bat
 
 def _split(opt: AdaHessian, loss_fn: Callable[..., Tensor], batch: Batch) -> Tensor:
     opt.zero_grad()
-    with curvature_friendly() if opt.needs_hessian else nullcontext():
-        loss = opt.backward_split(loss_fn, *batch)
+    loss = opt.backward_split(loss_fn, *batch)
     opt.step()
     return loss

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from adahessian_fused import AdaHessian, TrainStep, curvature_friendly
+from adahessian_fused import AdaHessian, TrainStep
 
 from .problems import Problem
 
@@ -147,16 +147,9 @@ def _split(fraction: float) -> Callable[..., Any]:
     def make(problem: Problem, model: nn.Module) -> tuple[Callable[[], Any], AdaHessian]:
         opt = _ours(model, hessian_fraction=fraction)
 
-        def loss_fn(*batch: Tensor) -> Tensor:
-            with curvature_friendly():
-                return problem.loss(model, *batch)
-
         def step() -> None:
             opt.zero_grad()
-            if opt.needs_hessian:
-                opt.backward_split(loss_fn, *problem.batch)
-            else:
-                opt.backward(problem.loss(model, *problem.batch))
+            opt.backward_split(lambda *batch: problem.loss(model, *batch), *problem.batch)
             opt.step()
 
         return step, opt
