@@ -129,9 +129,19 @@ def test_operators_without_a_derivative_are_named(name, hvp):
     model, loss, _ = first_order_only(name)
     opt, before = optimizer(model, hvp), weights(model)
     with pytest.raises(RuntimeError, match=f'(?s){NAMED[name, hvp]}.*hvp="finite_difference"') as raised:
-        opt.backward(lambda: loss(model))
+        opt.backward(loss(model) if hvp == "autograd" else lambda: loss(model))
     assert (raised.value.__cause__ is None) == (name == "reentrant_checkpoint")
     assert_same(weights(model), before)
+
+
+@pytest.mark.parametrize("name", ["flash", "embedding_bag"])
+def test_functions_get_a_double_backward(name):
+    """opt.backward(function) runs it inside curvature_friendly()."""
+    model, loss, plain = first_order_only(name)
+    g, hz = exact(model, plain)
+    opt = optimizer(model, "autograd")
+    opt.backward(lambda: loss(model))
+    compare(opt, model, g, hz, "autograd")
 
 
 class Once(torch.autograd.Function):
