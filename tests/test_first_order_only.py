@@ -141,6 +141,7 @@ def test_functions_get_a_double_backward(name):
     g, hz = exact(model, plain)
     opt = optimizer(model, "autograd")
     opt.backward(lambda: loss(model))
+    opt.step()
     compare(opt, model, g, hz, "autograd")
 
 
