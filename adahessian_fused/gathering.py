@@ -55,9 +55,10 @@ class GathersCurvature(EvaluatesLosses):
 
         Args:
             loss: scalar, or with ``gradient`` a tensor of its shape; or a function that computes and returns it. Where
-                curvature is due the function runs inside :class:`curvature_friendly`; ``hvp="finite_difference"`` and
-                ``"forward_over_reverse"`` need one on such steps. Finite differences call it twice for each sample; it
-                has to do the same each time (random numbers of torch and buffers of modules are taken care of).
+                curvature is due, double backward runs the function inside :class:`curvature_friendly`, and
+                ``hvp="finite_difference"`` and ``"forward_over_reverse"`` need one. Finite differences call it twice
+                for each sample; it has to do the same each time (random numbers of torch and buffers of modules are
+                taken care of).
             gradient: as in ``Tensor.backward``.
             retain_graph: keep the graph of the loss.
             grad_scaler: scales the loss (pass it unscaled). Needed only where other code calls

@@ -56,7 +56,8 @@ class curvature_friendly(TorchFunctionMode):  # noqa: N801 - used like a functio
             loss = loss_fn(model(inputs), targets)
         opt.backward(loss)
 
-    ``opt.step(closure)`` enters it by itself on such steps, if the closure returns the loss.
+    ``opt.step(closure)``, if the closure returns the loss, ``opt.backward(function)`` and ``opt.backward_split`` enter
+    it by themselves on such steps.
 
     * Batch, layer, group and RMS norm, convolutions (also transposed) and ReLU: PyTorch composes their double backward
       of dozens of small operators; here it is one fused kernel for a norm (:mod:`.formulas` has the formula) and three
