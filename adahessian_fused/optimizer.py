@@ -25,6 +25,12 @@ if TYPE_CHECKING:
     from torch.nn.parallel import DistributedDataParallel
 
 _LAYOUT = attrgetter("layout")
+# Its name differs between versions of torch, which have one or the other or both.
+_check_graph_capture = next(
+    vars(torch.optim.Optimizer)[name]
+    for name in ("_accelerator_graph_capture_health_check", "_cuda_graph_capture_health_check")
+    if name in vars(torch.optim.Optimizer)
+)
 
 # Options that hold for the whole optimizer although they are stored in every parameter group.
 _OPTIMIZER_WIDE = (
@@ -279,8 +285,7 @@ class AdaHessian(Observable, FollowsGradScaler):
         Returns:
             What the closure returned.
         """
-        # Older versions of torch know it by the name of CUDA alone.
-        getattr(self, "_accelerator_graph_capture_health_check", self._cuda_graph_capture_health_check)()
+        _check_graph_capture(self)
         loss = None if closure is None else self._evaluate(closure)
         if not self.state and closure is None and self._is_blank():
             return loss

@@ -46,8 +46,9 @@ def test_a_script_changes_by_its_import_line(origin):
     changed = [line for line in lines if not line.startswith(" ") and line]
     assert re.fullmatch(r"-from [\w.]+ import (\w+)\n\+from [\w.]+ import \1", "\n".join(changed))
     before, after = ("\n".join(line[1:] for line in lines if line[:1] != other) for other in "+-")
+    original = Origin(origin).original
     theirs, ours = run(before)["opt"], run(after)["opt"]
-    assert (type(theirs), type(ours)) == (Origin(origin).original, Origin(origin).drop_in)
+    assert (type(theirs), type(ours)) == (original, Origin(origin).drop_in)
 
 
 @pages

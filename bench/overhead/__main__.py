@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import gc
 import json
+import os
 import random
 import subprocess
 import sys
@@ -88,7 +89,9 @@ def ratios(steps: dict[str, Step], alternating: set[str], device: str, rounds: i
 def peak_memory(name: str, way: str, device: str, batch: int | None) -> int | None:
     """Bytes that two steps take on top of the model, in a process of their own; None if they fail."""
     command = [sys.executable, "-m", __package__, "--memory", way, "--models", name, "--device", device]
-    result = subprocess.run(command + (["--batch", str(batch)] if batch else []), capture_output=True, text=True)
+    command += ["--batch", str(batch)] if batch else []
+    same_packages = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    result = subprocess.run(command, env=same_packages, capture_output=True, text=True)
     return int(result.stdout.split()[-1]) if result.returncode == 0 else None
 
 
