@@ -1,11 +1,8 @@
 // The loops over the elements of a tile; compiled once for each instruction set, with ADAHESSIAN_ISA as its name.
 #include "kernels.h"
 
-#include "block_mean.h"
 #include "rounding.h"
-#include "tile.h"
-
-#define ADAHESSIAN_INLINE_LAMBDA __attribute__((always_inline))
+#include "tile_means.h"
 
 namespace adahessian::cpu {
 inline namespace ADAHESSIAN_ISA {
@@ -59,36 +56,7 @@ void perturb(const Tile& tile, const PerturbWork<T>& work) {
                  });
 }
 
-// ---- D and its means ------------------------------------------------------------------------------------------------
-
-// The probe of a tile. |z * Hz| = |Hz|: no signs for absolute values.
-ADAHESSIAN_HD void draw(const Tile& tile, const Probe& probe, const ProbeKey& key, SignBits& signs) {
-  probe.draw && !tile.segment->absolute ? signs.draw(key, tile.begin, tile.size()) : signs.clear();
-}
-
-// D of a tile whose elements are stored in logical order.
-template <typename T>
-ADAHESSIAN_HD D<T> stored_d(const Tile& tile, const SignBits& signs) {
-  const Segment& s = *tile.segment;
-  return {static_cast<const T*>(s.hessian) + tile.begin, signs, tile.size(), s.absolute};
-}
-
-// Calls body(D of the tile), gathering it first where it is stored in another order.
-template <typename T, typename Body>
-ADAHESSIAN_HD void with_d(const Tile& tile, const Probe& probe, const ProbeKey& key, const Body& body) {
-  using S = StateOf<T>;
-  const Segment& s = *tile.segment;
-  SignBits signs;
-  draw(tile, probe, key, signs);
-  if (s.period == 1) return body(stored_d<T>(tile, signs));
-  S logical[kTile];
-  for_each_strip(s, tile.begin, tile.end,
-                 [&](int64_t first, int64_t step, int64_t stored, int64_t size) ADAHESSIAN_INLINE_LAMBDA {
-                   const T* hessian = static_cast<const T*>(s.hessian) + stored;
-                   for (int64_t n = 0; n < size; ++n) logical[first + n * step] = load_as(hessian[n]);
-                 });
-  body(D<S>(logical, signs, tile.size(), s.absolute));
-}
+// ---- hessian_diag ---------------------------------------------------------------------------------------------------
 
 template <typename T>
 double sum_tile(const Tile& tile, const Probe& probe, const ProbeKey& key) {
@@ -100,52 +68,6 @@ double sum_tile(const Tile& tile, const Probe& probe, const ProbeKey& key) {
   double total = 0;
   for (int l = 0; l < kLanes<S>; ++l) total += double(sums[l]);
   return total;
-}
-
-template <typename S>
-constexpr int64_t kShortBlock = kLanes<S>;  // a vector
-
-// Calls body(std::integral_constant<int, block>) for a block of 2 ... kShortBlock elements.
-template <typename S, typename Body>
-ADAHESSIAN_HD void for_short_block(int64_t block, const Body& body) {
-  [&]<int... b>(std::integer_sequence<int, b...>) {
-    ((b + 2 == block ? body(std::integral_constant<int, b + 2>()) : void()), ...);
-  }(std::make_integer_sequence<int, kShortBlock<S> - 1>());
-}
-
-// Means of short blocks, vector by vector, for a loop that begins at element 0 of a tile.
-template <int block, typename T>
-class ShortBlocksOf {
-  using S = StateOf<T>;
-  static constexpr int64_t W = kLanes<S>, kAhead = ShortBlocks<S, block>::kDelay * W;
-
- public:
-  ADAHESSIAN_MEMBER explicit ShortBlocksOf(const D<T>& d) : d_(d), blocks_(d.size()) {
-    for (int64_t i = 0; i < kAhead; i += W) blocks_.push(d_.vector(i));
-  }
-  // Ds of elements i ... i + W - 1.
-  ADAHESSIAN_MEMBER Vector<S> next(int64_t i) { return blocks_.push(d_.vector(i + kAhead)); }
-
- private:
-  D<T> d_;
-  ShortBlocks<S, block> blocks_;
-};
-
-// The mean of each element's block; blocks are short. Writes up to a vector past the tile's last element.
-template <int block, typename T>
-[[gnu::noinline]] void spread_short_blocks(D<T> d, StateOf<T>* ds) {
-  ShortBlocksOf<block, T> blocks(d);
-  for (int64_t i = 0; i < d.size(); i += kLanes<StateOf<T>>) store_vector(ds + i, blocks.next(i));
-}
-
-// The mean of every block of a tile; blocks are longer than a vector.
-template <typename T>
-[[gnu::noinline]] void average_blocks(D<T> d, int64_t block, StateOf<T>* means) {
-  Vector<StateOf<T>> rows[BlockSums<StateOf<T>>::kRows];
-  BlockWalk<StateOf<T>> walk(block);
-  BlockSums<StateOf<T>> sums(rows);
-  for (int64_t i = 0; i < d.size(); i += kLanes<StateOf<T>>) sums.push(d.vector(i), walk.next());
-  sums.end(d.size(), block, means);
 }
 
 template <typename T>
