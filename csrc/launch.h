@@ -30,11 +30,13 @@ struct Segment {
 };
 
 // Where a launch runs. On the CPU `parallel_for(begin, end, grain, body)` is the caller's thread pool; on a GPU
-// `stream` is a cudaStream_t and the caller has made `device` current. `allocate(bytes)` gives memory of the device
-// that stays valid until the work this call puts on the stream has finished.
+// `stream` is a cudaStream_t and the caller has made `device` current. `allocate(size)` gives memory of the device that
+// stays valid until the work this call puts on the stream has finished; `upload(bytes, size)` such memory with these
+// bytes in it, which may have been there before. Without `upload`, tables travel in the arguments of kernels.
 struct Context {
   std::function<void(int64_t, int64_t, int64_t, const std::function<void(int64_t, int64_t)>&)> parallel_for;
   std::function<void*(size_t)> allocate;
+  std::function<const void*(const void*, size_t)> upload;
   int device = -1;
   void* stream = nullptr;
 };

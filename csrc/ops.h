@@ -8,11 +8,16 @@
 #include <torch/headeronly/util/Exception.h>
 
 #include <cstdint>
+#include <cstring>
+#include <map>
+#include <mutex>
 #include <optional>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "launch.h"
+#include "upload_cache.h"
 
 #ifdef ADAHESSIAN_WITH_CUDA
 // Weak: a torch without CUDA does not have it, and never gets as far as calling it.
@@ -64,6 +69,22 @@ inline void check_same_device(const char* op, const char* argument, const Tensor
                   "; expected ", other.is_cuda() ? "cuda:" : "cpu:", int(other.get_device_index()));
 }
 
+// Bytes on a GPU, for work on the given stream of it: from pinned memory without waiting, or those of an earlier call.
+inline const void* upload(const Tensor& on, void* stream, const void* bytes, size_t size) {
+  using Caches = std::map<std::pair<int32_t, void*>, UploadCache<Tensor>>;
+  static std::mutex mutex;
+  static Caches& caches = *new Caches;  // never destroyed: CUDA may have gone before
+  const std::lock_guard lock(mutex);
+  const auto send = [&] {
+    const torch::stable::Device host(torch::headeronly::DeviceType::CPU);
+    const Tensor pinned = torch::stable::empty({int64_t(size)}, ScalarType::Byte, std::nullopt, host, true);
+    std::memcpy(pinned.data_ptr(), bytes, size);
+    Tensor target = torch::stable::new_empty(on, {int64_t(size)}, ScalarType::Byte);
+    return torch::stable::copy_(target, pinned, true);
+  };
+  return caches[{on.get_device_index(), stream}].find(bytes, size, send).data_ptr();
+}
+
 // Threads of torch, memory for the duration of the call; on a GPU the current stream of the tensors' device.
 class Scope {
  public:
@@ -75,6 +96,10 @@ class Scope {
     context_.allocate = [this, on](size_t bytes) {
       workspaces_.push_back(torch::stable::new_empty(on, {int64_t(bytes)}, ScalarType::Byte));
       return workspaces_.back().data_ptr();
+    };
+    context_.upload = [this, on](const void* bytes, size_t size) -> const void* {
+      if (on.is_cuda()) return upload(on, context_.stream, bytes, size);
+      return std::memcpy(context_.allocate(size), bytes, size);
     };
   }
   const Context& context() const { return context_; }

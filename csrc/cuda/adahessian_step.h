@@ -22,6 +22,7 @@ struct StepBody {
   struct NoBlocks {};
   struct Shared {
     StepRow row;
+    ProbeConstant constant;
     Tile tile;
     Coefficients<S> coefficients;
     bool skip;
@@ -43,6 +44,7 @@ template <class Body>
 ADAHESSIAN_HD void locate(const typename Body::Arguments& arguments, typename Body::Shared& shared, uint32_t tile) {
   const float found_inf = arguments.found_inf ? *arguments.found_inf : 0.0f;
   shared.row = row_of_tile(arguments.table, tile);
+  if (Body::kOrder != Order::kFlat) shared.constant = constant_of_row(arguments.table, shared.row).probe;
   shared.tile = cut<Body::kVector, Body::kOrder>(shared.row.geometry, tile - shared.row.first_tile);
   shared.skip = found_inf != 0.0f;
 }
@@ -55,7 +57,7 @@ ADAHESSIAN_HD Coefficients<S> coefficients_of(const StepArguments<S, M>& argumen
     return coefficients<S>(arguments.groups[row.group], steps[0] + 1, steps[1] + (row.curvature != Curvature::kNone),
                            inv_scale);
   }
-  Coefficients<S> c = constant_of_row(arguments.table, row);
+  Coefficients<S> c = constant_of_row(arguments.table, row).coefficients;
   c.grad_factor *= S(inv_scale);
   c.hessian_factor *= S(inv_scale);
   return c;
@@ -158,7 +160,7 @@ ADAHESSIAN_HD void load_all(const typename Body::Arguments& arguments, typename 
     }
   }
   if constexpr (kOrder != Order::kFlat) {
-    if (draws(arguments, row)) draw_signs(shared.signs, arguments.probe, row.probe, tile, thread);
+    if (draws(arguments, row)) draw_signs(shared.signs, arguments.probe, row.probe, shared.constant, tile, thread);
   }
   if (takes_hessian(row)) {
     ADAHESSIAN_UNROLL

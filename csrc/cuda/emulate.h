@@ -49,7 +49,7 @@ class BlockExecutor {
 
 class EmulatedDevice {
  public:
-  EmulatedDevice(const char* op, const Context& context) : op_(op), context_(context) {}
+  explicit EmulatedDevice(const Context& context) : context_(context) {}
 
   int launches = 0;
 
@@ -65,23 +65,17 @@ class EmulatedDevice {
     }
   }
 
-  // Without an allocator the tables take the way they take during stream capture.
-  bool can_upload() const { return bool(context_.allocate); }
+  // Without, the tables take the way they take during stream capture.
+  bool can_upload() const { return bool(context_.upload); }
 
   template <class Row>
   const Row* upload(const std::vector<Row>& rows) {
-    void* target = allocate(rows.size() * sizeof(Row));
-    std::memcpy(target, rows.data(), rows.size() * sizeof(Row));
-    return static_cast<const Row*>(target);
+    return static_cast<const Row*>(context_.upload(rows.data(), rows.size() * sizeof(Row)));
   }
 
-  void* allocate(size_t bytes) {
-    if (!context_.allocate) throw std::runtime_error(std::string(op_) + ": no allocator for the workspace");
-    return context_.allocate(bytes);
-  }
+  void* allocate(size_t bytes) { return context_.allocate(bytes); }
 
  private:
-  const char* op_;
   const Context& context_;
 };
 

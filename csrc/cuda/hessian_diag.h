@@ -24,11 +24,11 @@ struct HessianDiagRow {
   ProbeRow probe;
   uint32_t first_tile;
   uint32_t constant;
-  uint32_t flags;
+  uint64_t flags;  // this wide to leave no padding
 };
 
 struct HessianDiagArguments {
-  using TableType = Table<HessianDiagRow, NoConstant, 1>;
+  using TableType = Table<HessianDiagRow, ProbeConstant, 24>;
   ProbeSource probe;
   double scale;
   bool accumulate;
@@ -40,6 +40,7 @@ struct HessianDiagBody {
   using Arguments = HessianDiagArguments;
   struct Shared {
     HessianDiagRow row;
+    ProbeConstant constant;
     Tile tile;
     Signs<Traits<T>::kTile> signs;
     Blocks<StateOf<T>, Traits<T>::kTile> blocks;
@@ -89,7 +90,7 @@ ADAHESSIAN_HD void write_elements(const HessianDiagArguments& arguments, typenam
                                   typename HessianDiagBody<T>::Thread& state, int thread) {
   using S = StateOf<T>;
   constexpr int kVector = Traits<T>::kVector;
-  const uint32_t flags = shared.row.flags;
+  const uint32_t flags = uint32_t(shared.row.flags);
   const bool aligned = flags & HessianDiagRow::kTargetAligned;
   S* target = static_cast<S*>(shared.row.target);
   ADAHESSIAN_UNROLL
@@ -128,6 +129,7 @@ ADAHESSIAN_HD void run(HessianDiagBody<T>, Executor& executor, const HessianDiag
   executor.phase([&](int thread, auto&) {
     if (thread != 0) return;
     row = row_of_tile(arguments.table, tile_number);
+    shared.constant = constant_of_row(arguments.table, row);
     tile = cut<kVector, Order::kAny>(row.geometry, tile_number - row.first_tile);
   });
   // Hz is on its way while the first threads draw the probe.
@@ -138,7 +140,7 @@ ADAHESSIAN_HD void run(HessianDiagBody<T>, Executor& executor, const HessianDiag
       load<Order::kAny>(state.hessian[i], static_cast<const T*>(row.hessian), tile, slot,
                         row.flags & HessianDiagRow::kHessianAligned);
     }
-    if (arguments.probe.draw) draw_signs(shared.signs, arguments.probe, row.probe, tile, thread);
+    if (arguments.probe.draw) draw_signs(shared.signs, arguments.probe, row.probe, shared.constant, tile, thread);
   });
   if (row.flags & HessianDiagRow::kElementwise) {
     executor.last([&](int thread, auto& state) { write_elements<T>(arguments, shared, state, thread); });

@@ -47,21 +47,15 @@ class CudaDevice {
   bool can_upload() {
     cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
     check(cudaStreamIsCapturing(stream_, &status));
-    return status == cudaStreamCaptureStatusNone && context_.allocate;
+    return status == cudaStreamCaptureStatusNone && context_.upload;
   }
 
-  // The copy reads `rows` before it returns: pageable memory is staged.
   template <class Row>
   const Row* upload(const std::vector<Row>& rows) {
-    void* target = allocate(rows.size() * sizeof(Row));
-    check(cudaMemcpyAsync(target, rows.data(), rows.size() * sizeof(Row), cudaMemcpyHostToDevice, stream_));
-    return static_cast<const Row*>(target);
+    return static_cast<const Row*>(context_.upload(rows.data(), rows.size() * sizeof(Row)));
   }
 
-  void* allocate(size_t bytes) {
-    if (!context_.allocate) throw std::runtime_error(std::string(op_) + ": no allocator for the workspace");
-    return context_.allocate(bytes);
-  }
+  void* allocate(size_t bytes) { return context_.allocate(bytes); }
 
  private:
   void check(cudaError_t error) const {

@@ -14,12 +14,12 @@ struct PerturbRow {
   ProbeRow probe;
   uint32_t first_tile;
   uint32_t constant;
-  uint32_t aligned;
+  uint64_t aligned;  // this wide to leave no padding
 };
 
 template <typename T>
 struct PerturbArguments {
-  using TableType = Table<PerturbRow<T>, NoConstant, 1>;
+  using TableType = Table<PerturbRow<T>, ProbeConstant, 24>;
   T* saved;
   StateOf<T> scale;  // 0: put the saved values back as they are
   uint32_t save;
@@ -32,6 +32,7 @@ struct PerturbBody {
   using Arguments = PerturbArguments<T>;
   struct Shared {
     PerturbRow<T> row;
+    ProbeConstant constant;
     Tile tile;
     Signs<Traits<T>::kTile> signs;
   };
@@ -74,10 +75,12 @@ ADAHESSIAN_HD void run(PerturbBody<T, kOrder>, Executor& executor, const Perturb
   executor.phase([&](int thread, auto&) {
     if (thread != 0) return;
     shared.row = row_of_tile(arguments.table, tile);
+    shared.constant = constant_of_row(arguments.table, shared.row);
     shared.tile = cut<Traits<T>::kVector, kOrder>(shared.row.geometry, tile - shared.row.first_tile);
   });
-  executor.phase(
-      [&](int thread, auto&) { draw_signs(shared.signs, arguments.probe, shared.row.probe, shared.tile, thread); });
+  executor.phase([&](int thread, auto&) {
+    draw_signs(shared.signs, arguments.probe, shared.row.probe, shared.constant, shared.tile, thread);
+  });
   executor.last([&](int thread, auto&) { move_slots<T, kOrder>(arguments, shared, thread); });
 }
 
@@ -90,6 +93,7 @@ void perturb(const PerturbArgs& args, Device& device) {
   arguments.probe = probe_source(args.probe, args.counts);
   std::vector<PerturbRow<T>> rows;
   rows.reserve(args.segments.size());
+  ProbeConstants constants(args.counts);
   bool ordered = false;
   for (const Segment& s : args.segments) {
     if (s.numel == 0) continue;
@@ -97,14 +101,13 @@ void perturb(const PerturbArgs& args, Device& device) {
     const Geometry geometry = Tiler::of<T>().ordered(s.numel, 1, s.period, s.stride);
     const bool aligned =
         geometry.takes_vectors(Traits<T>::kVector) && is_aligned(param) && is_aligned(arguments.saved + s.offset);
-    rows.push_back({geometry, s.offset, param, probe_row(s, args.counts), 0, 0, aligned});
+    rows.push_back({geometry, s.offset, param, probe_row(s), 0, constants.index_of(s), aligned});
     ordered |= geometry.layout != Layout::kFlat;
   }
-  const std::vector<NoConstant> none(1);
   if (ordered) {
-    launch_rows<PerturbBody<T, Order::kAny>>(device, arguments, rows, none);
+    launch_rows<PerturbBody<T, Order::kAny>>(device, arguments, rows, constants.get());
   } else {
-    launch_rows<PerturbBody<T, Order::kFlat>>(device, arguments, rows, none);
+    launch_rows<PerturbBody<T, Order::kFlat>>(device, arguments, rows, constants.get());
   }
 }
 

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "../launch.h"
+#include "table.h"
 #include "tile.h"
 
 namespace adahessian::gpu {
@@ -9,8 +10,12 @@ namespace adahessian::gpu {
 // What a row of a table says about the probe.
 struct ProbeRow {
   uint32_t param_id;
-  uint32_t hessian_step;  // if the step counts are on the host
-  uint32_t slot;          // row of the step counts, if they are on the device
+  uint32_t slot;  // row of the step counts, if they are on the device
+};
+
+// What changes from step to step, if the step counts are on the host.
+struct ProbeConstant {
+  uint32_t hessian_step;
 };
 
 // What all rows have in common. `steps` is null if the step counts are on the host.
@@ -21,13 +26,27 @@ struct ProbeSource {
   bool draw;
 };
 
-inline ProbeRow probe_row(const Segment& s, const Counts& counts) {
-  return {s.param_id, counts.on_device ? 0u : uint32_t(counts.steps[2 * s.slot + 1]), uint32_t(s.slot)};
-}
+inline ProbeRow probe_row(const Segment& s) { return {s.param_id, uint32_t(s.slot)}; }
 
 inline ProbeSource probe_source(const Probe& probe, const Counts& counts) {
   return {probe.seed, counts.on_device ? counts.steps : nullptr, probe.sample, probe.draw};
 }
+
+// The constants of a table whose rows differ in nothing but their number of Hessian steps.
+class ProbeConstants {
+ public:
+  explicit ProbeConstants(const Counts& counts) : counts_(counts) {}
+
+  uint32_t index_of(const Segment& s) {
+    const uint32_t hessian_step = counts_.on_device ? 0 : uint32_t(counts_.steps[2 * s.slot + 1]);
+    return constants_.index_of(hessian_step, [&] { return ProbeConstant{hessian_step}; });
+  }
+  const std::vector<ProbeConstant>& get() const { return constants_.get(); }
+
+ private:
+  Counts counts_;
+  DistinctConstants<uint32_t, ProbeConstant> constants_;
+};
 
 template <int kTile>
 struct Signs {
@@ -37,11 +56,11 @@ struct Signs {
 
 // Every thread draws at most one call.
 template <int kTile>
-ADAHESSIAN_HD void draw_signs(Signs<kTile>& signs, const ProbeSource& source, const ProbeRow& row, const Tile& t,
-                              int thread) {
+ADAHESSIAN_HD void draw_signs(Signs<kTile>& signs, const ProbeSource& source, const ProbeRow& row,
+                              const ProbeConstant& constant, const Tile& t, int thread) {
   const int64_t first = t.begin / kSignsPerCall;
   if (thread > int((t.begin + t.count - 1) / kSignsPerCall - first)) return;
-  const uint32_t hessian_step = source.steps ? uint32_t(source.steps[2 * row.slot + 1]) : row.hessian_step;
+  const uint32_t hessian_step = source.steps ? uint32_t(source.steps[2 * row.slot + 1]) : constant.hessian_step;
   const ProbeKey key = {source.seed, row.param_id, hessian_step, source.sample};
   const PhiloxWords drawn = rademacher_words(key, uint32_t(first + thread));
   ADAHESSIAN_UNROLL

@@ -12,12 +12,12 @@ struct RademacherRow {
   ProbeRow probe;
   uint32_t first_tile;
   uint32_t constant;
-  uint32_t aligned;
+  uint64_t aligned;  // this wide to leave no padding
 };
 
 template <typename T>
 struct RademacherArguments {
-  using TableType = Table<RademacherRow, NoConstant, 1>;
+  using TableType = Table<RademacherRow, ProbeConstant, 24>;
   T* z;
   ProbeSource probe;
   TableType table;
@@ -28,6 +28,7 @@ struct RademacherBody {
   using Arguments = RademacherArguments<T>;
   struct Shared {
     RademacherRow row;
+    ProbeConstant constant;
     Tile tile;
     Signs<Traits<T>::kTile> signs;
   };
@@ -56,10 +57,12 @@ ADAHESSIAN_HD void run(RademacherBody<T, kOrder>, Executor& executor, const Rade
   executor.phase([&](int thread, auto&) {
     if (thread != 0) return;
     shared.row = row_of_tile(arguments.table, tile);
+    shared.constant = constant_of_row(arguments.table, shared.row);
     shared.tile = cut<Traits<T>::kVector, kOrder>(shared.row.geometry, tile - shared.row.first_tile);
   });
-  executor.phase(
-      [&](int thread, auto&) { draw_signs(shared.signs, arguments.probe, shared.row.probe, shared.tile, thread); });
+  executor.phase([&](int thread, auto&) {
+    draw_signs(shared.signs, arguments.probe, shared.row.probe, shared.constant, shared.tile, thread);
+  });
   executor.last([&](int thread, auto&) { write_probe<T, kOrder>(arguments, shared, thread); });
 }
 
@@ -70,19 +73,19 @@ void rademacher(const RademacherArgs& args, Device& device) {
   arguments.probe = probe_source(args.probe, args.counts);
   std::vector<RademacherRow> rows;
   rows.reserve(args.segments.size());
+  ProbeConstants constants(args.counts);
   bool ordered = false;
   for (const Segment& s : args.segments) {
     if (s.numel == 0) continue;
     const Geometry geometry = Tiler::of<T>().ordered(s.numel, 1, s.period, s.stride);
     const bool aligned = geometry.takes_vectors(Traits<T>::kVector) && is_aligned(arguments.z + s.offset);
-    rows.push_back({geometry, s.offset, probe_row(s, args.counts), 0, 0, aligned});
+    rows.push_back({geometry, s.offset, probe_row(s), 0, constants.index_of(s), aligned});
     ordered |= geometry.layout != Layout::kFlat;
   }
-  const std::vector<NoConstant> none(1);
   if (ordered) {
-    launch_rows<RademacherBody<T, Order::kAny>>(device, arguments, rows, none);
+    launch_rows<RademacherBody<T, Order::kAny>>(device, arguments, rows, constants.get());
   } else {
-    launch_rows<RademacherBody<T, Order::kFlat>>(device, arguments, rows, none);
+    launch_rows<RademacherBody<T, Order::kFlat>>(device, arguments, rows, constants.get());
   }
 }
 

@@ -12,13 +12,14 @@ struct Reduction {
   int64_t numel, block, period, stride;
   int64_t mean_block, mean_numel;
   ProbeRow probe;
+  uint32_t constant;
   bool absolute;
   bool float_target;
 };
 
-inline Reduction reduction_of(const Segment& s, void* target, const Counts& counts) {
+inline Reduction reduction_of(const Segment& s, void* target, ProbeConstants& constants) {
   const int64_t block = std::min(s.block, s.numel);
-  return {s.hessian,  target, s.numel, block, s.period, s.stride, block, s.numel, probe_row(s, counts),
+  return {s.hessian,  target, s.numel, block, s.period, s.stride, block, s.numel, probe_row(s), constants.index_of(s),
           s.absolute, false};
 }
 
@@ -34,7 +35,7 @@ HessianDiagRow row_of(const Reduction& r) {
     flags |= Row::kElementwise | (is_aligned(r.target) ? Row::kTargetAligned : 0);
   }
   if (geometry.takes_vectors(Traits<T>::kVector) && is_aligned(r.input)) flags |= Row::kHessianAligned;
-  return {geometry, r.input, r.target, r.mean_block, r.mean_numel, r.probe, 0, 0, flags};
+  return {geometry, r.input, r.target, r.mean_block, r.mean_numel, r.probe, 0, r.constant, flags};
 }
 
 // The sum of the partial sums that a row with kPartial leaves.
@@ -49,7 +50,8 @@ inline Reduction rest_of(const Reduction& r, const HessianDiagRow& row, bool flo
 }
 
 template <typename T, class Device>
-void reduce(Device& device, HessianDiagArguments& arguments, const std::vector<Reduction>& reductions) {
+void reduce(Device& device, HessianDiagArguments& arguments, const std::vector<Reduction>& reductions,
+            const ProbeConstants& constants) {
   std::vector<HessianDiagRow> rows;
   std::vector<Reduction> rests;
   rows.reserve(reductions.size());
@@ -69,10 +71,10 @@ void reduce(Device& device, HessianDiagArguments& arguments, const std::vector<R
       partial += rest++->numel;
     }
   }
-  launch_rows<HessianDiagBody<T>>(device, arguments, rows, std::vector<NoConstant>(1));
+  launch_rows<HessianDiagBody<T>>(device, arguments, rows, constants.get());
   if (n_partial == 0) return;
   arguments.probe.draw = false;
-  reduce<double>(device, arguments, rests);
+  reduce<double>(device, arguments, rests, constants);
 }
 
 template <typename T, class Device>
@@ -83,11 +85,12 @@ void hessian_diag(const HessianDiagArgs& args, Device& device) {
   arguments.accumulate = args.accumulate;
   std::vector<Reduction> reductions;
   reductions.reserve(args.segments.size());
+  ProbeConstants constants(args.counts);
   for (const Segment& s : args.segments) {
     if (s.numel == 0) continue;
-    reductions.push_back(reduction_of(s, static_cast<StateOf<T>*>(args.diag) + s.diag_offset, args.counts));
+    reductions.push_back(reduction_of(s, static_cast<StateOf<T>*>(args.diag) + s.diag_offset, constants));
   }
-  reduce<T>(device, arguments, reductions);
+  reduce<T>(device, arguments, reductions, constants);
 }
 
 }  // namespace adahessian::gpu

@@ -1,7 +1,6 @@
 // Host side of adahessian_step: the table of a step and its launches.
 #pragma once
 
-#include <map>
 #include <tuple>
 
 #include "adahessian_step.h"
@@ -9,39 +8,27 @@
 
 namespace adahessian::gpu {
 
-// The distinct sets of coefficients of a step; most parameters share one.
+// The constants of a step. With the counts on the device there is one, which nobody reads.
 template <typename S>
-class CoefficientsTable {
+class StepConstants {
  public:
-  explicit CoefficientsTable(const AdaHessianStepArgs& args) : args_(args) {}
+  explicit StepConstants(const AdaHessianStepArgs& args) : args_(args) {}
 
   uint32_t index_of(const Segment& s, bool has_curvature) {
-    if (args_.counts.on_device) return 0;
+    if (args_.counts.on_device) return constants_.index_of({}, [] { return StepConstant<S>{}; });
     const int64_t* counts = args_.counts.steps + 2 * s.slot;
-    const Key key = {s.group, counts[0] + 1, counts[1] + has_curvature};
-    if (!entries_.empty() && key == last_) return last_index_;
-    const auto [found, is_new] = index_.try_emplace(key, uint32_t(entries_.size()));
-    if (is_new) {
+    return constants_.index_of({s.group, counts[0], counts[1], has_curvature}, [&] {
       const Hyper& hyper = reinterpret_cast<const Hyper*>(args_.groups)[s.group];
-      entries_.push_back(coefficients<S>(hyper, std::get<1>(key), std::get<2>(key), 1.0));
-    }
-    last_ = key;
-    return last_index_ = found->second;
+      return StepConstant<S>{coefficients<S>(hyper, counts[0] + 1, counts[1] + has_curvature, 1.0),
+                             {uint32_t(counts[1])}};
+    });
   }
-
-  // Never empty: with counts on the device there is an entry that nobody reads.
-  std::vector<Coefficients<S>> take() {
-    if (entries_.empty()) entries_.emplace_back();
-    return std::move(entries_);
-  }
+  const std::vector<StepConstant<S>>& get() const { return constants_.get(); }
 
  private:
-  using Key = std::tuple<int32_t, int64_t, int64_t>;  // group, t, h
+  using Key = std::tuple<int32_t, int64_t, int64_t, bool>;  // group, steps and Hessian steps so far, has_curvature
   const AdaHessianStepArgs& args_;
-  std::map<Key, uint32_t> index_;
-  std::vector<Coefficients<S>> entries_;
-  Key last_ = {};
-  uint32_t last_index_ = 0;
+  DistinctConstants<Key, StepConstant<S>> constants_;
 };
 
 // A parameter's source of curvature and the tiles that suit it.
@@ -74,7 +61,7 @@ struct Choice {
 };
 
 template <typename T, typename M>
-uint32_t flags_of(const AdaHessianStepArgs& args, const Segment& s, const StepRow& row) {
+uint16_t flags_of(const AdaHessianStepArgs& args, const Segment& s, const StepRow& row) {
   if (!row.geometry.takes_vectors(Traits<T, M>::kVector)) return s.absolute ? StepRow::kAbsolute : 0;
   const bool states = is_aligned(static_cast<M*>(args.exp_avg) + s.offset) &&
                       is_aligned(static_cast<M*>(args.exp_hessian_diag_sq) + s.offset) &&
@@ -91,10 +78,11 @@ void average_long_blocks(const AdaHessianStepArgs& args, Device& device, std::ve
   using S = StateOf<T>;
   std::vector<Reduction> reductions;
   std::vector<StepRow*> waiting;
+  ProbeConstants constants(args.counts);
   int64_t n_blocks = 0;
   for (size_t i = 0; i < rows.size(); ++i) {
     if (rows[i].curvature != Curvature::kUniform || args.diag != nullptr) continue;
-    reductions.push_back(reduction_of(*segments[i], nullptr, args.counts));
+    reductions.push_back(reduction_of(*segments[i], nullptr, constants));
     waiting.push_back(&rows[i]);
     n_blocks += (reductions.back().numel - 1) / reductions.back().block + 1;
   }
@@ -109,7 +97,7 @@ void average_long_blocks(const AdaHessianStepArgs& args, Device& device, std::ve
   arguments.probe = probe_source(args.probe, args.counts);
   arguments.scale = 1.0;
   arguments.accumulate = false;
-  reduce<T>(device, arguments, reductions);
+  reduce<T>(device, arguments, reductions, constants);
 }
 
 template <typename S, typename M>
@@ -131,7 +119,7 @@ void adahessian_step(const AdaHessianStepArgs& args, Device& device) {
   if (args.master != nullptr && !std::is_same_v<S, float>) {
     throw std::runtime_error("adahessian_step: master weights are given for float64 parameters; expected none");
   }
-  CoefficientsTable<S> coefficients(args);
+  StepConstants<S> constants(args);
   std::vector<StepRow> rows;
   std::vector<const Segment*> segments;
   rows.reserve(args.segments.size());
@@ -141,9 +129,9 @@ void adahessian_step(const AdaHessianStepArgs& args, Device& device) {
     if (s.numel == 0) continue;
     const Choice choice(s, args.diag, Tiler::of<T, M>());
     const S* diag = args.diag != nullptr ? static_cast<const S*>(args.diag) + s.diag_offset : nullptr;
-    const uint32_t constant = coefficients.index_of(s, choice.curvature != Curvature::kNone);
-    rows.push_back({choice.geometry, s.param, s.grad, s.hessian, diag, s.offset, probe_row(s, args.counts),
-                    uint32_t(s.group), 0, constant, choice.curvature, 0});
+    const uint32_t constant = constants.index_of(s, choice.curvature != Curvature::kNone);
+    rows.push_back({choice.geometry, s.param, s.grad, s.hessian, diag, s.offset, probe_row(s), uint32_t(s.group), 0,
+                    constant, choice.curvature, 0});
     rows.back().flags = flags_of<T, M>(args, s, rows.back());
     segments.push_back(&s);
     order = std::max(order, choice.order());
@@ -151,10 +139,9 @@ void adahessian_step(const AdaHessianStepArgs& args, Device& device) {
   average_long_blocks<T>(args, device, rows, segments);
   StepArguments<S, M> arguments = step_arguments<S, M>(args);
   switch (order) {
-    case Order::kFlat: return launch_rows<StepBody<T, M, Order::kFlat>>(device, arguments, rows, coefficients.take());
-    case Order::kLogical:
-      return launch_rows<StepBody<T, M, Order::kLogical>>(device, arguments, rows, coefficients.take());
-    case Order::kAny: return launch_rows<StepBody<T, M, Order::kAny>>(device, arguments, rows, coefficients.take());
+    case Order::kFlat: return launch_rows<StepBody<T, M, Order::kFlat>>(device, arguments, rows, constants.get());
+    case Order::kLogical: return launch_rows<StepBody<T, M, Order::kLogical>>(device, arguments, rows, constants.get());
+    case Order::kAny: return launch_rows<StepBody<T, M, Order::kAny>>(device, arguments, rows, constants.get());
   }
 }
 

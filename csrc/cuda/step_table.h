@@ -7,7 +7,7 @@
 namespace adahessian::gpu {
 
 // Where a parameter's Ds comes from.
-enum class Curvature : uint32_t {
+enum class Curvature : uint16_t {
   kNone,         // an off-step
   kElementwise,  // Hz, blocks of one element: only D^2 = Hz^2 enters
   kBlocks,       // Hz, averaged here
@@ -22,12 +22,12 @@ ADAHESSIAN_HD bool averages(Curvature curvature) {
 }
 
 struct StepRow {
-  static constexpr uint32_t kParamAligned = 1;
-  static constexpr uint32_t kGradAligned = 2;
-  static constexpr uint32_t kHessianAligned = 4;
-  static constexpr uint32_t kDiagAligned = 8;
-  static constexpr uint32_t kStateAligned = 16;
-  static constexpr uint32_t kAbsolute = 32;
+  static constexpr uint16_t kParamAligned = 1;
+  static constexpr uint16_t kGradAligned = 2;
+  static constexpr uint16_t kHessianAligned = 4;
+  static constexpr uint16_t kDiagAligned = 8;
+  static constexpr uint16_t kStateAligned = 16;
+  static constexpr uint16_t kAbsolute = 32;
   Geometry geometry;
   void* param;
   const void* grad;
@@ -37,15 +37,21 @@ struct StepRow {
   ProbeRow probe;
   uint32_t group;  // if the step counts are on the device
   uint32_t first_tile;
-  uint32_t constant;  // its Coefficients, if the step counts are on the host
+  uint32_t constant;  // if the step counts are on the host
   Curvature curvature;
-  uint32_t flags;
+  uint16_t flags;
+};
+
+template <typename S>
+struct StepConstant {
+  Coefficients<S> coefficients;
+  ProbeConstant probe;
 };
 
 // S: the type of all arithmetic; M: what the states are stored in.
 template <typename S, typename M>
 struct StepArguments {
-  using TableType = Table<StepRow, Coefficients<S>, 24>;
+  using TableType = Table<StepRow, StepConstant<S>, 24>;
   M* exp_avg;
   M* exp_hessian_diag_sq;
   float* master;

@@ -1,10 +1,14 @@
-// The table of parameters that a launch works on: rows in the order of their tiles, and constants that rows share.
+// The table of parameters that a launch works on: rows in the order of their tiles, and constants that rows share. What
+// changes from step to step is in the constants, so that the rows of a training loop stay the same.
 #pragma once
 
 #include <algorithm>
-#include <cstring>
 #include <limits>
+#include <map>
 #include <stdexcept>
+#include <tuple>
+#include <type_traits>
+#include <utility>
 #include <vector>
 
 #include "geometry.h"
@@ -15,8 +19,6 @@ namespace adahessian::gpu {
 // A table travels as part of a kernel's arguments, which CUDA limits to 32,764 bytes; a longer one is uploaded.
 constexpr int kArgumentBytes = 32764;
 constexpr int kTableBytes = kArgumentBytes - 160;
-
-struct NoConstant {};
 
 // Row has first_tile, constant (an index) and geometry.
 template <class Row, class Constant, int kConstants>
@@ -57,6 +59,27 @@ ADAHESSIAN_HD Constant constant_of_row(const Table<Row, Constant, kConstants>& t
   return in_global(table.uploaded_constants)[row.constant];
 }
 
+// Host side: the constants that rows ask for, each of them once; most rows share one.
+template <class Key, class Constant>
+class DistinctConstants {
+ public:
+  // make() gives the constant of a key that is new.
+  template <class Make>
+  uint32_t index_of(const Key& key, const Make& make) {
+    if (!constants_.empty() && key == last_->first) return last_->second;
+    bool is_new;
+    std::tie(last_, is_new) = index_.try_emplace(key, uint32_t(constants_.size()));
+    if (is_new) constants_.push_back(make());
+    return last_->second;
+  }
+  const std::vector<Constant>& get() const { return constants_; }
+
+ private:
+  std::map<Key, uint32_t> index_;
+  typename std::map<Key, uint32_t>::const_iterator last_;
+  std::vector<Constant> constants_;
+};
+
 // Numbers the tiles of the rows through; returns how many there are.
 template <class Row>
 uint32_t number_tiles(Row* rows, size_t n_rows) {
@@ -91,20 +114,24 @@ size_t fill_table(Table<Row, Constant, kConstants>& table, const std::vector<Row
 }
 
 // One launch over all rows. Only where nothing can be uploaded, a long table takes several: during stream capture,
-// since a captured copy would read this call's memory again on every replay, and without an allocator.
+// since a captured copy would read this call's memory again on every replay.
 template <class Body, class Device>
 void launch_rows(Device& device, typename Body::Arguments& arguments,
                  std::vector<typename Body::Arguments::TableType::RowType>& rows,
                  const std::vector<typename Body::Arguments::TableType::ConstantType>& constants) {
   using TableType = typename Body::Arguments::TableType;
   static_assert(sizeof(typename Body::Arguments) <= kArgumentBytes, "kernel arguments are limited to 32,764 bytes");
+  static_assert(std::has_unique_object_representations_v<typename TableType::RowType>,
+                "rows are compared byte by byte with those that were uploaded before");
   TableType& table = arguments.table;
-  const bool fits = rows.size() <= size_t(table.kRows) && constants.size() <= size_t(table.kMaxConstants);
+  const bool constants_fit = constants.size() <= size_t(table.kMaxConstants);
+  const bool fits = rows.size() <= size_t(table.kRows) && constants_fit;
   if (!fits && device.can_upload()) {
     const uint32_t tiles = number_tiles(rows.data(), rows.size());
     table.n_rows = int(rows.size());
     table.uploaded_rows = device.upload(rows);
-    table.uploaded_constants = device.upload(constants);
+    table.uploaded_constants = constants_fit ? nullptr : device.upload(constants);
+    if (constants_fit) std::copy(constants.begin(), constants.end(), table.constants);
     device.template launch<Body>(arguments, tiles);
     return;
   }

@@ -10,6 +10,7 @@
 #include "../../csrc/cuda/emulate.h"
 #include "../../csrc/cuda/rademacher.h"
 #include "../../csrc/cuda/step_plan.h"
+#include "../../csrc/upload_cache.h"
 #include "check.h"
 
 namespace {
@@ -53,10 +54,20 @@ struct Problem {
       workspaces.push_back(std::make_unique<double[]>(bytes / sizeof(double) + 1));
       return static_cast<void*>(workspaces.back().get());
     };
+    context.upload = [this](const void* bytes, size_t size) {
+      return uploads
+          .find(bytes, size,
+                [&] {
+                  ++n_uploads;
+                  const auto* begin = static_cast<const char*>(bytes);
+                  return std::vector<char>(begin, begin + size);
+                })
+          .data();
+    };
   }
 
   int step(bool counts_on_device = false) {
-    EmulatedDevice device("adahessian_step", context);
+    EmulatedDevice device(context);
     gpu::adahessian_step<float>({Dtype::kFloat32,
                                  Dtype::kFloat32,
                                  segments,
@@ -75,14 +86,14 @@ struct Problem {
   }
 
   int hessian_diag() {
-    EmulatedDevice device("hessian_diag", context);
+    EmulatedDevice device(context);
     gpu::hessian_diag<float>({Dtype::kFloat32, diag.data(), segments, {steps.data(), false}, {7, 0, true}, 1.0, false},
                              device);
     return device.launches;
   }
 
   int rademacher() {
-    EmulatedDevice device("rademacher", context);
+    EmulatedDevice device(context);
     gpu::rademacher<float>({Dtype::kFloat32, z.data(), segments, {steps.data(), false}, {7, 0, true}}, device);
     return device.launches;
   }
@@ -99,6 +110,8 @@ struct Problem {
   std::vector<Hyper> groups;
   Context context;
   std::vector<std::unique_ptr<double[]>> workspaces;
+  UploadCache<std::vector<char>> uploads;
+  int n_uploads = 0;
 };
 
 std::vector<Shape> mixed_shapes(int n) {
@@ -130,11 +143,41 @@ void test_number_of_launches() {
 void test_long_tables() {
   for (const int n_groups : {1, 60}) {
     Problem uploaded(mixed_shapes(1000), n_groups, 7), captured(mixed_shapes(1000), n_groups, 7);
-    captured.context.allocate = nullptr;
+    captured.context.upload = nullptr;
     uploaded.rademacher(), uploaded.hessian_diag(), uploaded.step();
     check(captured.rademacher() > 1 && captured.hessian_diag() > 1 && captured.step() > 3, "capture takes launches");
     check(uploaded.same_results(captured), "capture gives the same results");
   }
+}
+
+// What a step sends is not sent again by the next one, whose step counts and learning rate are others; what a new
+// address changes is.
+void test_unchanged_tables_stay() {
+  Problem problem(mixed_shapes(1000), 3, 7);
+  problem.rademacher(), problem.hessian_diag(), problem.step();
+  check_equal(problem.n_uploads, 3, "a table for each op");
+  for (int64_t& count : problem.steps) ++count;
+  for (Hyper& hyper : problem.groups) hyper.lr /= 2;
+  problem.rademacher(), problem.hessian_diag(), problem.step();
+  check_equal(problem.n_uploads, 3, "the same tables in the next step");
+  std::vector<float> other = problem.grad;
+  problem.segments[999].grad = other.data() + problem.segments[999].offset;
+  problem.rademacher(), problem.hessian_diag(), problem.step();
+  check_equal(problem.n_uploads, 4, "a gradient that has moved");
+}
+
+void test_upload_cache() {
+  UploadCache<int> cache;
+  int sent = 0;
+  const auto find = [&](int value) { return cache.find(&value, sizeof(value), [&] { return ++sent; }); };
+  const int kEntries = int(cache.kEntries);
+  check_equal(find(100), 1, "sent");
+  for (int i = 1; i < kEntries; ++i) find(i);
+  check_equal(find(100), 1, "kept while there is room");
+  find(-1);
+  check_equal(find(100), 1, "what was asked for lately stays");
+  check_equal(sent, kEntries + 1, "nothing is sent twice");
+  check_equal(find(1), kEntries + 2, "what was not asked for longest went");
 }
 
 void test_counts_on_the_device() {
@@ -155,7 +198,7 @@ void test_compact_diagonal() {
   twice.hessian_diag();
   for (size_t i = 0; i < shapes.size(); ++i) {
     const Segment& s = twice.segments[i];
-    EmulatedDevice device("adahessian_step", twice.context);
+    EmulatedDevice device(twice.context);
     Segment without = s;
     without.hessian = nullptr;
     gpu::adahessian_step<float>({Dtype::kFloat32,
@@ -232,6 +275,8 @@ void test_many_elements() {
 int main() {
   test_number_of_launches();
   test_long_tables();
+  test_unchanged_tables_stay();
+  test_upload_cache();
   test_counts_on_the_device();
   test_compact_diagonal();
   test_many_elements();

@@ -1,6 +1,7 @@
 // The tensors of one step, made at random from a seed, and the launchers under test.
 #pragma once
 
+#include <cstring>
 #include <functional>
 #include <memory>
 #include <random>
@@ -136,6 +137,9 @@ struct Problem {
     context.allocate = [this](size_t bytes) {
       workspaces.emplace_back(new char[bytes]);
       return static_cast<void*>(workspaces.back().get());
+    };
+    context.upload = [this](const void* bytes, size_t size) {
+      return std::memcpy(context.allocate(size), bytes, size);
     };
   }
   Problem(const Problem&) = delete;
