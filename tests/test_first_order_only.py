@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import strategies
 import torch
@@ -126,11 +128,19 @@ NAMED = {
 @pytest.mark.parametrize(("name", "hvp"), NAMED, ids=["-".join(key) for key in NAMED])
 def test_operators_without_a_derivative_are_named(name, hvp):
     torch.compiler.reset()
-    model, loss, _ = first_order_only(name)
+    model, loss, plain = first_order_only(name)
     opt, before = optimizer(model, hvp), weights(model)
-    with pytest.raises(RuntimeError, match=f'(?s){NAMED[name, hvp]}.*hvp="finite_difference"') as raised:
+    error = None
+    try:
         opt.backward(loss(model) if hvp == "autograd" else lambda: loss(model))
-    assert (raised.value.__cause__ is None) == (name == "reentrant_checkpoint")
+    except RuntimeError as raised:
+        error = raised
+    if error is None and (name, hvp) == ("compiled", "forward_over_reverse"):  # newer versions of torch can
+        g, hz = exact(model, plain)
+        opt.step()
+        return compare(opt, model, g, hz, hvp)
+    assert re.search(f'(?s){NAMED[name, hvp]}.*hvp="finite_difference"', str(error))
+    assert (error.__cause__ is None) == (name == "reentrant_checkpoint")
     assert_same(weights(model), before)
 
 
