@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import re
 
 import pytest
@@ -88,27 +89,33 @@ def test_finite_differences_where_there_is_no_double_backward(name):
     compare(opt, model, g, hz, "finite_difference")
 
 
+def _train_through_ddp(as_views):
+    model, loss = strategies.build("mlp")
+    g, hz = exact(model, loss)
+    parallel = nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=as_views)
+    for _ in range(2):  # the first backward pass moves the buffers
+        parallel(strategies.numbers(model)).sum().backward()
+    opt = optimizer(model, "finite_difference", update_each=2)
+
+    def closure():
+        opt.zero_grad()
+        parallel(strategies.numbers(model)).square().mean().backward()
+
+    opt.step(closure)
+    compare(opt, model, g, hz, "finite_difference")
+    opt.step(closure)
+    assert all(p.grad.isfinite().all() for p in model.parameters())
+
+
 @pytest.mark.parametrize("as_views", [False, True])
 def test_finite_differences_through_ddp(as_views, tmp_path):
     """DDP's gradients may be views of buffers that the next backward pass overwrites."""
-    model, loss = strategies.build("mlp")
-    g, hz = exact(model, loss)
     torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
     try:
-        parallel = nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=as_views)
-        for _ in range(2):  # the first backward pass moves the buffers
-            parallel(strategies.numbers(model)).sum().backward()
-        opt = optimizer(model, "finite_difference", update_each=2)
-
-        def closure():
-            opt.zero_grad()
-            parallel(strategies.numbers(model)).square().mean().backward()
-
-        opt.step(closure)
-        compare(opt, model, g, hz, "finite_difference")
-        opt.step(closure)
-        assert all(p.grad.isfinite().all() for p in model.parameters())
+        _train_through_ddp(as_views)
     finally:
+        # DDP first: as the last to know the group it would wait, holding the interpreter, for threads that want it.
+        gc.collect()
         torch.distributed.destroy_process_group()
 
 

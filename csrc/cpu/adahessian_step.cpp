@@ -48,8 +48,9 @@ void adahessian_step(const AdaHessianStepArgs& args, const Context& context) {
     const Tiling tiling(args.segments);
     std::vector<StepWork<T, M>> works = prepare<T, M>(args);
     std::vector<std::vector<S>> long_means;
-    if (args.diag == nullptr && any_long_block(args.segments)) {
-      long_means = long_block_means<T>(args.segments, tiling, args.probe, args.counts, context);
+    if (args.diag == nullptr) {
+      const auto first = [](const Segment& s) { return has_long_blocks(s) && !sums_on_the_way(s); };
+      long_means = long_block_means<T>(args.segments, tiling, args.probe, args.counts, context, first);
       for (size_t i = 0; i < works.size(); ++i) works[i].long_means = long_means[i].data();
     }
     const auto step = [] {

@@ -51,7 +51,7 @@ class SignBits {
   ADAHESSIAN_MEMBER uint64_t from(int64_t i) const {
     return load_vector<uint64_t>(words_ + i / 32) >> (uint64_t(i) % 32);
   }
-  // The same for a multiple of kLanes<S>, and bits for that many elements.
+  // The same for a multiple of 8 or of kLanes<S>, and bits for that many elements.
   template <typename S>
   ADAHESSIAN_MEMBER uint64_t of_vector(int64_t i) const {
     if constexpr (kLanes<S> % 8 != 0) return from(i);
@@ -87,21 +87,19 @@ class D {
   ADAHESSIAN_MEMBER D(const T* hessian, const SignBits& signs, int64_t size, bool absolute)
       : hessian_(hessian), signs_(signs), size_(size), keep_(absolute ? ~kSign<S> : ~Unsigned<S>{0}) {}
 
-  // Elements i ... i + W - 1, i being a multiple of W; zero past the end, where nothing is read.
+  // Elements i ... i + W - 1, i being a multiple of 8 or of W; zero past the end, where nothing is read.
   ADAHESSIAN_MEMBER Vector<S> vector(int64_t i) const {
-    Vector<S> h{};
-    if (i + kLanes<S> <= size_) {
-      h = load_as_vector(hessian_ + i);
-    } else if (i < size_) {
-      h = load_last(hessian_ + i, size_ - i);
-    } else {
-      return h;
-    }
-    return flip_signs<S>(Vector<S>(Bits<S>(h) & keep_), signs_.template of_vector<S>(i));
+    if (i >= size_) return Vector<S>{};
+    return i + kLanes<S> <= size_ ? whole_vector(i) : with_signs(load_last(hessian_ + i, size_ - i), i);
   }
+  // The same where all of them are inside; i is a multiple of 8 or of W.
+  ADAHESSIAN_MEMBER Vector<S> whole_vector(int64_t i) const { return with_signs(load_as_vector(hessian_ + i), i); }
   ADAHESSIAN_MEMBER int64_t size() const { return size_; }
 
  private:
+  ADAHESSIAN_MEMBER Vector<S> with_signs(Vector<S> h, int64_t i) const {
+    return flip_signs<S>(Vector<S>(Bits<S>(h) & keep_), signs_.template of_vector<S>(i));
+  }
   [[gnu::noinline, gnu::cold]] static Vector<S> load_last(const T* from, int64_t count) {
     T whole[kLanes<S>] = {};
     std::copy_n(from, count, whole);

@@ -17,8 +17,7 @@ void hessian_diag(const HessianDiagArgs& args, const Context& context) {
     tiling.for_each_tile(context, [&](const Tile& tile, size_t) {
       if (tile.segment->block <= kTile) kernels<T>().hessian_diag(tile, work(*tile.segment));
     });
-    if (!any_long_block(args.segments)) return;
-    const auto means = long_block_means<T>(args.segments, tiling, args.probe, args.counts, context);
+    const auto means = long_block_means<T>(args.segments, tiling, args.probe, args.counts, context, has_long_blocks);
     for (size_t i = 0; i < means.size(); ++i) {
       const AverageWork<T> w = work(args.segments[i]);
       write_means(means[i].data(), int64_t(means[i].size()), w.scale, w.accumulate, w.diag);

@@ -60,14 +60,9 @@ void perturb(const Tile& tile, const PerturbWork<T>& work) {
 
 template <typename T>
 double sum_tile(const Tile& tile, const Probe& probe, const ProbeKey& key) {
-  using S = StateOf<T>;
-  Vector<S> sums{};
-  with_d<T>(tile, probe, key, [&](const auto& d) {
-    for (int64_t i = 0; i < d.size(); i += kLanes<S>) sums += d.vector(i);
-  });
-  double total = 0;
-  for (int l = 0; l < kLanes<S>; ++l) total += double(sums[l]);
-  return total;
+  double sum = 0;
+  with_d<T>(tile, probe, key, [&](const auto& d) { sum = sum_of(d, 0, d.size()); });
+  return sum;
 }
 
 template <typename T>
@@ -290,6 +285,59 @@ template <typename T, typename M>
                [&](int64_t) ADAHESSIAN_INLINE_LAMBDA { return spread.next(walk.next()); });
 }
 
+// A block whose mean is known; Hz from `ahead` on, which is summed next, is fetched meanwhile.
+template <typename T, typename M>
+ADAHESSIAN_HD void update_block(const StepWork<T, M>& work, int64_t begin, int64_t size, StateOf<T> mean,
+                                const T* ahead) {
+  update<true>(work, begin, size, [&](int64_t i) ADAHESSIAN_INLINE_LAMBDA {
+    __builtin_prefetch(ahead + i, 0, 2);
+    return broadcast<StateOf<T>>(mean);
+  });
+}
+
+// The means of a tile's blocks and then the blocks.
+template <typename T, typename M>
+[[gnu::noinline]] void update_wide_blocks(const Run& run, const StepWork<T, M>& work) {
+  using S = StateOf<T>;
+  const Segment& s = *run.segment;
+  const T* hessian = static_cast<const T*>(s.hessian);
+  SignBits signs;
+  S means[kTile / kWideBlock + 1];
+  for (int64_t t = run.begin; t < run.end; ++t) {
+    const Tile tile = run.tile(t);
+    draw(tile, work.probe, work.key, signs);
+    average_blocks(stored_d<T>(tile, signs), s.block, means);
+    const S* mean = means;
+    for (int64_t begin = tile.begin; begin < tile.end; begin += s.block) {
+      const int64_t size = std::min(s.block, tile.end - begin);
+      update_block(work, begin, size, *mean++, hessian + std::min(begin + tile.size(), s.numel - size));
+    }
+  }
+}
+
+// A block's mean and then its tiles.
+template <typename T, typename M>
+[[gnu::noinline]] void update_long_blocks(const Run& run, const StepWork<T, M>& work) {
+  using S = StateOf<T>;
+  const Segment& s = *run.segment;
+  int64_t block = -1;
+  S mean = 0;
+  for (int64_t t = run.begin; t < run.end; ++t) {
+    const Tile tile = run.tile(t);
+    if (tile.begin / s.block != block) {
+      block = tile.begin / s.block;
+      double sum = 0;
+      const int64_t first = block * run.tiling.per_span;
+      for (int64_t k = first; k < std::min(first + run.tiling.per_span, run.tiling.count(s)); ++k) {
+        sum += sum_tile<T>(run.tile(k), work.probe, work.key);
+      }
+      mean = long_block_mean<S>(s, block * s.block, sum);
+    }
+    const T* ahead = static_cast<const T*>(s.hessian) + std::min(tile.begin + s.block, s.numel - tile.size());
+    update_block(work, tile.begin, tile.size(), mean, ahead);
+  }
+}
+
 // Ds of every element of a tile, in logical order.
 template <typename T, typename M>
 ADAHESSIAN_HD void tile_ds(const Tile& tile, const StepWork<T, M>& work, StateOf<T>* ds) {
@@ -335,7 +383,9 @@ void adahessian_step(const Run& run, const StepWork<T, M>& work) {
     // D^2 = Hz^2: neither probe nor order matters, so the range is taken in storage order.
     return update_from(work, begin, end - begin, static_cast<const T*>(s.hessian) + begin);
   }
+  if (work.diag == nullptr && sums_on_the_way(s)) return update_long_blocks(run, work);
   if (work.diag == nullptr && s.period == 1 && s.block <= kTile) {
+    if (is_wide(s.block)) return update_wide_blocks(run, work);
     if (s.block > kShortBlock<S>) return update_blocks(run, work);
     if (sums_short_blocks(work)) return update_short_blocks(run, work);
   }

@@ -44,7 +44,7 @@ struct StepWork {
   M* exp_hessian_diag_sq;
   float* master;        // or null
   const S* diag;        // compact diagonal of the segment, or null
-  const S* long_means;  // means of blocks longer than a tile, or null
+  const S* long_means;  // means of blocks longer than a tile; null if there are none or they are summed on the way
   bool has_curvature;
 };
 
@@ -78,6 +78,12 @@ const Kernels<T>& kernels() {
   if constexpr (std::is_same_v<T, double>) return kernel_table().of_double;
   if constexpr (std::is_same_v<T, bfloat16>) return kernel_table().of_bfloat16;
   if constexpr (std::is_same_v<T, float16>) return kernel_table().of_float16;
+}
+
+// Of the block that begins at an element.
+template <typename S>
+ADAHESSIAN_HD S long_block_mean(const Segment& s, int64_t begin, double sum) {
+  return S(sum / double(std::min(s.block, s.numel - begin)));
 }
 
 // out = scale * means, or out += scale * means

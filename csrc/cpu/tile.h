@@ -118,8 +118,13 @@ ADAHESSIAN_HD void for_each_strip(const Segment& s, int64_t begin, int64_t end, 
   }
 }
 
-inline bool any_long_block(const std::vector<Segment>& segments) {
-  return std::any_of(segments.begin(), segments.end(), [](const Segment& s) { return s.block > kTile; });
+inline bool has_long_blocks(const Segment& s) { return s.block > kTile; }
+
+// Whether adahessian_step sums each long block right before it updates it, from a cache the block fits into. A block
+// that two threads share is summed by both: only where there are many more blocks than that.
+inline bool sums_on_the_way(const Segment& s) {
+  constexpr int64_t kCached = 65536, kMany = 64;
+  return has_long_blocks(s) && s.block <= kCached && s.numel / s.block >= kMany && s.period == 1;
 }
 
 }  // namespace adahessian::cpu

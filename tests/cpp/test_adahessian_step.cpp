@@ -102,6 +102,7 @@ void test_adahessian_step() {
         }
         ++number;
       }
+      if (engine.name == "cpu") test_list<T, M>(engine, {many_long_blocks()}, 0, dtype + ", many long blocks");
       test_skipped_step<T, M>(engine, engine.name + ", " + dtype);
     });
   }

@@ -10,11 +10,12 @@
 namespace adahessian::test {
 namespace {
 
-std::vector<Shape> mixed() {
+std::vector<Shape> mixed_for(const Engine& engine) {
   std::vector<Shape> shapes;
-  for (const int64_t block : {1, 9, 127, 2049, 5000}) {
+  for (const int64_t block : {1, 9, 127, 1024, 2049, 5000}) {
     for (const auto& list : {ragged(block), permuted(block)}) shapes.insert(shapes.end(), list.begin(), list.end());
   }
+  if (engine.name == "cpu") shapes.push_back(many_long_blocks());
   return shapes;
 }
 
@@ -24,7 +25,7 @@ template <typename T, typename M>
 void test_threads(const Engine& engine, const Problem<T, M>& expected, const std::string& name) {
   for (const int n : {2, 3, 7}) {
     Threads threads(n);
-    Problem<T, M> problem(mixed(), kOptions);
+    Problem<T, M> problem(mixed_for(engine), kOptions);
     problem.context.parallel_for = [&](int64_t begin, int64_t end, int64_t grain, const auto& body) {
       threads.run(begin, end, grain, body);
     };
@@ -36,7 +37,7 @@ void test_threads(const Engine& engine, const Problem<T, M>& expected, const std
 // Single tiles, the last one first.
 template <typename T, typename M>
 void test_order(const Engine& engine, const Problem<T, M>& expected, const std::string& name) {
-  Problem<T, M> problem(mixed(), kOptions);
+  Problem<T, M> problem(mixed_for(engine), kOptions);
   problem.context.parallel_for = [](int64_t begin, int64_t end, int64_t, const auto& body) {
     for (int64_t i = end; i-- > begin;) body(i, i + 1);
   };
@@ -46,7 +47,7 @@ void test_order(const Engine& engine, const Problem<T, M>& expected, const std::
 
 template <typename T, typename M>
 void test_one_at_a_time(const Engine& engine, const Problem<T, M>& expected, const std::string& name) {
-  Problem<T, M> problem(mixed(), kOptions);
+  Problem<T, M> problem(mixed_for(engine), kOptions);
   const std::vector<Segment> all = problem.segments;
   auto param = std::move(problem.param), grad = std::move(problem.grad), hessian = std::move(problem.hessian);
   for (size_t i = 0; i < all.size(); ++i) {
@@ -68,7 +69,7 @@ template <typename T, typename M>
 void test_alignment(const Engine& engine, const Problem<T, M>& expected, const std::string& name) {
   Options options = kOptions;
   for (options.shift = 1; options.shift < 4; ++options.shift) {
-    Problem<T, M> problem(mixed(), options);
+    Problem<T, M> problem(mixed_for(engine), options);
     problem.run_all(engine);
     check(problem.same_results(expected), name + ": the same misaligned by " + std::to_string(options.shift));
   }
@@ -77,7 +78,7 @@ void test_alignment(const Engine& engine, const Problem<T, M>& expected, const s
 // hessian_diag and then a step on its result is the step on Hz.
 template <typename T, typename M>
 void test_compact_diagonal(const Engine& engine, const Problem<T, M>& expected, const std::string& name) {
-  Problem<T, M> problem(mixed(), kOptions);
+  Problem<T, M> problem(mixed_for(engine), kOptions);
   problem.rademacher(engine);
   problem.hessian_diag(engine);
   problem.adahessian_step(engine, Problem<T, M>::Source::kDiag);
@@ -93,7 +94,7 @@ void test_independence() {
       using T = decltype(type);
       using M = decltype(state_type);
       const std::string name = engine.name + ", " + dtype;
-      Problem<T, M> expected(mixed(), kOptions);
+      Problem<T, M> expected(mixed_for(engine), kOptions);
       expected.run_all(engine);
       if (engine.name == "cpu") {  // emulated launches run on one thread
         test_threads(engine, expected, name);
