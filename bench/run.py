@@ -123,14 +123,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     args.out.mkdir(parents=True, exist_ok=True)
     facts, results = machine.machine(args.device), []
+    path = args.out / f"{args.device}-{time.strftime('%Y%m%d-%H%M%S')}.json"
     for case in display.progress(args.cases):
         results.append(run_case(case, args.device, args.backends, args.seconds))
+        # After every case: what was measured stays if a later one fails or time is up.
+        path.write_text(json.dumps({"machine": facts, "suite": args.suite, "results": results}, indent=1) + "\n")
         gc.collect()  # optimizers are full of cycles
         if args.device == "cuda":
             torch.cuda.empty_cache()
     display.show(results)
-    path = args.out / f"{args.device}-{time.strftime('%Y%m%d-%H%M%S')}.json"
-    path.write_text(json.dumps({"machine": facts, "suite": args.suite, "results": results}, indent=1) + "\n")
     print(f"written to {path}")
     with contextlib.suppress(ImportError):
         from .plots import draw

@@ -60,7 +60,9 @@ def rows(results: list[Result]) -> list[list[str]]:
 
 
 def _row(result: Result, backend: str, peers: list[str]) -> list[str]:
-    if backend not in result["seconds"]:  # every backend was asked whether it can run before
+    if backend in result.get("missing_peers", {}):
+        return [result["case"], backend, f"not run: {result['missing_peers'][backend]}"]
+    if backend not in result["seconds"]:
         return [result["case"], backend, f"WRONG: error is {result['error_over_tolerance'][backend]:.3g} x tolerance"]
     timing = result["seconds"][backend]
     return [

@@ -197,6 +197,31 @@ def test_the_committed_page_shows_the_committed_results():
     assert report.PAGE.read_text() == text, "run python -m bench.report"
 
 
+def test_a_backend_that_does_not_load_has_its_reason_in_the_table():
+    data = results(native=2e-3, floor=1e-3)
+    data["results"][0] |= {"backends": ["native", "triton"], "missing_peers": {"triton": "no driver"}}
+    assert [row[:3] for row in table.rows(data["results"])] == [
+        ["x", "native", "2 ms"],
+        ["x", "triton", "not run: no driver"],
+    ]
+
+
+def test_what_was_measured_stays_if_a_later_case_fails(tmp_path, monkeypatch):
+    done = []
+
+    def fail_at_the_second(case, *_):
+        if done:
+            raise RuntimeError("out of memory")
+        done.append(case.name)
+        return {"case": case.name}
+
+    monkeypatch.setattr(run, "run_case", fail_at_the_second)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        run.main(["--quick", "--out", str(tmp_path)])
+    [path] = tmp_path.glob("*.json")
+    assert [result["case"] for result in json.loads(path.read_text())["results"]] == done
+
+
 def test_the_page_follows_its_data():
     text = report.page({"a-file": results(native=2e-3, floor=1e-3)}, ["benchmarks/cpu-peers.svg"])
     assert "| x | native | 2 ms | 2 ms - 2 ms | 0.0 | 2.00 |" in text
