@@ -160,7 +160,7 @@ gpu-sanitize: gpu-build
 	  PYTHONSAFEPATH=1 PYTHONPATH=$(GPU_SITE) PYTORCH_NO_CUDA_MEMORY_CACHING=1 timeout 300 \
 	    $$tool --tool $$check --error-exitcode 1 --kernel-name kernel_substring=tile_kernel \
 	    $(PYTHON) -m pytest -q --device cuda -k "$(SANITIZED)" tests/test_adahessian_step.py tests/test_rademacher.py \
-	    tests/test_hessian_diag.py || exit 1; done
+	    tests/test_hessian_diag.py tests/test_perturb.py || exit 1; done
 
 clean:
 	rm -rf build dist *.egg-info adahessian_fused/*.so adahessian_fused/__pycache__ $(VENV)/.built
