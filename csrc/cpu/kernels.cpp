@@ -1,8 +1,8 @@
 // The loops over the elements of a tile; compiled once for each instruction set, with ADAHESSIAN_ISA as its name.
 #include "kernels.h"
 
-#include "rounding.h"
 #include "tile_means.h"
+#include "update_range.h"
 
 namespace adahessian::cpu {
 inline namespace ADAHESSIAN_ISA {
@@ -84,134 +84,6 @@ void hessian_diag(const Tile& tile, const AverageWork<T>& work) {
 }
 
 // ---- adahessian_step ------------------------------------------------------------------------------------------------
-
-// The arrays of a segment from one element of storage on.
-template <typename T, typename M>
-struct Arrays {
-  T* param;
-  const T* grad;
-  M* exp_avg;
-  M* exp_hessian_diag_sq;
-  float* master;
-};
-
-template <typename T, typename M>
-ADAHESSIAN_HD Rounding<M> rounding_of(const StepWork<T, M>& work) {
-  return Rounding<M>({work.key.seed, work.key.param_id, work.c.step});
-}
-
-// What the second half of a vector's update takes from the first.
-template <typename S>
-struct Quotient {
-  Vector<S> m, denom;
-};
-
-// First half of the update of a vector of elements: its Ds unless this is an off-step, and the bits that round its
-// states.
-template <Power kind, bool has_curvature, typename T, typename M, typename Random>
-ADAHESSIAN_HD Quotient<StateOf<T>> update_states(const Arrays<T, M>& to, Vector<StateOf<T>> ds,
-                                                 const Coefficients<StateOf<T>>& c, Random bits) {
-  using V = Vector<StateOf<T>>;
-  const V m = update_exp_avg(load_as_vector(to.exp_avg), load_as_vector(to.grad), c);
-  V v = load_as_vector(to.exp_hessian_diag_sq);
-  if constexpr (has_curvature) v = update_exp_hessian_diag_sq(v, ds, c);
-  store_state(to.exp_avg, m, bits);
-  if constexpr (has_curvature) store_state(to.exp_hessian_diag_sq, v, swap_bytes(bits));
-  return {m, denominator<kind>(v, c)};
-}
-
-// Second half.
-template <bool has_master, typename T, typename M>
-ADAHESSIAN_HD void move_params(const Arrays<T, M>& to, Quotient<StateOf<T>> q, const Coefficients<StateOf<T>>& c) {
-  using V = Vector<StateOf<T>>;
-  V p;
-  if constexpr (has_master) {
-    p = update_param(load_vector<V>(to.master), q.m, q.denom, c);
-    store_vector(to.master, p);
-  } else {
-    p = update_param(load_as_vector(to.param), q.m, q.denom, c);
-  }
-  store_as_vector(to.param, p);
-}
-
-// Elements [begin, begin + size) of storage; next(i) gives Ds of elements i ... i + W - 1 of them, in turn. The second
-// half of a vector's update follows the first half of the next one's: what both together wait for, square root after
-// sums and quotient after root, is more than a processor looks ahead.
-template <Power kind, bool has_curvature, bool has_master, typename T, typename M, typename Next>
-ADAHESSIAN_HD void update_range(const StepWork<T, M>& work, int64_t begin, int64_t size, const Next& next) {
-  using S = StateOf<T>;
-  constexpr int64_t W = kLanes<S>;
-  // Copies, which stores to the arrays cannot change.
-  const Coefficients<S> c = work.c;
-  const Arrays<T, M> first = {work.param, work.grad, work.exp_avg, work.exp_hessian_diag_sq, work.master};
-  const auto arrays = [&](int64_t i) ADAHESSIAN_INLINE_LAMBDA {
-    return Arrays<T, M>{first.param + i, first.grad + i, first.exp_avg + i, first.exp_hessian_diag_sq + i,
-                        has_master ? first.master + i : nullptr};
-  };
-  Rounding<M> rounding = rounding_of(work);
-  const auto states = [&](const Arrays<T, M>& of, int64_t i) ADAHESSIAN_INLINE_LAMBDA {
-    return update_states<kind, has_curvature>(of, next(i), c, rounding.from(begin + i));
-  };
-  int64_t i = 0;
-  if (W <= size) {
-    Quotient<S> quotient = states(arrays(begin), 0);
-    for (i = W; i + W <= size; i += W) {
-      const Quotient<S> after = states(arrays(begin + i), i);
-      move_params<has_master>(arrays(begin + i - W), quotient, c);
-      quotient = after;
-    }
-    move_params<has_master>(arrays(begin + i - W), quotient, c);
-  }
-  if (const int64_t rest = size - i; rest > 0) {  // by way of whole vectors
-    T param[W] = {}, grad[W] = {};
-    M exp_avg[W] = {}, exp_hessian_diag_sq[W] = {};
-    float master[W] = {};
-    const Arrays<T, M> from = arrays(begin + i);
-    std::copy_n(from.param, rest, param);
-    std::copy_n(from.grad, rest, grad);
-    std::copy_n(from.exp_avg, rest, exp_avg);
-    std::copy_n(from.exp_hessian_diag_sq, rest, exp_hessian_diag_sq);
-    if constexpr (has_master) std::copy_n(from.master, rest, master);
-    const Arrays<T, M> whole = {param, grad, exp_avg, exp_hessian_diag_sq, master};
-    move_params<has_master>(whole, states(whole, i), c);
-    std::copy_n(param, rest, from.param);
-    std::copy_n(exp_avg, rest, from.exp_avg);
-    std::copy_n(exp_hessian_diag_sq, rest, from.exp_hessian_diag_sq);
-    if constexpr (has_master) std::copy_n(master, rest, from.master);
-  }
-}
-
-template <bool has_curvature, typename T, typename M, typename Next>
-ADAHESSIAN_HD void update(const StepWork<T, M>& work, int64_t begin, int64_t size, const Next& next) {
-  const auto with = [&]<bool has_master>() ADAHESSIAN_INLINE_LAMBDA {
-    switch (work.c.kind) {
-      case Power::kOne: return update_range<Power::kOne, has_curvature, has_master>(work, begin, size, next);
-      case Power::kHalf: return update_range<Power::kHalf, has_curvature, has_master>(work, begin, size, next);
-      case Power::kGeneral: return update_range<Power::kGeneral, has_curvature, has_master>(work, begin, size, next);
-    }
-  };
-  if constexpr (sizeof(T) == 2) {
-    if (work.master != nullptr) return with.template operator()<true>();
-  }
-  with.template operator()<false>();
-}
-
-// No curvature so far: momentum only.
-template <typename T, typename M>
-void update_momentum(const StepWork<T, M>& work, int64_t begin, int64_t size) {
-  constexpr int64_t W = kLanes<StateOf<T>>;
-  Rounding<M> rounding = rounding_of(work);
-  for (int64_t i = begin; i < begin + size; i += W) {
-    const int64_t count = std::min(W, begin + size - i);
-    M exp_avg[W] = {};
-    T grad[W] = {};
-    std::copy_n(work.exp_avg + i, count, exp_avg);
-    std::copy_n(work.grad + i, count, grad);
-    const auto m = update_exp_avg(load_as_vector(exp_avg), load_as_vector(grad), work.c);
-    store_state(exp_avg, m, rounding.from(i));
-    std::copy_n(exp_avg, count, work.exp_avg + i);
-  }
-}
 
 // Ds in an array, in storage order: Hz itself, or numbers of the states' type.
 template <typename T, typename M, typename Element>

@@ -4,8 +4,6 @@
 #include "block_mean.h"
 #include "tile.h"
 
-#define ADAHESSIAN_INLINE_LAMBDA __attribute__((always_inline))
-
 namespace adahessian::cpu {
 inline namespace ADAHESSIAN_ISA {
 

@@ -11,6 +11,8 @@
 
 #include "../dtypes.h"
 
+#define ADAHESSIAN_INLINE_LAMBDA __attribute__((always_inline))
+
 namespace adahessian::cpu {
 inline namespace ADAHESSIAN_ISA {
 
