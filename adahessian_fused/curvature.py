@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from operator import attrgetter, eq
+from itertools import repeat
+from operator import attrgetter, eq, is_
 from typing import Any
 
 import torch
@@ -38,11 +39,12 @@ def draw_probe(
             backend = backends[bucket.device.type]
             backend.rademacher(flat, bucket.table_of(members), bucket.steps, seed, sample)
         elif probe == "gaussian":
-            generator = torch.Generator(bucket.device)
-            # One stream for each step and sample, so that a resumed run draws what the uninterrupted one would.
-            step = max(int(bucket.steps[entry.row, Steps.HESSIAN_STEP]) for entry in members)
-            generator.manual_seed(mixed(seed, step, sample, members[0].param_id))
-            flat.normal_(generator=generator)
+            generator, counts = torch.Generator(bucket.device), bucket.steps[:, Steps.HESSIAN_STEP].tolist()
+            for entry in members:
+                # A stream for each parameter, update and sample: the same z whoever is drawn beside it, and in a run
+                # that was resumed.
+                generator.manual_seed(mixed(seed, counts[entry.row], sample, entry.param_id))
+                bucket.logical_view(flat, entry).normal_(generator=generator)
         for entry in members:
             # Gaussian numbers in logical order: the same probe in any memory format.
             z[entry] = bucket.view(flat, entry) if probe == "rademacher" else bucket.logical_view(flat, entry)
@@ -260,9 +262,8 @@ class Curvature:
 
     def hessians(self, entries: Sequence[Entry]) -> list[Tensor]:
         """Hz of some of a bucket's parameters; zeros for parameters that are linear in the loss."""
-        found = self.products
-        products = list(map(found.get, entries))
-        if len(found) < len(entries):
+        products = list(map(self.products.get, entries))
+        if any(map(is_, products, repeat(None))):
             products = [
                 torch.zeros_like(entry.param) if h is None else h for entry, h in zip(entries, products, strict=True)
             ]

@@ -264,6 +264,37 @@ def test_unused_and_linear_parameters(hvp, device):
     assert torch.equal(opt.hessian_diag(model.linear), torch.zeros_like(model.linear))
 
 
+@pytest.mark.parametrize("other", [lambda p: 0.0, torch.sum], ids=["unused", "linear"])
+@pytest.mark.parametrize("kind", ["rademacher", "gaussian"])
+@pytest.mark.parametrize("hvp", BOUND)
+def test_a_probe_does_not_depend_on_who_has_a_product(hvp, kind, other, device):
+    """With a diagonal Hessian D is z^2 H: the same beside a parameter that has no product, or has one later."""
+    diagonals = []
+    for first in (lambda p: (p**3).sum(), other):
+        u, w = (torch.arange(1.0, n + 1, dtype=torch.float64, device=device).requires_grad_() for n in (2, 5))
+        opt = AdaHessian([u, w], hvp=hvp, probe=kind, betas=(0.0, 0.0), lr=0.0)
+        for i in range(2):
+            opt.step(lambda u=u, w=w, f=first, i=i: (w**3).sum() + (f(u) if i == 0 else (u**3).sum()))
+            diagonals.append(opt.hessian_diag(w))
+    assert error(diagonals[:2], diagonals[2:]) <= BOUND[hvp]
+
+
+@pytest.mark.parametrize("hvp", BOUND)
+def test_a_parameter_without_a_product_among_two_dtypes(hvp, device):
+    """Some of one bucket, all of another, or with the gradient of one that has a product dropped."""
+    for linear, dropped in (([1], None), ([2, 3], None), ([0, 1], None), ([1], 0)):
+        params = [torch.ones(3, dtype=d, device=device, requires_grad=True) for d in (torch.float64, torch.float32) * 2]
+        params.sort(key=lambda p: p.dtype == torch.float32)
+        opt = AdaHessian(params, hvp=hvp, betas=(0.0, 0.0), lr=0.0)
+        opt.backward(lambda ps=params, line=linear: sum((p if i in line else p**2).sum() for i, p in enumerate(ps)))
+        if dropped is not None:
+            params[dropped].grad = None
+        opt.step()
+        for i, p in enumerate(params):
+            if i != dropped:
+                torch.testing.assert_close(opt.hessian_diag(p), torch.full_like(p, 2.0 * (i not in linear)))
+
+
 @pytest.mark.parametrize("hvp", EVALUATING)
 def test_master_weights_do_not_see_the_moves(hvp, device):
     model = mlp(torch.bfloat16, device)
