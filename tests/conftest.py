@@ -12,6 +12,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import seeds
 import torch
 from cases import cases_for
 
@@ -28,6 +29,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "cases(list): run the test once for each backend and case of the list")
+    seeds.shift()
     if config.getoption("--device") == "cpu":
         os.environ["TRITON_INTERPRET"] = "1"  # before anything imports the Triton kernels
     known = {name for names in BACKENDS.values() for name in names}

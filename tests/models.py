@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 
 import pytest
 import torch
+from tolerances import assert_within, mean_bound, unit, update_bounds
 from torch import Tensor, nn
 
 from adahessian_fused import AdaHessian, backends
@@ -195,14 +196,8 @@ def probe(p: Tensor, param_id: int, h: int, seed: int = 0, sample: int = 0) -> T
     return rademacher_signs(p.numel(), param_id, torch.tensor(h), seed, sample).to(p).reshape(p.shape)
 
 
-ROUNDINGS = 32  # a step has fewer roundings than this, block means of up to 15 elements included
-
-
 class ByHand:
-    """Algorithm 1 for one parameter in float64, straight from the paper, one line an equation.
-
-    Next to each result stands the size of what was added up to make it: rounding errors are relative to that.
-    """
+    """Algorithm 1 for one parameter in float64, straight from the paper, one line an equation."""
 
     def __init__(
         self, p, param_id, *, lr=0.15, betas=(0.9, 0.999), eps=1e-4, weight_decay=0.0, hessian_power=1.0,
@@ -230,59 +225,90 @@ class ByHand:
         means = block_mean(d.reshape(-1), self.block).repeat_interleave(self.block)
         return means[: d.numel()].reshape(self.p.shape)
 
-    def step(self, g: Tensor, d: Tensor) -> None:
-        """One step with the gradient and D, which is used on Hessian steps only."""
+    def step(self, g: Tensor, ds: Sequence[Tensor]) -> None:
+        """One step with the gradient and the samples' D, which are used on Hessian steps only; all of them exact."""
         (b1, b2), g = self.betas, self.sign * g
         if self.t % self.update_each == 0:
-            self.d = self.average(d.abs() if self.absolute else d), self.average(d.abs())
+            d = sum(ds) / self.n_samples
+            self.d = self.average(d.abs() if self.absolute else d)
+            self.d_error = mean_bound(self.average(sum(d.abs() for d in ds)), self.n_samples, self.block)
         fresh_or_stale = self.t % self.update_each == 0 or self.stale
+        before = self.p, self.m, g
         self.t += 1
-        m_size = b1 * self.m.abs() + (1 - b1) * g.abs()
         self.m = b1 * self.m + (1 - b1) * g
-        v_size = self.v
         if fresh_or_stale:
             self.h += 1
-            v_size = b2 * self.v + (1 - b2) * self.d[1] ** 2
-            self.v = b2 * self.v + (1 - b2) * self.d[0] ** 2
+            self.v = b2 * self.v + (1 - b2) * self.d**2
         denominator = (self.v / (1 - b2**self.h)).sqrt() ** self.k + self.eps
-        rate = self.lr / (1 - b1**self.t)
-        p_size = self.p.abs() + rate * m_size / denominator * (1 + v_size / self.v.clamp_min(1e-300))
-        self.p = self.p * (1 - self.lr * self.wd) - rate * self.m / denominator
-        self.sizes = {"p": p_size, "m": m_size, "v": v_size}
+        self.p = self.p * (1 - self.lr * self.wd) - self.lr * self.m / (1 - b1**self.t) / denominator
+        hyper, d_and_error = (self.lr, b1, b2, self.eps, self.wd, self.k), (self.d, self.d_error)
+        self.bounds = update_bounds(
+            unit(g.dtype), hyper, self.t, self.h, before, (self.m, self.v), d_and_error if fresh_or_stale else None
+        )
 
     def check(self, p: Tensor, state: dict[str, Tensor]) -> None:
         """The optimizer has found the same; go on from its numbers, so that roundings do not add up over the steps."""
         assert (int(state["step"]), int(state["hessian_step"])) == (self.t, self.h)
-        found = {"p": p.detach(), "m": state["exp_avg"], "v": state["exp_hessian_diag_sq"]}
-        for name, value in found.items():
-            error, bound = (
-                (value - getattr(self, name)).abs(),
-                ROUNDINGS * torch.finfo(value.dtype).eps * self.sizes[name],
-            )
-            assert (error <= bound).all(), (
-                f"{name} of parameter {self.param_id} is off by {(error / bound).max()} bounds"
-            )
+        found = {"m": state["exp_avg"], "v": state["exp_hessian_diag_sq"], "p": p.detach()}
+        for (name, value), bound in zip(found.items(), self.bounds, strict=True):
+            assert_within(value, getattr(self, name), bound, f"{name} of parameter {self.param_id}")
             setattr(self, name, value.clone())
 
 
-def derivatives(model: nn.Module, hands: Sequence[ByHand], i: int) -> tuple[list[Tensor], list[Tensor]]:
-    """G and D = z * Hz (mean over the samples) of batch i; z is 0 for parameters that are not due."""
+class Square(nn.Module):
+    """A curved function of numbers of few bits that has few bits itself."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * x
+
+
+def exact_mlp(device: str = "cpu") -> nn.Sequential:
+    """Like :func:`mlp`; for numbers of few bits it and its derivatives have no rounding error, in any order of sums."""
+    return nn.Sequential(nn.Linear(3, 5), Square(), nn.Linear(5, 4), nn.Identity(), nn.Linear(4, 2)).to(device).double()
+
+
+def exact_conv_net(device: str = "cpu") -> nn.Sequential:
+    """Like :func:`conv_net`, and exact."""
+    layers = nn.Linear(3, 50), nn.Unflatten(1, (2, 5, 5)), nn.Conv2d(2, 3, 3), Square(), nn.Conv2d(3, 2, 3)
+    return nn.Sequential(*layers, nn.Flatten()).to(device).double()
+
+
+def exact_loss(model: nn.Module, i: int) -> Tensor:
+    """Loss on batch i of numbers of few bits, at weights of few bits in place of the model's own."""
+    random, p = torch.Generator().manual_seed(100 + i), next(model.parameters())
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.copy_(torch.randint(-2, 3, weight.shape, generator=random) / 2)
+    x, y = (torch.randint(-1, 2, (8, n), generator=random).to(p) for n in (3, 2))
+    return (model(x) - y).square().mean()
+
+
+def exact_derivatives(model: nn.Module, hands: Sequence[ByHand], i: int) -> tuple[list[Tensor], list[list[Tensor]]]:
+    """G and each sample's D = z * Hz of batch i for every parameter; z is 0 for parameters that are not due."""
     model = copy.deepcopy(model)
     params = list(model.parameters())
-    grads = torch.autograd.grad(loss_of(model, i), params, create_graph=True)
-    d = [torch.zeros_like(p) for p in params]
+    grads = torch.autograd.grad(exact_loss(model, i), params, create_graph=True)
+    ds = [[] for _ in params]
     for sample in range(hands[0].n_samples):
         z = [hand.z(sample) * (hand.t % hand.update_each == 0) for hand in hands]
         products = torch.autograd.grad(grads, params, z, retain_graph=True)
-        d = [a + b * c / hands[0].n_samples for a, b, c in zip(d, z, products, strict=True)]
-    return [g.detach() for g in grads], d
+        for found, a, b in zip(ds, z, products, strict=True):
+            found.append(a * b)
+    for x in (*grads, *(d for found in ds for d in found)):  # 40 bits, with room for the sums in between
+        assert x.abs().max() < 2**24
+        assert torch.equal(x, (x * 2**16).round() / 2**16), "not exact"
+    return [g.detach() for g in grads], ds
 
 
 def assert_follows_paper(opt: AdaHessian, model: nn.Module, hands: Sequence[ByHand], steps: int = 4) -> None:
-    """Train, and compare every step with Algorithm 1 by hand."""
+    """Train an exact model, each step from other weights, and compare it with Algorithm 1 by hand."""
     for i in range(steps):
-        g, d = derivatives(model, hands, i)
-        train(opt, model, [i])
-        for hand, p, gradient, diagonal in zip(hands, model.parameters(), g, d, strict=True):
-            hand.step(gradient, diagonal)
+        g, ds = exact_derivatives(model, hands, i)
+        opt.zero_grad()
+        opt.backward(exact_loss(model, i))
+        for hand, p in zip(hands, model.parameters(), strict=True):
+            hand.p = p.detach().clone()
+        opt.step()
+        for hand, p, gradient, diagonals in zip(hands, model.parameters(), g, ds, strict=True):
+            hand.step(gradient, diagonals)
             hand.check(p, opt.state[p])

@@ -8,7 +8,8 @@ from models import (
     ByHand,
     assert_follows_paper,
     assert_same,
-    conv_net,
+    exact_conv_net,
+    exact_mlp,
     fresh,
     loss_of,
     mlp,
@@ -41,25 +42,25 @@ OPTIONS = {
 
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 def test_follows_algorithm_1(engine, device, options):
-    model, opt = fresh(mlp(device=device), backend=engine, **options)
+    model, opt = fresh(exact_mlp(device=device), backend=engine, **options)
     assert_follows_paper(opt, model, [ByHand(p, i, **options) for i, p in enumerate(model.parameters())])
 
 
 @pytest.mark.parametrize("block_size", ["auto", 5, "row"])
 def test_follows_algorithm_1_with_convolutions(engine, device, block_size):
-    model, opt = fresh(conv_net(device=device), backend=engine, block_size=block_size)
+    model, opt = fresh(exact_conv_net(device=device), backend=engine, block_size=block_size)
     hands = [ByHand(p, i, block_size=block_size) for i, p in enumerate(model.parameters())]
     assert_follows_paper(opt, model, hands, steps=2)
 
 
 def test_interpreted_triton_follows_algorithm_1(every_engine, device):
     options = {"block_size": 4, "update_each": 2, "weight_decay": 0.1}
-    model, opt = fresh(mlp(device=device), backend=every_engine, **options)
+    model, opt = fresh(exact_mlp(device=device), backend=every_engine, **options)
     assert_follows_paper(opt, model, [ByHand(p, i, **options) for i, p in enumerate(model.parameters())], steps=3)
 
 
 def test_options_of_groups(engine, device):
-    model = mlp(device=device)
+    model = exact_mlp(device=device)
     first = {"block_size": "row", "update_each": 2, "lr": 0.02, "betas": (0.8, 0.9), "hessian_power": 0.5}
     second = {
         "averaging": "abs",
@@ -75,7 +76,7 @@ def test_options_of_groups(engine, device):
 
 
 def test_options_changed_while_training(engine, device):
-    model, opt = fresh(mlp(device=device), backend=engine, off_step="stale")
+    model, opt = fresh(exact_mlp(device=device), backend=engine, off_step="stale")
     hands = [ByHand(p, i, off_step="stale") for i, p in enumerate(model.parameters())]
     changes = [{}, {"lr": 0.01, "update_each": 2}, {"block_size": 2}, {"off_step": "hold", "averaging": "abs"}]
     for options in changes:
