@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -142,6 +143,28 @@ def friendly(case: Case) -> Callable[..., Tensor]:
 def test_double_backward(device, name, frozen):
     tensors = CASES[name].tensors(device, torch.float64, frozen)
     assert torch.autograd.gradgradcheck(friendly(CASES[name]), tensors)
+
+
+def gradient_of_gradient(run: Callable[..., Tensor], n: int, grad: Tensor, *tensors: Tensor) -> list[Tensor]:
+    """Gradients of ``grad`` and the first n tensors; the others are the cotangents of those that require grad."""
+    inputs = [t for t in tensors[:n] if t.requires_grad]
+    grads = torch.autograd.grad(run(*tensors[:n]), inputs, grad, create_graph=True)
+    found = torch.autograd.grad(grads, [grad, *inputs], tensors[n:], create_graph=True, allow_unused=True)
+    return [g for g in found if g is not None]
+
+
+@pytest.mark.parametrize(("name", "frozen"), FROZEN, ids=[f"{n}-{i}" for n, i in FROZEN])
+def test_third_derivative(device, name, frozen):
+    """What a loss that holds a gradient needs: the double backward has a derivative, and that has one again."""
+    run, tensors = friendly(CASES[name]), CASES[name].tensors(device, torch.float64, frozen)
+    cotangents = [torch.randn_like(t).requires_grad_() for t in tensors if t.requires_grad]
+    grad = torch.randn_like(run(*tensors)).requires_grad_()
+    double = functools.partial(gradient_of_gradient, run, len(tensors))
+    assert torch.autograd.gradcheck(double, [grad, *tensors, *cotangents], fast_mode=True)
+    constants = [v.detach() for v in cotangents]
+    assert torch.autograd.gradcheck(double, [grad, *tensors, *constants], fast_mode=True)
+    if frozen is None:
+        assert torch.autograd.gradgradcheck(double, [grad, *tensors, *cotangents], fast_mode=True)
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -219,16 +219,6 @@ def test_double_backward_under_autocast(device):
     assert error(ours[1], exact[1]) <= 1.2 * error(plain[1], exact[1])
 
 
-def test_a_third_derivative_raises(device):
-    x, w = (torch.randn(shape, device=device, requires_grad=True) for shape in ((4, 2, 3), (2,)))
-    with curvature_friendly():
-        y = F.batch_norm(x, None, None, w, None, True).pow(3).sum()
-    (g,) = torch.autograd.grad(y, x, create_graph=True)
-    (h,) = torch.autograd.grad(g.square().sum(), x, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        h.square().sum().backward()
-
-
 @pytest.mark.parametrize("transform", ["grad", "vmap", "jvp", "no_grad", "forward_ad"])
 def test_other_transforms_keep_pytorchs_operators(device, transform):
     x = torch.randn(3, 2, 4, device=device)

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .precision import lower
-from .twice import Operator, Tensors, call
+from .twice import Operator, Tensors, call, gradients
 
 aten = torch.ops.aten
 
@@ -39,6 +39,8 @@ class Convolution(Operator):
     groups: int
 
     def _run(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        if torch.is_grad_enabled():
+            return call(self, x, weight, bias)
         return aten.convolution.default(x, weight, bias, *self._geometry())
 
     def _geometry(self) -> tuple:
@@ -67,7 +69,7 @@ class Convolution(Operator):
         needed = [mask[1] and v_w is not None, mask[2] and v_x is not None, False]
         if any(needed):
             like_x, like_w = (x if v_x is None else v_x), (weight if v_w is None else v_w)
-            d_x, d_weight, _ = aten.convolution_backward.default(grad, like_x, like_w, None, *self._geometry(), needed)
+            d_x, d_weight, _ = gradients(self, needed, grad, like_x, like_w)
         return d_grad, d_x, d_weight
 
 

@@ -1,4 +1,7 @@
-"""The double backward of the norms on the best kernels there are: fused ones, or the formulas in plain PyTorch."""
+"""The double backward of the norms on the best kernels there are: fused ones, or the formulas in plain PyTorch.
+
+Kernels have no derivative, so what is to be differentiated once more is computed by the formulas.
+"""
 
 from __future__ import annotations
 
@@ -65,7 +68,7 @@ def _run(name: str, v: Tensor, grad: Tensor, x: Tensor, *others: Any) -> Gradien
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
     v_weight, v_bias, weight, mean, invstd = (t if t is None else t.reshape(-1).to(dtype).contiguous() for t in numbers)
     batched = any(torch._C._functorch.is_batchedtensor(t) for t in (v, v_weight, v_bias) if t is not None)
-    fused = x.dtype in DTYPES and x.numel() < 2**31 and not batched
+    fused = x.dtype in DTYPES and x.numel() < 2**31 and not batched and not torch.is_grad_enabled()
     kernels = _kernels(x.device.type) if fused else formulas
     return getattr(kernels, name)(v, v_weight, v_bias, grad, x, weight, mean, invstd, option)
 

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .twice import Operator, Tensors, call
+from .twice import Operator, Tensors, call, gradients
 
 aten = torch.ops.aten
 SUM, MEAN, MAX = 0, 1, 2
@@ -47,6 +47,12 @@ class EmbeddingBag(Operator):
             self.include_last_offset,
             self.padding_idx,
         )
+
+    def _output(self, weight: Tensor, per_sample_weights: Tensor | None) -> Tensor:
+        """The bags alone, under autograd where gradients are enabled."""
+        if torch.is_grad_enabled():
+            return call(self, weight, per_sample_weights)
+        return self._bags(weight, per_sample_weights)[0]
 
     def forward(self, weight: Tensor, per_sample_weights: Tensor | None) -> tuple[Tensor, Tensors]:
         y, offset2bag, bag_size, maximum_indices = self._bags(weight, per_sample_weights)
@@ -105,14 +111,14 @@ class EmbeddingBag(Operator):
                 picked = v.gather(0, maximum_indices.clamp_min(0))
                 d_grad = picked.masked_fill_((bag_size == 0).unsqueeze(1), 0)
             else:
-                d_grad = self._bags(v, per_sample_weights)[0]
+                d_grad = self._output(v, per_sample_weights)
             if mask[2]:
-                d_samples = self._sample_gradient(grad, v, bags[0])
+                _, d_samples = gradients(self, (False, True), grad, v, per_sample_weights, *bags)
         if v_samples is not None:
-            term = self._bags(weight, v_samples)[0]
+            term = self._output(weight, v_samples)
             d_grad = term if d_grad is None else d_grad.add_(term)
             if mask[1]:
-                d_weight = self._weight_gradient(grad, weight, v_samples, *bags)
+                d_weight, _ = gradients(self, (True, False), grad, weight, v_samples, *bags)
         return d_grad, d_weight, d_samples
 
 

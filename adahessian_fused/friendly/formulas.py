@@ -21,6 +21,9 @@ Jacobian of :math:`\hat x`. For cotangents :math:`v, v_w, v_b` of the three, wit
 The last follows from :math:`ds / dx = -s^2 \hat x / n` and from :math:`P` as the transposed Jacobian of
 :math:`\hat x`. Without centring (RMS norm) the terms :math:`\mu, \bar u, \bar v` are absent. With fixed statistics
 (batch norm in eval mode) :math:`P(u) = s u`, and the gradient of x is :math:`P(v_w g)`.
+
+Where gradients are enabled the statistics are taken as the functions of x that they are, so that autograd can go on
+from here to derivatives of any order.
 """
 
 from __future__ import annotations
@@ -75,6 +78,10 @@ def norm_double_backward(
         centred = t if mean is None else t - average(t)
         return s * (centred - x_hat * average(t * x_hat))
 
+    if torch.is_grad_enabled() and not fixed:
+        mean = None if mean is None else average(x)
+        variance = average((x if mean is None else x - mean).square())
+        s = (s**-2 + variance - variance.detach()).rsqrt()
     x_hat = s * (x if mean is None else x - mean)
     p = project(v)
     d_weight = (grad * p).sum(shared, keepdim=True)

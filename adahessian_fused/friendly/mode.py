@@ -68,7 +68,7 @@ class curvature_friendly(TorchFunctionMode):  # noqa: N801 - used like a functio
 
     Neither the model nor its state dict changes. Everything else stays PyTorch's: operators without a gradient,
     functorch transforms and forward-mode AD, tensor subclasses, nested, sparse and complex tensors, SyncBatchNorm in a
-    process group, and code under ``torch.compile``. A third derivative raises.
+    process group, and code under ``torch.compile``. Derivatives of every order are right, so a loss may hold gradients.
     """
 
     def __init__(self) -> None:

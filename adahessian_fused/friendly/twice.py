@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd import Function
-from torch.autograd.function import once_differentiable
 
 Tensors = tuple[Tensor | None, ...]
 
@@ -19,6 +18,9 @@ class Operator(ABC):
 
     With y = f(inputs) and a gradient g of y, ``backward`` is the linear map from g to the gradients of the inputs.
     ``double_backward`` is given cotangents v of these, and differentiates the inner product of v and ``backward(g)``.
+
+    Where gradients are enabled in it, its result is to be differentiated once more (a loss that holds a gradient, say):
+    then it has to be made of operators that autograd records, among them :func:`call` and :func:`gradients`.
     """
 
     @abstractmethod
@@ -49,6 +51,13 @@ def call(operator: Operator, *inputs: Tensor | None, inplace: bool = False) -> T
     return _Forward.apply(operator, inplace, *inputs)
 
 
+def gradients(operator: Operator, mask: Sequence[bool], grad: Tensor, *saved: Tensor | None) -> Tensors:
+    """Run the backward pass of an operator under autograd; None for the inputs that are not in the mask."""
+    if torch.is_grad_enabled():
+        return _Backward.apply(operator, mask, grad, *saved)
+    return _wanted(operator.backward(grad, *saved, mask=mask), mask)
+
+
 class _Forward(Function):
     @staticmethod
     def forward(ctx: Any, operator: Operator, inplace: bool, *inputs: Tensor | None) -> Tensor:
@@ -66,11 +75,7 @@ class _Forward(Function):
         none = (None,) * len(mask)
         if grad is None:
             return None, None, *none
-        saved = ctx.saved_tensors
-        if torch.is_grad_enabled():
-            grads = _Backward.apply(ctx.operator, mask, grad, *saved)
-        else:
-            grads = _wanted(ctx.operator.backward(grad, *saved, mask=mask), mask)
+        grads = gradients(ctx.operator, mask, grad, *ctx.saved_tensors)
         return None, None, *(*grads, *none)[: len(mask)]
 
 
@@ -83,7 +88,6 @@ class _Backward(Function):
         return _wanted(operator.backward(grad, *saved, mask=mask), mask)
 
     @staticmethod
-    @once_differentiable  # a third derivative raises
     def backward(ctx: Any, *cotangents: Tensor | None) -> Tensors:
         mask = ctx.needs_input_grad[2:]
         none = (None,) * len(mask)
