@@ -14,7 +14,7 @@ WHEEL_ARCHS := $(if $(ADAHESSIAN_CUDA_ARCHS),ADAHESSIAN_CUDA_ARCHS="$(ADAHESSIAN
 
 export ADAHESSIAN_CUDA_ARCHS := $(ARCHS)
 
-.PHONY: help build demo paper test cpp-test cpp-bench bench overhead docs lint format wheel sdist gpu gpu-build gpu-test gpu-bench gpu-sanitize clean
+.PHONY: help build demo paper test cpp-test cpp-bench bench overhead docs lint format wheel sdist gpu gpu-build gpu-rehearsal clean
 
 help:
 	@echo "make demo    train ResNet-20 on real images with SGD, AdamW, plain AdaHessian and ours; table, JSON and plot"
@@ -29,8 +29,8 @@ help:
 	@echo "make format  let them rewrite"
 	@echo "make sdist   the source distribution, in dist; tried where there is no compiler"
 	@echo "make wheel   the wheel, in dist, from the source distribution; tried in a fresh environment"
-	@echo "make gpu     build, test and measure on a CUDA machine with its own $(PYTHON), offline; OUT=folder for the results."
-	@echo "             in parts: make gpu-build gpu-test gpu-bench gpu-sanitize"
+	@echo "make gpu     build, test and measure on a CUDA machine with its own $(PYTHON), offline, in stages of some eight"
+	@echo "             minutes in all; OUT=folder for the results, ARGS='--stages 0,1,2' for some of them"
 
 # ---- environment and build -----------------------------------------------------------------------------------------
 $(VENV)/.ready: constraints.txt pyproject.toml
@@ -137,30 +137,16 @@ wheel: sdist
 
 # ---- on a GPU machine: nothing is installed, nothing downloaded ------------------------------------------------------
 GPU_SITE := $(abspath build/gpu)
-# What compute-sanitizer looks at: native kernels in every order of storage, short and long blocks, long tables.
-SANITIZED := native and (reference or products) and (misaligned or channels_last_block_9 or tiny_300 or chunk_edges_block_9 or long_block_5000)
-gpu: gpu-test gpu-bench gpu-sanitize
+gpu: gpu-build
+	PYTHONUNBUFFERED=1 PYTHONSAFEPATH=1 PYTHONPATH=$(GPU_SITE):$(CURDIR) $(PYTHON) -m bench.gpu --out $(OUT)/gpu $(ARGS)
 
 gpu-build:
 	ADAHESSIAN_CUDA=ON ADAHESSIAN_NATIVE=ON $(PYTHON) setup.py -q build --build-lib $(GPU_SITE)
 	cd tests && PYTHONPATH=$(GPU_SITE) $(PYTHON) -m adahessian_fused info
 
-gpu-test: gpu-build
-	PYTHONSAFEPATH=1 PYTHONPATH=$(GPU_SITE) $(PYTHON) -m pytest -q --device cuda --require native,triton,reference $(ARGS)
-
-gpu-bench: gpu-build
-	mkdir -p $(OUT)
-	cd build && PYTHONPATH=$(GPU_SITE) $(PYTHON) -m adahessian_fused bench --device cuda --out $(abspath $(OUT)) $(BENCH_ARGS)
-	PYTHONSAFEPATH=1 PYTHONPATH=$(GPU_SITE):$(CURDIR) $(PYTHON) -m bench.overhead --device cuda --quick --no-memory --out $(OUT)/overhead
-
-gpu-sanitize: gpu-build
-	@tool=$$(command -v compute-sanitizer || ls /usr/local/cuda/bin/compute-sanitizer 2>/dev/null); \
-	if [ -z "$$tool" ]; then echo "compute-sanitizer was not found: no memcheck, no racecheck"; exit 0; fi; \
-	for check in memcheck racecheck; do echo "$$tool --tool $$check"; \
-	  PYTHONSAFEPATH=1 PYTHONPATH=$(GPU_SITE) PYTORCH_NO_CUDA_MEMORY_CACHING=1 timeout 300 \
-	    $$tool --tool $$check --error-exitcode 1 --kernel-name kernel_substring=tile_kernel \
-	    $(PYTHON) -m pytest -q --device cuda -k "$(SANITIZED)" tests/test_adahessian_step.py tests/test_rademacher.py \
-	    tests/test_hessian_diag.py tests/test_perturb.py || exit 1; done
+# The same stages without a GPU, in small: whether they run, not how fast.
+gpu-rehearsal: $(VENV)/.tools $(VENV)/.built
+	$(PY) -m bench.gpu --device cpu --small --out build/gpu-rehearsal $(ARGS)
 
 clean:
 	rm -rf build dist *.egg-info adahessian_fused/*.so adahessian_fused/__pycache__ $(VENV)/.built

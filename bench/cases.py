@@ -134,10 +134,43 @@ def _quick(device: str) -> list[Case]:
     ]
 
 
+def _update(device: str) -> list[Case]:
+    """One tensor, far larger than any cache, in every way that changes what a kernel does."""
+    size, half = (4 if device == "cpu" else 100), torch.bfloat16
+    return [
+        *[_large(size, block=b, peers=(ADAMW, COMPILED) if b in (1, 9) else (ADAMW,)) for b in (1, 9)],
+        _large(size, dtype=half),
+        *[_large(size, block=b) for b in (32, "row", "tensor")],
+        _large(size, curvature=False),
+        _large(size, state_dtype=half),
+        *[_large(size, block=b, dtype=half, state_dtype=half) for b in (1, 9)],
+        *[_large(size, block=b, dtype=half) for b in (9, "row")],
+    ]
+
+
+def _host() -> list[Case]:
+    """What a launch and a parameter cost: from one tensor to thousands."""
+    peers = EVERYBODY[:2]
+    return [
+        Case("1 x 1,024", ((1024,),), 1, cached=True, peers=peers),
+        Case("ResNet-20", tuple(shapes.resnet20()), "auto", cached=True, peers=peers),
+        Case("GPT-2 small", tuple(shapes.gpt2(12, 768)), 1, peers=peers),
+        Case("2,000 x 1,024", ((1024,),) * 2000, 1, peers=peers),
+        Case("2,000 x 1,024, 50 groups", ((1024,),) * 2000, 1, groups=50, peers=peers),
+    ]
+
+
+SUITES = ("quick", "default", "full", "update", "host")
+
+
 def cases(device: str, suite: str = "default") -> list[Case]:
-    """The cases of a suite: "quick" (a minute), "default" (some minutes) or "full" (as long as it takes)."""
-    if suite == "quick":
-        return _quick(device)
+    """The cases of one of ``SUITES``.
+
+    "quick" takes a minute, "default" some minutes, "full" as long as it takes; "update" and "host" are what is looked
+    at first on a new GPU, the most instructive cases first.
+    """
+    if suite in ("quick", "update", "host"):
+        return {"quick": _quick, "update": _update, "host": lambda _: _host()}[suite](device)
     full, half = suite == "full", torch.bfloat16
     size = 25 if device == "cpu" else 100
     sizes = (1, 4, 25, 100, 1000) if full or device == "cuda" else (1, 4, 25)

@@ -22,11 +22,11 @@ import torch
 from adahessian_fused import available_backends
 
 from . import display, machine
-from .cases import REFERENCE, Case, cases
+from .cases import REFERENCE, SUITES, Case, cases
 from .check import Expected, first_step
 from .compiled import SkippedError
 from .contestants import PEERS, Contestant, ours
-from .measure import interleaved
+from .measure import Timing, interleaved
 from .problem import Problem
 
 MOST_ROTATIONS = 32
@@ -60,7 +60,17 @@ def run_case(case: Case, device: str, backends: Sequence[str], seconds: float) -
     needed, there = case.memory(len(names), count), machine.available_memory(device)
     if needed > 0.8 * there:
         return facts | {"skipped": f"needs {needed / 1e9:.1f} GB of memory, {there / 1e9:.1f} are available"}
-    problems = [Problem(case, device, seed) for seed in range(count)]
+    try:
+        timings = check_and_time(facts, names, [Problem(case, device, seed) for seed in range(count)], seconds)
+    except RuntimeError as error:  # out of memory, a launch that failed: the other cases still count
+        return facts | {"skipped": f"{type(error).__name__}: {str(error).splitlines()[0][:150]}", "failed": True}
+    return facts | {"seconds": {name: asdict(timing) for name, timing in timings.items()}}
+
+
+def check_and_time(
+    facts: dict[str, Any], names: Sequence[str], problems: Sequence[Problem], seconds: float
+) -> dict[str, Timing]:
+    """Times of the contestants whose first step is right; errors and absences go into ``facts``."""
     expected, contestants = Expected(problems[0]), {}
     for name in names:
         try:
@@ -72,8 +82,7 @@ def run_case(case: Case, device: str, backends: Sequence[str], seconds: float) -
             facts["error_over_tolerance"][name] = error
         if error <= 1:
             contestants[name] = instances
-    timings = interleaved(contestants, device=device, seconds=seconds)
-    return facts | {"seconds": {name: asdict(timing) for name, timing in timings.items()}}
+    return interleaved(contestants, device=problems[0].device, seconds=seconds)
 
 
 def enter(name: str, problems: Sequence[Problem], expected: Expected) -> tuple[list[Contestant], float]:
@@ -95,6 +104,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     suite = parser.add_mutually_exclusive_group()
     suite.add_argument("--quick", action="store_const", const="quick", dest="suite", help="within a minute on 2 cores")
     suite.add_argument("--full", action="store_const", const="full", dest="suite", help="every case with every peer")
+    suite.add_argument("--suite", choices=SUITES)
     parser.set_defaults(suite="default")
     parser.add_argument("--seconds", type=float, help="time to spend on a case (default: 3, with --quick 1)")
     parser.add_argument("--filter", default="", metavar="TEXT", help="cases whose name contains this")
@@ -116,7 +126,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the benchmark; 1 if any result was wrong."""
+    """Run the benchmark; 1 if any result was wrong or any case failed."""
     args = parse(arguments)
     if args.list:
         print("\n".join(case.name for case in args.cases))
@@ -138,7 +148,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
         for plot in draw(json.loads(path.read_text()), path.with_suffix("")):
             print(f"written to {plot}")
-    return int(any(error > 1 for result in results for error in result["error_over_tolerance"].values()))
+    wrong = any(error > 1 for result in results for error in result["error_over_tolerance"].values())
+    return int(wrong or any(result.get("failed", False) for result in results))
 
 
 if __name__ == "__main__":

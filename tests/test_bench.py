@@ -11,7 +11,21 @@ import pytest
 import torch
 
 from adahessian_fused import available_backends
-from bench import cases, check, compare, compiled, contestants, display, machine, measure, report, run, shapes, table
+from bench import (
+    cases,
+    check,
+    compare,
+    compiled,
+    contestants,
+    display,
+    gpu,
+    machine,
+    measure,
+    report,
+    run,
+    shapes,
+    table,
+)
 from bench.cases import Case
 from bench.problem import Problem
 
@@ -276,3 +290,69 @@ def test_what_refuses_to_be_watched_is_timed_all_the_same():
     timing = measure.interleaved({"peer": [peer]}, device="cpu", seconds=0.0, samples=3)["peer"]
     assert timing.samples >= 3
     assert timing.launches is None
+
+
+# ---- the first minutes on a GPU --------------------------------------------------------------------------------------
+
+
+def test_every_file_a_stage_names_exists():
+    tests = {path.stem.removeprefix("test_") for path in (gpu.ROOT / "tests").glob("test_*.py")}
+    assert {*gpu.OP_TESTS, *gpu.ELSEWHERE} <= tests
+    assert sum(stage.budget for stage in gpu.STAGES) <= 600
+
+
+def stages(*commands: str) -> tuple[gpu.Stage, ...]:
+    programs = [[sys.executable, "-c", command] for command in commands]
+    return tuple(
+        gpu.Stage(f"{i} stage", 20, lambda setting, out, c=c: [[*c, str(out)]]) for i, c in enumerate(programs)
+    )
+
+
+def test_a_stage_that_fails_does_not_end_the_others(monkeypatch, tmp_path, capsys):
+    result = "import json, sys; json.dump({'results': []}, open(sys.argv[1] + '/found.json', 'w')); print('written')"
+    monkeypatch.setattr(gpu, "STAGES", stages("raise SystemExit(3)", result))
+    assert gpu.main(["--device", "cpu", "--out", str(tmp_path)]) == 1
+    data = json.loads((tmp_path / "gpu.json").read_text())
+    assert [stage["exit"] for stage in data["stages"]] == [[3], [0]]
+    assert data["stages"][1]["results"] == [{"results": []}]
+    assert data["machine"]["device"] == "cpu"
+    assert "written" in (tmp_path / "gpu.log").read_text()
+    assert "1 stage" in capsys.readouterr().out
+
+
+def test_a_stage_that_hangs_is_ended_with_all_it_has_started(tmp_path):
+    hangs = "import subprocess, sys; subprocess.run([sys.executable, '-c', 'import time; time.sleep(60)'])"
+    (stage,) = stages(hangs)
+    start = time.perf_counter()
+    found = gpu.run_stage(stage, gpu.Setting("cpu", small=True, workers=1), 0.5, tmp_path / "log")
+    assert time.perf_counter() - start < 20
+    assert found["exit"] == ["out of time"]
+
+
+def test_what_is_red_is_named(tmp_path):
+    path = tmp_path / "tests.xml"
+    path.write_text(
+        '<testsuites><testsuite tests="2" failures="1" errors="0" skipped="0"><testcase classname="a" name="b">'
+        '<failure message="off by 2"/></testcase><testcase classname="a" name="c"/></testsuite></testsuites>'
+    )
+    found = gpu.test_report(path)
+    assert found["red"] == [{"test": "a::b", "message": "off by 2"}]
+    assert (found["tests"], found["failures"]) == (2, 1)
+
+
+def test_stages_run_without_a_gpu(tmp_path, capsys):
+    need_native()
+    assert gpu.main(["--device", "cpu", "--small", "--stages", "0,3,4", "--out", str(tmp_path)]) == 0
+    shown = capsys.readouterr().out
+    assert "native" in shown
+    assert "ours, closure" in shown
+
+
+def test_a_case_that_runs_out_of_memory_does_not_end_the_others(monkeypatch, run_tiny):
+    def fails(*_):
+        raise torch.OutOfMemoryError("no memory for this")
+
+    monkeypatch.setattr(run, "enter", fails)
+    code, data = run_tiny()
+    assert code == 1
+    assert data["results"][0]["skipped"] == "OutOfMemoryError: no memory for this"

@@ -36,6 +36,7 @@ class Way:
         exact: False for finite differences.
         package: that has to be installed.
         compiled: takes minutes to start.
+        captured: in a CUDA graph.
         second_order: False for the rows everything is compared with.
     """
 
@@ -46,6 +47,7 @@ class Way:
     exact: bool = True
     package: str | None = None
     compiled: bool = False
+    captured: bool = False
     second_order: bool = True
 
     @property
@@ -72,6 +74,34 @@ def _first_order(optimizer: type, *, compiled: bool = False, **options: Any) -> 
             opt.step()
 
         return step, opt
+
+    return make
+
+
+def _captured(optimizer: type, **options: Any) -> Callable[..., Any]:
+    """A whole first-order step as one CUDA graph: what ours, captured, has to be compared with."""
+
+    def make(problem: Problem, model: nn.Module) -> tuple[Callable[[], None], Any]:
+        opt = optimizer(model.parameters(), lr=LR, fused=True, **options)
+        before = [p.detach().clone() for p in model.parameters()]
+
+        def whole() -> None:
+            opt.zero_grad()  # in the capture, gradients get their places in the graph's memory
+            problem.loss(model, *problem.batch).backward()
+            opt.step()
+
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(3):
+                whole()
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            whole()
+        with torch.no_grad():  # the first replay is checked: from the weights it started with
+            torch._foreach_copy_(list(model.parameters()), before)
+        return graph.replay, opt
 
     return make
 
@@ -157,11 +187,16 @@ def _split(fraction: float) -> Callable[..., Any]:
     return make
 
 
-def _train_step(fraction: float = 1.0) -> Callable[..., Any]:
+def _train_step(fraction: float = 1.0, **options: Any) -> Callable[..., Any]:
     def make(problem: Problem, model: nn.Module) -> tuple[Callable[[], Any], AdaHessian]:
         opt = _ours(model)
-        step = TrainStep(model, problem.loss_fn, opt, hessian_fraction=fraction)
-        return lambda: step(*problem.batch), opt
+        train_step = TrainStep(model, problem.loss_fn, opt, hessian_fraction=fraction, **options)
+
+        def step() -> None:
+            with problem.autocast():
+                train_step(*problem.batch)
+
+        return step, opt
 
     return make
 
@@ -174,6 +209,8 @@ WAYS = (
         "SGD compiled", 1, _first_order(torch.optim.SGD, momentum=0.9, compiled=True), compiled=True, second_order=False
     ),
     Way("AdamW compiled", 1, _first_order(torch.optim.AdamW, compiled=True), compiled=True, second_order=False),
+    Way("SGD captured", 1, _captured(torch.optim.SGD, momentum=0.9), captured=True, second_order=False),
+    Way("AdamW captured", 1, _captured(torch.optim.AdamW, capturable=True), captured=True, second_order=False),
     Way("torch-optimizer", 3, _create_graph(_torch_optimizer), package="torch_optimizer"),
     Way("pytorch-optimizer", 3, _create_graph(_pytorch_optimizer), package="pytorch_optimizer"),
     Way("plain PyTorch", 3, _create_graph(_plain)),
@@ -183,6 +220,14 @@ WAYS = (
     Way("ours, finite difference", 2, _closure("finite_difference"), exact=False),
     Way("ours, 1/2 of the batch", 2, _split(0.5), fraction=0.5),
     Way("ours, 1/4 of the batch", 1.5, _split(0.25), fraction=0.25),
+    Way("TrainStep captured", 3, _train_step(compile=False, cuda_graph=True), captured=True),
+    Way(
+        "TrainStep captured, 1/4 of the batch",
+        1.5,
+        _train_step(0.25, compile=False, cuda_graph=True),
+        fraction=0.25,
+        captured=True,
+    ),
     Way("TrainStep", 3, _train_step(), compiled=True),
     Way("TrainStep, 1/4 of the batch", 1.5, _train_step(0.25), fraction=0.25, compiled=True),
 )
