@@ -26,7 +26,6 @@ class GathersCurvature(EvaluatesLosses):
 
     def _reset(self) -> None:
         self._curvature = None
-        self._graph_checked = False
         self._inside: Differentiate | None = None  # what backward() means while a strategy evaluates a closure
 
     # ---- losses ------------------------------------------------------------------------------------------------------
@@ -114,7 +113,6 @@ class GathersCurvature(EvaluatesLosses):
         elif params:
             self._check_differentiable()
             grads = hvp.first_order(scaled, [p for _, p in params], gradient)
-            self._check_graph([scaled, *filter(torch.is_tensor, grads)])
             self._take_graph(
                 params, grads, gradient, retain_graph, inverse_scale, 1.0 if curvature is None else curvature
             )
@@ -256,12 +254,6 @@ class GathersCurvature(EvaluatesLosses):
         )
         self._curvature = curvature
 
-    def _check_graph(self, roots: Sequence[Tensor]) -> None:
-        """Look once for what cannot be differentiated twice without saying so."""
-        if not self._graph_checked:
-            hvp.check_differentiable_twice(roots)
-            self._graph_checked = True
-
     def _from_graph(self, entries: Sequence[Entry], due: Sequence[bool]) -> None:
         """Curvature from gradients that ``loss.backward(create_graph=True)`` left."""
         grads = [entry.owner.grad for entry in entries]
@@ -271,7 +263,7 @@ class GathersCurvature(EvaluatesLosses):
             raise RuntimeError(hvp.NO_CURVATURE if way == "autograd" else hvp.NEEDS_FUNCTION.format(way))
         self._check_whole_batch()
         self._check_differentiable()
-        self._check_graph([grads[i] for i in with_graph])
+        hvp.check_gradients(hvp.explore([grads[i] for i in with_graph]))
         self._differentiate([(entries[i], grads[i]) for i in with_graph if due[entries[i].group]], retain_graph=False)
 
     def _from_backward(self, entries: Sequence[Entry], grads: Sequence[Tensor], due: Sequence[bool]) -> None:

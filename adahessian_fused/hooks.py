@@ -104,7 +104,7 @@ def _takers(loss: Tensor) -> tuple[list[HooksBackward], list[Tensor]]:
     """The hooked optimizers that need this loss's curvature, and the leaves that none of them has."""
     optimizers = [ref() for ref in list(_hooked.values())]
     due = [opt for opt in optimizers if opt is not None and opt.needs_hessian]
-    rest = {id(leaf): leaf for leaf in hvp.leaves(loss)} if due else {}
+    rest = {id(leaf): leaf for leaf in hvp.explore([loss]).leaves} if due else {}
     takers = []
     for opt in due:
         reached = [rest.pop(id(p)) for _, p in opt._trained() if id(p) in rest]

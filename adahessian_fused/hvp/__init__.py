@@ -5,6 +5,7 @@ backward pass, ``finite_difference`` takes the difference of two gradients. The 
 computed; the others evaluate it themselves, with the help of ``replay``.
 """
 
+from .complete import check_gradients
 from .double_backward import (
     NEEDS_FUNCTION,
     NO_CURVATURE,
@@ -18,8 +19,7 @@ from .double_backward import (
     hessian_vector_product,
     release_graph,
 )
-from .errors import check_differentiable_twice
-from .graph import leaves
+from .graph import explore
 from .intercept import InterceptBackward
 
 __all__ = [
@@ -30,11 +30,11 @@ __all__ = [
     "TWO_WAYS",
     "InterceptBackward",
     "accumulate_grads",
-    "check_differentiable_twice",
+    "check_gradients",
     "check_loss",
     "differentiable",
+    "explore",
     "first_order",
     "hessian_vector_product",
-    "leaves",
     "release_graph",
 ]

@@ -9,7 +9,9 @@ import torch
 from torch import Tensor
 
 from ..distributed.sharded import any_sharded, joined
+from .complete import complete
 from .errors import naming_the_operator
+from .graph import Graph, explore
 
 NO_CURVATURE = (
     "this step needs curvature, but no gradient carries a graph. Write opt.backward(loss) instead of loss.backward(), "
@@ -66,10 +68,22 @@ def hessian_vector_product(
         )
 
 
-def first_order(loss: Tensor, params: Sequence[Tensor], gradient: Tensor | None) -> list[Tensor | None]:
-    """Gradients of the loss with their graph; None for parameters the loss does not depend on."""
+def first_order(
+    loss: Tensor, params: Sequence[Tensor], gradient: Tensor | None, graph: Graph | None = None
+) -> list[Tensor | None]:
+    """Gradients of the loss with their graph; None for parameters the loss does not depend on.
+
+    Args:
+        loss: what to differentiate.
+        params: by what.
+        gradient: as in ``Tensor.backward``.
+        graph: that of the loss, if it is at hand.
+
+    Raises:
+        RuntimeError: a gradient, or a part of one, cannot be differentiated again.
+    """
     check_loss(loss, gradient)
-    with naming_the_operator("autograd"):
+    with naming_the_operator("autograd"), complete(graph or explore([loss])):
         return list(torch.autograd.grad(loss, params, grad_outputs=gradient, create_graph=True, allow_unused=True))
 
 

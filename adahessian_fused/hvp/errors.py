@@ -4,11 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import re
-from collections.abc import Iterator, Sequence
-
-from torch import Tensor
-
-from .graph import nodes
+from collections.abc import Iterator
 
 _NOT_IMPLEMENTED = (
     r"derivative for '?(?:aten::)?(\w+)'? is not implemented",
@@ -28,10 +24,8 @@ _LACKS = {
     "forward_over_reverse": "has no forward-mode derivative",
 }
 _OTHER = {"autograd": "forward_over_reverse", "forward_over_reverse": "autograd"}
-_CUT = {  # nodes of a graph behind which it silently ends
-    "torch::autograd::Error": "a torch.autograd.Function whose backward is marked once_differentiable",
-    "CheckpointFunctionBackward": "torch.utils.checkpoint with use_reentrant=True",
-}
+NO_GRAPH = "{}, whose backward leaves no graph of itself,"
+HIDDEN_NUMBERS = "{}, which keeps numbers for its backward that are no inputs and have no graph,"
 
 
 def operator_in(message: str) -> str | None:
@@ -57,6 +51,14 @@ def explanation(operator: str, strategy: str) -> str:
         )
     elif "use_reentrant" in operator:
         ways.insert(0, "use_reentrant=False")
+    elif "torch.autograd.Function" in operator:
+        ways.insert(
+            0,
+            "a backward of PyTorch's operators on what ctx.save_for_backward() keeps of inputs and outputs, with all "
+            "else computed from these again",
+        )
+        if "no inputs" in operator:
+            ways.append("twice_differentiable = True in the class, if those numbers do not depend on its inputs")
     elif "torch.compile" in operator:
         ways.insert(
             0, "the model as it was before torch.compile where opt.needs_hessian is True; update_each makes that rare"
@@ -77,14 +79,3 @@ def naming_the_operator(strategy: str) -> Iterator[None]:
         if operator is None:
             raise
         raise RuntimeError(explanation(operator, strategy)) from error
-
-
-def check_differentiable_twice(roots: Sequence[Tensor]) -> None:
-    """Raise if a graph has a node behind which second derivatives would silently be missing.
-
-    Args:
-        roots: the loss and its gradients, with their graph.
-    """
-    for node in nodes(roots):
-        if node.name() in _CUT:
-            raise RuntimeError(explanation(_CUT[node.name()], "autograd"))

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils import _pytree as pytree
 
+from .. import hvp
 from ..fraction import split_batch
 from ..friendly import curvature_friendly
 
@@ -115,8 +116,11 @@ class Kind:
             raise RuntimeError(f"the loss has shape {tuple(loss.shape)}; expected one number, for example its mean")
         with torch.autocast(device, enabled=False):
             scaled = loss if scale is None else loss * scale
-            grads = torch.autograd.grad(scaled, params, create_graph=create_graph, allow_unused=True)
-        return loss.detach(), list(grads)
+            if create_graph:
+                grads = hvp.first_order(scaled, params, None)
+            else:
+                grads = list(torch.autograd.grad(scaled, params, allow_unused=True))
+        return loss.detach(), grads
 
 
 def _mean(a: Tensor | None, b: Tensor | None, share: float) -> Tensor | None:

@@ -1,0 +1,229 @@
+"""Whether the graph of a gradient is complete: code of somebody's own may have computed a part of it without one.
+
+The backward pass of a :class:`torch.autograd.Function` is a linear map of the gradient that it is given. Its result is
+differentiated again by way of the operators it is made of, and silently taken for constant where they left no graph:
+under ``no_grad``, in NumPy, by ``detach()``, with an inner backward pass, or marked ``once_differentiable``. What can
+be seen is
+
+* in every pass, a result without a graph that leads to the gradient it was computed from, although that has one;
+* of a kind of Function that is new, a result that changes with a tensor kept for it, but has no graph that leads there;
+* numbers that a Function keeps without a graph and that are no inputs of it. They are made of its inputs, mostly, and
+  would be differentiated as if they were constants. What is no floating-point number, and masks of zeros and one other
+  number, are constant almost everywhere.
+
+The identity, a straight-through estimator, a reversal of gradients or an all-reduce keep nothing and pass. A Function
+whose numbers are constants indeed says ``twice_differentiable = True``.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable, Iterator, Sequence
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.autograd.function import BackwardCFunction
+from torch.autograd.graph import Node
+
+from .errors import HIDDEN_NUMBERS, NO_GRAPH, explanation
+from .graph import Graph, nodes
+
+_CUT = {  # names of nodes behind which a graph silently ends
+    "torch::autograd::Error": "a torch.autograd.Function whose backward is marked once_differentiable",
+    "CheckpointFunctionBackward": "torch.utils.checkpoint with use_reentrant=True",
+}
+_known: set[tuple[Any, ...]] = set()  # kinds of Functions that are complete
+_helpers: set[type] = set()  # what their backward is made of, which nobody differentiates twice
+
+
+@contextlib.contextmanager
+def complete(graph: Graph) -> Iterator[None]:
+    """Around the backward pass of a loss that keeps its graph: raise at the end if second derivatives are missing.
+
+    Args:
+        graph: that of the loss.
+
+    Raises:
+        RuntimeError: part of the gradient has no graph; the message names the Function.
+    """
+    found: list[str] = []
+    _raise(map(_cut, graph.functions))
+    handles = [node.register_hook(_Examination(node, graph, found)) for node in graph.functions]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+    _raise(found)
+
+
+def check_gradients(graph: Graph) -> None:
+    """Raise if gradients whose backward pass is over lack a part of their graph, as far as they show it.
+
+    A loss that is linear in what a Function returns leaves no trace of the Function in them.
+
+    Args:
+        graph: that of the gradients.
+    """
+    _raise(map(_cut, graph.functions))
+    doubts = [(node, _unseen(node, graph, whole=True)) for node in graph.functions]
+    _raise(problem for node, problem in doubts if type(node) not in _helpers)
+
+
+class _Examination:
+    """Looks at what the backward of a Function is given and what it returns."""
+
+    def __init__(self, node: Node, graph: Graph, found: list[str]) -> None:
+        self._node, self._graph, self._found = node, graph, found
+
+    def __call__(self, results: Sequence[Tensor | None], grads: Sequence[Tensor | None]) -> None:
+        sources = {g.grad_fn for g in grads if g is not None and g.grad_fn is not None}
+        problem = None
+        for result in filter(_is_number, results):
+            reached = list(_between(result, self._graph, sources))
+            problem = problem or next(filter(None, (_cut(n) for n in reached if n not in self._graph.nodes)), None)
+            if sources.isdisjoint(reached) and sources and _not_zero(result):
+                problem = problem or NO_GRAPH.format(_name(self._node))
+        if problem is None:
+            constant = not sources and not any(result.requires_grad for result in filter(_is_number, results))
+            problem = _unseen(self._node, self._graph, whole=constant)
+        if problem is not None:
+            self._found.append(problem)
+
+
+def _raise(problems: Iterable[str | None]) -> None:
+    for problem in problems:
+        if problem is not None:
+            raise RuntimeError(explanation(problem, "autograd"))
+
+
+def _cut(node: Node) -> str | None:
+    return _CUT.get(node.name())
+
+
+def _name(node: Node) -> str:
+    cls = getattr(type(node), "_forward_cls", None)
+    return node.name() if cls is None else f"the torch.autograd.Function {cls.__qualname__}"
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, Tensor) and (value.is_floating_point() or value.is_complex())
+
+
+def _between(result: Tensor, graph: Graph, sources: set[Node]) -> Iterator[Node]:
+    """Nodes of a result, up to those of ``graph`` and to ``sources``."""
+    return nodes([] if result.grad_fn is None else [result.grad_fn], graph.nodes | sources)
+
+
+def _not_zero(tensor: Tensor) -> bool:
+    """Whether any element may differ from zero; numbers are not known while a graph is traced."""
+    return type(tensor) is not Tensor or tensor.is_meta or bool(tensor.detach().any())
+
+
+# ---- kinds of Functions that have not been seen ----------------------------------------------------------------------
+
+
+def _unseen(node: Any, graph: Graph, *, whole: bool) -> str | None:
+    """What is wrong with a Function, if it is one of a kind that has not been seen; ``whole``: with its results too."""
+    if not isinstance(node, BackwardCFunction):
+        return None
+    cls: Any = type(node)._forward_cls  # type: ignore[attr-defined]
+    without = tuple(parent is None for parent, _ in node.next_functions)
+    kind = cls, without, node.needs_input_grad, whole
+    ours = cls.__module__.startswith((__package__.split(".")[0], "torch.")) and "torch._library" not in cls.__module__
+    if kind in _known or ours or getattr(cls, "twice_differentiable", False) or next(_kept(node), None) is None:
+        return None
+    problem = _hides(node, sum(without)) or _forgets(node, graph, whole=whole)
+    if problem is None:
+        _known.add(kind)
+    return problem
+
+
+def _saved(node: Any) -> list[Tensor | None]:
+    with contextlib.suppress(RuntimeError):  # freed, or to be unpacked once only
+        return list(node.saved_tensors)
+    return []
+
+
+def _kept(node: Any) -> Iterator[Any]:
+    """The tensors and arrays that a Function has kept for its backward."""
+    waiting = [*_saved(node), *node.__dict__.values()]
+    while waiting:
+        value = waiting.pop()
+        if isinstance(value, Tensor) or hasattr(value, "__array_interface__"):
+            yield value
+        elif isinstance(value, (tuple, list)):
+            waiting += value
+        elif isinstance(value, dict):
+            waiting += value.values()
+
+
+def _hides(node: Any, n_constants: int) -> str | None:
+    """Whether a Function keeps more numbers without a graph than it has inputs without one."""
+    inputs = {parent.variable.data_ptr() for parent, _ in node.next_functions if hasattr(parent, "variable")}
+    numbers: set[int] = set()
+    for value in _kept(node):
+        if not isinstance(value, Tensor):
+            numbers.add(value.__array_interface__["data"][0])
+        elif not value.requires_grad and _is_number(value) and not _is_mask(value):
+            numbers.add(value.data_ptr())
+        elif not value.requires_grad:
+            n_constants -= 1
+    if numbers & inputs or len(numbers) > max(n_constants, 0):
+        return HIDDEN_NUMBERS.format(_name(node))
+    return None
+
+
+def _is_mask(tensor: Tensor) -> bool:
+    """Whether there are zeros and one other number."""
+    if type(tensor) not in (Tensor, torch.nn.Parameter) or tensor.is_meta or tensor.numel() < 2:
+        return False
+    zero, size = tensor == 0, tensor.detach().abs()
+    return bool(zero.any() & (zero | (size == size.amax())).all())
+
+
+@torch.enable_grad()
+def _forgets(node: Any, graph: Graph, *, whole: bool) -> str | None:
+    """Whether a Function's results depend on what it keeps, or if ``whole`` on the gradient, but not by their graph.
+
+    Its backward is called once more with copies of both.
+    """
+    if dist.is_available() and dist.is_initialized():
+        return None  # it may wait for other ranks
+    saved = _saved(node)
+    copies = [
+        t if t is None or not (_is_number(t) and t.requires_grad) else t.detach().requires_grad_().view_as(t)
+        for t in saved
+    ]
+    try:
+        grads = [torch.ones(m.shape, dtype=m.dtype, device=m.device).requires_grad_() for m in node._input_metadata]
+        grads = [g.view_as(g) for g in grads]
+        results = _call(node, copies, grads)
+        sources = {t.grad_fn for t in (*copies, *grads) if t is not None and t.grad_fn is not None}
+        reached = {n for result in results for n in _between(result, graph, sources)}
+        _helpers.update(type(n) for n in reached if isinstance(n, BackwardCFunction))
+        cut = next(filter(None, map(_cut, reached - graph.nodes)), None)
+        if whole and cut:
+            return cut
+        if whole and any(g.grad_fn not in reached for g in grads) and any(map(_not_zero, results)):
+            return NO_GRAPH.format(_name(node))
+        for i, copy in enumerate(copies):
+            if copy is saved[i] or copy.grad_fn in reached:
+                continue
+            other = copy * torch.linspace(1.03, 1.1, copy.numel(), dtype=copy.dtype, device=copy.device).view_as(copy)
+            moved = _call(node, [*copies[:i], other, *copies[i + 1 :]], grads)
+            if not all(map(torch.equal, results, moved)):
+                return NO_GRAPH.format(_name(node))
+    except Exception:  # somebody's code may raise anything when it is called out of turn
+        pass
+    return None
+
+
+def _call(node: Any, saved: Sequence[Tensor | None], grads: Sequence[Tensor]) -> list[Tensor]:
+    """What a Function's backward returns, given these saved tensors."""
+    context = SimpleNamespace(**node.__dict__, saved_tensors=tuple(saved), needs_input_grad=node.needs_input_grad)
+    results = node._forward_cls.backward(context, *grads)
+    return [r for r in (results if isinstance(results, tuple) else (results,)) if _is_number(r)]

@@ -1,0 +1,294 @@
+"""Losses whose gradient lacks a part of its graph are refused in every way of stepping; what is linear is not."""
+
+from __future__ import annotations
+
+import warnings
+
+import pytest
+import torch
+from torch import nn
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
+from torch.utils.checkpoint import checkpoint
+
+from adahessian_fused import AdaHessian, TrainStep, check_hvp, curvature_friendly, hutchinson_diagonal
+
+
+def function(forward, backward, **attributes):
+    methods = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
+    return type("Custom", (Function,), methods | attributes)
+
+
+def keeps(*kept):
+    """Forward of x^3 that saves what these functions make of x."""
+
+    def forward(ctx, x):
+        ctx.save_for_backward(*(make(x) for make in kept))
+        return x**3
+
+    return forward
+
+
+def keeps_hidden(ctx, x):
+    ctx.x = x.detach()
+    return x**3
+
+
+def keeps_numpy(ctx, x):
+    ctx.x = [x.detach().numpy()]
+    return torch.from_numpy(ctx.x[0] ** 3)
+
+
+def in_numpy(ctx, g):
+    return torch.from_numpy(g.detach().numpy() * 3 * ctx.x[0] ** 2)
+
+
+def without_grad(ctx, g):
+    with torch.no_grad():
+        return g * 3 * ctx.saved_tensors[0] ** 2
+
+
+def by_inner_backward(ctx, g):
+    with torch.enable_grad():
+        x = ctx.saved_tensors[0].detach().requires_grad_()
+        return torch.autograd.grad(x**3, x, g)[0]
+
+
+def slope(ctx, g):
+    return g * 3 * ctx.saved_tensors[0] ** 2
+
+
+class HandMade(Function):
+    """A ReLU that has its double backward in a Function of its own, as many extensions do."""
+
+    @staticmethod
+    def forward(ctx, x):
+        y = x.clamp(min=0)
+        ctx.save_for_backward(y)
+        return y
+
+    @staticmethod
+    def backward(ctx, g):
+        return HandMadeBackward.apply(g, ctx.saved_tensors[0])
+
+
+class HandMadeBackward(Function):
+    @staticmethod
+    def forward(ctx, g, y):
+        ctx.save_for_backward(y)
+        return g * (y > 0)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, v):
+        return v * (ctx.saved_tensors[0] > 0), None
+
+
+def dropout(ctx, x):
+    mask = (torch.linspace(0, 1, x.numel()).view_as(x) > 0.5).to(x) * 2
+    ctx.save_for_backward(mask)
+    return x * mask
+
+
+INCOMPLETE = {
+    "detached": function(keeps_hidden, lambda ctx, g: g * 3 * ctx.x**2),
+    "numpy": function(keeps_numpy, in_numpy),
+    "once_differentiable": function(keeps(lambda x: x), once_differentiable(slope)),
+    "no_grad": function(keeps(lambda x: x), without_grad),
+    "inner_backward": function(keeps(lambda x: x), by_inner_backward),
+    "intermediate": function(keeps(lambda x: 3 * x**2), lambda ctx, g: g * ctx.saved_tensors[0]),
+    "data": function(keeps(lambda x: x), lambda ctx, g: g * 3 * ctx.saved_tensors[0].data ** 2),
+}
+COMPLETE = {
+    "cube": function(keeps(lambda x: x), slope),
+    "identity": function(lambda ctx, x: x.view_as(x), lambda ctx, g: g),
+    "straight_through": function(
+        lambda ctx, x: ctx.save_for_backward(x.abs() < 2) or x.round(), lambda ctx, g: g * ctx.saved_tensors[0]
+    ),
+    "sign": function(lambda ctx, x: x.sign(), lambda ctx, g: torch.zeros_like(g)),
+    "dropout": function(dropout, lambda ctx, g: g * ctx.saved_tensors[0]),
+    "hand_made": HandMade,
+    "declared": function(
+        keeps(lambda x: x * 0 + 7), lambda ctx, g: g * ctx.saved_tensors[0], twice_differentiable=True
+    ),
+}
+
+
+def linear_by_hand(ctx, x, weight):
+    ctx.save_for_backward(x, weight)
+    return x @ weight
+
+
+def gradients_of_linear(ctx, g):
+    x, weight = ctx.saved_tensors
+    return g @ weight.t() if ctx.needs_input_grad[0] else None, x.t() @ g
+
+
+Linear = function(linear_by_hand, gradients_of_linear)
+
+
+def closure_step(opt, loss):
+    def closure():
+        opt.zero_grad()
+        value = loss()
+        value.backward()
+        return value
+
+    opt.step(closure)
+
+
+def hooked_step(opt, loss):
+    with opt.hook_backward():
+        loss().backward()
+    opt.step()
+
+
+def create_graph_step(opt, loss):
+    loss().backward(create_graph=True)
+    opt.step()
+
+
+WAYS = {
+    "given": lambda opt, loss: (opt.backward(loss()), opt.step()),
+    "function": lambda opt, loss: (opt.backward(loss), opt.step()),
+    "closure": closure_step,
+    "hooked": hooked_step,
+    "create_graph": create_graph_step,
+    "estimate": lambda opt, loss: hutchinson_diagonal(loss, opt.param_groups[0]["params"]),
+}
+TAILS = {
+    "linear": lambda y, h: y.sum(),
+    "square": lambda y, h: y.square().sum(),
+    "residual": lambda y, h: (h + y).square().sum(),
+}
+
+
+def problem(op, tail):
+    """Parameters, and a loss in which an operator comes last, or before a square, or beside a residual connection."""
+    torch.manual_seed(0)
+    p, q = (nn.Parameter(torch.randn(4, 3, dtype=torch.float64)) for _ in range(2))
+
+    def loss():
+        h = p * 1.5
+        return TAILS[tail](op.apply(h), h) + (q * h.detach()).square().sum()
+
+    return [p, q], loss
+
+
+# A plain backward(create_graph=True) leaves nothing of a Function but what the gradients' graphs hold.
+LEAVES_NO_TRACE = {("numpy", "square"), ("no_grad", "square"), ("inner_backward", "square")}
+
+
+@pytest.mark.filterwarnings("ignore:Using backward\\(\\) with create_graph=True")
+@pytest.mark.parametrize("tail", TAILS)
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("name", INCOMPLETE)
+def test_a_gradient_without_its_whole_graph_is_refused(name, way, tail):
+    if way == "create_graph" and (tail == "linear" or (name, tail) in LEAVES_NO_TRACE):
+        return
+    params, loss = problem(INCOMPLETE[name], tail)
+    before = [p.detach().clone() for p in params]
+    with pytest.raises(RuntimeError, match=r"autograd.Function.*cannot be differentiated twice.*save_for_backward"):
+        WAYS[way](AdaHessian(params), loss)
+    assert all(map(torch.equal, before, params))
+
+
+@pytest.mark.filterwarnings("ignore:Using backward\\(\\) with create_graph=True")
+@pytest.mark.parametrize("tail", TAILS)
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("name", COMPLETE)
+def test_complete_graphs_pass(name, way, tail):
+    params, loss = problem(COMPLETE[name], tail)
+    WAYS[way](AdaHessian(params), loss)
+
+
+@pytest.mark.filterwarnings("ignore:Using backward\\(\\) with create_graph=True")
+@pytest.mark.parametrize("way", WAYS)
+def test_a_linear_layer_of_ones_own_passes(way):
+    """It keeps its input, which has no graph, beside a weight that its own gradient does not need."""
+    a, b = nn.Parameter(torch.randn(3, 2)), nn.Parameter(torch.randn(2, 2))
+    x = torch.randn(4, 3)
+    WAYS[way](AdaHessian([a, b]), lambda: Linear.apply(torch.tanh(Linear.apply(x, a)), b).square().sum())
+
+
+def unlike_the_first(op, loss):
+    """A loss that has another term from its second evaluation on."""
+    calls = []
+
+    def lazy():
+        calls.append(None)
+        return loss() if len(calls) == 1 else loss() + op()
+
+    return lazy
+
+
+@pytest.mark.parametrize("way", ["given", "function", "closure", "hooked", "create_graph"])
+def test_every_step_is_looked_at(way):
+    torch.manual_seed(0)
+    p, q = nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(3))
+    x = torch.ones(3, requires_grad=True)
+    later = lambda: (q * checkpoint(lambda x: (p * x).tanh(), x, use_reentrant=True)).square().sum()  # noqa: E731
+    loss = unlike_the_first(later, lambda: (p * q).pow(4).sum())
+    opt = AdaHessian([p, q])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        WAYS[way](opt, loss)
+        opt.zero_grad()
+        with pytest.raises(RuntimeError, match="use_reentrant=True"):
+            WAYS[way](opt, loss)
+
+
+def test_curvature_of_a_penalty_in_later_steps_is_right_or_refused():
+    torch.manual_seed(0)
+    critic = nn.Sequential(nn.Linear(2, 3), nn.ReLU(), nn.Linear(3, 1, bias=False)).double()
+    x = torch.randn(8, 2, dtype=torch.float64, requires_grad=True)
+
+    def loss(with_penalty):
+        score = critic(x)
+        penalty = torch.autograd.grad(score.sum(), x, create_graph=True)[0].square().mean() if with_penalty else 0
+        return nn.functional.softplus(-score).mean() + penalty
+
+    found = []
+    for friendly in (False, True):
+        opt = AdaHessian(critic.parameters(), lr=0.0, betas=(0.9, 0.0))
+        for with_penalty in (False, True):
+            opt.zero_grad()
+            if not friendly:
+                opt.backward(loss(with_penalty))
+            else:
+                try:
+                    opt.backward(lambda: loss(with_penalty))  # noqa: B023
+                except RuntimeError as refused:
+                    assert "differentiated twice" in str(refused)  # noqa: PT017
+                    return
+            opt.step()
+        found.append([opt.hessian_diag(p) for p in critic.parameters()])
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_check_hvp_does_not_trust_an_incomplete_graph():
+    model = nn.Linear(3, 3).double()
+    x = torch.randn(4, 3, dtype=torch.float64)
+    loss = lambda m, x: INCOMPLETE["no_grad"].apply(m(x)).sum()  # noqa: E731
+    result = check_hvp(model, loss, (x,), repeats=1, show=False)
+    assert not result["autograd"].trusted
+    assert result["finite_difference"].trusted
+
+
+def test_train_step_refuses_an_incomplete_graph():
+    model, x = nn.Linear(3, 3), torch.randn(4, 3)
+    step = TrainStep(
+        model, lambda y, _: INCOMPLETE["no_grad"].apply(y).sum(), AdaHessian(model.parameters()), compile=False
+    )
+    with pytest.raises(RuntimeError, match="cannot be differentiated twice"):
+        step(x, x)
+
+
+def test_random_numbers_and_kept_tensors_stay_as_they_are():
+    params, loss = problem(COMPLETE["cube"], "square")
+    before, state = [p.detach().clone() for p in params], torch.get_rng_state()
+    with curvature_friendly():
+        AdaHessian(params).backward(loss())
+    assert torch.equal(state, torch.get_rng_state())
+    assert all(map(torch.equal, before, params))
