@@ -10,6 +10,7 @@ import torch
 
 from . import __version__
 from .backends import available_backends, choose
+from .hvp import bfloat16_gain
 
 
 def _build_lines() -> list[str]:
@@ -34,6 +35,12 @@ def _device_lines(device: str) -> list[str]:
     return [*lines, f'  backend="auto" takes {choose("auto", device)}']
 
 
+def _bfloat16_line() -> str:
+    gain = bfloat16_gain()
+    verdict = "pays" if gain > 1.3 else "gains nothing here"
+    return f"  products of bfloat16 take {1 / gain:.2f} of float32's time: hvp_dtype=torch.bfloat16 {verdict}"
+
+
 def _gpu_lines() -> list[str]:
     if not torch.cuda.is_available():
         return ["on GPU tensors: no GPU is visible to torch"]
@@ -48,6 +55,7 @@ def info() -> str:
         *_build_lines(),
         f"on CPU tensors ({torch.get_num_threads()} threads)",
         *_device_lines("cpu"),
+        _bfloat16_line(),
         *_gpu_lines(),
     ]
     return "\n".join(lines)

@@ -88,6 +88,19 @@ def check_group(group: dict[str, Any]) -> None:
         raise ValueError('capturable=True with off_step="stale"; expected off_step="hold"')
 
 
+def check_hvp_dtype(value: Any, hvp: str, param_dtype: torch.dtype) -> None:
+    """Raise ValueError unless the second differentiation can be in this precision."""
+    if value not in (None, torch.bfloat16, "tf32"):
+        raise ValueError(f'hvp_dtype={value!r}; expected None, torch.bfloat16 or "tf32"')
+    if value is not None and hvp != "autograd":
+        raise ValueError(
+            f'hvp_dtype={value!r} with hvp="{hvp}", which has no second differentiation; expected hvp="autograd", or '
+            "hvp_dtype=None"
+        )
+    if value is not None and param_dtype == torch.float64:
+        raise ValueError(f"hvp_dtype={value!r} with parameters in torch.float64; expected hvp_dtype=None")
+
+
 def check_state_dtype(value: Any) -> None:
     """Raise ValueError unless ``value`` is None or bfloat16."""
     if value not in (None, torch.bfloat16):

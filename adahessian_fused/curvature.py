@@ -98,6 +98,7 @@ class Curvature:
         probe: str,
         n_samples: int,
         retain_graph: bool = False,
+        precision: hvp.Precision | None = None,
         weight: float = 1.0,
         inverse_scale: Tensor | None = None,
     ) -> None:
@@ -108,6 +109,7 @@ class Curvature:
             probe: "rademacher" or "gaussian".
             n_samples: probes to average.
             retain_graph: do not free the graph.
+            precision: of the products in the second differentiation, as AdaHessian's ``hvp_dtype``.
             weight: factor on Hz.
             inverse_scale: factor that takes GradScaler's scale out of Hz.
         """
@@ -119,6 +121,7 @@ class Curvature:
                 [entry.param for entry in entries],
                 [z[entry] for entry in entries],
                 retain_graph=retain_graph or sample + 1 < n_samples,
+                precision=precision,
             )
             found = {entry: h for entry, h in zip(entries, products, strict=True) if h is not None}
             scales: dict[str, Any] = {"weight": weight, "inverse_scale": inverse_scale}

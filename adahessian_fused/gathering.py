@@ -250,7 +250,12 @@ class GathersCurvature(EvaluatesLosses):
         options = self.param_groups[0]
         curvature = self._gathered()
         curvature.differentiate(
-            pairs, probe=options["probe"], n_samples=options["n_samples"], retain_graph=retain_graph, **scales
+            pairs,
+            probe=options["probe"],
+            n_samples=options["n_samples"],
+            retain_graph=retain_graph,
+            precision=options["hvp_dtype"],
+            **scales,
         )
         self._curvature = curvature
 

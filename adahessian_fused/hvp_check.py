@@ -26,19 +26,23 @@ TRUSTED = 0.1
 SAMPLES = 3
 LossFn = Callable[..., Tensor]
 
+LOWER = {"autograd, bfloat16": torch.bfloat16, "autograd, tf32": "tf32"}
+"""Double backward with ``hvp_dtype``, of float32 models."""
+
 
 @dataclass(frozen=True)
 class StrategyCheck:
     """How one strategy did.
 
     Attributes:
-        strategy: value of ``AdaHessian(hvp=...)``.
+        strategy: value of ``AdaHessian(hvp=...)``, with that of ``hvp_dtype`` behind it.
         product_error: largest relative error |Hz - exact| / |exact| of three probes; None if it failed.
         gradient_error: largest relative error of the gradients that came with them.
         time: duration of a gradient with curvature, in first-order gradients.
         memory: peak of allocated memory above what is held anyway, in that of a first-order gradient; None on a CPU.
         failure: the error, if there was one.
         operator: the operator it is about, if torch names one.
+        pays: False for a lower precision that is no faster here than the model's own.
     """
 
     strategy: str
@@ -48,6 +52,7 @@ class StrategyCheck:
     memory: float | None = None
     failure: str | None = None
     operator: str | None = None
+    pays: bool = True
 
     @property
     def trusted(self) -> bool:
@@ -59,7 +64,9 @@ class StrategyCheck:
         """The result in words."""
         if self.failure is not None:
             return f"fails: {self.operator or self.failure.splitlines()[0][:60]}"
-        return "can be trusted" if self.trusted else "WRONG for this model"
+        if not self.trusted:
+            return "WRONG for this model"
+        return "can be trusted" if self.pays else "can be trusted, gains nothing here"
 
 
 @dataclass(frozen=True)
@@ -165,7 +172,7 @@ def check_hvp(
     if not any(p.requires_grad for p in model.parameters()):
         raise ValueError("no parameter of the model requires a gradient; expected one at least")
     with _random_numbers_kept():
-        runs = {name: _Run(model, loss_fn, batch, name, fd_epsilon) for name in CHOICES["hvp"]}
+        runs = {name: _Run(model, loss_fn, batch, name, fd_epsilon) for name in _names(model)}
         reference, exact = _exact(model, loss_fn, batch)
         plain = _Run(model, loss_fn, batch, "first order", fd_epsilon)
         checks: list[StrategyCheck] = []
@@ -184,11 +191,22 @@ def check_hvp(
             checks.append(StrategyCheck(name, failure=message, operator=operator_in(message)))
             continue
         used = memory[name] / memory[plain.name] if memory[plain.name] else None
-        checks.append(StrategyCheck(name, *error, statistics.median(seconds[name]) / base, used))
+        took = statistics.median(seconds[name])
+        pays = name not in LOWER or took < statistics.median(seconds["autograd"])
+        checks.append(StrategyCheck(name, *error, took / base, used, pays=pays))
     result = HvpCheck(reference, tuple(checks), base)
     if show:
         result.show()
     return result
+
+
+def _names(model: nn.Module) -> list[str]:
+    """The rows of a model: a lower precision where there is float32, and TF32 on CUDA."""
+    params = [p for p in model.parameters() if p.requires_grad]
+    if any(p.dtype == torch.float64 for p in params) or not any(p.dtype == torch.float32 for p in params):
+        return [*CHOICES["hvp"]]
+    lower = list(LOWER)[: 1 + any(p.is_cuda for p in params)]
+    return ["autograd", *lower, *(name for name in CHOICES["hvp"] if name != "autograd")]
 
 
 @contextlib.contextmanager
@@ -208,8 +226,9 @@ class _Run:
         self.loss = lambda: loss_fn(self.model, *batch)
         self.params = [p for p in self.model.parameters() if p.requires_grad]
         hvp = name if name in CHOICES["hvp"] else "autograd"
+        low = LOWER.get(name)
         self._buffers = [(b, b.clone()) for b in self.model.buffers()]
-        self._options: dict[str, Any] = {"hvp": hvp, "fd_epsilon": epsilon}
+        self._options: dict[str, Any] = {"hvp": hvp, "hvp_dtype": low, "fd_epsilon": epsilon}
 
     def once(self, seed: int) -> AdaHessian:
         """Gradients, and curvature for the probe of this seed, from the same state each time."""
@@ -221,7 +240,7 @@ class _Run:
         opt = AdaHessian(self.params, seed=seed, **self._options)
         # A loss that is given, so that PyTorch's own double backward is judged.
         loss = self.loss() if self._options["hvp"] == "autograd" else self.loss
-        opt.backward(loss, curvature=float(self.name in CHOICES["hvp"]))
+        opt.backward(loss, curvature=float(self.name != "first order"))
         return opt
 
     def gathered(self, seed: int) -> tuple[Tensor, Tensor]:

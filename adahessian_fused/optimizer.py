@@ -12,7 +12,7 @@ from torch import Tensor
 
 from . import backends, hvp
 from .amp import FollowsGradScaler
-from .checks import check_grad, check_group, check_param, check_state_dtype
+from .checks import check_grad, check_group, check_hvp_dtype, check_param, check_state_dtype
 from .curvature import Curvature, by_bucket
 from .distributed import sharded
 from .distributed.ranks import Ranks
@@ -34,7 +34,7 @@ _check_graph_capture = next(
 
 # Options that hold for the whole optimizer although they are stored in every parameter group.
 _OPTIMIZER_WIDE = (
-    *("n_samples", "probe", "seed", "hvp", "hessian_fraction", "fd_epsilon"),
+    *("n_samples", "probe", "seed", "hvp", "hvp_dtype", "hessian_fraction", "fd_epsilon"),
     *("capturable", "master_weights", "probe_per_rank"),
 )
 
@@ -81,6 +81,9 @@ class AdaHessian(Observable, FollowsGradScaler):
             through forward and backward pass. "finite_difference": the difference of two gradients, for smooth models;
             it needs first-order derivatives only and costs two steps, not three. The last two evaluate the loss
             themselves: ``opt.step(closure)`` or ``opt.backward(lambda: loss_fn(model(x), y))``.
+        hvp_dtype: precision of the second differentiation's matrix products, convolutions and attention of float32
+            tensors: None, ``torch.bfloat16`` or, on CUDA, "tf32". Loss and gradients stay bit for bit what they are.
+            For ``hvp="autograd"``, and not for float64 parameters.
         hessian_fraction: r in (0, 1]: curvature from the first r of each mini-batch, with :meth:`backward_split`.
         fd_epsilon: distance of finite differences; None for
             :data:`~adahessian_fused.hvp.finite_difference.EPSILON` of the coarsest dtype.
@@ -131,6 +134,7 @@ class AdaHessian(Observable, FollowsGradScaler):
         probe: str = "rademacher",
         seed: int = 0,
         hvp: str = "autograd",
+        hvp_dtype: torch.dtype | str | None = None,
         hessian_fraction: float = 1.0,
         fd_epsilon: float | None = None,
         backend: str = "auto",
@@ -159,6 +163,7 @@ class AdaHessian(Observable, FollowsGradScaler):
             "probe": probe,
             "seed": seed,
             "hvp": hvp,
+            "hvp_dtype": hvp_dtype,
             "hessian_fraction": hessian_fraction,
             "fd_epsilon": fd_epsilon,
             "maximize": maximize,
@@ -193,6 +198,7 @@ class AdaHessian(Observable, FollowsGradScaler):
             for i, p in enumerate(group["params"]):
                 check_param(p, f"parameter {i} of group {len(self.param_groups) - 1}")
                 stored_dtype(p.dtype, self.state_dtype)
+                check_hvp_dtype(group["hvp_dtype"], group["hvp"], p.dtype)
                 backends.choose(self.backend, p.device.type)
         except (TypeError, ValueError, RuntimeError):
             self.param_groups.pop()

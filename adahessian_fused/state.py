@@ -106,6 +106,7 @@ class PortableState(Optimizer):
         """Restore, and give groups that another optimizer saved the options they lack."""
         super().__setstate__(state)
         self._reset()
+        self.defaults.setdefault("hvp_dtype", None)  # pickled before there was such an option
         for group in self.param_groups:
             for name, value in self.defaults.items():
                 group.setdefault(name, value)

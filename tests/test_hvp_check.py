@@ -39,6 +39,17 @@ def test_smooth_models_can_use_all(device, extra):
     assert 1e-5 < result["finite_difference"].product_error < 1e-2
 
 
+def test_lower_precision_has_a_row_where_there_is_float32(device):
+    low = "autograd, bfloat16"
+    result = check(relu_net(device))
+    assert 1e-4 < result[low].product_error < 0.02
+    assert result[low].gradient_error == result["autograd"].gradient_error
+    assert result[low].pays == (result[low].time < result["autograd"].time)
+    assert result[low].verdict == "can be trusted" + ("" if result[low].pays else ", gains nothing here")
+    for dtype in (torch.float64, torch.bfloat16):
+        assert low not in [c.strategy for c in check(mlp(dtype, device)).strategies]
+
+
 def test_finite_differences_of_relu_networks_are_not_trusted(device):
     result = check(relu_net(device), fd_epsilon=2.0**-9)
     assert all(result[hvp].trusted for hvp in EXACT)

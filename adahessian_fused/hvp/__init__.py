@@ -21,6 +21,7 @@ from .double_backward import (
 )
 from .graph import explore
 from .intercept import InterceptBackward
+from .precision import Precision, bfloat16_gain, second_pass
 
 __all__ = [
     "NEEDS_FUNCTION",
@@ -29,7 +30,9 @@ __all__ = [
     "PARTIAL",
     "TWO_WAYS",
     "InterceptBackward",
+    "Precision",
     "accumulate_grads",
+    "bfloat16_gain",
     "check_gradients",
     "check_loss",
     "differentiable",
@@ -37,4 +40,5 @@ __all__ = [
     "first_order",
     "hessian_vector_product",
     "release_graph",
+    "second_pass",
 ]

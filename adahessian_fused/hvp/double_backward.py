@@ -12,6 +12,7 @@ from ..distributed.sharded import any_sharded, joined
 from .complete import complete
 from .errors import naming_the_operator
 from .graph import Graph, explore
+from .precision import Precision, second_pass
 
 NO_CURVATURE = (
     "this step needs curvature, but no gradient carries a graph. Write opt.backward(loss) instead of loss.backward(), "
@@ -46,7 +47,12 @@ def differentiable(grads: Sequence[Tensor | None]) -> list[int]:
 
 
 def hessian_vector_product(
-    grads: Sequence[Tensor], params: Sequence[Tensor], z: Sequence[Tensor], *, retain_graph: bool = False
+    grads: Sequence[Tensor],
+    params: Sequence[Tensor],
+    z: Sequence[Tensor],
+    *,
+    retain_graph: bool = False,
+    precision: Precision | None = None,
 ) -> tuple[Tensor | None, ...]:
     """Hz for the probe z, as the gradient of <g, z>.
 
@@ -55,6 +61,7 @@ def hessian_vector_product(
         params: the same parameters.
         z: probe, shapes of ``params``.
         retain_graph: keep the graph for another probe; otherwise it is freed while it is walked.
+        precision: of the products, as AdaHessian's ``hvp_dtype``.
 
     Returns:
         One tensor a parameter; None where the gradients do not depend on it.
@@ -62,7 +69,7 @@ def hessian_vector_product(
     Raises:
         RuntimeError: an operator of the model cannot be differentiated twice; the message names it and the ways out.
     """
-    with naming_the_operator("autograd"):
+    with naming_the_operator("autograd"), second_pass(precision, grads):
         return torch.autograd.grad(
             grads, params, grad_outputs=z, retain_graph=retain_graph, create_graph=False, allow_unused=True
         )

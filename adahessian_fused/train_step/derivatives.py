@@ -52,6 +52,7 @@ class Kind:
 
     due: tuple[int, ...]  # numbers of the parameters that need curvature
     n_samples: int
+    hvp_dtype: hvp.Precision | None
     fraction: float
     autocast: tuple[str, bool, torch.dtype]
     scaled: bool
@@ -80,14 +81,16 @@ class Kind:
         probed = [i for i in self.due if grads[i] is not None and grads[i].requires_grad]
         products = []
         for sample in range(self.n_samples if probed else 0):
-            found = torch.autograd.grad(
-                [grads[i] for i in probed],
-                [params[i] for i in probed],
-                probe(probed, sample),
-                retain_graph=sample + 1 < self.n_samples,
-                allow_unused=True,
-                materialize_grads=True,
-            )
+            z, roots = probe(probed, sample), [grads[i] for i in probed]
+            with hvp.second_pass(self.hvp_dtype, roots):
+                found = torch.autograd.grad(
+                    roots,
+                    [params[i] for i in probed],
+                    z,
+                    retain_graph=sample + 1 < self.n_samples,
+                    allow_unused=True,
+                    materialize_grads=True,
+                )
             products.append(list(found))
         grads = [g if g is None else g.detach() for g in grads]
         if share < 1:

@@ -90,6 +90,11 @@ class TrainStep:
             raise TypeError(f"optimizer is a {type(optimizer).__name__}; expected adahessian_fused.AdaHessian")
         if optimizer.param_groups[0]["hvp"] != "autograd":
             raise ValueError(f'optimizer has hvp={optimizer.param_groups[0]["hvp"]!r}; TrainStep is hvp="autograd"')
+        if compile and optimizer.param_groups[0]["hvp_dtype"] == "tf32":
+            raise ValueError(
+                'optimizer has hvp_dtype="tf32", which cannot be switched on for a part of a compiled graph; expected '
+                "hvp_dtype=torch.bfloat16, or TrainStep(..., compile=False)"
+            )
         if not 0 < hessian_fraction <= 1:
             raise ValueError(f"hessian_fraction={hessian_fraction}; expected a number in (0, 1]")
         if cuda_graph not in (True, False, "auto"):
@@ -138,6 +143,7 @@ class TrainStep:
         kind = Kind(
             due=tuple(i for i, (n, _) in enumerate(params) if due[n]),
             n_samples=self.optimizer.param_groups[0]["n_samples"],
+            hvp_dtype=self.optimizer.param_groups[0]["hvp_dtype"],
             fraction=self.hessian_fraction,
             autocast=(device, torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)),
             scaled=scaled,

@@ -20,6 +20,7 @@ from adahessian_fused import AdaHessian, TrainStep
 from .problems import Problem
 
 LR, BETAS, EPS = 1e-4, (0.9, 0.999), 1e-4
+LOW = torch.bfloat16
 EACH = 2  # steps with and without curvature take turns
 
 
@@ -33,7 +34,7 @@ class Way:
         make: from a problem and a fresh model to a function that takes a step, and its optimizer. Ours use curvature
             at every second step.
         fraction: of the batch that curvature comes from.
-        exact: False for finite differences.
+        exact: False for finite differences and for products in bfloat16.
         package: that has to be installed.
         compiled: takes minutes to start.
         captured: in a CUDA graph.
@@ -147,9 +148,9 @@ def _ours(model: nn.Module, **options: Any) -> AdaHessian:
     return AdaHessian(model.parameters(), lr=LR, betas=BETAS, eps=EPS, update_each=EACH, **options)
 
 
-def _closure(hvp: str, *, attention: SDPBackend | None = None) -> Callable[..., Any]:
+def _closure(*, attention: SDPBackend | None = None, **options: Any) -> Callable[..., Any]:
     def make(problem: Problem, model: nn.Module) -> tuple[Callable[[], Any], AdaHessian]:
-        opt = _ours(model, hvp=hvp)
+        opt = _ours(model, **options)
 
         def loss() -> Tensor:
             with sdpa_kernel(attention) if attention is not None and opt.needs_hessian else nullcontext():
@@ -173,9 +174,9 @@ def _plain_backward(problem: Problem, model: nn.Module) -> tuple[Callable[[], An
     return step, opt
 
 
-def _split(fraction: float) -> Callable[..., Any]:
+def _split(fraction: float, **options: Any) -> Callable[..., Any]:
     def make(problem: Problem, model: nn.Module) -> tuple[Callable[[], Any], AdaHessian]:
-        opt = _ours(model, hessian_fraction=fraction)
+        opt = _ours(model, hessian_fraction=fraction, **options)
 
         def step() -> None:
             opt.zero_grad()
@@ -187,9 +188,9 @@ def _split(fraction: float) -> Callable[..., Any]:
     return make
 
 
-def _train_step(fraction: float = 1.0, **options: Any) -> Callable[..., Any]:
+def _train_step(fraction: float = 1.0, hvp_dtype: torch.dtype | None = None, **options: Any) -> Callable[..., Any]:
     def make(problem: Problem, model: nn.Module) -> tuple[Callable[[], Any], AdaHessian]:
-        opt = _ours(model)
+        opt = _ours(model, hvp_dtype=hvp_dtype)
         train_step = TrainStep(model, problem.loss_fn, opt, hessian_fraction=fraction, **options)
 
         def step() -> None:
@@ -215,9 +216,9 @@ WAYS = (
     Way("pytorch-optimizer", 3, _create_graph(_pytorch_optimizer), package="pytorch_optimizer"),
     Way("plain PyTorch", 3, _create_graph(_plain)),
     Way("ours, backward()", 3, _plain_backward),
-    Way("ours, closure", 3, _closure("autograd")),
-    Way("ours, forward over reverse", 3, _closure("forward_over_reverse", attention=SDPBackend.MATH)),
-    Way("ours, finite difference", 2, _closure("finite_difference"), exact=False),
+    Way("ours, closure", 3, _closure()),
+    Way("ours, forward over reverse", 3, _closure(hvp="forward_over_reverse", attention=SDPBackend.MATH)),
+    Way("ours, finite difference", 2, _closure(hvp="finite_difference"), exact=False),
     Way("ours, 1/2 of the batch", 2, _split(0.5), fraction=0.5),
     Way("ours, 1/4 of the batch", 1.5, _split(0.25), fraction=0.25),
     Way("TrainStep captured", 3, _train_step(compile=False, cuda_graph=True), captured=True),
@@ -230,4 +231,8 @@ WAYS = (
     ),
     Way("TrainStep", 3, _train_step(), compiled=True),
     Way("TrainStep, 1/4 of the batch", 1.5, _train_step(0.25), fraction=0.25, compiled=True),
+    Way("ours, closure, Hz bfloat16", 3, _closure(hvp_dtype=LOW), exact=False),
+    Way("ours, 1/4, Hz bfloat16", 1.5, _split(0.25, hvp_dtype=LOW), fraction=0.25, exact=False),
+    Way("TrainStep, Hz bfloat16", 3, _train_step(hvp_dtype=LOW), exact=False, compiled=True),
+    Way("TrainStep, 1/4, Hz bfloat16", 1.5, _train_step(0.25, LOW), fraction=0.25, exact=False, compiled=True),
 )

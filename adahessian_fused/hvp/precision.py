@@ -1,0 +1,242 @@
+"""The second differentiation in lower precision: its matrix products and convolutions, and nothing else.
+
+A single probe's noise is many times the diagonal it estimates, so that half a percent of rounding in Hz is nothing
+beside it, while the second differentiation has two thirds of a step's products.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import time
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+
+aten = torch.ops.aten
+Precision = torch.dtype | str
+
+_PLAIN = (Tensor, torch.nn.Parameter, FakeTensor)
+
+
+def second_pass(precision: Precision | None, grads: Sequence[Tensor]) -> contextlib.AbstractContextManager[Any]:
+    """Where ``grads`` are differentiated again: the context in which products of float32 numbers take this precision.
+
+    Args:
+        precision: None, ``torch.bfloat16`` or "tf32", as ``hvp_dtype`` of :class:`~adahessian_fused.AdaHessian`.
+        grads: what is about to be differentiated.
+
+    Warns:
+        UserWarning: once, if there is nothing to do: no product is in float32, or "tf32" on a CPU.
+    """
+    if precision is None:
+        return contextlib.nullcontext()
+    if precision == "tf32":
+        if not any(g.is_cuda and g.dtype == torch.float32 for g in grads) and _first_time("tf32"):
+            warnings.warn(
+                'hvp_dtype="tf32" has nothing to do: no gradient is in float32 on a CUDA device; expected '
+                "hvp_dtype=torch.bfloat16 on a CPU, or None",
+                stacklevel=2,
+            )
+        return tf32()
+    assert isinstance(precision, torch.dtype)
+    return LowPrecisionProducts(precision)
+
+
+class LowPrecisionProducts(TorchDispatchMode):
+    """Inside it, products and convolutions of float32 tensors are computed in ``dtype`` and returned in float32.
+
+    Their operands are rounded, the sums are accumulated in float32 and rounded once. What else there is (sums,
+    activations, norms) stays in float32, and what is not in float32 stays as it is.
+
+    A tensor is a factor twice in a Hessian-vector product, often transposed the second time. It is rounded once: what
+    it has become is kept for as long as its storage is alive and has not been written to, and until the mode is left.
+    """
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.dtype, self.lowered = dtype, 0
+        self._rounded: dict[tuple, tuple[StorageWeakRef, Tensor]] = {}
+        self._alive = 0  # entries after the last sweep
+        self._full = contextlib.ExitStack()
+
+    def __enter__(self) -> Any:
+        self._full.enter_context(_full_accumulation())
+        return super().__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        try:
+            super().__exit__(*error)
+        finally:
+            self._rounded.clear()
+            self._full.close()
+        if not self.lowered and error[0] is None and _first_time("nothing in float32"):
+            warnings.warn(
+                f"hvp_dtype={self.dtype} has nothing to do: the second differentiation has no product or convolution "
+                "in float32, because of autocast, a 16-bit model or a loss without any; expected hvp_dtype=None",
+                stacklevel=2,
+            )
+
+    def __torch_dispatch__(self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        product = _PRODUCTS.get(func)
+        if product is None:
+            return func(*args, **(kwargs or {}))
+        first, last, compute = product
+        factors = args[first:last]
+        if any(t.dtype is not torch.float32 for t in factors):
+            return func(*args, **(kwargs or {}))
+        self.lowered += 1
+        return compute(self, func, *args, **(kwargs or {}))
+
+    def low(self, t: Tensor, memory_format: torch.memory_format | None = None) -> Tensor:
+        """The tensor in the lower precision, from before if it has been rounded already."""
+        if type(t) not in _PLAIN or t._is_zerotensor():
+            return _to(t, self.dtype, memory_format)
+        shape, stride, storage = t.shape, t.stride(), t.untyped_storage()
+        order = sorted(range(len(stride)), key=stride.__getitem__, reverse=True)  # the same for a transposed view
+        layout = tuple((shape[i], stride[i]) for i in order)
+        # The weak reference keeps the address from being given to another storage.
+        key = (storage._cdata, t.storage_offset(), layout, t._version, memory_format)
+        known = self._rounded.get(key)
+        if known is None:
+            low = _to(t, self.dtype, memory_format)
+            self._sweep()
+            self._rounded[key] = StorageWeakRef(storage), low.permute(order)
+            return low
+        return known[1].permute(sorted(range(len(order)), key=order.__getitem__))
+
+    def _sweep(self) -> None:
+        """Drop what has been made of tensors that are gone; now and then, so that it costs little."""
+        if len(self._rounded) >= 2 * self._alive + 16:
+            self._rounded = {key: entry for key, entry in self._rounded.items() if not entry[0].expired()}
+            self._alive = len(self._rounded)
+
+
+# ---- the operators ---------------------------------------------------------------------------------------------------
+
+
+def _product(mode: LowPrecisionProducts, func: Callable[..., Tensor], a: Tensor, b: Tensor) -> Tensor:
+    return func(mode.low(a), mode.low(b)).float()
+
+
+def _added(
+    product: Callable[..., Tensor], mode: LowPrecisionProducts, func: Callable[..., Tensor], *args: Any, **kw: Any
+) -> Tensor:
+    """``beta * c + alpha * a @ b``; the sum is one of float32 numbers."""
+    c, a, b = args
+    beta, alpha = kw.get("beta", 1), kw.get("alpha", 1)
+    found = _product(mode, product, a, b)
+    found = found if alpha == 1 else found * alpha
+    return found if beta == 0 else torch.add(found, c, alpha=beta)
+
+
+def _convolution(
+    mode: LowPrecisionProducts,
+    func: Callable[..., Tensor],
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    *geometry: Any,
+) -> Tensor:
+    inside, outside = _formats(x, weight)
+    bias = None if bias is None else bias.to(mode.dtype)
+    found = func(mode.low(x, inside), mode.low(weight, inside), bias, *geometry)
+    return found.to(torch.float32, memory_format=outside)
+
+
+def _convolution_backward(
+    mode: LowPrecisionProducts, func: Callable[..., Any], grad: Tensor, x: Tensor, weight: Tensor, *rest: Any
+) -> tuple[Tensor | None, ...]:
+    inside, outside = _formats(x, weight)
+    found = func(*(mode.low(t, inside) for t in (grad, x, weight)), *rest)
+    return tuple(t if t is None else t.to(torch.float32, memory_format=outside) for t in found)
+
+
+def _formats(x: Tensor, weight: Tensor) -> tuple[torch.memory_format | None, torch.memory_format]:
+    """The memory formats in which a convolution is computed and returned.
+
+    oneDNN's convolutions of 16-bit numbers are up to three times as fast in channels_last.
+    """
+    last = torch.channels_last
+    if x.dim() != 4 or any(t.is_contiguous(memory_format=last) and not t.is_contiguous() for t in (x, weight)):
+        return None, torch.preserve_format
+    return (last if x.device.type == "cpu" else None), torch.contiguous_format
+
+
+def _to(t: Tensor, dtype: torch.dtype, memory_format: torch.memory_format | None) -> Tensor:
+    low = t.to(dtype)
+    return low if memory_format is None else low.contiguous(memory_format=memory_format)  # faster than both at once
+
+
+# Operator: the factors' places among its arguments, and what to compute instead.
+_PRODUCTS: dict[Callable[..., Any], tuple[int, int, Callable[..., Any]]] = {
+    aten.mm.default: (0, 2, _product),
+    aten.bmm.default: (0, 2, _product),
+    aten.addmm.default: (1, 3, functools.partial(_added, aten.mm.default)),
+    aten.baddbmm.default: (1, 3, functools.partial(_added, aten.bmm.default)),
+    aten.convolution.default: (0, 2, _convolution),
+    aten.convolution_backward.default: (0, 3, _convolution_backward),
+}
+
+
+# ---- switches of PyTorch ---------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def tf32() -> Iterator[None]:
+    """Inside it, CUDA's products and convolutions of float32 numbers use TF32: factors of 10 bits, sums of 23."""
+    switches = torch.backends.cuda.matmul, torch.backends.cudnn.conv  # type: ignore[attr-defined]
+    before = [switch.fp32_precision for switch in switches]
+    try:
+        for switch in switches:
+            switch.fp32_precision = "tf32"
+        yield
+    finally:
+        for switch, value in zip(switches, before, strict=True):
+            switch.fp32_precision = value
+
+
+@contextlib.contextmanager
+def _full_accumulation() -> Iterator[None]:
+    """Inside it, cuBLAS adds up parts of bfloat16 products in float32."""
+    matmul, name = torch.backends.cuda.matmul, "allow_bf16_reduced_precision_reduction"
+    before = getattr(matmul, name)
+    if hasattr(matmul, f"{name}_split_k"):
+        before = before, getattr(matmul, f"{name}_split_k")
+    try:
+        setattr(matmul, name, False)
+        yield
+    finally:
+        setattr(matmul, name, before)
+
+
+def bfloat16_gain(n: int = 384, repeats: int = 7) -> float:
+    """How many times as fast as float32's this processor's products of bfloat16 numbers are; measured in milliseconds.
+
+    It is near 2 with instructions for them (AVX512_BF16), more with matrix units (AMX), and below 1 without.
+    """
+    seconds = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        a = torch.ones(n, n, dtype=dtype)
+        runs = []
+        for _ in range(repeats):
+            start = time.perf_counter()
+            torch.mm(a, a)
+            runs.append(time.perf_counter() - start)
+        seconds[dtype] = min(runs)
+    return seconds[torch.float32] / seconds[torch.bfloat16]
+
+
+_said: set[str] = set()
+
+
+def _first_time(what: str) -> bool:
+    first = what not in _said
+    _said.add(what)
+    return first

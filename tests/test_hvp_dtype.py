@@ -1,0 +1,491 @@
+"""``hvp_dtype``: the second differentiation's products in lower precision, and nothing else."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import io
+import warnings
+import weakref
+
+import pytest
+import torch
+import torch.nn.functional as F
+from models import STYLES, assert_same, batch, conv_net, loss_of, mlp, weights
+from strategies import CASES, build
+from torch import Tensor, nn
+
+from adahessian_fused import AdaHessian, TrainStep
+from adahessian_fused.hvp import precision
+from adahessian_fused.hvp.precision import LowPrecisionProducts, second_pass, tf32
+
+LOW = torch.bfloat16
+U = torch.finfo(LOW).eps / 2  # unit roundoff
+aten = torch.ops.aten
+
+
+@pytest.fixture(autouse=True)
+def says_it_again():
+    precision._said.clear()
+
+
+def randn(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+# ---- one operator ----------------------------------------------------------------------------------------------------
+
+GEOMETRY = (1,), (1,), (1,), False, (0,), 1
+CONVOLUTIONS = {
+    "conv1d": ((2, 4, 9), (6, 4, 3), GEOMETRY),
+    "strided_conv2d": ((2, 4, 9, 8), (6, 4, 3, 3), ((2, 2), (1, 1), (1, 1), False, (0, 0), 1)),
+    "grouped_conv2d": ((2, 4, 9, 8), (6, 2, 3, 3), ((1, 1), (0, 0), (2, 2), False, (0, 0), 2)),
+    "transposed_conv2d": ((2, 4, 9, 8), (4, 6, 3, 3), ((2, 2), (1, 1), (1, 1), True, (1, 1), 1)),
+    "conv3d": ((2, 4, 5, 5, 5), (6, 4, 3, 3, 3), ((1,) * 3, (1,) * 3, (1,) * 3, False, (0,) * 3, 1)),
+}
+FACTORS = {
+    "mm": (aten.mm.default, [(7, 40), (40, 5)], {}),
+    "bmm": (aten.bmm.default, [(3, 7, 40), (3, 40, 5)], {}),
+    "addmm": (aten.addmm.default, [(5,), (7, 40), (40, 5)], {}),
+    "scaled_addmm": (aten.addmm.default, [(7, 5), (7, 40), (40, 5)], {"beta": 0.5, "alpha": -2}),
+    "addmm_without_sum": (aten.addmm.default, [(7, 5), (7, 40), (40, 5)], {"beta": 0}),
+    "baddbmm": (aten.baddbmm.default, [(3, 7, 5), (3, 7, 40), (3, 40, 5)], {"beta": 2}),
+}
+
+
+def check(function, tensors: list[Tensor], signs=lambda kwargs: kwargs, **kwargs) -> None:
+    """Inside the mode, an operator is off by at most 3 U of what it adds up.
+
+    Each factor of a product is rounded, and so is the sum. (The terms of second order, and the float32 sum of at most
+    2^10 products, are less than U / 4.)
+    """
+    with LowPrecisionProducts(LOW):
+        found = function(*tensors, **kwargs)
+    plain = function(*tensors, **kwargs)
+    exact = function(*(t.double() for t in tensors), **kwargs)
+    sizes = function(*(t.double().abs() for t in tensors), **{k: abs(v) for k, v in kwargs.items()})
+    several = isinstance(found, tuple)
+    for f, p, e, s in zip(*((x if several else (x,)) for x in (found, plain, exact, sizes)), strict=True):
+        if f is None:
+            assert p is None
+            continue
+        assert (f.dtype, f.stride()) == (torch.float32, p.stride())
+        assert not torch.equal(f, p), "nothing has been rounded"
+        assert ((f - e).abs() <= 3.25 * U * s).all(), f"off by {((f - e).abs() / (U * s)).max():.2f} units"
+
+
+@pytest.mark.parametrize(("function", "shapes", "options"), FACTORS.values(), ids=FACTORS)
+def test_products(function, shapes, options):
+    check(function, [randn(*shape, seed=i) for i, shape in enumerate(shapes)], **options)
+
+
+@pytest.mark.parametrize("last", [False, True], ids=["contiguous", "channels_last"])
+@pytest.mark.parametrize(("x", "weight", "geometry"), CONVOLUTIONS.values(), ids=CONVOLUTIONS)
+def test_convolutions(x, weight, geometry, last):
+    if last and len(x) != 4:
+        pytest.skip("no such memory format for these dimensions")
+    form = torch.channels_last if last else torch.contiguous_format
+    x, weight = (randn(*shape, seed=i).to(memory_format=form) for i, shape in enumerate((x, weight)))
+    y = aten.convolution.default(x, weight, None, *geometry)
+    grad, bias = torch.empty_like(y).copy_(randn(*y.shape, seed=2)), randn(y.shape[1], seed=3)
+    check(lambda x, w: aten.convolution.default(x, w, None, *geometry), [x, weight])
+    check(lambda x, w, b: aten.convolution.default(x, w, b, *geometry), [x, weight, bias])
+    for mask in ([True, True, True], [False, True, False]):
+        check(
+            lambda g, x, w, mask=mask: aten.convolution_backward.default(g, x, w, [len(bias)], *geometry, mask),
+            [grad, x, weight],
+        )
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
+def test_other_dtypes_stay_as_they_are(dtype):
+    a, b = randn(7, 40).to(dtype), randn(40, 5, seed=1).to(dtype)
+    with warnings.catch_warnings(), LowPrecisionProducts(LOW):
+        warnings.simplefilter("ignore")
+        found = aten.mm.default(a, b)
+        sums = a + a
+    assert torch.equal(found, a @ b)
+    assert torch.equal(sums, a + a)
+
+
+# ---- Hessian-vector products -----------------------------------------------------------------------------------------
+
+
+def test_error_of_a_linear_network():
+    """A chain of L products: on its way through the second differentiation a number passes through 2 L of them.
+
+    In each it is rounded as a factor and in the result, and the other factor is rounded: 6 L roundings of U. With
+    weights, inputs and probes of their magnitudes and targets below zero, all terms of Hz are positive, so that it is
+    the sum of what is added up.
+    """
+    layers, errors, allowed = 3, [], []
+    for seed in range(16):
+        ws = [randn(2, 2, seed=10 * seed + i).requires_grad_() for i in range(layers)]
+        x, y = randn(2, 1, seed=390 + seed), randn(2, 1, seed=495 + seed)
+        z = [randn(2, 2, seed=550 + 10 * seed + i).sign() for i in range(layers)]
+
+        def hz(dtype=None, change=lambda t: t, ws=ws, x=x, y=y, z=z):
+            inner = [change(w.detach()).requires_grad_() for w in ws]
+            out = change(x)
+            for w in inner:
+                out = w @ out
+            grads = torch.autograd.grad((out - change(y)).square().sum(), inner, create_graph=True)
+            with second_pass(dtype, grads):
+                return torch.autograd.grad(grads, inner, [change(t) for t in z])
+
+        exact = hz(change=Tensor.double)
+        found = hz(LOW)
+        target = y.double()
+        sizes = hz(change=lambda t, y=y, target=target: -target.abs() if t is y else t.double().abs())
+        errors += [(f - e).abs() for f, e in zip(found, exact, strict=True)]
+        allowed += [((1 + U) ** (6 * layers) - 1) * s for s in sizes]
+    ratios = torch.stack([(e / a).max() for e, a in zip(errors, allowed, strict=True)])
+    assert 0.05 < ratios.max() < 0.5  # below a half of the bound whatever the seed, and not because nothing is rounded
+
+
+def second_order(name: str, dtype=None, **options) -> tuple[list[Tensor], list[Tensor], Tensor]:
+    """Gradients, |D| and loss of a step by a closure."""
+    model, loss = build(name, dtype=torch.float32)
+    opt = AdaHessian(model.parameters(), betas=(0.0, 0.0), block_size=1, hvp_dtype=dtype, **options)
+    torch.manual_seed(5)
+    value = opt.step(lambda: loss(model))
+    params = [p for p in model.parameters() if "exp_avg" in opt.state.get(p, ())]
+    return [opt.state[p]["exp_avg"] for p in params], [opt.hessian_diag(p).abs() for p in params], value
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_models(name):
+    (g, d, loss), (low_g, low_d, low_loss) = second_order(name), second_order(name, LOW)
+    assert_same([*low_g, low_loss], [*g, loss])
+    d, low_d = (torch.cat([t.flatten() for t in ts]) for ts in (d, low_d))
+    assert 0 < (d - low_d).norm() / d.norm() < 0.02
+
+
+# ---- ways of stepping ------------------------------------------------------------------------------------------------
+
+
+def backward_split(opt, model, i):
+    opt.zero_grad()
+    opt.backward_split(lambda x, y: (model(x) - y).square().mean(), *batch(i, model))
+    opt.step()
+
+
+def micro_batches(opt, model, i):
+    opt.zero_grad()
+    for j in range(2):
+        opt.backward(loss_of(model, i + j) / 2)
+    opt.step()
+
+
+def hook_backward(opt, model, i):
+    with opt.hook_backward():
+        opt.zero_grad()
+        loss_of(model, i).backward()
+        opt.step()
+
+
+def train_step(opt, model, i):
+    TrainStep(model, F.mse_loss, opt, compile=False)(*batch(i, model))
+
+
+WAYS = {**STYLES, **{way.__name__: way for way in (backward_split, micro_batches, hook_backward, train_step)}}
+OPTIONS = {
+    "plain": {},
+    "two_samples": {"n_samples": 2},
+    "part_of_the_batch": {"hessian_fraction": 0.5},
+    "gaussian_abs": {"probe": "gaussian", "averaging": "abs"},
+}
+CELLS = [(way, name) for way in WAYS for name in OPTIONS if (name == "part_of_the_batch") <= (way == "backward_split")]
+
+
+@pytest.mark.parametrize(("way", "options"), CELLS)
+def test_every_way_of_stepping(way, options):
+    """The gradient is bit for bit that without the option; the curvature is rounded."""
+    found = []
+    for dtype in (None, LOW):
+        model = conv_net(torch.float32)
+        opt = AdaHessian(model.parameters(), betas=(0.0, 0.0), hvp_dtype=dtype, **OPTIONS[options])
+        WAYS[way](opt, model, 0)
+        states = [opt.state[p] for p in model.parameters()]
+        found.append([[s[key] for s in states] for key in ("exp_avg", "exp_hessian_diag_sq")])
+    (g, v), (low_g, low_v) = found
+    assert_same(low_g, g)
+    root, low_root = (torch.cat([t.flatten() for t in ts]).sqrt() for ts in (v, low_v))
+    assert 0 < (root - low_root).norm() / root.norm() < 0.03
+
+
+def test_off_steps_are_untouched():
+    found = []
+    for dtype in (None, LOW):
+        model = mlp(torch.float32)
+        opt = AdaHessian(model.parameters(), update_each=2, hvp_dtype=dtype)
+        opt.step(hessian=[torch.ones_like(p) for p in _with_gradients(model)])
+        opt.zero_grad()
+        opt.backward(loss_of(model, 1))
+        opt.step()
+        found.append(weights(model))
+    assert_same(*found)
+
+
+def _with_gradients(model):
+    loss_of(model).backward()
+    return model.parameters()
+
+
+def test_traced_step_has_the_casts_in_its_graph(monkeypatch):
+    graphs = []
+    monkeypatch.setattr(torch._inductor, "compile", lambda graph, inputs: graphs.append(graph) or graph)
+    model, other = (conv_net(torch.float32) for _ in range(2))
+    opt, plain = (AdaHessian(m.parameters(), betas=(0.0, 0.0), hvp_dtype=d) for m, d in ((model, LOW), (other, None)))
+    TrainStep(model, F.mse_loss, opt)(*batch(0, model))
+    TrainStep(other, F.mse_loss, plain, compile=False)(*batch(0, other))
+    assert len(graphs) == 1
+    products = [n for n in graphs[0].graph.nodes if n.target in (aten.mm.default, aten.convolution.default)]
+    assert {n.meta["val"].dtype for n in products} == {torch.float32, LOW}
+    assert_same(*([m.state[p]["exp_avg"] for p in m.param_groups[0]["params"]] for m in (opt, plain)))
+
+
+def test_compiled_and_captured_graphs_follow_a_change_of_the_option(monkeypatch):
+    graphs = []
+    monkeypatch.setattr(torch._inductor, "compile", lambda graph, inputs: graphs.append(graph) or graph)
+    model = mlp(torch.float32)
+    opt = AdaHessian(model.parameters())
+    step = TrainStep(model, F.mse_loss, opt)
+    step(*batch(0, model))
+    opt.param_groups[0]["hvp_dtype"] = LOW
+    (kind,) = step._graphs
+    again, _ = step._kind([(0, p) for p in model.parameters()], batch(0, model), False)
+    assert kind != again
+
+
+# ---- what is kept ----------------------------------------------------------------------------------------------------
+
+
+def test_a_tensor_is_rounded_once_until_it_is_written_to():
+    a, b = randn(8, 8), randn(8, 8, seed=1)
+    with LowPrecisionProducts(LOW) as mode:
+        first = mode.low(a)
+        assert (
+            mode.low(a).data_ptr()
+            == mode.low(a.t()).data_ptr()
+            == mode.low(a.view(8, 8)).data_ptr()
+            == first.data_ptr()
+        )
+        assert torch.equal(mode.low(a.t()), a.t().to(LOW))
+        assert mode.low(b).data_ptr() != first.data_ptr()
+        assert not torch.equal(mode.low(a[:4]), mode.low(a[4:]))
+        a.add_(1)
+        assert torch.equal(mode.low(a), a.to(LOW))
+        assert torch.equal(mode.low(a[:, :4]), a[:, :4].to(LOW))
+        a @ b
+    assert not mode._rounded
+
+
+def test_what_is_kept_goes_with_its_tensor():
+    with LowPrecisionProducts(LOW) as mode:
+        kept = [weakref.ref(mode.low(randn(4, 4, seed=i))) for i in range(200)]
+        assert len(mode._rounded) < 40
+        assert sum(ref() is not None for ref in kept) < 40
+        mode.lowered = 1
+    gc.collect()
+    assert all(ref() is None for ref in kept)
+
+
+def _fail_inside(mode):
+    with mode:
+        mode.low(randn(4, 4))
+        raise ZeroDivisionError
+
+
+def test_exceptions_leave_nothing_behind():
+    reduced = torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction
+    mode = LowPrecisionProducts(LOW)
+    with pytest.raises(ZeroDivisionError):
+        _fail_inside(mode)
+    assert not mode._rounded
+    assert torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction == reduced
+    assert torch.equal(randn(4, 4) @ randn(4, 4), randn(4, 4) @ randn(4, 4))
+    a = randn(4, 40)
+    assert (a @ a.t()).dtype == torch.float32
+
+
+def test_the_option_ends_with_the_second_differentiation():
+    class Fails(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, g):
+            return FailsTwice.apply(g)
+
+    class FailsTwice(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, g):
+            return g.clone()
+
+        @staticmethod
+        def backward(ctx, v):
+            raise ZeroDivisionError
+
+    model = mlp(torch.float32)
+    opt = AdaHessian(model.parameters(), hvp_dtype=LOW)
+    a, b = randn(9, 40), randn(40, 9, seed=1)
+    expected = a @ b
+    with pytest.raises(ZeroDivisionError):
+        opt.backward(Fails.apply(loss_of(model)) ** 2)
+    assert torch.equal(a @ b, expected)
+
+
+# ---- TF32 ------------------------------------------------------------------------------------------------------------
+
+SWITCHES = torch.backends.cuda.matmul, torch.backends.cudnn.conv
+
+
+def switch(value: str) -> None:
+    for switch in SWITCHES:
+        switch.fp32_precision = value
+
+
+@pytest.fixture
+def switches():
+    before = [switch.fp32_precision for switch in SWITCHES]
+    yield
+    for switch, value in zip(SWITCHES, before, strict=True):
+        switch.fp32_precision = value
+
+
+@pytest.mark.parametrize("before", ["ieee", "tf32"])
+def test_tf32_is_switched_on_inside_and_back_whatever_happens(before, switches):
+    switch(before)
+    with tf32():
+        assert [s.fp32_precision for s in SWITCHES] == ["tf32", "tf32"]
+    assert [s.fp32_precision for s in SWITCHES] == [before, before]
+    with pytest.raises(ZeroDivisionError), tf32():
+        raise ZeroDivisionError
+    assert [s.fp32_precision for s in SWITCHES] == [before, before]
+
+
+def test_tf32_is_on_in_the_second_differentiation_only(monkeypatch, switches):
+    seen = []
+
+    class Looks(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, g):
+            seen.append(torch.backends.cuda.matmul.fp32_precision)
+            return g if len(seen) > 1 else Looks.apply(g)
+
+    switch("ieee")
+    monkeypatch.setattr(precision, "_said", {"tf32"})
+    model = mlp(torch.float32)
+    opt = AdaHessian(model.parameters(), hvp_dtype="tf32")
+    opt.backward(Looks.apply(loss_of(model)) ** 2)
+    assert seen[0] == "ieee"
+    assert set(seen[1:]) == {"tf32"}
+    assert torch.backends.cuda.matmul.fp32_precision == "ieee"
+
+
+# ---- nothing to do, and errors ---------------------------------------------------------------------------------------
+
+
+def step(model: nn.Module, dtype, scope=None) -> None:
+    opt = AdaHessian(model.parameters(), hvp_dtype=dtype)
+
+    def closure():
+        with scope or warnings.catch_warnings():
+            return loss_of(model).float()
+
+    for _ in range(2):
+        opt.step(closure)
+
+
+IDLE = {
+    "autocast": (
+        torch.float32,
+        LOW,
+        torch.autocast("cpu", LOW),
+        "hvp_dtype=torch.bfloat16 has nothing to do.*autocast",
+    ),
+    "16_bit_model": (LOW, LOW, None, "hvp_dtype=torch.bfloat16 has nothing to do.*16-bit model"),
+    "tf32_on_a_cpu": (torch.float32, "tf32", None, 'hvp_dtype="tf32" has nothing to do.*CUDA'),
+}
+
+
+@pytest.mark.parametrize(("model_dtype", "dtype", "scope", "message"), IDLE.values(), ids=IDLE)
+def test_says_once_that_there_is_nothing_to_do(model_dtype, dtype, scope, message):
+    with pytest.warns(UserWarning, match=message) as said:
+        step(mlp(model_dtype), dtype, scope)
+    assert len([w for w in said if "hvp_dtype" in str(w.message)]) == 1
+
+
+def test_says_nothing_where_there_is_something_to_do():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        step(mlp(torch.float32), LOW)
+
+
+REFUSED = {
+    "another_dtype": (
+        {"hvp_dtype": torch.float16},
+        r"hvp_dtype=torch.float16; expected None, torch.bfloat16 or \"tf32\"",
+    ),
+    "a_word": ({"hvp_dtype": "bf16"}, "hvp_dtype='bf16'; expected"),
+    "finite_difference": (
+        {"hvp_dtype": LOW, "hvp": "finite_difference"},
+        'hvp_dtype=torch.bfloat16 with hvp="finite_difference".*expected hvp="autograd", or hvp_dtype=None',
+    ),
+    "forward_over_reverse": ({"hvp_dtype": "tf32", "hvp": "forward_over_reverse"}, 'expected hvp="autograd", or'),
+}
+
+
+@pytest.mark.parametrize(("options", "message"), REFUSED.values(), ids=REFUSED)
+def test_options_that_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        AdaHessian(mlp(torch.float32).parameters(), **options)
+
+
+def test_float64_parameters_are_refused():
+    with pytest.raises(ValueError, match=r"hvp_dtype=torch.bfloat16 with parameters in torch.float64; expected"):
+        AdaHessian(mlp().parameters(), hvp_dtype=LOW)
+
+
+def test_tf32_is_refused_in_a_compiled_graph():
+    model = mlp(torch.float32)
+    opt = AdaHessian(model.parameters(), hvp_dtype="tf32")
+    with pytest.raises(ValueError, match=r"hvp_dtype=torch.bfloat16, or TrainStep\(..., compile=False\)"):
+        TrainStep(model, F.mse_loss, opt)
+    TrainStep(model, F.mse_loss, opt, compile=False)
+
+
+# ---- checkpoints -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [LOW, "tf32"], ids=str)
+def test_checkpoints_remember_it(dtype):
+    model = mlp(torch.float32)
+    file = io.BytesIO()
+    torch.save(AdaHessian(model.parameters(), hvp_dtype=dtype).state_dict(), file)
+    file.seek(0)
+    opt = AdaHessian(model.parameters())
+    opt.load_state_dict(torch.load(file, weights_only=True))
+    assert opt.param_groups[0]["hvp_dtype"] == dtype
+
+
+def test_older_checkpoints_and_pickles_are_without():
+    model = mlp(torch.float32)
+    old = AdaHessian(model.parameters()).state_dict()
+    for group in old["param_groups"]:
+        del group["hvp_dtype"]
+    opt = AdaHessian(model.parameters(), hvp_dtype=LOW)
+    opt.load_state_dict(old)
+    assert opt.param_groups[0]["hvp_dtype"] is LOW
+    pickled = AdaHessian(model.parameters())
+    del pickled.defaults["hvp_dtype"], pickled.param_groups[0]["hvp_dtype"]
+    model, opt = copy.deepcopy((model, pickled))
+    opt.backward(loss_of(model))
+    opt.step()
+    assert opt.param_groups[0]["hvp_dtype"] is None
