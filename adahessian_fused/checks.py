@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from typing import Any
 
@@ -25,9 +26,23 @@ def check_choice(name: str, value: Any, choices: Sequence[str]) -> None:
         raise ValueError(f"{name}={value!r}; expected {expected}")
 
 
+def plain(value: Any) -> Any:
+    """A scalar of numpy's as Python's own, which every checkpoint can hold; anything else as it is."""
+    is_scalar = getattr(value, "ndim", None) == 0 and not isinstance(value, Tensor)
+    return value.item() if is_scalar and hasattr(value, "item") else value
+
+
+def integer(value: Any) -> int | None:
+    """The int that ``value`` is, numpy's and others that can be an index included; None for what is none."""
+    try:
+        return None if isinstance(value, bool) else operator.index(value)
+    except TypeError:
+        return None
+
+
 def check_block_size(value: Any) -> None:
     """Raise ValueError unless ``value`` is one of ``BLOCK_SIZES`` or an int >= 1."""
-    if value in BLOCK_SIZES or (isinstance(value, int) and not isinstance(value, bool) and value >= 1):
+    if (isinstance(value, str) and value in BLOCK_SIZES) or (integer(value) or 0) >= 1:
         return
     raise ValueError(f'block_size={value!r}; expected "auto", "conv2d", "row", "tensor" or an int >= 1')
 
@@ -46,21 +61,33 @@ def _check_number(
 
 def check_count(name: str, value: Any) -> None:
     """Raise ValueError unless ``value`` is an int >= 1."""
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+    if (integer(value) or 0) < 1:
         raise ValueError(f"{name}={value!r}; expected an int >= 1")
 
 
+def check_seed(value: Any) -> None:
+    """Raise ValueError unless ``value`` is an int of 64 bits."""
+    seed = integer(value)
+    if seed is None or not -(2**63) <= seed < 2**63:
+        raise ValueError(f"seed={value!r}; expected a 64-bit int")
+
+
 def check_group(group: dict[str, Any]) -> None:
-    """Check the hyperparameters of one parameter group."""
+    """Check the hyperparameters of one parameter group; numpy's scalars among them become Python's."""
+    group.update({name: plain(value) for name, value in group.items()})
     lr = group["lr"]
     if isinstance(lr, Tensor):
         if lr.numel() != 1:
             raise ValueError(f"lr has shape {tuple(lr.shape)}; expected a number or a tensor with one element")
     else:
         _check_number("lr", lr, 0.0, float("inf"), high_included=True)
-    betas = group["betas"]
-    if not isinstance(betas, Sequence) or len(betas) != 2:
-        raise ValueError(f"betas={betas!r}; expected a pair (beta1, beta2)")
+    try:
+        betas = tuple(map(plain, group["betas"]))
+    except TypeError:  # nothing that has items
+        betas = ()
+    if len(betas) != 2:
+        raise ValueError(f"betas={group['betas']!r}; expected a pair (beta1, beta2)")
+    group["betas"] = betas
     for i, beta in enumerate(betas):
         _check_number(f"betas[{i}]", beta, 0.0, 1.0, high_included=False)
     _check_number("eps", group["eps"], 0.0, float("inf"), high_included=True)
@@ -77,9 +104,7 @@ def check_group(group: dict[str, Any]) -> None:
     check_block_size(group["block_size"])
     for name, choices in CHOICES.items():
         check_choice(name, group[name], choices)
-    seed = group["seed"]
-    if not isinstance(seed, int) or not -(2**63) <= seed < 2**63:
-        raise ValueError(f"seed={seed!r}; expected a 64-bit int")
+    check_seed(group["seed"])
     if group["capturable"] and group["probe"] == "gaussian":
         raise ValueError(
             'capturable=True with probe="gaussian"; expected probe="rademacher", whose counter can live on the GPU'
@@ -109,13 +134,36 @@ def check_state_dtype(value: Any) -> None:
         )
 
 
+def _overlaps(tensor: Tensor) -> bool:
+    """Whether elements of a tensor share memory, as those of an expanded one do."""
+    if 0 in tensor.shape:
+        return False
+    dims = sorted((stride, size) for stride, size in zip(tensor.stride(), tensor.shape, strict=True) if size > 1)
+    reach = 0  # largest offset that the dimensions so far lead to
+    for stride, size in dims:
+        if stride <= reach:
+            break
+        reach += stride * (size - 1)
+    else:
+        return False
+    offsets = torch.zeros(1, dtype=torch.int64, device="cpu")
+    for stride, size in dims:
+        offsets = (offsets[:, None] + stride * torch.arange(size, device="cpu")).flatten()
+    return len(offsets.unique()) < len(offsets)
+
+
 def check_param(param: Tensor, name: str) -> None:
     """Refuse parameters no backend can update."""
     if param.layout is not torch.strided:
         raise TypeError(f"{name} has layout {param.layout}; expected a dense tensor. AdaHessian has no sparse update")
     if param.dtype not in DTYPES:
-        hint = "; optimize torch.view_as_real of it" if param.is_complex() else ""
+        hint = "; keep a real parameter and use torch.view_as_complex of it" if param.is_complex() else ""
         raise TypeError(f"{name} is {param.dtype}; expected float32, bfloat16, float16 or float64{hint}")
+    if _overlaps(param):
+        raise ValueError(
+            f"{name}, of shape {tuple(param.shape)} and strides {param.stride()}, has elements that share memory; "
+            "expected a parameter without, such as its clone()"
+        )
 
 
 def check_grad(grad: Tensor, name: str) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from . import hvp
 from .layout import Bucket, Entry
-from .reference import rademacher_signs
+from .reference import block_mean, rademacher_signs
 from .segments import Segment, Steps
 
 _DTYPE, _FIRST = attrgetter("dtype"), attrgetter("first")
@@ -288,19 +288,40 @@ class Curvature:
         )
         return compact
 
-    def move(self, entries: Sequence[Entry], old: Mapping[Entry, tuple[Bucket, int]]) -> None:
-        """Follow parameters into new buckets; ``old`` tells where they were."""
-        folded, self.diags = self.diags, {}
-        for entry in entries:
-            bucket, row = old.get(entry, (None, -1))
-            if bucket not in folded:
+    def settle(self) -> None:
+        """Multiply pending products by their probe, while it can be drawn: its words are about to change."""
+        if self.products and self.draw:
+            z = draw_probe(list(self.products), self._backends, probe="rademacher", seed=self._seed, sample=self.sample)
+            self.products, self.draw = {entry: h * z[entry] for entry, h in self.products.items()}, False
+
+    def moved(self, pairs: Sequence[tuple[Entry, Entry]]) -> dict[Bucket, Tensor]:
+        """The folded diagonals in the buckets of parameters that are laid out anew.
+
+        Args:
+            pairs: old and new entry of each parameter.
+
+        Raises:
+            RuntimeError: a parameter's diagonal has been averaged in another way than its new entry asks for.
+        """
+        diags: dict[Bucket, Tensor] = {}
+        for old, new in pairs:
+            if old.bucket not in self.diags:
                 continue
-            fine = bucket.averages_magnitudes
-            target = self.diags.setdefault(entry.bucket, entry.bucket.new_flat() if fine else entry.bucket.new_diag())
-            column = Segment.OFFSET if fine else Segment.DIAG_OFFSET
-            count = entry.param.numel() if fine else -(-entry.param.numel() // entry.block)
-            begin, new = bucket.rows[row][column], entry.bucket.rows[entry.row][column]
-            target[new : new + count] = folded[bucket][begin : begin + count]
+            folded, bucket, fine = self.diags[old.bucket], new.bucket, new.bucket.averages_magnitudes
+            if old.bucket.averages_magnitudes:
+                d = old.bucket.logical_view(folded, old).reshape(-1)
+                values = d if fine else block_mean(d, new.block)
+            elif (old.block, old.absolute) != (new.block, new.absolute) and not old.block == new.block == 1:
+                raise RuntimeError(
+                    f"block_size or averaging of {new.name} has changed since its curvature of this step was averaged; "
+                    "expected it to change after step() or zero_grad()"
+                )
+            else:
+                values = old.bucket.spread(folded, old).reshape(-1) if fine else old.bucket.diag_view(folded, old)
+            target = diags.setdefault(bucket, bucket.new_flat() if fine else bucket.new_diag())
+            begin = bucket.rows[new.row][Segment.OFFSET if fine else Segment.DIAG_OFFSET]
+            target[begin : begin + values.numel()] = values
+        return diags
 
 
 def _scaled(products: Mapping[Entry, Tensor], factor: Tensor) -> dict[Entry, Tensor]:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from . import backends, hvp
-from .checks import CHOICES, check_block_size, check_choice, check_param
+from .checks import CHOICES, check_block_size, check_choice, check_count, check_param
 from .curvature import Curvature, by_bucket
 from .layout import Entry, make_buckets
 from .update import HyperTable, update_bucket
@@ -177,8 +177,7 @@ def hutchinson_diagonal(
         [tensor([ 6., 12.])]
     """
     check_choice("probe", probe, CHOICES["probe"])
-    if not isinstance(n_samples, int) or n_samples < 1:
-        raise ValueError(f"n_samples={n_samples!r}; expected an int >= 1")
+    check_count("n_samples", n_samples)
     params = list(params)
     tools = backends.ByDevice(backend)
     entries = _entries(params, None, block_size, averaging)

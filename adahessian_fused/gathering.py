@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from . import hvp
-from .checks import check_grad
+from .checks import check_grad, integer
 from .curvature import Curvature
 from .distributed.ranks import batch_weight
 from .distributed.sharded import any_sharded, part_of
@@ -189,7 +189,8 @@ class GathersCurvature(EvaluatesLosses):
         """
         _, first = self._trained()[0]
         like = torch.ones((), dtype=compute_dtype(first.dtype), device=first.device)
-        if not isinstance(batch_size, int) or batch_size < 0:
+        n = integer(batch_size)
+        if n is None or n < 0:
             raise ValueError(f"batch_size={batch_size!r}; expected a number of examples")
         return like if self._ranks is None else batch_weight(batch_size, self._ranks.group, like)
 

@@ -8,9 +8,9 @@ tensors users see (``optimizer.state[p]["exp_avg"]``) are views of the buffers i
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from operator import attrgetter
+from operator import attrgetter, is_
 from typing import Any
 
 import torch
@@ -20,7 +20,8 @@ from .distributed import sharded
 from .segments import Segment, Steps, n_blocks, segment_table
 
 # map() over these is several times faster than a loop, and there are thousands of parameters.
-_DTYPE, _STRIDES, _POINTER = attrgetter("dtype"), attrgetter("strides"), attrgetter("pointer")
+_DTYPE, _STRIDES = attrgetter("dtype"), attrgetter("strides")
+_LOOKS = Tensor.data_ptr, Tensor.stride, Tensor.numel, _DTYPE
 
 _LIKE_PARAM = ("exp_avg", "exp_hessian_diag_sq", "master_param")  # states of the parameter's shape
 ALIGNMENT = 64  # elements between segment starts: whole cache lines, and any vector width
@@ -96,6 +97,8 @@ class Entry:
     block_size: int | str = 1
     block: int = 1
     absolute: bool = False
+    shape: tuple[int, ...] = ()
+    dtype: torch.dtype = torch.float32
     strides: tuple[int, ...] = ()
     order: tuple[int, int] | None = None  # None: neither dense nor transposed; reached through contiguous copies
     bucket: Bucket | None = None
@@ -116,7 +119,7 @@ class Entry:
         self.first = sharded.first_element(self.owner)
         sharded.check_blocks(self.owner, self.block, self.name)
         self.absolute = averaging == "abs"
-        self.strides = p.stride()
+        self.shape, self.dtype, self.strides = p.shape, p.dtype, p.stride()
         self.order = storage_order(p.shape, self.strides)
 
     @property
@@ -134,15 +137,27 @@ class Entry:
     def fits(self) -> bool:
         """Whether the parameter still is what this entry was made for (users rebind ``p.data``)."""
         p = self.param = sharded.local(self.owner)
-        if p.stride() != self.strides:
+        if (p.stride(), p.dtype, p.shape, p.device) != (self.strides, self.dtype, self.shape, self.bucket.device):
             return False
-        pointer = p.data_ptr()
-        if pointer != self.pointer:
-            shape = self.views["exp_avg"].shape
-            if p.device != self.bucket.device or p.dtype != self.bucket.dtype or p.shape != shape:
-                return False
-            self.pointer, self.version = pointer, -1
+        if p.data_ptr() != self.pointer:
+            self.pointer, self.version = p.data_ptr(), -1
         return True
+
+    def probe_words(self) -> tuple[int, int]:
+        """What tells this parameter's probe from others of the same seed and sample."""
+        return self.param_id, int(self.bucket.steps[self.row, Steps.HESSIAN_STEP])
+
+    def become(self, other: Entry) -> None:
+        """Take over everything from another entry of the same parameter."""
+        for name in self.__slots__:
+            setattr(self, name, getattr(other, name))
+
+    def publish(self) -> None:
+        """Put the views of the buffers where users see the parameter's state."""
+        if "hessian_diag" not in self.views:
+            self.state.pop("hessian_diag", None)
+        for key, view in self.views.items():
+            self.state[key] = sharded.joined(view, self.owner) if key in _LIKE_PARAM else view
 
     def stored(self, tensor: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         """``tensor``, of the parameter's shape, in the storage order the ops expect and the given (or its) dtype.
@@ -166,7 +181,7 @@ class Bucket:
 
     Args:
         entries: the parameters; each gets its ``bucket``, ``row`` and ``views`` set, and what its ``state`` holds is
-            moved into the buffers.
+            copied into the buffers.
         capturable: keep the step counts on the device.
         master_weights: keep float32 weights for 16-bit parameters.
         keep_diag: keep the compact diagonal of the last Hessian step (``off_step="stale"``).
@@ -260,7 +275,7 @@ class Bucket:
         return blocks[: entry.param.numel()].reshape(entry.param.shape)
 
     def _adopt(self, entry: Entry) -> None:
-        """Move what the parameter's state holds into the buffers and put the views in its place."""
+        """Copy what the parameter's state holds into the buffers."""
         views = {
             "step": self.steps[entry.row, Steps.STEP],
             "hessian_step": self.steps[entry.row, Steps.HESSIAN_STEP],
@@ -269,9 +284,9 @@ class Bucket:
         }
         if self.master is not None:
             views["master_param"] = self.view(self.master, entry)
-        d = entry.state.pop("hessian_diag", None)
+        d = entry.state.get("hessian_diag")
         if self.diag is not None and d is not None and d.shape == self.diag_view(self.diag, entry).shape:
-            entry.state["hessian_diag"], views["hessian_diag"] = d, self.diag_view(self.diag, entry)
+            views["hessian_diag"] = self.diag_view(self.diag, entry)
         for key, view in views.items():
             old = entry.state.get(key)
             if isinstance(old, Tensor) and old.ndim:
@@ -285,7 +300,6 @@ class Bucket:
                 view.copy_(old) if isinstance(old, Tensor) else view.fill_(old)
             elif key == "master_param":
                 view.copy_(entry.param)
-            entry.state[key] = sharded.joined(view, entry.owner) if key in _LIKE_PARAM else view
         entry.views, entry.version = views, -1
 
     def keep_diag(self, diag: Tensor, entries: Iterable[Entry]) -> None:
@@ -323,11 +337,33 @@ class Bucket:
         counted.index_add_(0, self._select(entries)[1], increment.expand(len(entries), counted.shape[1]))
 
 
-def all_fit(entries: Sequence[Entry], params: Sequence[Tensor]) -> bool:
-    """Whether all parameters, in the order of their entries, still are what the entries were made for."""
-    if list(map(Tensor.data_ptr, params)) == list(map(_POINTER, entries)):
-        return list(map(Tensor.stride, params)) == list(map(_STRIDES, entries))
-    return all([entry.fits() for entry in entries])  # noqa: C419 - a list is faster than a generator
+class Found:
+    """The entries that were looked up last, and what their parameters were like then."""
+
+    def __init__(self) -> None:
+        self._params: list[Tensor] = []
+        self._entries: list[Entry | None] = []
+        self._then: tuple[list[Any], ...] | None = None
+
+    def entries(
+        self, params: Sequence[Tensor], parts: Sequence[Tensor], known: Mapping[int, Entry]
+    ) -> list[Entry] | None:
+        """The entries of parameters; None if one has none, or is not what its entry was made for any more.
+
+        Args:
+            params: the parameters.
+            parts: what this rank has of each.
+            known: all entries, by the id of their parameter, whose own hash is slow.
+        """
+        if len(params) != len(self._params) or not all(map(is_, params, self._params)):
+            self._params, self._entries, self._then = list(params), list(map(known.get, map(id, params))), None
+        now = tuple(list(map(look, parts)) for look in _LOOKS)
+        if now != self._then or 0 in now[0]:  # the address of an empty parameter tells nothing
+            # A list is faster than a generator.
+            if None in self._entries or not all([entry.fits() for entry in self._entries]):  # noqa: C419
+                return None
+            self._then = now
+        return self._entries
 
 
 def make_buckets(entries: Iterable[Entry], **options: Any) -> list[Bucket]:

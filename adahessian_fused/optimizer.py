@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import chain, repeat
 from operator import attrgetter, is_, is_not
 from typing import TYPE_CHECKING, Any
@@ -16,7 +16,7 @@ from .checks import check_grad, check_group, check_hvp_dtype, check_param, check
 from .curvature import Curvature, by_bucket
 from .distributed import sharded
 from .distributed.ranks import Ranks
-from .layout import Entry, all_fit, make_buckets, stored_dtype
+from .layout import Entry, Found, make_buckets, stored_dtype
 from .statistics import Observable
 from .update import HyperTable, update_bucket
 
@@ -182,7 +182,9 @@ class AdaHessian(Observable, FollowsGradScaler):
         self._seen: tuple[list[dict[str, Any]], list[Any]] = [], []
         self._hyper = HyperTable()
         self._tools = backends.ByDevice(self.backend)
-        self._options: list[tuple[int | str, str, bool]] = []
+        self._options: list[tuple[int | str, str, bool, int]] = []
+        self._placed: list[Tensor] = []
+        self._found = Found()
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a parameter group; checked as a whole, and not added if anything is wrong with it."""
@@ -195,29 +197,39 @@ class AdaHessian(Observable, FollowsGradScaler):
                 if group[name] != first:
                     raise ValueError(f"{name}={group[name]!r}; expected {first!r}, it is the same for all groups")
             sharded.check_options(group, has_group=self._ranks is not None)
+            number = len(self.param_groups) - 1
+            if len(set(map(id, group["params"]))) < len(group["params"]):
+                raise ValueError(f"group {number} has a parameter more than once; expected it in one place")
             for i, p in enumerate(group["params"]):
-                check_param(p, f"parameter {i} of group {len(self.param_groups) - 1}")
-                stored_dtype(p.dtype, self.state_dtype)
-                check_hvp_dtype(group["hvp_dtype"], group["hvp"], p.dtype)
-                backends.choose(self.backend, p.device.type)
+                if p.requires_grad:
+                    check_param(p, f"parameter {i} of group {number}")
+                    stored_dtype(p.dtype, self.state_dtype)
+                    check_hvp_dtype(group["hvp_dtype"], group["hvp"], p.dtype)
+                    backends.choose(self.backend, p.device.type)
         except (TypeError, ValueError, RuntimeError):
             self.param_groups.pop()
             raise
-        group.setdefault("step", 0)
+        group["step"] = 0  # whatever another optimizer has counted in this dict
         if self._ranks is not None:
             self._ranks.watch([p for p in group["params"] if p.requires_grad])
 
     def _ensure(self, params: Sequence[Tensor]) -> list[Entry]:
-        """The entries of parameters; the buckets are rebuilt if anything about them changed."""
-        options = [(group["block_size"], group["averaging"], _keeps_diag(group)) for group in self.param_groups]
-        entries, owners = list(map(self._entries.get, map(id, params))), params
-        if sharded.any_sharded(owners):
-            params = [sharded.local(p) for p in owners]
-        if None in entries or options != self._options or self._state_replaced() or not all_fit(entries, params):
-            self._rebuild(owners)
-            self._options = options
-            entries = [self._entries[id(p)] for p in owners]
-        return entries
+        """The entries of parameters; the buckets are rebuilt if anything about them or the groups changed."""
+        options = [
+            (group["block_size"], group["averaging"], _keeps_diag(group), len(group["params"]))
+            for group in self.param_groups
+        ]
+        parts = [sharded.local(p) for p in params] if sharded.any_sharded(params) else params
+        as_before = options == self._options and all(map(is_, self._params(), self._placed))
+        found = self._found.entries(params, parts, self._entries) if as_before and not self._state_replaced() else None
+        if found is None:
+            self._rebuild(params)
+            self._options, self._placed, self._found = options, list(self._params()), Found()
+            found = [self._entries[id(p)] for p in params]
+        return found
+
+    def _params(self) -> Iterator[Tensor]:
+        return chain.from_iterable(group["params"] for group in self.param_groups)
 
     def _state_contents(self) -> tuple[list[dict[str, Any]], list[Any]]:
         states = list(self.state.values())
@@ -230,41 +242,72 @@ class AdaHessian(Observable, FollowsGradScaler):
             for now, then in zip(self._state_contents(), self._seen, strict=True)
         )
 
+    @torch.no_grad()
     def _rebuild(self, params: Iterable[Tensor]) -> None:
-        """Sort all parameters that have had a gradient, before a checkpoint too, into new buckets with their state."""
+        """Sort all parameters that have had a gradient, before a checkpoint too, into new buckets with their state.
+
+        An error leaves everything as it was.
+        """
         wanted = set(params).union(p for p, state in self.state.items() if "exp_avg" in state)
         if self._ranks is not None:  # the same layout on all of them, whatever each has used
             wanted.update(p for _, p in self._trained())
-        known, self._entries = self._entries, {}  # an error below leaves nothing half done
-        moved = {entry: (entry.bucket, entry.row) for entry in known.values()}
-        entries: dict[int, Entry] = {}
-        param_id = 0
-        for number, group in enumerate(self.param_groups):
-            check_group(group)
-            numbered = [f"parameter {i} of group {number}" for i in range(len(group["params"]))]
-            names = group.get("param_names") or numbered
-            for name, p in zip(names, group["params"], strict=True):
-                if p in wanted:
-                    entry = known.get(id(p)) or Entry(p, name, param_id, number, self.state[p])
-                    entry.state = self.state[p]  # users may have replaced it
-                    entry.describe(group["block_size"], group["averaging"])
-                    entries[id(p)] = entry
-                param_id += 1
+        new = self._described(wanted)
         first = self.param_groups[0]
         make_buckets(
-            entries.values(),
+            new.values(),
             capturable=first["capturable"],
             master_weights=first["master_weights"],
             keep_diag=any(_keeps_diag(group) for group in self.param_groups),
             state_dtype=self.state_dtype,
         )
-        self._entries, self._seen = entries, self._state_contents()
-        if self._curvature is not None:
-            self._curvature.move(list(entries.values()), moved)
+        pairs = [(entry, new[key]) for key, entry in self._entries.items() if key in new]
+        curvature, diags = self._curvature, {}
+        if curvature is not None:
+            if any(old.probe_words() != fresh.probe_words() for old, fresh in pairs if old in curvature.products):
+                curvature.settle()
+            diags = curvature.moved(pairs)
+        self._lay_out(new, pairs)
+        if curvature is not None:
+            curvature.diags = diags
+            curvature.products = {e: h for e, h in curvature.products.items() if self._entries.get(id(e.owner)) is e}
+
+    def _described(self, wanted: set[Tensor]) -> dict[int, Entry]:
+        """New entries of parameters, as the groups are now; everything about them is checked."""
+        entries: dict[int, Entry] = {}
+        param_id = 0
+        for number, group in enumerate(self.param_groups):
+            check_group(group)
+            numbered = [f"parameter {i} of group {number}" for i in range(len(group["params"]))]
+            names = group.get("param_names", ())
+            for name, p in zip(names if len(names) == len(numbered) else numbered, group["params"], strict=True):
+                if p in wanted:
+                    if id(p) in entries:
+                        raise ValueError(f"{name} is {entries[id(p)].name}, too; expected it in one place")
+                    check_param(p, name)
+                    self._tools[p.device.type]  # raises where no backend can run
+                    entry = entries[id(p)] = Entry(p, name, param_id, number, self.state.get(p, {}))
+                    entry.describe(group["block_size"], group["averaging"])
+                param_id += 1
+        return entries
+
+    def _lay_out(self, new: dict[int, Entry], pairs: Sequence[tuple[Entry, Entry]]) -> None:
+        """Put new entries in the place of the old ones, which stay the same objects, and their views into ``state``."""
+        if len(pairs) < len(self._entries) or any(old.group != fresh.group for old, fresh in pairs):
+            self._stepped = []  # by other hyperparameters than those of their groups now
+        for entry in self._entries.values():
+            if id(entry.owner) not in new:  # not in any group; its state shall not keep all buffers alive
+                entry.state.update({k: x.clone() for k, x in entry.state.items() if isinstance(x, Tensor)})
+        for old, fresh in pairs:
+            old.become(fresh)
+            new[id(old.owner)] = old
+        for entry in new.values():
+            entry.publish()
+            self.state[entry.owner] = entry.state
+        self._entries, self._seen = new, self._state_contents()
 
     def _with_gradients(self) -> tuple[list[Entry], list[Tensor]]:
         """The parameters that have a gradient, and their gradients."""
-        params = list(chain.from_iterable(group["params"] for group in self.param_groups))
+        params = list(self._params())
         grads = [p.grad for p in params]
         if not all(map(is_not, grads, repeat(None))):
             params = [p for p, grad in zip(params, grads, strict=True) if grad is not None]

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from .checks import plain
 from .distributed.ranks import Ranks
 from .layout import compute_dtype, stored_dtype
 
@@ -55,11 +56,21 @@ class PortableState(Optimizer):
         raise NotImplementedError
 
     def state_dict(self) -> dict[str, Any]:
-        """As ``torch.optim.Optimizer.state_dict``; every tensor owns its memory."""
-        result = super().state_dict()
+        """As ``torch.optim.Optimizer.state_dict``; every tensor owns its memory.
+
+        The state of parameters that are in no group any more, which PyTorch cannot number, is left out.
+        """
+        placed = {id(p) for group in self.param_groups for p in group["params"]}
+        removed = {p: self.state.pop(p) for p in list(self.state) if id(p) not in placed}
+        try:
+            result = super().state_dict()
+        finally:
+            self.state.update(removed)
         result["state"] = {
             key: {name: _own(value) for name, value in state.items()} for key, state in result["state"].items()
         }
+        for group in result["param_groups"]:
+            group.update({name: plain(value) for name, value in group.items()})
         return result
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from .checks import DTYPES
+from .distributed import sharded
 from .layout import Entry, compute_dtype
 from .segments import Hyper, Steps
 from .update import HyperTable
@@ -28,12 +30,13 @@ class Statistics:
         step: steps taken, :math:`t`; the largest of any parameter.
         hessian_step: updates of the diagonal, :math:`h`; likewise.
         numel: elements of all parameters, an int.
-        param_norm: of the parameters.
+        param_norm: of the parameters, those without numbers (on the meta device) left out.
         grad_norm: of ``p.grad`` as it is now: after clipping; times the loss scale if GradScaler has not unscaled it;
             None after ``zero_grad()``.
         update_norm: of :math:`\frac{\text{lr}}{1 - \beta_1^t} \frac{m}{(\sqrt v / \sqrt{1 - \beta_2^h})^k + \epsilon}`,
             by which the last step that was not skipped moved its parameters; weight decay and the rounding of 16-bit
-            parameters come on top. None before the first step and after loading a state.
+            parameters come on top. None before the first step, and after loading a state or moving parameters to other
+            groups.
         hessian_diag_norm: of the root-mean-square diagonal, :math:`\sqrt{v / (1 - \beta_2^h)}`.
         nonfinite: share of the elements whose m or v is infinite or NaN, which lasts: restore a checkpoint. An
             averaging block shares its v, so this is the share of bad blocks too.
@@ -102,7 +105,8 @@ class Observable(Optimizer):
 
         Call it after :meth:`step`, and before ``zero_grad()`` if the gradients matter. Everything is computed here,
         from the state; a step that nobody asks about costs nothing more. This does not wait for the device (reading
-        the result does), and meanwhile needs memory for a few copies of the largest parameter.
+        the result does), and meanwhile needs memory for a few copies of the largest parameter. With sharded parameters
+        every rank has to call it, and all get the same.
 
         Example:
             >>> import torch, adahessian_fused
@@ -125,11 +129,11 @@ class Observable(Optimizer):
             step=_largest(group.step for group in groups),
             hessian_step=_largest(group.hessian_step for group in groups),
             numel=numel,
-            param_norm=_norm(group.param_norm for group in groups),
-            grad_norm=_norm(group.grad_norm for group in groups),
-            update_norm=_norm(group.update_norm for group in groups),
-            hessian_diag_norm=_norm(group.hessian_diag_norm for group in groups),
-            nonfinite=_share(((group.nonfinite, group.numel) for group in groups), numel),
+            param_norm=_joint(group.param_norm for group in groups),
+            grad_norm=_joint(group.grad_norm for group in groups),
+            update_norm=_joint(group.update_norm for group in groups),
+            hessian_diag_norm=_joint(group.hessian_diag_norm for group in groups),
+            nonfinite=_share([x.nonfinite * x.numel for x in groups if x.nonfinite is not None], numel),
             groups=groups,
         )
 
@@ -142,11 +146,11 @@ class Observable(Optimizer):
             step=_largest(entry.views["step"] for entry in entries),
             hessian_step=_largest(entry.views["hessian_step"] for entry in entries),
             numel=numel,
-            param_norm=_norm(group["params"]),
-            grad_norm=_norm(p.grad for p in group["params"]),
-            update_norm=_norm(_update_norm(entry, self._last_row(entry)) for entry in stepped),
-            hessian_diag_norm=_norm(_diag_norm(entry, group["betas"][1]) for entry in entries),
-            nonfinite=_share(((_nonfinite(entry), 1) for entry in entries), numel),
+            param_norm=_norm((_norm_of(p), p) for p in group["params"]),
+            grad_norm=_norm((_norm_of(p.grad), p) for p in group["params"] if p.grad is not None),
+            update_norm=_norm((_update_norm(entry, self._last_row(entry)), entry.owner) for entry in stepped),
+            hessian_diag_norm=_norm((_diag_norm(entry, group["betas"][1]), entry.owner) for entry in entries),
+            nonfinite=_share(sharded.whole([(_nonfinite(entry), entry.owner) for entry in entries]), numel),
         )
 
     def _last_row(self, entry: Entry) -> Tensor:
@@ -189,16 +193,33 @@ def _bias_correction(beta: Any, count: Any) -> Any:
     return 1 - beta**count + (count == 0)
 
 
-def _norm(tensors: Iterable[Tensor | None]) -> Tensor | None:
-    """Norm of all elements of several tensors, of any devices and dtypes; None if there is no tensor."""
-    norms = [torch.linalg.vector_norm(x, dtype=compute_dtype(x.dtype)) for x in tensors if x is not None]
+def _norm_of(x: Any) -> Tensor | None:
+    """Norm of the part of a tensor that this rank has, of whatever dtype and layout; None on the meta device."""
+    x = sharded.local(x)
+    if x.layout is not torch.strided:
+        x = x.coalesce().values() if x.is_sparse else x.values()
+    x = torch.view_as_real(x) if x.is_complex() else x
+    x = x if x.dtype in DTYPES else x.float()
+    return None if x.is_meta else torch.linalg.vector_norm(x, dtype=compute_dtype(x.dtype))
+
+
+def _norm(norms: Iterable[tuple[Tensor | None, Tensor]]) -> Tensor | None:
+    """Norm of all elements from this rank's norms, each with the parameter that it is of; None if there is none."""
+    norms = [(x, p) for x, p in norms if x is not None]
+    if not sharded.any_sharded([p for _, p in norms]):
+        return _joint(x for x, _ in norms)
+    return _joint(x.sqrt() for x in sharded.whole([(x.double().square(), p) for x, p in norms]))
+
+
+def _joint(norms: Iterable[Tensor | None]) -> Tensor | None:
+    """Norm of several tensors' elements together, from their norms."""
+    norms = [x for x in norms if x is not None]
     return torch.linalg.vector_norm(_stacked(norms)) if norms else None
 
 
-def _share(parts: Iterable[tuple[Tensor | None, int]], whole: int) -> Tensor | None:
-    """Sum of tensors times numbers, over ``whole``."""
-    found = [x.double() * n for x, n in parts if x is not None]
-    return _stacked(found).sum() / whole if found and whole else None
+def _share(parts: Sequence[Tensor], whole: int) -> Tensor | None:
+    """Sum of numbers over ``whole``."""
+    return _stacked([x.double() for x in parts]).sum() / whole if parts and whole else None
 
 
 def _largest(counts: Iterable[Tensor | None]) -> Tensor | None:

@@ -157,6 +157,19 @@ def check_fsdp_equals_the_joint_batch(ranks):
         assert opt.hessian_diag(weight).full_tensor().shape == weight.shape
 
 
+def check_fsdp_has_the_statistics_of_the_whole(ranks):
+    whole = make_model()
+    plain = AdaHessian(whole.parameters(), hvp="finite_difference", **SETTINGS)
+    model, opt = _sharded(ranks)
+    x, y = batch(0)
+    for each in (plain, opt):
+        each.step(lambda each=each: loss_of(model if each is opt else whole, x, y))
+    found, expected = opt.statistics().as_dict(), plain.statistics().as_dict()
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        assert found[name] == pytest.approx(value, rel=DIFFERENCES), name
+
+
 class Collectives(TorchDispatchMode):
     """Counts them inside it."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from models import (
@@ -109,6 +110,47 @@ def _recorded(function, name, calls):
         return function(*args, **kwargs)
 
     return call
+
+
+NUMBERS = {
+    "lr": 0.1,
+    "betas": (0.5, 0.75),
+    "eps": 0.125,
+    "weight_decay": 0.25,
+    "hessian_power": 0.5,
+    "update_each": 2,
+    "n_samples": 3,
+    "block_size": 4,
+    "seed": 7,
+    "maximize": True,
+}
+KINDS = {
+    "scalar": lambda x: np.float64(x) if isinstance(x, float) else np.bool_(x) if x is True else np.int64(x),
+    "array": np.asarray,
+}
+
+
+@pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
+def test_numbers_of_numpy(kind):
+    found = []
+    for convert in (lambda x: x, kind):
+        p = nn.Parameter(torch.linspace(0.5, 2.0, 8))
+        options = {name: convert(x) if name != "betas" else tuple(map(convert, x)) for name, x in NUMBERS.items()}
+        opt = AdaHessian([p], **options)
+        for _ in range(3):
+            opt.step(lambda p=p: (p**4).sum())
+        opt.param_groups[0]["lr"] = convert(0.25)
+        opt.step(lambda p=p: (p**4).sum())
+        numbers = {name: opt.state_dict()["param_groups"][0][name] for name in NUMBERS}
+        assert numbers == NUMBERS | {"lr": 0.25}
+        assert {type(x).__module__ for x in numbers.values()} == {"builtins"}
+        found.append(p.detach())
+    assert_same(*[[x] for x in found])
+
+
+def test_betas_of_any_kind():
+    for betas in ([0.5, 0.75], np.array([0.5, 0.75])):
+        assert AdaHessian([nn.Parameter(torch.ones(2))], betas=betas).param_groups[0]["betas"] == (0.5, 0.75)
 
 
 # ---- the functional form ---------------------------------------------------------------------------------------------

@@ -81,7 +81,7 @@ REFUSED = {
     "sparse": (torch.eye(3).to_sparse(), r"parameter 1 of group 0 has layout torch.sparse_coo; expected a dense"),
     "complex": (
         torch.ones(3, dtype=torch.complex64),
-        r"parameter 1 of group 0 is torch.complex64; expected float32.*view_as_real",
+        r"parameter 1 of group 0 is torch.complex64; expected float32.*view_as_complex",
     ),
     "float8": (torch.ones(3).to(torch.float8_e5m2), r"parameter 1 of group 0 is torch.float8_e5m2; expected float32"),
 }
@@ -91,6 +91,64 @@ REFUSED = {
 def test_parameters_that_no_backend_can_update(value, message):
     with pytest.raises(TypeError, match=message):
         AdaHessian([nn.Parameter(torch.ones(2)), nn.Parameter(value)])
+
+
+@pytest.mark.parametrize("block_size", [1, "auto"])
+@pytest.mark.parametrize(
+    "shared",
+    [lambda x: x.view(-1)[:1].expand(3), lambda x: x.expand(2, 2, 2), lambda x: x.as_strided((3, 2), (1, 1))],
+    ids=["expanded", "batch", "overlapping"],
+)
+def test_parameters_whose_elements_share_memory(shared, block_size):
+    p = shared(torch.ones(2, 2)).requires_grad_()
+    with pytest.raises(ValueError, match=r"parameter 0 of group 0, of shape .* share memory; expected .*clone"):
+        AdaHessian([p], block_size=block_size)
+    p = nn.Parameter(torch.ones(2, 2))
+    opt = AdaHessian([p], block_size=block_size)
+    opt.backward((p**2).sum())
+    opt.step()
+    p.data, p.grad = shared(torch.ones(2, 2)), None
+    with pytest.raises(ValueError, match="share memory"):
+        opt.step(lambda: (p**2).sum())
+    assert p.eq(1).all()
+
+
+def test_strides_that_only_look_as_if_elements_shared_memory():
+    p = torch.ones(8).as_strided((2, 3), (3, 2)).requires_grad_()
+    opt = AdaHessian([p], lr=1.0, eps=0.0, block_size=1)
+    opt.backward((p**2).sum())
+    opt.step()
+    assert torch.equal(p, torch.zeros(2, 3))
+
+
+FROZEN = {
+    "int8": torch.ones(3, dtype=torch.int8),
+    "bool": torch.ones(3, dtype=torch.bool),
+    "float8": torch.ones(3).to(torch.float8_e5m2),
+    "complex": torch.ones(3, dtype=torch.complex64),
+    "sparse": torch.eye(3).to_sparse(),
+    "meta": torch.ones(3, device="meta"),
+    "expanded": torch.ones(1).expand(3),
+}
+
+
+@pytest.mark.parametrize("value", FROZEN.values(), ids=FROZEN)
+def test_frozen_parameters_may_be_of_any_kind(value):
+    frozen, p = nn.Parameter(value, requires_grad=False), nn.Parameter(torch.ones(3))
+    opt = AdaHessian([frozen, p], lr=1.0, eps=0.0)
+    opt.backward((p**2).sum())
+    opt.step()
+    assert torch.equal(p, torch.zeros(3))
+    assert opt.statistics().update_norm is not None
+    other = AdaHessian([frozen, p])
+    other.load_state_dict(opt.state_dict())
+    assert int(other.state[p]["step"]) == 1
+    if value.is_complex():
+        frozen.requires_grad_()
+        frozen.grad, p.grad = torch.ones_like(frozen), torch.ones_like(p)
+        with pytest.raises(TypeError, match=r"parameter 0 of group 0 is torch\.complex64"):
+            opt.step(hessian=[torch.ones(3)] * 2)
+        assert int(opt.state[p]["step"]) == 1
 
 
 @pytest.mark.parametrize("update_each", [1, 2])

@@ -176,6 +176,46 @@ def test_channels_last_while_training(engine, device):
     assert_same(found[0], found[1])
 
 
+def test_an_empty_parameter_changes_its_dtype(engine, device):
+    """Its address, 0, stays as it is."""
+    a, empty = nn.Parameter(torch.ones(3, device=device)), nn.Parameter(torch.ones(0, device=device))
+    opt = AdaHessian([a, empty], backend=engine)
+    for dtype in (torch.float32, torch.float64, torch.bfloat16):
+        empty.grad = None
+        empty.data = empty.data.to(dtype)
+        opt.step(lambda: (a**3).sum() + (empty**3).sum().float())
+    assert int(opt.state[empty]["step"]) == int(opt.state[a]["step"]) == 3
+
+
+SAME_ADDRESS = {"bfloat16": lambda p: p.view(torch.bfloat16), "slice": lambda p: p[:2]}
+
+
+@pytest.mark.parametrize("change", SAME_ADDRESS.values(), ids=SAME_ADDRESS)
+def test_what_changes_at_the_same_address(engine, device, change):
+    p = nn.Parameter(torch.ones(4, dtype=torch.float16, device=device))
+    opt = AdaHessian([p], backend=engine)
+    opt.step(lambda: (p.float() ** 2).sum())
+    p.grad, p.data = None, change(p.data)
+    if len(p) == 2:
+        with pytest.raises(ValueError, match=r"state exp_avg of .* has shape \(4,\); expected \(2,\)"):
+            opt.step(lambda: (p.float() ** 2).sum())
+        return
+    with torch.no_grad():
+        p.fill_(1)
+    opt.step(lambda: (p.float() ** 2).sum())
+    assert p.lt(1).all()
+
+
+def test_layouts_are_made_without_a_graph(engine, device):
+    """Backward passes make them, where gradients are recorded."""
+    p = nn.Parameter(torch.ones(2, dtype=torch.bfloat16, device=device))
+    opt = AdaHessian([p], master_weights=True, backend=engine)
+    opt.backward((p**3).sum())
+    opt.step()
+    assert not any(x.requires_grad for x in opt.state[p].values())
+    copy.deepcopy(opt)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_dtype_changes_while_training(engine, device, dtype):
     model, opt = fresh(mlp(device=device), backend=engine)

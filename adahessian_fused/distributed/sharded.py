@@ -70,6 +70,34 @@ def joined(tensor: Tensor, param: Any) -> Tensor:
     return _dtensor().from_local(tensor, param.device_mesh, param.placements, **options)
 
 
+def whole(parts: Sequence[tuple[Tensor, Any]]) -> list[Tensor]:
+    """Numbers that are sums over this rank's part of a parameter, as sums over all ranks' parts.
+
+    Every rank has to call it. Numbers of sharded parameters are added up on the way.
+
+    Args:
+        parts: the numbers, each with its parameter.
+
+    Returns:
+        Numbers of the same sum on every rank: one for each plain parameter, one for each group of ranks.
+    """
+    if not any_sharded([param for _, param in parts]):
+        return [number for number, _ in parts]
+    result: list[Tensor] = []
+    by_group: dict[tuple[Any, int], list[Tensor]] = {}
+    for number, param in parts:
+        axes = [i for i, placement in enumerate(getattr(param, "placements", ())) if not placement.is_replicate()]
+        if axes:
+            by_group.setdefault((param.device_mesh, axes[0]), []).append(number)
+        else:
+            result.append(number)
+    for (mesh, axis), numbers in by_group.items():
+        total = torch.stack([number.double() for number in numbers]).sum()
+        torch.distributed.all_reduce(total, group=mesh.get_group(axis))
+        result.append(total)
+    return result
+
+
 def _cut(param: Any) -> tuple[int, int]:
     """How many rows a full part of the parameter has, and this rank's number among the parts."""
     shards = [(i, placement) for i, placement in enumerate(param.placements) if not placement.is_replicate()]
