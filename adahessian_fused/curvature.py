@@ -195,10 +195,12 @@ class Curvature:
             held.setdefault((tensor.device, tensor.dtype), []).append(tensor)
         flags = []
         for (device, _), tensors in held.items():
-            flag, one = torch.zeros((), device=device), torch.ones((), device=device)
+            scalar = {"dtype": torch.float32, "device": device}
+            flag, one = torch.zeros((), **scalar), torch.ones((), **scalar)
             torch._amp_foreach_non_finite_check_and_unscale_(tensors, flag, one)
             flags.append(flag)
-        total = sum(flag.to(flags[0].device) for flag in flags) if flags else torch.zeros(())
+        none = torch.zeros((), dtype=torch.float32, device="cpu")
+        total = sum(flag.to(flags[0].device) for flag in flags) if flags else none
         return total  # type: ignore[return-value]
 
     def report(self, grads: Sequence[Tensor], agree: Callable[[Tensor], Tensor] | None = None) -> None:

@@ -63,4 +63,4 @@ def n_blocks(numel: int, block: int) -> int:
 
 def segment_table(rows: list[tuple[int, ...]]) -> torch.Tensor:
     """The int64 table the ops take, from one tuple a parameter in the order of :class:`Segment`."""
-    return torch.tensor(rows, dtype=torch.int64).reshape(len(rows), len(Segment))
+    return torch.tensor(rows, dtype=torch.int64, device="cpu").reshape(len(rows), len(Segment))

@@ -217,8 +217,8 @@ def _pinned(n_bytes: int, device: torch.device) -> Tensor:
     if not capturing(device):
         if _arena is None or _arena_used > _ARENA_BYTES // 2:
             _captured.append(_arena)
-            _arena, _arena_used = torch.empty(_ARENA_BYTES, dtype=torch.uint8, pin_memory=True), 0
-        return torch.empty(n_bytes, dtype=torch.uint8, pin_memory=True)
+            _arena, _arena_used = torch.empty(_ARENA_BYTES, dtype=torch.uint8, device="cpu", pin_memory=True), 0
+        return torch.empty(n_bytes, dtype=torch.uint8, device="cpu", pin_memory=True)
     begin, _arena_used = _arena_used, _arena_used + -(-n_bytes // 16) * 16
     if _arena is None or _arena_used > _ARENA_BYTES:
         raise RuntimeError(

@@ -29,6 +29,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from adahessian_fused import AdaHessian, TrainStep
 from adahessian_fused.curvature import draw_probe
+from adahessian_fused.distributed.buckets import FlatMean
 
 
 def together(ranks: Ranks, step, **options):
@@ -224,3 +225,22 @@ def check_parameters_that_only_some_ranks_use(ranks):
             assert all(p.grad is None for p in models[0].branches[2].parameters())
         assert deviation(models[0], models[1]) < (DIFFERENCES if way == "finite_difference" else EXACT), way
         assert same_bits(everything(models[0], opts[0]), ranks.group)
+
+
+# ---- the default device ----------------------------------------------------------------------------------------------
+
+
+def check_the_default_device_changes_nothing(ranks):
+    def inside(step):
+        def run(*args):
+            with torch.device("meta"):
+                step(*args)
+
+        return run
+
+    for step in (backward, closure, hooked, two_micro_batches):
+        assert deviation(together(ranks, inside(step)), together(ranks, step)) == 0, step
+    x = torch.full((2,), ranks.rank + 1.0)
+    with torch.device("meta"):
+        means = FlatMean([x, x], [[x, None if ranks.rank else x]], ranks.group).wait()
+    assert [float(mean[0]) for mean in means] == pytest.approx([(ranks.size + 1) / 2, 1 / ranks.size])

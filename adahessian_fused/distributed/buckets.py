@@ -57,7 +57,7 @@ class FlatMean:
             if all(have[i] for i in members):
                 counts.fill_(1)
             else:
-                counts.copy_(torch.tensor([float(have[i]) for i in members]))
+                counts.copy_(torch.tensor([have[i] for i in members], device=counts.device))
             self._parts.append((members, views, counts, dist.all_reduce(flat, group=group, async_op=True)))
 
     def wait(self) -> list[Tensor | None]:

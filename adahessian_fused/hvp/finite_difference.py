@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
@@ -181,7 +182,7 @@ class FiniteDifference:
 def warn_of_autocast(replay: Replay, epsilon: float) -> None:
     """Warn if the default distance drowns in the rounding errors of autocast."""
     if replay.autocast is not None and epsilon < EPSILON[replay.autocast]:
-        exponent = int(torch.tensor(EPSILON[replay.autocast]).log2())
+        exponent = int(math.log2(EPSILON[replay.autocast]))
         warnings.warn(
             f"the model runs in {replay.autocast} under autocast, and its rounding errors hide the difference of "
             f"gradients at fd_epsilon={epsilon:g}; expected AdaHessian(..., fd_epsilon=2**{exponent})",

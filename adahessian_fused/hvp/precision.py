@@ -223,7 +223,7 @@ def bfloat16_gain(n: int = 384, repeats: int = 7) -> float:
     """
     seconds = {}
     for dtype in (torch.float32, torch.bfloat16):
-        a = torch.ones(n, n, dtype=dtype)
+        a = torch.ones(n, n, dtype=dtype, device="cpu")
         runs = []
         for _ in range(repeats):
             start = time.perf_counter()
