@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import collections
 import copy
+import dataclasses
+import pickle
 import warnings
 
 import pytest
@@ -112,8 +115,8 @@ def test_compiled_follows_the_closure(device):
 @pytest.mark.parametrize("name", ["mlp", "dropout"])
 def test_fraction(device, traced, how, name):
     """Curvature of the first part, gradient of the whole batch; one forward pass for each part."""
-    (a, opt_a), (b, opt_b) = (fresh(MODELS[name](device), lr=0.1) for _ in range(2))
-    step = TrainStep(a, F.mse_loss, opt_a, hessian_fraction=0.25, compile=how == "traced", cuda_graph=False)
+    (a, opt_a), (b, opt_b) = (fresh(MODELS[name](device), lr=0.1, **o) for o in ({"hessian_fraction": 0.25}, {}))
+    step = TrainStep(a, F.mse_loss, opt_a, compile=how == "traced", cuda_graph=False)
     for i in range(3):
         x, y = batch(i, b)
         torch.manual_seed(i)
@@ -300,8 +303,7 @@ def test_gradients_and_hooks_are_the_optimizers(device):
     ("change", "error", "match"),
     [
         ({"optimizer": "sgd"}, TypeError, "expected adahessian_fused.AdaHessian"),
-        ({"hessian_fraction": 0.0}, ValueError, "hessian_fraction=0.0"),
-        ({"hessian_fraction": 1.5}, ValueError, "hessian_fraction=1.5"),
+        ({"hessian_fraction": 0.25}, ValueError, r"0.25, but the optimizer's is 1.0; expected AdaHessian"),
         ({"cuda_graph": "never"}, ValueError, "cuda_graph='never'"),
     ],
     ids=str,
@@ -318,6 +320,308 @@ def test_a_loss_of_several_numbers_is_refused(device):
     step = TrainStep(model, lambda y, t: (y - t).square(), opt, compile=False, cuda_graph=False)
     with pytest.raises(RuntimeError, match=r"the loss has shape \(8, 2\)"):
         step(*batch(0, model))
+
+
+# ---- what a graph depends on ----------------------------------------------------------------------------------------
+
+
+class Surroundings:
+    """A loss, and what Python code changes between steps."""
+
+    def __init__(self, device: str) -> None:
+        self.model = nn.Sequential(nn.Linear(3, 3), nn.Tanh(), nn.Linear(3, 3), nn.Dropout(0.0), nn.Linear(3, 2))
+        self.model = self.model.to(device, torch.float64)
+        self.model.register_buffer("offset", torch.ones(2, dtype=torch.float64, device=device))
+        self.model.activation = torch.sin
+        self.weight, self.held = 1.0, torch.ones(2, dtype=torch.float64, device=device)
+
+    def __call__(self, x: Tensor, y: Tensor) -> Tensor:
+        outputs = self.model.activation(self.model(x)) * self.held + self.model.offset
+        return self.weight * F.mse_loss(outputs, y) + factor * torch.ones(2).mean()
+
+
+factor = 1.0
+
+
+def the_other_layer(s):
+    s.model[0].requires_grad_(not s.model[0].weight.requires_grad)
+    s.model[2].requires_grad_(not s.model[2].weight.requires_grad)
+
+
+def shared(s):
+    s.model[2].weight = s.model[0].weight
+
+
+def hooked(s):
+    s.model[0].register_forward_hook(lambda module, inputs, output: 2 * output)
+
+
+CHANGES = {
+    "trained_layer": the_other_layer,
+    "frozen": lambda s: s.model[2].requires_grad_(False),
+    "shared": shared,
+    "module": lambda s: s.model.__setitem__(1, nn.Sigmoid()),
+    "order_of_modules": lambda s: (s.model.__setitem__(0, s.model[2]), s.model.__setitem__(2, s.model[0])),
+    "hook": hooked,
+    "dropout_rate": lambda s: setattr(s.model[3], "p", 1.0),
+    "function": lambda s: setattr(s.model, "activation", torch.cos),
+    "number_of_the_loss": lambda s: setattr(s, "weight", 3.0),
+    "tensor_of_the_loss": lambda s: setattr(s, "held", 3 * s.held),
+    "written_tensor_of_the_loss": lambda s: s.held.mul_(3),
+    "written_buffer": lambda s: s.model.offset.mul_(3),
+    "global": lambda s: globals().update(factor=5.0),
+    "eval": lambda s: s.model[3].eval(),
+    "default_dtype": lambda s: torch.set_default_dtype(torch.float64),
+    "gradient_hook": lambda s: s.model[0].weight.register_hook(lambda g: 2 * g),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_graph_is_not_used_for_another_step(device, traced, change, monkeypatch):
+    """Loss and gradients after the change are those of a new model that begins with it, then, and change by change."""
+    monkeypatch.setitem(globals(), "factor", 1.0)
+    dtype = torch.get_default_dtype()
+    monkeypatch.setattr(step_module, "EAGER_BEFORE", 0)
+    torch.manual_seed(1)
+    s = Surroundings(device)
+    params = list(s.model.parameters())
+    if change == "trained_layer":
+        s.model[0].requires_grad_(False)
+    opt = AdaHessian(params, lr=0.01)
+    step = TrainStep(s, opt, cuda_graph=False)
+    try:
+        for i in range(3):
+            if i == 1:
+                CHANGES[change](s)
+            x, y = batch(i, s.model)
+            trained = [p for p in params if p.requires_grad and any(p is q for q in s.model.parameters())]
+            loss = s(x, y)
+            expected = torch.autograd.grad(loss, trained)
+            assert_close([step(x, y)], [loss.detach()])
+            assert_close([p.grad for p in trained], list(expected))
+            assert all(p.grad is None for p in params if not p.requires_grad)
+    finally:
+        torch.set_default_dtype(dtype)
+    assert None not in step._graphs.values()
+
+
+def test_numbers_that_change_cost_no_graph(device, traced):
+    (a, opt_a), (b, opt_b) = (fresh(mlp(device=device), lr=0.01) for _ in range(2))
+    losses = [lambda x, y, t, n, how, m=m: getattr((m(x) * t / n - y).square(), how)() for m in (a, b)]
+    step = TrainStep(losses[0], opt_a, cuda_graph=False)
+    for i in range(12):
+        x, y = batch(i, a)
+        rest = (1.0 / (i + 1), i + 1, "mean")
+        assert_close([step(x, y, *rest)], [opt_b.step(lambda x=x, y=y, rest=rest: losses[1](x, y, *rest))])
+    assert_close(weights(a), weights(b))
+    assert len(step._graphs) == 2  # the int is a constant until it changes
+    x, y = batch(0, a)
+    assert_close([step(x, y, 1.0, 1, "sum")], [losses[1](x, y, 1.0, 1, "sum").detach()])
+
+
+def test_numbers_that_python_code_looks_at(device, traced, monkeypatch):
+    monkeypatch.setattr(step_module, "EAGER_BEFORE", 0)
+    model, opt = fresh(mlp(device=device), lr=0.0)
+    step = TrainStep(lambda x, t: model(x).square().mean() if t > 0.5 else model(x).sum(), opt, cuda_graph=False)
+    x, _ = batch(0, model)
+    for t in (1.0, 0.2, 1.0):
+        assert_close([step(x, t)], [(model(x).square().mean() if t > 0.5 else model(x).sum()).detach()])
+    assert len(step._graphs) == 2
+
+
+class Counts(nn.Module):
+    """Writes to itself in the forward pass."""
+
+    def __init__(self, inner: nn.Module, *, replace: bool = False) -> None:
+        super().__init__()
+        self.inner, self.calls, self.replace = inner, 0, replace
+        self.register_buffer("seen", torch.zeros(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        self.last = self.inner(x)
+        if self.replace:
+            self.seen = self.seen + 1
+        else:
+            self.seen += 1
+        return self.last
+
+
+def test_modules_that_write_to_themselves(device, traced):
+    """Their attributes are no reason for another graph, and tracing leaves them alone; buffers are written to."""
+    model, opt = fresh(Counts(mlp(device=device)), lr=0.01)
+    step = TrainStep(model, F.mse_loss, opt, cuda_graph=False)
+    for i in range(3):
+        step(*batch(i, model))
+    assert (len(step._graphs), model.calls, hasattr(model, "last"), model.seen) == (1, 0, False, 3)
+    step.eager(*batch(0, model))
+    step(*batch(0, model))
+    assert (len(step._graphs), model.calls, model.seen) == (1, 1, 5)
+
+
+def test_a_buffer_that_is_replaced(device, traced):
+    model, opt = fresh(Counts(mlp(device=device), replace=True), lr=0.01)
+    step = TrainStep(model, F.mse_loss, opt, cuda_graph=False)
+    with pytest.warns(UserWarning, match=r"eagerly.*Counts replaces its buffer seen.*self\.seen\.copy_"):
+        step(*batch(0, model))
+    step(*batch(0, model))
+    assert model.seen == 2
+
+
+@pytest.mark.parametrize("form", ["object", "derived"])
+def test_batches_that_cannot_be_in_a_graph(device, traced, form):
+    model, opt = fresh(mlp(device=device), lr=0.0)
+    step = TrainStep(lambda x, other: (model(x) * torch.as_tensor(other)).mean(), opt, cuda_graph=False)
+    x, _ = batch(0, model)
+    for factor in (1.0, 2.0):
+        w = model[0].weight.sum()
+        other = torch.full((2,), factor).numpy() if form == "object" else w * factor
+        grads = torch.autograd.grad((model(x) * torch.as_tensor(other)).mean(), list(model.parameters()))
+        w = model[0].weight.sum()
+        with warnings.catch_warnings(record=True) as seen:
+            step(x, torch.full((2,), factor).numpy() if form == "object" else w * factor)
+        assert len(seen) == (factor == 1.0)
+        assert_close([p.grad for p in model.parameters()], list(grads))
+    assert not step._graphs
+
+
+# ---- any loss --------------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass
+class Example:
+    x: Tensor
+    y: Tensor
+    name: str = "example"
+
+
+Pair = collections.namedtuple("Pair", ["x", "y"])
+FORMS = {
+    "dataclass": (Example, lambda b: (b.x, b.y)),
+    "named_tuple": (Pair, lambda b: (b.x, b.y)),
+    "mapping": (lambda x, y: collections.UserDict(x=x, y=y), lambda b: (b["x"], b["y"])),
+    "nested": (lambda x, y: {"more": [Example(x, y), None]}, lambda b: (b["more"][0].x, b["more"][0].y)),
+}
+
+
+@pytest.mark.parametrize("fraction", [1.0, 0.25])
+@pytest.mark.parametrize("form", FORMS)
+def test_forms_of_batches(device, traced, form, fraction):
+    make, values = FORMS[form]
+    (a, opt_a), (b, opt_b) = (fresh(mlp(device=device), lr=0.01, hessian_fraction=fraction) for _ in range(2))
+
+    def loss_of(model, data):
+        x, y = values(data)
+        return F.mse_loss(model(x), y)
+
+    step = TrainStep(lambda data: loss_of(a, data), opt_a, cuda_graph=False)
+    for i in range(3):
+        data = make(*batch(i, a))
+        opt_b.zero_grad()
+        loss = opt_b.backward_split(lambda data: loss_of(b, data), data)
+        opt_b.step()
+        assert_close([step(data)], [loss])
+    assert_close(weights(a), weights(b))
+    assert len(step._graphs) == 1
+
+
+def test_axes_count_only_where_a_part_is_asked_for(device, traced):
+    model, opt = fresh(mlp(device=device), lr=0.01)
+    step = TrainStep(lambda pair, extra: model(pair[0]).mean() * pair[1].mean(), opt, cuda_graph=False)
+    pair = torch.ones(16, 3, dtype=torch.float64, device=device), torch.ones(5, device=device)
+    expected = model(pair[0]).mean().detach()
+    assert_close([step(pair, None)], [torch.ones((), dtype=torch.float64, device=device) * expected])
+    opt.param_groups[0]["hessian_fraction"] = 0.5
+    with pytest.raises(ValueError, match="first axes"):
+        step(pair, None)
+
+
+RESULTS = {
+    "tuple": (lambda loss, out: (loss, out, "text"), lambda r: (r[0], r[1])),
+    "mapping": (lambda loss, out: {"outputs": out, "loss": loss}, lambda r: (r["loss"], r["outputs"])),
+}
+
+
+@pytest.mark.parametrize("fraction", [1.0, 0.25])
+@pytest.mark.parametrize("how", ["eager", "traced"])
+@pytest.mark.parametrize("form", RESULTS)
+def test_more_than_the_loss_comes_back(device, traced, form, how, fraction):
+    make, values = RESULTS[form]
+    model, opt = fresh(mlp(device=device), lr=0.0, hessian_fraction=fraction)
+    step = TrainStep(
+        lambda x, y: make(F.mse_loss(model(x), y), model(x)), opt, compile=how == "traced", cuda_graph=False
+    )
+    x, y = batch(0, model)
+    for _ in range(2):
+        loss, outputs = values(step(x, y))
+        assert not loss.requires_grad
+        assert not outputs.requires_grad
+        assert_close([loss, outputs], [F.mse_loss(model(x), y).detach(), model(x).detach()])
+
+
+def with_tensor(device):
+    w = torch.ones(3, 2, dtype=torch.float64, device=device, requires_grad=True)
+    return [w], lambda x, y: (torch.tanh(x @ w) - y).square().mean()
+
+
+def with_hidden_module(device):
+    """A loss that does not show what it uses."""
+    held = [conv_net(device=device)]
+    return list(held[0].parameters()), lambda x, y: F.mse_loss(held[0](x), y)
+
+
+def with_derivative(device):
+    model = mlp(device=device)
+
+    def loss(x, y):
+        x = x.requires_grad_()
+        outputs = model(x)
+        (slope,) = torch.autograd.grad(outputs.sum(), x, create_graph=True)
+        return slope.square().mean() + (outputs - y).square().mean()
+
+    return list(model.parameters()), loss
+
+
+def with_compiled_model(device):
+    model = mlp(device=device)
+    compiled = torch.compile(model, backend="eager")
+    return list(model.parameters()), lambda x, y: F.mse_loss(compiled(x), y)
+
+
+@pytest.mark.parametrize("make", [with_tensor, with_hidden_module, with_derivative, with_compiled_model])
+def test_losses_of_all_kinds(device, traced, make):
+    (params_a, loss_a), (params_b, loss_b) = make(device), make(device)
+    opt_a, opt_b = (AdaHessian(params, lr=0.01, update_each=2) for params in (params_a, params_b))
+    step = TrainStep(loss_a, opt_a, cuda_graph=False)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", "TrainStep")
+        for i in range(4):
+            x, y = batch(i, mlp(device=device))
+            opt_b.zero_grad()
+            loss = loss_b(x.clone(), y)
+            opt_b.backward(loss)
+            opt_b.step()
+            assert_close([step(x.clone(), y)], [loss.detach()])
+    assert_close([p.detach() for p in params_a], [p.detach() for p in params_b])
+    assert len(step._graphs) == 2
+
+
+def test_what_it_tells_of_itself(device, traced):
+    model, opt = fresh(mlp(device=device), lr=0.01, update_each=2)
+    step = TrainStep(model, F.mse_loss, opt, cuda_graph=False)
+    for i in range(3):
+        step(*batch(i, model))
+    assert repr(step) == "TrainStep(Sequential, mse_loss, AdaHessian; graphs: 1 with curvature, 1 without curvature)"
+    again = pickle.loads(pickle.dumps(step))
+    assert_close([again(*batch(3, model))], [step(*batch(3, model))])
+    assert_close(weights(again.model), weights(model))
+
+
+@pytest.mark.parametrize("value", [None, [], {"total": 1}, "text"], ids=str)
+def test_a_loss_function_without_a_loss(device, value):
+    _, opt = fresh(mlp(device=device))
+    with pytest.raises(TypeError, match="the loss function returned"):
+        TrainStep(lambda: value, opt, compile=False, cuda_graph=False)()
 
 
 # ---- CUDA graphs ----------------------------------------------------------------------------------------------------

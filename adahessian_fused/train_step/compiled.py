@@ -12,8 +12,9 @@ class Compiled:
     """Forward pass, backward pass and double backward as one graph of operators.
 
     The function is traced below autograd, with tensors that have no data, and so runs once only, without effect on
-    buffers or random numbers. torch.compile of the function itself would have to capture the calls of autograd, and
-    cannot differentiate twice through a model it has compiled.
+    buffers or random numbers. Tensors that it holds itself stay where they are, and what is written to them counts.
+    torch.compile of the function itself would have to capture the calls of autograd, and cannot differentiate twice
+    through a model it has compiled.
 
     Args:
         function: what to compile; it may write to its inputs.
@@ -27,10 +28,32 @@ class Compiled:
         from torch.fx.experimental.proxy_tensor import make_fx  # slow to import
 
         graph = make_fx(function, tracing_mode="fake", _allow_non_fake_inputs=True)(*tensors)
+        self._held = _as_inputs(graph)
         with torch.no_grad():
-            self._function = torch._inductor.compile(graph, list(tensors))
+            self._function = torch._inductor.compile(graph, [*self._held, *tensors])
 
     def __call__(self, *tensors: Tensor) -> Sequence[Tensor]:
         """Run with other inputs of the same shapes and strides."""
         with torch.no_grad():
-            return self._function(*tensors)
+            return self._function(*self._held, *tensors)
+
+
+def _as_inputs(graph: torch.fx.GraphModule) -> list[Tensor]:
+    """Make inputs, the first ones, of the tensors that the function held itself: their numbers may change."""
+    held: dict[int, tuple[Tensor, torch.fx.Node]] = {}
+    begin = next(iter(graph.graph.nodes))
+    for node in list(graph.graph.nodes):
+        tensor = getattr(graph, node.target, None) if node.op == "get_attr" else None
+        literal = any("lift_fresh" in str(user.target) for user in node.users)  # as in torch.tensor(3.0)
+        if not isinstance(tensor, Tensor) or literal:
+            continue
+        if id(tensor) not in held:
+            with graph.graph.inserting_before(begin):
+                held[id(tensor)] = tensor, graph.graph.placeholder(f"held_{len(held)}")
+            held[id(tensor)][1].meta = node.meta
+        node.replace_all_uses_with(held[id(tensor)][1])
+        graph.graph.erase_node(node)
+    graph.graph.lint()
+    graph.graph.set_codegen(torch.fx.graph.CodeGen())
+    graph.recompile()
+    return [tensor.detach() for tensor, _ in held.values()]

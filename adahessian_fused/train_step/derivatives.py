@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
-from torch.utils import _pytree as pytree
 
 from .. import hvp
-from ..fraction import split_batch
+from ..fraction import Structure, flatten, split_batch
 from ..friendly import curvature_friendly
+from .surroundings import no_buffer_replaced
 
 Probe = Callable[[list[int], int], Sequence[Tensor]]
 
@@ -21,33 +22,83 @@ Probe = Callable[[list[int], int], Sequence[Tensor]]
 class Derivatives(NamedTuple):
     """What a step computes before its update; gradients and products carry the factor ``scale``."""
 
-    loss: Tensor
+    result: Any  # what the loss function returned, detached
     grads: list[Tensor | None]  # of all parameters
     probed: list[int]  # numbers of the parameters that have a product
     products: list[list[Tensor]]  # for each sample, of those
 
 
-class Whole(nn.Module):
-    """Model and loss in one; the inputs may be one argument of the model, or a tuple or dict of several."""
+class OfModel:
+    """A loss of outputs and targets, and a model, as one function of a batch."""
 
-    def __init__(self, model: nn.Module, loss_fn: Callable[..., Tensor]) -> None:
-        super().__init__()
+    def __init__(self, model: nn.Module, loss_fn: Callable[..., Any]) -> None:
         self.model, self.loss_fn = model, loss_fn
 
-    def forward(self, inputs: Any, targets: Any) -> Tensor:
-        """The loss of a batch."""
-        if isinstance(inputs, dict):
+    def __call__(self, inputs: Any, targets: Any) -> Any:
+        """The loss; inputs may be one argument of the model, or a tuple or mapping of several."""
+        if isinstance(inputs, Mapping):
             outputs = self.model(**inputs)
         else:
             outputs = self.model(*inputs) if isinstance(inputs, (tuple, list)) else self.model(inputs)
         return self.loss_fn(outputs, targets)
 
 
+class Whole(nn.Module):
+    """A loss function and the modules it uses."""
+
+    def __init__(self, loss_fn: Callable[..., Any], modules: Sequence[nn.Module]) -> None:
+        super().__init__()
+        self.parts = nn.ModuleList(modules)
+        self._loss_fn = (loss_fn,)  # a module would be registered once more
+        self.tracing = False
+
+    def forward(self, *batch: Any) -> Any:
+        """What the loss function returns."""
+        if not self.tracing:
+            return self._loss_fn[0](*batch)
+        # What torch.compile was told of is traced as it was before.
+        with no_buffer_replaced(self), torch._dynamo.config.patch(error_on_nested_fx_trace=False):
+            return self._loss_fn[0](*batch)
+
+    def places(self) -> dict[int, tuple[Tensor, list[str]]]:
+        """Each parameter and buffer, by its id, and the names of all places where it is."""
+        found: dict[int, tuple[Tensor, list[str]]] = {}
+        for prefix, module in self.named_modules():  # one that is registered twice comes once
+            for name, tensor in (*module._parameters.items(), *module._buffers.items()):
+                if tensor is not None:
+                    found.setdefault(id(tensor), (tensor, []))[1].append(f"{prefix}.{name}")
+        return found
+
+
+class Constant(NamedTuple):
+    """Something in a batch that is no tensor."""
+
+    kind: type
+    value: Any
+
+
+def loss_in(value: Any) -> Tensor:
+    """The loss in what a loss function returned: a tensor, or the first of several, or the one called "loss"."""
+    loss = value
+    if isinstance(value, Mapping):
+        loss = value.get("loss")
+    elif isinstance(value, (tuple, list)) and value:
+        loss = value[0]
+    if not isinstance(loss, Tensor):
+        raise TypeError(
+            f"the loss function returned a {type(value).__name__}; expected the loss, or a tuple or list that begins "
+            'with it, or a mapping with "loss"'
+        )
+    if loss.numel() != 1:
+        raise RuntimeError(f"the loss has shape {tuple(loss.shape)}; expected one number, for example its mean")
+    return loss
+
+
 @dataclass(frozen=True)
 class Kind:
     """Everything but numbers that decides what a step computes: steps of one kind can share a graph.
 
-    Python values that the model's own code looks at are not among it.
+    What :mod:`surroundings` does not see of what Python code looks at is not among it.
     """
 
     due: tuple[int, ...]  # numbers of the parameters that need curvature
@@ -56,13 +107,13 @@ class Kind:
     fraction: float
     autocast: tuple[str, bool, torch.dtype]
     scaled: bool
-    training: tuple[bool, ...]  # mode of every module
-    structure: pytree.TreeSpec  # of the batch
-    constants: tuple[Any, ...]  # what is no tensor in it
-    tensors: tuple[Any, ...]  # shape, strides, dtype and device of all tensors
+    structure: Structure  # of the batch
+    constants: tuple[Any, ...]  # for each leaf of it Tensor, or float or int for a number that is given as a tensor
+    tensors: tuple[Any, ...]  # shape, strides, dtype, device and requires_grad of the batch's
+    surroundings: int = 0  # their number
 
     def differentiate(
-        self, loss_of: Callable[..., Tensor], params: Sequence[Tensor], batch: Any, probe: Probe, scale: Tensor | None
+        self, loss_of: Callable[..., Any], params: Sequence[Tensor], batch: Any, probe: Probe, scale: Tensor | None
     ) -> Derivatives:
         """Differentiate a loss once, and a second time if any parameter is due.
 
@@ -70,14 +121,15 @@ class Kind:
         the products are those of the first.
 
         Args:
-            loss_of: the mean loss of a batch.
+            loss_of: returns the mean loss of a batch, alone or with more, see :func:`loss_in`.
             params: leaves of its graph.
-            batch: (inputs, targets).
+            batch: its arguments.
             probe: the probes z of the parameters with these numbers, for a sample.
             scale: GradScaler's factor on the loss.
         """
-        first, rest, share = split_batch(batch, self.fraction) if self.due else (batch, None, 1.0)
-        loss, grads = self._gradients(loss_of, params, first, scale, create_graph=bool(self.due))
+        split = self.due and self.fraction < 1
+        first, rest, share = split_batch(batch, self.fraction) if split else (batch, None, 1.0)
+        result, grads = self._gradients(loss_of, params, first, scale, create_graph=bool(self.due))
         probed = [i for i in self.due if grads[i] is not None and grads[i].requires_grad]
         products = []
         for sample in range(self.n_samples if probed else 0):
@@ -94,36 +146,46 @@ class Kind:
             products.append(list(found))
         grads = [g if g is None else g.detach() for g in grads]
         if share < 1:
-            rest_loss, rest_grads = self._gradients(loss_of, params, rest, scale, create_graph=False)
-            loss = loss.lerp(rest_loss, 1 - share)
+            rest_result, rest_grads = self._gradients(loss_of, params, rest, scale, create_graph=False)
+            result = _joined(result, rest_result, share)
             grads = [_mean(g, other, share) for g, other in zip(grads, rest_grads, strict=True)]
-        return Derivatives(loss, grads, probed, products)
+        return Derivatives(result, grads, probed, products)
 
     def _gradients(
         self,
-        loss_of: Callable[..., Tensor],
+        loss_of: Callable[..., Any],
         params: Sequence[Tensor],
         batch: Any,
         scale: Tensor | None,
         *,
         create_graph: bool,
-    ) -> tuple[Tensor, list[Tensor | None]]:
+    ) -> tuple[Any, list[Tensor | None]]:
         device, enabled, dtype = self.autocast
-        with torch.enable_grad(), torch.autocast(device, dtype, enabled=enabled):
-            if create_graph:
-                with curvature_friendly():
-                    loss = loss_of(*batch)
-            else:
-                loss = loss_of(*batch)
-        if loss.numel() != 1:
-            raise RuntimeError(f"the loss has shape {tuple(loss.shape)}; expected one number, for example its mean")
+        friendly = curvature_friendly() if create_graph else contextlib.nullcontext()
+        with torch.enable_grad(), torch.autocast(device, dtype, enabled=enabled), friendly:
+            value = loss_of(*batch)
+        loss = loss_in(value)
         with torch.autocast(device, enabled=False):
             scaled = loss if scale is None else loss * scale
             if create_graph:
                 grads = hvp.first_order(scaled, params, None)
             else:
                 grads = list(torch.autograd.grad(scaled, params, allow_unused=True))
-        return loss.detach(), grads
+        leaves, structure = flatten(value)
+        return structure.unflatten([x.detach() if isinstance(x, Tensor) else x for x in leaves]), grads
+
+
+def _joined(first: Any, rest: Any, share: float) -> Any:
+    """What the loss function returns for both parts: means of scalars, other tensors one after the other."""
+    leaves, structure = flatten(first)
+    both = zip(leaves, flatten(rest)[0], strict=True)
+    return structure.unflatten([_both(a, b, share) if isinstance(a, Tensor) else a for a, b in both])
+
+
+def _both(a: Tensor, b: Tensor, share: float) -> Tensor:
+    if a.is_floating_point() and a.numel() == b.numel() == 1:
+        return a.lerp(b, 1 - share)
+    return torch.cat((a, b)) if a.ndim and b.ndim and a.shape[1:] == b.shape[1:] else a
 
 
 def _mean(a: Tensor | None, b: Tensor | None, share: float) -> Tensor | None:
@@ -136,16 +198,25 @@ def _mean(a: Tensor | None, b: Tensor | None, share: float) -> Tensor | None:
 class Flat:
     """A kind of step as a function from a list of tensors to a list of tensors, for tracing and capturing.
 
-    Inputs: the parameters, the module's buffers (updated in place), the probes of each sample for each parameter that
-    is due, the scale if there is one, and the tensors of the batch. ``found`` says afterwards what the outputs are.
+    Inputs: the parameters, the modules' other parameters and buffers (updated in place), the probes of each sample for
+    each parameter that is due, the scale if there is one, and the tensors of the batch. ``found`` says afterwards what
+    the outputs are.
+
+    Args:
+        kind: the kind of step.
+        whole: the loss function.
+        params: the parameters to differentiate by; those that are in no module are taken as they are.
     """
 
-    def __init__(self, kind: Kind, whole: Whole, names: Sequence[str], buffers: Sequence[str]) -> None:
-        self.kind, self._whole, self._names, self._buffers = kind, whole, names, buffers
+    def __init__(self, kind: Kind, whole: Whole, params: Sequence[Tensor]) -> None:
+        places = whole.places()
+        self.kind, self._whole = kind, whole
+        self._params = [(p, places.pop(id(p), (p, []))[1]) for p in params]
+        self._others = [names for _, names in places.values()]
         self.found: Derivatives | None = None  # with None or anything else in the place of tensors
 
     def __call__(self, *tensors: Tensor) -> list[Tensor]:
-        """Loss, gradients and products, those that there are."""
+        """What the loss function returned, gradients and products, those that there are."""
         rest = list(tensors)
 
         def take(n: int) -> list[Tensor]:
@@ -153,30 +224,41 @@ class Flat:
             del rest[:n]
             return taken
 
-        kind = self.kind
-        params = [p.detach().requires_grad_() for p in take(len(self._names))]
-        buffers = take(len(self._buffers))
+        kind, params = self.kind, []
+        state: dict[str, Tensor] = {}
+        for (p, names), given in zip(self._params, take(len(self._params)), strict=True):
+            params.append(given.detach().requires_grad_() if names else p)
+            state |= dict.fromkeys(names, params[-1])
+        for names, given in zip(self._others, take(len(self._others)), strict=True):
+            state |= dict.fromkeys(names, given)
         probes = [dict(zip(kind.due, take(len(kind.due)), strict=True)) for _ in range(kind.n_samples)]
         scale = take(1)[0] if kind.scaled else None
-        leaves = iter(rest)
-        batch = [next(leaves) if c is Tensor else c for c in kind.constants]
-        state = dict(zip([*self._names, *self._buffers], [*params, *buffers], strict=True))
+        # Each a leaf that requires grad if the batch's does.
+        leaves = iter(t.detach().requires_grad_(wanted) for t, (*_, wanted) in zip(rest, kind.tensors, strict=True))
+        batch = [c.value if isinstance(c, Constant) else next(leaves) for c in kind.constants]
         d = kind.differentiate(
-            lambda *batch: functional_call(self._whole, state, batch),
+            lambda *batch: functional_call(self._whole, state, batch, tie_weights=False),
             params,
-            pytree.tree_unflatten(batch, kind.structure),
+            kind.structure.unflatten(batch),
             lambda numbers, sample: [probes[sample][i] for i in numbers],
             scale,
         )
+        results, structure = flatten(d.result)
+        template = [Tensor if isinstance(x, Tensor) else Constant(type(x), x) for x in results]
         present = [g if g is None else True for g in d.grads]
-        self.found = Derivatives(None, present, d.probed, [])  # type: ignore[arg-type]
-        return [d.loss, *(g for g in d.grads if g is not None), *(h for sample in d.products for h in sample)]
+        self.found = Derivatives((template, structure), present, d.probed, [])  # type: ignore[arg-type]
+        return [
+            *(x for x in results if isinstance(x, Tensor)),
+            *(g for g in d.grads if g is not None),
+            *(h for sample in d.products for h in sample),
+        ]
 
     def unpack(self, outputs: Sequence[Tensor]) -> Derivatives:
-        """The outputs in their places."""
-        loss, *others = outputs
-        rest = iter(others)
+        """The outputs in their places; the results are copies, since a captured graph overwrites its own."""
+        rest = iter(outputs)
+        template, structure = self.found.result
+        result = structure.unflatten([x.value if isinstance(x, Constant) else next(rest).clone() for x in template])
         grads = [None if g is None else next(rest) for g in self.found.grads]
         n_samples = self.kind.n_samples if self.found.probed else 0
         products = [[next(rest) for _ in self.found.probed] for _ in range(n_samples)]
-        return Derivatives(loss, grads, self.found.probed, products)
+        return Derivatives(result, grads, self.found.probed, products)

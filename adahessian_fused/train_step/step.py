@@ -6,23 +6,39 @@ import logging
 import time
 import warnings
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from dataclasses import replace
+from enum import Enum
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
+from torch.optim import Optimizer
 
 from .. import hvp
 from ..curvature import draw_probe
+from ..fraction import flatten
 from ..optimizer import AdaHessian
 from .compiled import Compiled
 from .cuda_graph import Captured
-from .derivatives import Derivatives, Flat, Kind, Whole
+from .derivatives import Constant, Derivatives, Flat, Kind, OfModel, Whole
+from .surroundings import (
+    CONSTANTS,
+    attributes_kept,
+    described,
+    modules_around,
+    of_modules,
+    outermost,
+    seen_by,
+    settings,
+    walk,
+    written_since,
+)
 
 logger = logging.getLogger("adahessian_fused")
 
 MAX_GRAPHS = 8  # of one TrainStep
+MAX_SURROUNDINGS = 64  # that are remembered
 EAGER_BEFORE = 5  # steps of a further kind (a shorter last batch, say) before it gets a graph of its own
 
 
@@ -37,30 +53,44 @@ class TrainStep:
             scheduler.step()
 
     computes ``loss_fn(model(inputs), targets)`` and does what ``optimizer.step(closure)`` does with it, in a graph that
-    is compiled (and on CUDA captured) once for steps with curvature and once for steps without. The update is the
-    optimizer's own, so parameters, states, hyperparameters and hooks stay where they are: change the learning rate,
-    save checkpoints and look at ``p.grad`` as ever. Autocast around the call applies to the forward pass.
+    is compiled (and on CUDA captured) once for steps with curvature and once for steps without. Any other loss is a
+    function of the batch::
 
-    A graph is made for each kind of step: which groups use curvature, shapes and dtypes of the batch and of the
-    parameters, training or eval mode of each module, autocast. The first step with and the first without curvature are
-    compiled at once, further kinds (a shorter last batch) after a few steps of theirs; above ``MAX_GRAPHS`` steps run
-    eagerly, with a warning. What else the model's Python code decides on, such as a dropout rate that is lowered during
-    training, is fixed when the graph is made: use ``compile=False, cuda_graph=False`` for such models.
+        train_step = TrainStep(lambda x, y, weight: loss_fn(model(x), y, weight) + penalty(model), optimizer)
+        loss = train_step(x, y, weight)
+
+    The update is the optimizer's own, so parameters, states, hyperparameters and hooks stay where they are: change the
+    learning rate, save checkpoints and look at ``p.grad`` as ever. Autocast around the call applies to the forward
+    pass. With ``AdaHessian(..., hessian_fraction=r)`` curvature is that of the first r of the batch, at 1 + 2r instead
+    of 3 times the price of a first-order step; the two parts go through the model one after the other, so batch norm
+    normalises, and updates its statistics, with each.
+
+    A graph is made for each kind of step: which groups use curvature; shapes and dtypes in the batch, and what is no
+    tensor in it; which parameters are trained; modules, their modes, hooks and plain attributes (a dropout rate);
+    globals and closures of the loss and of the modules' ``forward``, as far as they are numbers, strings, functions or
+    tensors; autocast and PyTorch's other settings. Floating-point numbers in a batch become tensors where the loss can
+    do with them, and so do ints that change, so that a temperature that is lowered needs no further graph. The first
+    step with and the first without curvature are compiled at once, further kinds (a shorter last batch) after a few
+    steps of theirs; above ``MAX_GRAPHS`` steps run eagerly, with a warning. What else Python code decides on, such as
+    the contents of lists and dicts, is fixed when the graph is made, and what it writes to (counters, logs) is written
+    then only: use ``compile=False, cuda_graph=False`` for such models.
 
     Args:
-        model: called as ``model(inputs)``; with ``*inputs`` or ``**inputs`` if they are a tuple or a dict.
-        loss_fn: from outputs and targets to the mean loss.
-        optimizer: :class:`~adahessian_fused.AdaHessian` over parameters of the model (or of ``loss_fn``).
-        hessian_fraction: r in (0, 1]: curvature from the first r of the batch, at 1 + 2r instead of 3 times the price
-            of a first-order step. The two parts of the batch go through the model one after the other, so batch norm
-            normalises, and updates its statistics, with each.
+        model: called as ``model(inputs)``; with ``*inputs`` or ``**inputs`` if they are a tuple or a mapping. Left out
+            if the loss is a function of the batch.
+        loss_fn: from outputs and targets to the mean loss; or, without ``model``, from a batch. It may return more
+            than the loss: a tuple or list that begins with it, or a mapping with "loss".
+        optimizer: :class:`~adahessian_fused.AdaHessian`.
+        hessian_fraction: the optimizer's, whose option it is; None is the same.
         compile: compile the graph with TorchInductor; the first step takes minutes.
-        cuda_graph: replay the graph as a CUDA graph; "auto" if the model is on a CUDA device.
+        cuda_graph: replay the graph as a CUDA graph; "auto" if the parameters are on a CUDA device.
+        modules: what the loss uses, if not all of it is in its closure, its globals or holds trained parameters.
         grad_scaler: scales the loss and takes the optimizer's step.
 
     Raises:
         TypeError: ``optimizer`` is not an AdaHessian.
-        ValueError: an argument is out of its range, or ``optimizer`` does not differentiate twice (``hvp``).
+        ValueError: an argument is out of its range, ``hessian_fraction`` is not the optimizer's, or ``optimizer`` does
+            not differentiate twice (``hvp``).
         RuntimeError: from a call, with ``cuda_graph=True``: the step cannot be captured.
 
     Warns:
@@ -73,19 +103,26 @@ class TrainStep:
         >>> step = adahessian_fused.TrainStep(model, torch.nn.functional.mse_loss, opt, compile=False)
         >>> step(torch.ones(8, 3), torch.ones(8, 1)).shape
         torch.Size([])
+        >>> step = adahessian_fused.TrainStep(lambda x: (model(x).square().mean(), model(x)), opt, compile=False)
+        >>> loss, outputs = step(torch.ones(8, 3))
     """
 
     def __init__(
         self,
-        model: nn.Module,
-        loss_fn: Callable[..., Tensor],
-        optimizer: AdaHessian,
-        hessian_fraction: float = 1.0,
+        model: Any = None,
+        loss_fn: Any = None,
+        optimizer: Any = None,
+        hessian_fraction: float | None = None,
         compile: bool = True,
         cuda_graph: bool | str = "auto",
         *,
+        modules: Sequence[nn.Module] | None = None,
         grad_scaler: torch.amp.GradScaler | None = None,
     ) -> None:
+        if optimizer is None and (isinstance(loss_fn, Optimizer) or loss_fn is None):
+            model, loss_fn, optimizer = None, model, loss_fn
+        elif loss_fn is None:
+            model, loss_fn = None, model
         if not isinstance(optimizer, AdaHessian):
             raise TypeError(f"optimizer is a {type(optimizer).__name__}; expected adahessian_fused.AdaHessian")
         if optimizer.param_groups[0]["hvp"] != "autograd":
@@ -95,20 +132,62 @@ class TrainStep:
                 'optimizer has hvp_dtype="tf32", which cannot be switched on for a part of a compiled graph; expected '
                 "hvp_dtype=torch.bfloat16, or TrainStep(..., compile=False)"
             )
-        if not 0 < hessian_fraction <= 1:
-            raise ValueError(f"hessian_fraction={hessian_fraction}; expected a number in (0, 1]")
+        fraction = optimizer.param_groups[0]["hessian_fraction"]
+        if hessian_fraction not in (None, fraction):
+            raise ValueError(
+                f"hessian_fraction={hessian_fraction!r}, but the optimizer's is {fraction!r}; expected "
+                f"AdaHessian(..., hessian_fraction={hessian_fraction!r}), which TrainStep follows"
+            )
         if cuda_graph not in (True, False, "auto"):
             raise ValueError(f'cuda_graph={cuda_graph!r}; expected True, False or "auto"')
         self.model, self.loss_fn, self.optimizer = model, loss_fn, optimizer
-        self.hessian_fraction, self.compile, self.cuda_graph = hessian_fraction, compile, cuda_graph
-        self.grad_scaler = grad_scaler
-        # A compiled model cannot be differentiated twice; what it was made of can.
-        self._whole = Whole(getattr(model, "_orig_mod", model), loss_fn)
+        self.compile, self.cuda_graph, self.grad_scaler = compile, cuda_graph, grad_scaler
+        self._whole = self._put_together(modules)
         self._graphs: dict[Kind, _Graph | None] = {}  # None: it cannot be made
         self._seen: Counter[Kind] = Counter()
+        self._numbers: dict[int, Any] = {}  # numbers among the leaves of a batch, as they were first
+        self._as_constants = False  # the loss cannot do with tensors in their place
+        self._written: set[Any] = set()  # attributes that Python code writes, and so no surroundings
+        self._met: dict[int, Any] = {}  # surroundings by number
+        self._failure, self._said = "", False
 
-    def __call__(self, inputs: Any, targets: Any) -> Tensor:
-        """Take a step; returns the loss before it, detached."""
+    def _put_together(self, modules: Sequence[nn.Module] | None) -> Whole:
+        params = [p for group in self.optimizer.param_groups for p in group["params"]]
+        if self.model is None:
+            found = modules_around(self.loss_fn, params) if modules is None else modules
+            return Whole(self.loss_fn, outermost(found))
+        # A compiled model cannot be differentiated twice; what it was made of can.
+        model = getattr(self.model, "_orig_mod", self.model)
+        rest = set(map(id, params)).difference(map(id, model.parameters()))
+        found = modules_around(self.loss_fn, [p for p in params if id(p) in rest]) if modules is None else modules
+        return Whole(OfModel(model, self.loss_fn), outermost([model, *found]))
+
+    @property
+    def hessian_fraction(self) -> float:
+        """The optimizer's."""
+        return self.optimizer.param_groups[0]["hessian_fraction"]
+
+    def __repr__(self) -> str:
+        made = ["with" if kind.due else "without" for kind, graph in self._graphs.items() if graph is not None]
+        graphs = ", ".join(f"{count} {which} curvature" for which, count in Counter(made).items())
+        name = getattr(self.loss_fn, "__qualname__", type(self.loss_fn).__name__)
+        model = "" if self.model is None else f"{type(self.model).__name__}, "
+        return f"TrainStep({model}{name}, {type(self.optimizer).__name__}; graphs: {graphs or 'none'})"
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Everything but the graphs, which are made anew."""
+        empty: dict[str, Any] = {"_graphs": {}, "_seen": Counter(), "_met": {}, "_written": set()}
+        return self.__dict__ | empty
+
+    def __call__(self, *batch: Any) -> Any:
+        """Take a step; returns the loss before it, detached, and whatever the loss function returned with it."""
+        return self._step(batch, graphs=True)
+
+    def eager(self, *batch: Any) -> Any:
+        """Take the same step without a graph, for debugging."""
+        return self._step(batch, graphs=False)
+
+    def _step(self, batch: tuple[Any, ...], *, graphs: bool) -> Any:
         opt = self.optimizer
         opt.zero_grad()
         params = [(n, p) for n, group in enumerate(opt.param_groups) for p in group["params"] if p.requires_grad]
@@ -117,14 +196,18 @@ class TrainStep:
         scale = None
         if self.grad_scaler is not None and self.grad_scaler.is_enabled():
             scale = self.grad_scaler.scale(torch.ones((), device=params[0][1].device))
-        kind, tensors = self._kind(params, (inputs, targets), scale is not None)
-        graph = self._graph(kind, params, scale, tensors)
-        draw = _Probes(opt, params)
-        if graph is None:
-            loss_of, leaves = self._whole, [p for _, p in params]
-            found = kind.differentiate(loss_of, leaves, (inputs, targets), draw, scale)
-        else:
+        capture = params[0][1].is_cuda if self.cuda_graph == "auto" else bool(self.cuda_graph)
+        graphs = graphs and (capture or self.compile)
+        kind, tensors = self._kind(params, batch, scaled=scale is not None)
+        graph, draw = None, _Probes(opt, params)
+        if graphs:
+            graph, tensors = self._graph(params, batch, kind, tensors, scale, capture=capture)
+        if graph is not None:
             found = graph(params, draw, scale, tensors)
+        else:
+            before = self._looked_at() if graphs else {}
+            found = kind.differentiate(self._whole, [p for _, p in params], batch, draw, scale)
+            self._written |= written_since(before, self._looked_at()) if graphs else set()
         with torch.no_grad():
             self._hand_over(params, found, draw)
         if scale is None:
@@ -132,79 +215,143 @@ class TrainStep:
         else:
             self.grad_scaler.step(opt)
             self.grad_scaler.update()
-        return found.loss
+        return found.result
 
-    def _kind(self, params: Sequence[tuple[int, Tensor]], batch: Any, scaled: bool) -> tuple[Kind, list[Tensor]]:
-        """What kind of step is coming, and the tensors of its batch."""
-        due, device = self.optimizer._due(), params[0][1].device.type
-        leaves, structure = pytree.tree_flatten(batch)
-        tensors = [leaf.detach() for leaf in leaves if isinstance(leaf, Tensor)]
-        described = [*tensors, *(p for _, p in params)]
+    def _kind(self, params: Sequence[tuple[int, Tensor]], batch: Any, *, scaled: bool) -> tuple[Kind, list[Tensor]]:
+        """What kind of step is coming, its surroundings left out, and the tensors of its batch."""
+        due, device = self.optimizer._due(), params[0][1].device
+        leaves, structure = flatten(batch)
+        constants = tuple(self._constant(i, leaf) for i, leaf in enumerate(leaves))
+        tensors = _tensors(leaves, constants, device)
         kind = Kind(
             due=tuple(i for i, (n, _) in enumerate(params) if due[n]),
             n_samples=self.optimizer.param_groups[0]["n_samples"],
             hvp_dtype=self.optimizer.param_groups[0]["hvp_dtype"],
             fraction=self.hessian_fraction,
-            autocast=(device, torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)),
+            autocast=(
+                *(device.type, torch.is_autocast_enabled(device.type)),
+                torch.get_autocast_dtype(device.type),
+            ),
             scaled=scaled,
-            training=tuple(module.training for module in self._whole.modules()),
             structure=structure,
-            constants=tuple(Tensor if isinstance(leaf, Tensor) else leaf for leaf in leaves),
-            tensors=tuple((t.shape, t.stride(), t.dtype, t.device) for t in described),
+            constants=constants,
+            tensors=tuple(map(described, tensors)),
         )
         return kind, tensors
 
+    def _constant(self, i: int, leaf: Any) -> Any:
+        """What leaf number i of the batch is to a graph: a tensor, a number given as one, or a constant."""
+        if isinstance(leaf, Tensor):
+            return Tensor
+        if type(leaf) not in (int, float) or self._as_constants:
+            return Constant(type(leaf), leaf)
+        changed = self._numbers.setdefault(i, leaf) != leaf
+        return type(leaf) if changed or type(leaf) is float else Constant(int, leaf)
+
     # ---- graphs ------------------------------------------------------------------------------------------------------
 
+    def _surroundings(self, params: Sequence[tuple[int, Tensor]]) -> int:
+        """The number of the present surroundings among those that have been met."""
+        trained, seen = [p for _, p in params], self._looked_at()
+        for owner, name in self._written:
+            seen.get(owner, {}).pop(name, None)
+        now = (settings(), list(map(id, trained)), of_modules(walk(self._whole), trained), seen)
+        for number, met in reversed(self._met.items()):
+            if met == now:
+                return number
+        number = max(self._met, default=0) + 1
+        self._met[number] = now
+        if len(self._met) > MAX_SURROUNDINGS:
+            del self._met[min(self._met)]
+        return number
+
+    def _looked_at(self) -> dict[Any, Any]:
+        return seen_by(walk(self._whole), self.loss_fn)
+
     def _graph(
-        self, kind: Kind, params: Sequence[tuple[int, Tensor]], scale: Tensor | None, tensors: Sequence[Tensor]
-    ) -> _Graph | None:
-        """The graph for a kind of step; None if it is to run eagerly."""
-        on_cuda = params[0][1].is_cuda
-        capture = on_cuda if self.cuda_graph == "auto" else self.cuda_graph
-        if not (capture or self.compile):
-            return None
+        self,
+        params: Sequence[tuple[int, Tensor]],
+        batch: Any,
+        kind: Kind,
+        tensors: list[Tensor],
+        scale: Tensor | None,
+        *,
+        capture: bool,
+    ) -> tuple[_Graph | None, list[Tensor]]:
+        """The graph for a kind of step, None if it is to run eagerly, and the tensors of the batch for it."""
+        if not self._can_be_in_a_graph(kind, batch):
+            return None, tensors
+        kind = replace(kind, surroundings=self._surroundings(params))
         if kind in self._graphs:
             graph = self._graphs[kind]
             if graph is None or graph.fits(params):
-                return graph
+                return graph, tensors
         self._seen[kind] += 1
         first_of_its_order = not any(bool(k.due) == bool(kind.due) for k in self._graphs)
         if not first_of_its_order and self._seen[kind] <= EAGER_BEFORE and kind not in self._graphs:
-            return None
+            return None, tensors
         if len(self._graphs) >= MAX_GRAPHS and kind not in self._graphs:
             if self._seen[kind] == EAGER_BEFORE + 1:
                 warnings.warn(
                     f"TrainStep has made {MAX_GRAPHS} graphs, for as many kinds of steps (shapes of the batch, modes "
-                    "of modules, groups that are due); steps of further kinds run eagerly",
-                    stacklevel=4,
+                    "of modules, groups that are due, numbers in Python); steps of further kinds run eagerly",
+                    stacklevel=5,
                 )
-            return None
-        self._graphs[kind] = self._make(kind, params, scale, tensors, capture=bool(capture))
-        return self._graphs[kind]
+            return None, tensors
+        graph = self._make(params, kind, tensors, scale, capture=capture)
+        if graph is None and not self._as_constants and {int, float}.intersection(kind.constants):
+            # Some of the loss is nothing for tensors: numbers are a part of the kind from now on.
+            self._as_constants = True
+            self._graphs = {k: g for k, g in self._graphs.items() if not {int, float}.intersection(k.constants)}
+            kind, tensors = self._kind(params, batch, scaled=scale is not None)
+            return self._graph(params, batch, kind, tensors, scale, capture=capture)
+        if graph is None:
+            warnings.warn(
+                f"TrainStep runs this kind of step eagerly, because it cannot be "
+                f"{'captured as a CUDA graph' if capture else 'compiled'}: {self._failure}",
+                stacklevel=5,
+            )
+        self._graphs[replace(kind, surroundings=self._surroundings(params))] = graph
+        return graph, tensors
+
+    def _can_be_in_a_graph(self, kind: Kind, batch: Any) -> bool:
+        """Whether the batch is such that steps like this one are the same; warns once if not."""
+        others = [c.kind.__name__ for c in kind.constants if isinstance(c, Constant) and not _is_constant(c.value)]
+        derived = any(isinstance(leaf, Tensor) and leaf.grad_fn is not None for leaf in flatten(batch)[0])
+        if not (others or derived):
+            return True
+        if not self._said:
+            self._said = True
+            what = f"a {others[0]}" if others else "a tensor that was computed with gradients"
+            warnings.warn(
+                f"TrainStep runs eagerly, because the batch has {what}; expected tensors, numbers and strings, in "
+                "tuples, lists, mappings and dataclasses, and gradients to begin in the loss function",
+                stacklevel=6,
+            )
+        return False
 
     def _make(
         self,
-        kind: Kind,
         params: Sequence[tuple[int, Tensor]],
-        scale: Tensor | None,
+        kind: Kind,
         tensors: Sequence[Tensor],
+        scale: Tensor | None,
         *,
         capture: bool,
     ) -> _Graph | None:
+        """A graph; None if there cannot be one, and then ``_failure`` says why."""
         begin = time.perf_counter()
         try:
-            graph = _Graph(self._whole, kind, params, scale, tensors, compiled=self.compile, capture=capture)
+            with attributes_kept(walk(self._whole)) as written:
+                graph = _Graph(self._whole, kind, params, scale, tensors, compiled=self.compile, capture=capture)
         except Exception as error:  # anything may go wrong in a compiler
-            if self.cuda_graph is True:
-                raise RuntimeError(f"TrainStep cannot make a CUDA graph of this step: {error}") from error
             lines = str(error).strip().splitlines() or [""]
-            warnings.warn(
-                f"TrainStep runs this kind of step eagerly, because it cannot be "
-                f"{'captured as a CUDA graph' if capture else 'compiled'}: {type(error).__name__}: {lines[0]}",
-                stacklevel=5,
-            )
+            self._failure = f"{type(error).__name__}: {lines[0]}"
+            if self.cuda_graph is True and (self._as_constants or not {int, float}.intersection(kind.constants)):
+                raise RuntimeError(f"TrainStep cannot make a CUDA graph of this step: {error}") from error
             return None
+        finally:
+            self._written |= written
         order = "with" if kind.due else "without"
         logger.info("TrainStep made a graph for steps %s curvature in %.1f s", order, time.perf_counter() - begin)
         return graph
@@ -250,6 +397,20 @@ class _Probes:
         return [z[entry] for entry in entries]
 
 
+def _is_constant(value: Any) -> bool:
+    return type(value) in CONSTANTS or isinstance(value, (Enum, type))
+
+
+def _tensors(leaves: Sequence[Any], constants: Sequence[Any], device: torch.device) -> list[Tensor]:
+    """The tensors of a batch, and the numbers that are given as tensors."""
+    dtypes = {float: torch.float64, int: torch.int64}
+    return [
+        leaf if isinstance(leaf, Tensor) else torch.tensor(leaf, dtype=dtypes[c], device=device)
+        for leaf, c in zip(leaves, constants, strict=True)
+        if not isinstance(c, Constant)
+    ]
+
+
 class _Graph:
     """A compiled or captured kind of step."""
 
@@ -264,23 +425,25 @@ class _Graph:
         compiled: bool,
         capture: bool,
     ) -> None:
-        state = {**dict(whole.named_parameters()), **dict(whole.named_buffers())}
-        name_of = {id(t): name for name, t in state.items()}
-        missing = [tuple(p.shape) for _, p in params if id(p) not in name_of]
-        if missing:
-            raise RuntimeError(f"parameters of shape {missing[0]} are the optimizer's, but not in model or loss_fn")
         self._whole = whole
-        names = [name_of[id(p)] for _, p in params]
-        self._others = [name for name in state if name not in names]
         self._addresses: list[int] | None = None
-        self._flat = Flat(kind, whole, names, self._others)
+        self._flat = Flat(kind, whole, [p for _, p in params])
         inputs = self._inputs(params, [[p for _, p in params]] * kind.n_samples, scale, tensors)
-        self._run: Compiled | Flat | Captured = Compiled(self._flat, inputs) if compiled else self._flat
-        if capture:
-            n_fixed = len(names) + len(self._others)
-            self._run = Captured(self._run, inputs, n_fixed)
-            self._addresses = [t.data_ptr() for t in inputs[:n_fixed]]
-            self._n_fixed = n_fixed
+        whole.tracing = True
+        try:
+            self._run: Compiled | Flat | Captured = Compiled(self._flat, inputs) if compiled else self._flat
+            if capture:
+                fixed = self._fixed(params)
+                self._run = Captured(self._run, inputs, len(fixed))
+                self._addresses = list(map(Tensor.data_ptr, fixed))
+        finally:
+            whole.tracing = False
+
+    def _fixed(self, params: Sequence[tuple[int, Tensor]]) -> list[Tensor]:
+        """The parameters, and whatever else is in the modules, in the order of the flat function's inputs."""
+        state, trained = self._whole.places(), {id(p) for _, p in params}
+        others = [t for t, _ in state.values() if id(t) not in trained]
+        return [t.detach() for t in (*(p for _, p in params), *others)]
 
     def _inputs(
         self,
@@ -290,26 +453,22 @@ class _Graph:
         tensors: Sequence[Tensor],
     ) -> list[Tensor]:
         """The flat function's inputs; ``probes``: for each sample one tensor a parameter."""
-        state = {**dict(self._whole.named_parameters()), **dict(self._whole.named_buffers())}
         due = self._flat.kind.due
         return [
-            *(p.detach() for _, p in params),
-            *(state[name].detach() for name in self._others),
+            *self._fixed(params),
             *(sample[i].detach() for sample in probes for i in due),
             *([] if scale is None else [scale]),
-            *tensors,
+            *(t.detach() for t in tensors),
         ]
 
     def fits(self, params: Sequence[tuple[int, Tensor]]) -> bool:
         """Whether everything a CUDA graph has the address of is still there."""
-        if self._addresses is None:
-            return True
-        now = self._inputs(params, [], None, [])
-        return [t.data_ptr() for t in now] == self._addresses
+        return self._addresses is None or list(map(Tensor.data_ptr, self._fixed(params))) == self._addresses
 
     def __call__(
         self, params: Sequence[tuple[int, Tensor]], draw: _Probes, scale: Tensor | None, tensors: Sequence[Tensor]
     ) -> Derivatives:
+        """Run with other numbers; gradients have been through the parameters' own hooks."""
         probed = self._flat.found.probed
         probes = []
         for sample in range(self._flat.kind.n_samples if probed else 0):
@@ -319,4 +478,14 @@ class _Graph:
             probes.append(of_parameter)
         if not probed:
             probes = [[p for _, p in params]] * self._flat.kind.n_samples
-        return self._flat.unpack(self._run(*self._inputs(params, probes, scale, tensors)))
+        found = self._flat.unpack(self._run(*self._inputs(params, probes, scale, tensors)))
+        grads = [g if g is None else _hooked(p, g) for (_, p), g in zip(params, found.grads, strict=True)]
+        return found._replace(grads=grads)
+
+
+def _hooked(param: Tensor, grad: Tensor) -> Tensor:
+    """What the parameter's hooks make of its gradient, which graphs do not call."""
+    for hook in (param._backward_hooks or {}).values():
+        changed = hook(grad)
+        grad = grad if changed is None else changed
+    return grad

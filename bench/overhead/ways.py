@@ -190,8 +190,8 @@ def _split(fraction: float, **options: Any) -> Callable[..., Any]:
 
 def _train_step(fraction: float = 1.0, hvp_dtype: torch.dtype | None = None, **options: Any) -> Callable[..., Any]:
     def make(problem: Problem, model: nn.Module) -> tuple[Callable[[], Any], AdaHessian]:
-        opt = _ours(model, hvp_dtype=hvp_dtype)
-        train_step = TrainStep(model, problem.loss_fn, opt, hessian_fraction=fraction, **options)
+        opt = _ours(model, hessian_fraction=fraction, hvp_dtype=hvp_dtype)
+        train_step = TrainStep(model, problem.loss_fn, opt, **options)
 
         def step() -> None:
             with problem.autocast():
