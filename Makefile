@@ -2,17 +2,10 @@
 PYTHON ?= python3
 VENV   ?= .venv
 PY     := $(VENV)/bin/python
-# A developer's build compiles for one GPU architecture: the one that is there, or Hopper.
-ARCHS  := $(or $(ADAHESSIAN_CUDA_ARCHS),$(shell nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | head -1 | tr -d .),90)
 OUT    ?= bench/results
 REQUIRE ?= native,emulated,reference,triton
 SANITIZE ?= address,undefined
 WORKERS ?= $(shell n=$$(nproc 2>/dev/null || echo 2); echo $$((n < 8 ? n : 8)))
-
-# A wheel is for all architectures that CMakeLists.txt lists, unless some are asked for.
-WHEEL_ARCHS := $(if $(ADAHESSIAN_CUDA_ARCHS),ADAHESSIAN_CUDA_ARCHS="$(ADAHESSIAN_CUDA_ARCHS)",-u ADAHESSIAN_CUDA_ARCHS)
-
-export ADAHESSIAN_CUDA_ARCHS := $(ARCHS)
 
 .PHONY: help build demo paper test cpp-test cpp-bench bench overhead docs lint format wheel sdist gpu gpu-build gpu-rehearsal clean
 
@@ -52,7 +45,7 @@ SOURCES := $(wildcard csrc/*.h csrc/*.cpp csrc/cpu/* csrc/cuda/*) CMakeLists.txt
 CPP_SOURCES := $(filter %.h %.cpp %.cu %.cuh,$(SOURCES) $(wildcard tests/cpp/*))
 $(VENV)/.built: $(VENV)/.ready $(SOURCES)
 	@echo "building; the log is $(VENV)/build.log"
-	@PATH="$(abspath $(VENV))/bin:$$PATH" $(PY) -m pip install -v --no-build-isolation --no-deps -e . \
+	@$(PY) -m pip install -v --no-build-isolation --no-deps -e . \
 	  > $(VENV)/build.log 2>&1 || { tail -40 $(VENV)/build.log; exit 1; }
 	@grep -ho "adahessian_fused: .*" $(VENV)/build.log
 	@touch $@
@@ -129,7 +122,7 @@ sdist: $(VENV)/.ready
 
 wheel: sdist
 	rm -f dist/*.whl
-	env $(WHEEL_ARCHS) PATH="$(abspath $(VENV))/bin:$$PATH" ADAHESSIAN_NATIVE=ON $(PY) -m pip wheel -q --no-build-isolation \
+	ADAHESSIAN_CUDA_ARCHS="$${ADAHESSIAN_CUDA_ARCHS:-all}" ADAHESSIAN_NATIVE=ON $(PY) -m pip wheel -q --no-build-isolation \
 	  --no-deps --no-cache-dir -w dist dist/*.tar.gz
 	@ls -l dist/*.whl
 	$(call TRY,dist/*.whl,$$PATH)

@@ -1,5 +1,13 @@
 """AdaHessian (Yao et al. 2021) for PyTorch with fused C++/CUDA and Triton kernels."""
 
+import importlib.util
+import sys
+
+if importlib.util.find_spec("torch") is None:
+    # Of python -m adahessian_fused a plain line is expected, not a traceback.
+    error = SystemExit if sys.argv[:1] == ["-m"] else ModuleNotFoundError
+    raise error("adahessian_fused needs PyTorch 2.10 or newer: pip install torch")
+
 from . import compat
 from .backends import available_backends
 from .compat import accelerate

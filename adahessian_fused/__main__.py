@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import platform
 import sys
+import warnings
+from pathlib import Path
 
 import torch
 
@@ -18,8 +21,8 @@ def _build_lines() -> list[str]:
         from ._native import build_info
 
         info = build_info()
-    except (ImportError, OSError, RuntimeError) as error:
-        return [f"native library   missing: {error}"]
+    except (ImportError, OSError, RuntimeError):
+        return ["native library   missing; why is said at native below"]
     sets = ", ".join(info["instruction_sets"])
     return [
         f"native library   {info['compiler']}, headers of torch {info['torch_headers']}",
@@ -48,10 +51,22 @@ def _gpu_lines() -> list[str]:
     return [f"on GPU tensors ({', '.join(names)})", *_device_lines("cuda")]
 
 
+def _place_lines() -> list[str]:
+    here = Path(__file__).parent
+    if importlib.util.find_spec(".kernels", __package__) is not None:
+        return [f"in {here}"]
+    return [
+        f"NOT INSTALLED: this is the source folder {here.parent}, without Triton's kernels and the benchmark;",
+        '               "pip install -e ." there installs it where it is, "pip install ." a copy',
+    ]
+
+
 def info() -> str:
     """Versions, build and backends as text."""
+    warnings.simplefilter("ignore")  # of what the lines below say
     lines = [
         f"adahessian_fused {__version__} (Python {platform.python_version()}, torch {torch.__version__})",
+        *_place_lines(),
         *_build_lines(),
         f"on CPU tensors ({torch.get_num_threads()} threads)",
         *_device_lines("cpu"),

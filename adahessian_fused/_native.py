@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import struct
+import sysconfig
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,16 +22,37 @@ NORM_OPS = {
 }
 
 
-def _load() -> None:
-    library = next(Path(__file__).parent.glob("libadahessian_ops.*"), None)
-    if library is None:
-        note = Path(__file__).with_name("native_missing.txt")  # setup.py's
-        why = note.read_text().strip() if note.exists() else "no C++ compiler, or torch was not at hand"
+def _find() -> Path:
+    """The library of operators; ImportError says what to do if it, or _C beside it, is not there or not whole."""
+    folder = Path(__file__).parent
+    found = [*folder.glob("libadahessian_ops.*"), *folder.glob("_C.*")]
+    add = '"pip install --force-reinstall --no-deps ." in the source folder'
+    if not found and (folder.parent / "CMakeLists.txt").exists():
+        raise ImportError(f'{folder.parent} is a source folder, not built to the end: "pip install -v -e ." does it')
+    if not found:
+        note = folder / "native_missing.txt"  # setup.py's
+        why = note.read_text().strip() if note.exists() else "nothing was noted"
+        raise ImportError(f"it is not part of this installation. When that was built: {why}. Then {add} adds it")
+    parts = [folder / "libadahessian_ops.so", folder / f"_C{sysconfig.get_config_var('EXT_SUFFIX')}"]
+    if not all(part in found and _is_whole(part) for part in parts):
         raise ImportError(
-            f"it is not part of this installation. When that was built: {why}. With a C++ compiler and torch, "
-            '"pip install --no-build-isolation --force-reinstall --no-deps ." in the source folder adds it'
+            f"it is not whole: {folder} has {', '.join(p.name for p in found)}; expected {parts[0].name} and "
+            f"{parts[1].name}, neither cut short. {add} makes both"
         )
-    torch.ops.load_library(str(library))
+    return parts[0]
+
+
+def _is_whole(library: Path) -> bool:
+    """Whether an ELF file has its end, the table of sections; to load one cut short would end the process."""
+    header = library.open("rb").read(64)
+    if len(header) < 64:
+        return False
+    offset, size, count = struct.unpack_from("<40xQ10xHH", header)
+    return offset + size * count <= library.stat().st_size
+
+
+def _load() -> None:
+    torch.ops.load_library(str(_find()))
     for namespace in NAMESPACES:
         for op in OPS:
             torch.library.register_fake(f"{namespace}::{op}")(lambda *args, **kwargs: None)

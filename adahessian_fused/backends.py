@@ -67,6 +67,8 @@ def unavailable_reason(name: str, device_type: str = "cpu") -> str | None:
     if name == "triton":
         if importlib.util.find_spec("triton") is None:
             return "the package triton is not installed (pip install triton)"
+        if importlib.util.find_spec(".kernels", __package__) is None:
+            return "its kernels are in another folder of the source, which is not installed (pip install -e .)"
         interpreted = os.environ.get("TRITON_INTERPRET") == "1"
         if device_type == "cpu" and not interpreted:
             return "runs on GPUs; on CPU tensors only interpreted, for tests (set TRITON_INTERPRET=1)"
@@ -93,7 +95,7 @@ def _warn_of_broken_library() -> None:
     if failure is not None and next(here.glob("libadahessian_ops.*"), None) is not None:
         warnings.warn(
             f'{failure}. backend="auto" goes on without it, which is slow; expected a library built from this source '
-            "(pip install --no-build-isolation .) for the installed torch",
+            "(pip install --force-reinstall --no-deps .) for this Python and torch >= 2.10",
             RuntimeWarning,
             stacklevel=2,
         )

@@ -1,4 +1,4 @@
-"""Every message the package raises or warns with, found in its source: Python's by ast, C++'s by its checks."""
+"""Every message the package raises or warns with, found in its source: Python's by ast, C++'s and CMake's by regex."""
 
 from __future__ import annotations
 
@@ -22,7 +22,8 @@ class Message(NamedTuple):
 
 def in_python() -> Iterator[Message]:
     """Messages of ``raise``, ``warnings.warn`` and ``sys.exit``, and reasons why something cannot run."""
-    files = [(path, ast.parse(path.read_text())) for path in _sources("adahessian_fused", "kernels", suffix=".py")]
+    sources = [*_sources("adahessian_fused", "kernels", suffix=".py"), ROOT / "setup.py"]
+    files = [(path, ast.parse(path.read_text())) for path in sources]
     named: dict[str, str] = {}  # constants, and functions that return a string
     for _, tree in files:
         for node in tree.body:
@@ -48,6 +49,13 @@ def in_cpp() -> Iterator[Message]:
             text = _squeeze("".join(map(_literals, message)))
             if text.strip(HOLE + ": "):
                 yield Message(text, f"{path.relative_to(ROOT)}:{source.count(chr(10), 0, found.start()) + 1}")
+
+
+def in_cmake() -> Iterator[Message]:
+    """Reasons why the CUDA kernels are not compiled."""
+    for path in _sources("csrc", suffix=".cmake"):
+        for found in re.finditer(r'set\(why_not "([^"]+)"', path.read_text()):
+            yield Message(re.sub(r"\$\{\w+\}", HOLE, found[1]), path.name)
 
 
 def _said_by(node: ast.AST) -> Iterator[tuple[ast.expr, int]]:

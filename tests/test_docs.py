@@ -170,7 +170,7 @@ def says(message: messages.Message, entry: str) -> bool:
     return message.text.startswith(entry.removesuffix(messages.HOLE))
 
 
-FOUND = [*messages.in_python(), *messages.in_cpp()]
+FOUND = [*messages.in_python(), *messages.in_cpp(), *messages.in_cmake()]
 
 
 def test_every_message_has_an_entry():

@@ -101,13 +101,5 @@ def test_without_a_compiler_the_wheel_is_pure_python_and_says_so(tmp_path):
         archive.extractall(site)
         assert not [name for name in archive.namelist() if "/results/" in name or name.endswith(".so")]
     spec = importlib.util.spec_from_file_location("installed_native", site / "adahessian_fused" / "_native.py")
-    with pytest.raises(ImportError, match=r"When that was built: no C\+\+ compiler found \(install g\+\+ or set CXX\)"):
+    with pytest.raises(ImportError, match=r"When that was built: no C\+\+ compiler found \(tried c\+\+; install g\+\+"):
         spec.loader.exec_module(importlib.util.module_from_spec(spec))
-
-
-def test_asking_for_the_native_library_without_a_compiler_fails(tmp_path):
-    environment = os.environ | {"PATH": "/nonexistent", "ADAHESSIAN_NATIVE": "ON"}
-    command = [sys.executable, "setup.py", "build", "--build-base", str(tmp_path)]
-    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
-    assert result.returncode != 0
-    assert "ADAHESSIAN_NATIVE=ON, but no C++ compiler found" in result.stderr
