@@ -195,8 +195,8 @@ class Curvature:
             held.setdefault((tensor.device, tensor.dtype), []).append(tensor)
         flags = []
         for (device, _), tensors in held.items():
-            scalar = {"dtype": torch.float32, "device": device}
-            flag, one = torch.zeros((), **scalar), torch.ones((), **scalar)
+            flag = torch.zeros((), dtype=torch.float32, device=device)
+            one = torch.ones_like(flag)
             torch._amp_foreach_non_finite_check_and_unscale_(tensors, flag, one)
             flags.append(flag)
         none = torch.zeros((), dtype=torch.float32, device="cpu")

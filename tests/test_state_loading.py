@@ -10,7 +10,7 @@ import torch
 from models import assert_same, conv_net, fresh, loss_of, mlp, train, weights
 from torch import nn
 
-from adahessian_fused import AdaHessian
+from adahessian_fused import AdaHessian, compat
 
 # ---- what the other packages save ------------------------------------------------------------------------------------
 
@@ -105,6 +105,131 @@ def test_options_that_the_state_dict_lacks_stay_as_they_are(device):
     opt.load_state_dict(FORMATS["official"](model, 3))
     assert {k: opt.param_groups[0][k] for k in expected} == expected
     assert {k: opt.param_groups[0][k] for k in SAME} == SAME
+
+
+class Diagonal(nn.Module):
+    """Its Hessian is diagonal, so that the probe does not matter: two runs are the same if their rules are."""
+
+    def __init__(self, shape):
+        super().__init__()
+        self.w = nn.Parameter(torch.linspace(0.5, 1.5, math.prod(shape), dtype=torch.float64).view(shape))
+
+    def forward(self, t):
+        return (self.w.pow(3) / 6 + 0.1 * (self.w - t).square()).sum()
+
+
+@pytest.mark.filterwarnings("ignore:Using backward")
+@pytest.mark.parametrize("shape", [(4, 2, 3, 3), (5, 6)], ids=["kernel", "matrix"])
+@pytest.mark.parametrize(
+    ("package", "name"), [("torch_optimizer", "Adahessian"), ("pytorch_optimizer", "AdaHessian")], ids=str
+)
+def test_a_run_goes_on_by_the_rules_of_its_code(device, package, name, shape):
+    """Both go on in turn: what was loaded is not theirs any more, either."""
+    model, other = Diagonal(shape).to(device), Diagonal(shape).to(device)
+    theirs = getattr(pytest.importorskip(package), name)(model.parameters(), lr=0.01)
+
+    def step(opt, model, t):
+        opt.zero_grad()
+        model(0.1 * t).backward(create_graph=True)
+        opt.step()
+
+    for t in range(4):
+        step(theirs, model, t)
+    other.load_state_dict(model.state_dict())
+    ours = AdaHessian(other.parameters())
+    with pytest.warns(UserWarning, match=r"states and options of .*s AdaHessian and goes on with .*'update_each': 1"):
+        ours.load_state_dict(theirs.state_dict())
+    for t in range(4, 20):
+        step(theirs, model, t)
+        step(ours, other, t)
+    assert torch.allclose(other.w, model.w, rtol=1e-12)
+
+
+# ---- state dicts of other optimizers ---------------------------------------------------------------------------------
+
+KEPT = {"Adam": {}, "AdamW": {"amsgrad": True}, "Adamax": {}, "NAdam": {}, "RAdam": {}}
+OTHERS = {
+    "SGD": {"momentum": 0.9},
+    "Adagrad": {},
+    "Adadelta": {},
+    "RMSprop": {},
+    "Rprop": {},
+    "ASGD": {},
+    "Adafactor": {},
+}
+MAKERS = {
+    "ours": AdaHessian,
+    "official": compat.official.Adahessian,
+    "torch_optimizer": compat.torch_optimizer.Adahessian,
+    "pytorch_optimizer": compat.pytorch_optimizer.AdaHessian,
+    "timm": compat.timm.Adahessian,
+    "davda54": compat.davda54.AdaHessian,
+}
+
+
+def first_order(name, options, device, steps=3):
+    p = nn.Parameter(torch.linspace(0.5, 2.0, 6, device=device))
+    opt = getattr(torch.optim, name)([p], **options)
+    for _ in range(steps):
+        opt.zero_grad()
+        (p**4).sum().backward()
+        opt.step()
+    return p, opt
+
+
+@pytest.mark.parametrize("make", MAKERS.values(), ids=MAKERS)
+@pytest.mark.parametrize(("name", "options"), KEPT.items(), ids=KEPT)
+def test_the_gradients_average_of_adams_family_is_kept(device, name, options, make):
+    """V is measured anew at once, so the first step is of the length that it has in a new optimizer."""
+    p, theirs = first_order(name, options, device)
+    opt, x = make([p], lr=0.01, betas=(0.9, 0.99), eps=0.0, hessian_power=1.0), p.detach().clone()
+    expected = {name: value for name, value in opt.param_groups[0].items() if name != "params"}
+    m = 0.9 * theirs.state[p]["exp_avg"] + 0.1 * 4 * x**3
+    with pytest.warns(UserWarning, match="took exp_avg and step of a state dict of Adam's family"):
+        opt.load_state_dict(theirs.state_dict())
+    assert {name: opt.param_groups[0][name] for name in expected} == expected
+    assert opt.needs_hessian
+    opt.zero_grad()
+    opt.backward((p**4).sum())
+    opt.step()
+    assert torch.allclose(p, x - 0.01 / (1 - 0.9**4) * m / (12 * x**2), rtol=1e-5)
+    assert (int(theirs.state[p]["step"]), torch.is_tensor(theirs.state[p]["exp_avg"])) == (3, True)
+
+
+def test_counting_as_pytorch_optimizer_does_cannot_go_on_from_adam(device):
+    p, theirs = first_order("Adam", {}, device)
+    opt = compat.pytorch_optimizer.AdaHessian([p], faithful=True)
+    with pytest.raises(ValueError, match="faithful=True with a state dict of Adam's family; expected faithful=False"):
+        opt.load_state_dict(theirs.state_dict())
+
+
+STRANGERS = {
+    **{name: lambda device, n=name, o=options: first_order(n, o, device)[1] for name, options in OTHERS.items()},
+    "AdamW_not_stepped": lambda device: first_order("AdamW", {}, device, 0)[1],
+    "SGD_without_states": lambda device: first_order("SGD", {}, device)[1],
+}
+
+
+@pytest.mark.parametrize("make", MAKERS.values(), ids=MAKERS)
+@pytest.mark.parametrize("stranger", STRANGERS.values(), ids=STRANGERS)
+def test_other_optimizers_are_refused(device, stranger, make):
+    opt = make([nn.Parameter(torch.linspace(0.5, 2.0, 6, device=device))])
+    opt.step(lambda: (opt.param_groups[0]["params"][0] ** 4).sum())
+    before = str(opt.state_dict())
+    with pytest.raises(
+        ValueError, match=r"the state dict has states with .* expected those of an AdaHessian, or of Adam"
+    ):
+        opt.load_state_dict(stranger(device).state_dict())
+    assert str(opt.state_dict()) == before
+
+
+@pytest.mark.parametrize("make", MAKERS.values(), ids=MAKERS)
+def test_an_adahessian_that_has_not_stepped(device, make, recwarn):
+    p = nn.Parameter(torch.ones(3, device=device))
+    opt = AdaHessian([p])
+    opt.load_state_dict(make([p], lr=0.5).state_dict())
+    assert opt.param_groups[0]["lr"] == 0.5
+    assert not recwarn
 
 
 def test_stale_steps_before_any_diagonal_is_known_hold(device):

@@ -89,7 +89,7 @@ class DropIn(AdaHessian):
         return state
 
     def _imported(self, state: Mapping[str, Any], group: Mapping[str, Any]) -> dict[str, Any]:
-        if "exp_avg" not in state or "hessian_step" in state:  # nothing yet, or a state of AdaHessian itself
+        if "exp_hessian_diag_sq" not in state or "hessian_step" in state:  # nothing of the original's
             return dict(state)
         step, hessian_step = self._counts(state, group)
         extra = state.get(EXTRA, {})
@@ -97,10 +97,10 @@ class DropIn(AdaHessian):
         return {**state, "step": step, "hessian_step": hessian_step, **current}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load a state dict of this class, of the original or of :class:`~adahessian_fused.AdaHessian`.
+        """Load a state dict of this class, of the original, or one that :class:`~adahessian_fused.AdaHessian` takes.
 
         Raises:
-            ValueError: the state dict has other groups or parameters than this optimizer.
+            ValueError: the state dict has other groups or parameters than this optimizer, or is of another one.
         """
         state = dict(state_dict["state"])
         for group, own in zip(state_dict["param_groups"], self.param_groups, strict=False):  # super checks the lengths

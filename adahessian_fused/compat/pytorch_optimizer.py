@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..checks import CHOICES, check_choice, check_count
 from ..layout import Entry
+from ..state import ADAM, source_of
 from ..update import HyperTable
 from .base import DropIn, Option, global_seed
 
@@ -147,6 +148,19 @@ class AdaHessian(DropIn):
                 "adam_debias=True; expected False. The kernels always correct the bias of the gradient's average; "
                 "leave the option out, or stay with pytorch_optimizer"
             )
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load a state dict of this class, of the original, or one that :class:`~adahessian_fused.AdaHessian` takes.
+
+        Raises:
+            ValueError: the state dict has other groups or parameters than this optimizer, or is of another one.
+        """
+        if source_of(state_dict) is ADAM and self.param_groups[0]["faithful"]:
+            raise ValueError(
+                "faithful=True with a state dict of Adam's family; expected faithful=False, since the original has one "
+                "count of steps for both averages, and that of the curvature begins anew"
+            )
+        super().load_state_dict(state_dict)
 
     def _counts(self, state: Mapping[str, Any], group: Mapping[str, Any]) -> tuple[int, int]:
         step = int(group["step"])
