@@ -128,7 +128,7 @@ def train_step(model, opt, loss_of, x, y):
 
 def train_step_scaled(model, opt, loss_of, x, y):
     scaler = torch.amp.GradScaler("cpu", init_scale=256.0)
-    TrainStep(model, loss_of, opt, 0.5, compile=False, cuda_graph=False, grad_scaler=scaler)(x, y)
+    TrainStep(model, loss_of, opt, compile=False, cuda_graph=False, grad_scaler=scaler)(x, y)
 
 
 WAYS = [create_graph, backward, closure, standard_closure, function, split, micro_batches, hooked, scaled, scaler_given]
@@ -143,7 +143,7 @@ OPTIONS = {
     "finite_difference": {"hvp": "finite_difference"},
     "forward_over_reverse": {"hvp": "forward_over_reverse"},
 }
-CASES = [(way, {"hessian_fraction": 0.5} if way is split else {}) for way in WAYS]
+CASES = [(way, {"hessian_fraction": 0.5} if way in (split, train_step_scaled) else {}) for way in WAYS]
 CASES += [(backward, OPTIONS[name]) for name in ("averages", "stale", "gaussian", "rounded", "capturable")]
 CASES += [(way, OPTIONS[name]) for way in (closure, function, scaler_given) for name in [*OPTIONS][-2:]]
 CASES += [(function, OPTIONS["finite_difference"] | {"probe": "gaussian"})]
