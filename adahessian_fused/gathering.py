@@ -16,7 +16,7 @@ from .distributed.ranks import batch_weight
 from .distributed.sharded import any_sharded, part_of
 from .evaluation import Differentiate, EvaluatesLosses
 from .fraction import split_batch
-from .friendly import curvature_friendly
+from .friendly import curvature_friendly, plain
 from .layout import Entry, compute_dtype
 from .profiling import profiled
 
@@ -96,7 +96,7 @@ class GathersCurvature(EvaluatesLosses):
             found = self._evaluate_loss(weighted, gradient, scale, 1.0 if curvature is None else curvature)
             return found if weight is None else found / weight
         if not given:
-            with curvature_friendly() if wanted else contextlib.nullcontext():
+            with curvature_friendly() if wanted else plain():
                 loss = loss()
         hvp.check_loss(loss, gradient)
         inverse_scale = None

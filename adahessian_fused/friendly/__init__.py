@@ -1,5 +1,6 @@
-"""Operators with a cheap double backward, one file a family, and the context manager that puts them to work."""
+"""Operators with a cheap double backward, one file a family, and what puts them to work."""
 
-from .mode import curvature_friendly
+from .mode import plain
+from .told import curvature_friendly
 
-__all__ = ["curvature_friendly"]
+__all__ = ["curvature_friendly", "plain"]

@@ -1,9 +1,11 @@
-"""The context manager that puts operators with a cheap double backward in the place of PyTorch's."""
+"""The mode that puts operators with a cheap double backward in the place of PyTorch's."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import ExitStack
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -12,7 +14,8 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd import forward_ad
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.overrides import TorchFunctionMode
+from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
+from torch.utils import checkpoint
 
 from .batch_norm import batch_norm, torch_batch_norm
 from .convolution import convolution
@@ -47,50 +50,107 @@ DEVICES = ("cpu", "cuda")
 PLAIN = (Tensor, torch.nn.Parameter, FakeTensor)  # fake ones stand for plain ones while a graph is traced
 
 
-class curvature_friendly(TorchFunctionMode):  # noqa: N801 - used like a function
-    """Inside it, operators have a double backward of a few kernels: what a Hessian-vector product needs.
+class _Settings:
+    """What is the process's, not the thread's: kept as the mode needs it while any thread is inside it.
 
-    Around the forward pass of a step that uses curvature::
-
-        with curvature_friendly():
-            loss = loss_fn(model(inputs), targets)
-        opt.backward(loss)
-
-    ``opt.step(closure)``, if the closure returns the loss, ``opt.backward(function)`` and ``opt.backward_split`` enter
-    it by themselves on such steps.
-
-    * Batch, layer, group and RMS norm, convolutions (also transposed) and ReLU: PyTorch composes their double backward
-      of dozens of small operators; here it is one fused kernel for a norm (:mod:`.formulas` has the formula) and three
-      convolutions' for a convolution. Forward and first backward are PyTorch's own kernels, with the same results and
-      the same running statistics.
-    * ``embedding_bag`` gets a double backward, for dense gradients.
-    * ``scaled_dot_product_attention`` runs on its math backend; the fused ones cannot be differentiated twice.
-
-    Neither the model nor its state dict changes. Everything else stays PyTorch's: operators without a gradient,
-    functorch transforms and forward-mode AD, tensor subclasses, nested, sparse and complex tensors, SyncBatchNorm in a
-    process group, and code under ``torch.compile``. Derivatives of every order are right, so a loss may hold gradients.
+    Attention is computed by its math kernel, and what ``torch.compile`` has compiled runs as it was written.
     """
 
     def __init__(self) -> None:
-        super().__init__()
-        self._attention = ExitStack()
+        self._lock, self._users, self._changes = threading.RLock(), 0, ExitStack()
+
+    def _change(self) -> None:
+        self._changes.enter_context(sdpa_kernel(SDPBackend.MATH))
+        if "torch._dynamo" in sys.modules and not torch.compiler.is_compiling():
+            self._changes.enter_context(torch.compiler.set_stance("force_eager"))
+
+    def enter(self) -> None:
+        with self._lock:
+            if self._users == 0:
+                self._change()
+            self._users += 1
+
+    def leave(self) -> None:
+        with self._lock:
+            self._users -= 1
+            if self._users == 0:
+                self._changes.close()
+
+    @contextmanager
+    def suspended(self) -> Iterator[None]:
+        """Inside it, they are as they were before."""
+        with self._lock:
+            self._changes.close()
+        try:
+            yield
+        finally:
+            with self._lock:
+                if self._users:
+                    self._change()
+
+
+_settings = _Settings()
+_thread = threading.local()  # .off: whether the mode is suspended
+
+
+class Mode(TorchFunctionMode):
+    """Puts operators in the place of PyTorch's: :func:`~adahessian_fused.curvature_friendly`."""
 
     def __enter__(self) -> Any:
-        self._attention.enter_context(sdpa_kernel(SDPBackend.MATH))
+        _settings.enter()
         return super().__enter__()
 
     def __exit__(self, *error: object) -> None:
         try:
             super().__exit__(*error)
         finally:
-            self._attention.close()
+            _settings.leave()
 
     def __torch_function__(self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         ours = OPERATORS.get(func)
-        if ours is None or not _differentiable([*args, *kwargs.values()]):
+        if ours is None or off() or not _differentiable([*args, *kwargs.values()]):
             return func(*args, **kwargs)
         return ours(*args, **kwargs)
+
+
+def off() -> bool:
+    """Whether this thread runs PyTorch's own operators although it is in the mode, or about to enter it."""
+    return getattr(_thread, "off", False)
+
+
+def on() -> bool:
+    """Whether this thread runs our operators."""
+    return not off() and any(isinstance(mode, Mode) for mode in _get_current_function_mode_stack())
+
+
+@contextmanager
+def plain() -> Iterator[None]:
+    """Inside it, PyTorch's own operators run, whatever modes are entered around or in it."""
+    before, _thread.off = off(), True
+    try:
+        with _settings.suspended():
+            yield
+    finally:
+        _thread.off = before
+
+
+class _Checkpoint(checkpoint._CheckpointFrame):
+    """Non-reentrant activation checkpoint whose recomputation runs the operators that its forward pass ran."""
+
+    def __init__(self, recompute_fn: Callable[..., None], *args: Any, **kwargs: Any) -> None:
+        was_on, was_off = on(), off()
+
+        def recompute(*inputs: Any) -> None:
+            alike = (on(), off()) == (was_on, was_off)
+            with nullcontext() if alike else Mode() if was_on else plain():
+                recompute_fn(*inputs)
+
+        super().__init__(recompute, *args, **kwargs)
+
+
+# For all of the process: a mode may be entered between the two passes.
+checkpoint._CheckpointFrame = _Checkpoint  # type: ignore[misc]
 
 
 def _differentiable(arguments: list) -> bool:

@@ -26,6 +26,8 @@ _LACKS = {
 _OTHER = {"autograd": "forward_over_reverse", "forward_over_reverse": "autograd"}
 NO_GRAPH = "{}, whose backward leaves no graph of itself,"
 HIDDEN_NUMBERS = "{}, which keeps numbers for its backward that are no inputs and have no graph,"
+# What the mode has, or runs in another way.
+_FRIENDLY = ("scaled_dot_product", "embedding_bag", "torch.compile")
 
 
 def operator_in(message: str) -> str | None:
@@ -44,11 +46,7 @@ def explanation(operator: str, strategy: str) -> str:
         f'hvp="{_OTHER[strategy]}", if that knows the operator',
     ]
     if "scaled_dot_product" in operator:
-        ways.insert(
-            0,
-            "another attention kernel, with torch.nn.attention.sdpa_kernel(SDPBackend.MATH); with update_each=10 it is "
-            "needed on every tenth step only, those where opt.needs_hessian is True",
-        )
+        ways.insert(0, "its math kernel, with torch.nn.attention.sdpa_kernel(SDPBackend.MATH)")
     elif "use_reentrant" in operator:
         ways.insert(0, "use_reentrant=False")
     elif "torch.autograd.Function" in operator:
@@ -59,9 +57,11 @@ def explanation(operator: str, strategy: str) -> str:
         )
         if "no inputs" in operator:
             ways.append("twice_differentiable = True in the class, if those numbers do not depend on its inputs")
-    elif "torch.compile" in operator:
+    if strategy == "autograd" and any(name in operator for name in _FRIENDLY):
         ways.insert(
-            0, "the model as it was before torch.compile where opt.needs_hessian is True; update_each makes that rare"
+            0,
+            "curvature_friendly(model, opt), once after making both (and after torch.compile), for every model that the "
+            "loss goes through",
         )
     return (
         f'{operator} {_LACKS[strategy]}, which hvp="{strategy}" needs. Ways out: {"; or ".join(ways)}. '

@@ -19,14 +19,13 @@ def main() -> tuple[AdaHessian, float, float]:
     train, test = images_and_labels()
     loader, model = batches(train), conv_net()
     opt = AdaHessian(model.parameters(), lr=0.15, update_each=2)
+    curvature_friendly(model, opt)
     swa, ema = AveragedModel(model), AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.9), use_buffers=True)
     schedule, swa_schedule = CosineAnnealingLR(opt, SWA_FROM), SWALR(opt, swa_lr=0.05, anneal_epochs=1)
     for epoch in range(EPOCHS):
         for images, labels in loader:
             opt.zero_grad()
-            with curvature_friendly():
-                loss = cross_entropy(model(images), labels)
-            opt.backward(loss)
+            opt.backward(cross_entropy(model(images), labels))
             opt.step()
             ema.update_parameters(model)
         if epoch < SWA_FROM:

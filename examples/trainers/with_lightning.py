@@ -7,7 +7,7 @@ import torch
 from digits import accuracy, batches, conv_net, images_and_labels
 from torch.nn.functional import cross_entropy
 
-from adahessian_fused import AdaHessian
+from adahessian_fused import AdaHessian, curvature_friendly
 
 
 class Classifier(L.LightningModule):
@@ -26,6 +26,7 @@ class Classifier(L.LightningModule):
         """AdaHessian, and a schedule as for any optimizer."""
         opt = AdaHessian(self.parameters(), lr=0.15, update_each=2)
         opt.hook_backward()  # needed for accumulate_grad_batches and 16-mixed only
+        curvature_friendly(self, opt)
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(opt, int(self.trainer.estimated_stepping_batches))
         return {"optimizer": opt, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 

@@ -21,15 +21,14 @@ def main() -> tuple[AdaHessian, float]:
     loader, model = batches(train), conv_net()
     compat.timm.register()
     opt = create_optimizer_v2(model, opt="fusedadahessian", lr=0.15, weight_decay=0.01, eps=1e-4)
+    curvature_friendly(model, opt)
     schedule = CosineLRScheduler(opt, t_initial=EPOCHS * len(loader), t_in_epochs=False)
     ema = ModelEmaV3(model, decay=0.9)
     updates = 0
     for _ in range(EPOCHS):
         for images, labels in loader:
-            with curvature_friendly():
-                loss = cross_entropy(model(images), labels)
             opt.zero_grad()
-            loss.backward(create_graph=opt.is_second_order)
+            cross_entropy(model(images), labels).backward(create_graph=opt.is_second_order)
             dispatch_clip_grad(model.parameters(), 1.0)
             opt.step()
             updates += 1

@@ -43,8 +43,7 @@ def main() -> tuple[AdaHessian, float]:
             optimizers=(opt, None),
             compute_metrics=lambda p: {"accuracy": (p.predictions.argmax(1) == p.label_ids).mean()},
         )
-        # The attention that can be differentiated twice, for as long as the Trainer trains.
-        with opt.hook_backward(), curvature_friendly():
+        with opt.hook_backward(), curvature_friendly(model, opt):
             trainer.train()
         return opt, trainer.evaluate()["eval_accuracy"]
 

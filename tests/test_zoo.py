@@ -1,0 +1,127 @@
+"""Models of many kinds train by every way of stepping: v against a plain double backward in float64."""
+
+from __future__ import annotations
+
+import copy
+from contextlib import nullcontext
+
+import pytest
+import torch
+from models import ByHand
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from zoo import ZOO, Animal
+
+from adahessian_fused import AdaHessian, TrainStep, curvature_friendly, split_batch
+
+OPTIONS = {"lr": 0.0, "betas": (0.9, 0.0)}  # v is the square of this step's D
+
+
+def as_double(t: Tensor) -> Tensor:
+    return t.double() if t.is_floating_point() else t
+
+
+def expected(animal: Animal, batch) -> list[Tensor | None]:
+    """Block means of |D| by PyTorch's own operators; None where there is no gradient."""
+    model, params = animal.model, list(animal.model.parameters())
+    hands = [ByHand(p, i) for i, p in enumerate(params)]
+    with sdpa_kernel(SDPBackend.MATH):
+        loss = animal.reference(model, *map(as_double, batch))
+    grads = torch.autograd.grad(loss, params, create_graph=True, allow_unused=True)
+    used = [i for i, g in enumerate(grads) if g is not None and g.requires_grad]
+    z = [hands[i].z() for i in used]
+    products = torch.autograd.grad([grads[i] for i in used], [params[i] for i in used], z, materialize_grads=True)
+    found = dict(zip(used, (hands[i].average(v * h) for i, v, h in zip(used, z, products, strict=True)), strict=True))
+    zeros = [None if g is None else torch.zeros_like(g) for g in grads]
+    return [found.get(i, zero) for i, zero in enumerate(zeros)]
+
+
+# ---- ways of stepping ------------------------------------------------------------------------------------------------
+
+
+def create_graph(opt, loss, whole, batch):
+    loss(*batch).backward(create_graph=True)
+    opt.step()
+
+
+def backward_loss(opt, loss, whole, batch):
+    opt.backward(loss(*batch))
+    opt.step()
+
+
+def backward_function(opt, loss, whole, batch):
+    opt.backward(lambda: loss(*batch))
+    opt.step()
+
+
+def closure(opt, loss, whole, batch):
+    opt.step(lambda: loss(*batch))
+
+
+def closure_backward(opt, loss, whole, batch):
+    def closure():
+        opt.zero_grad()
+        value = loss(*batch)
+        value.backward()
+        return value
+
+    opt.step(closure)
+
+
+def hook_backward(opt, loss, whole, batch):
+    with opt.hook_backward():
+        loss(*batch).backward()
+    opt.step()
+
+
+def backward_split(opt, loss, whole, batch):
+    opt.backward_split(loss, *batch)
+    opt.step()
+
+
+def train_step(opt, loss, whole, batch):
+    TrainStep(whole, lambda value, _: value, opt, compile=False)(tuple(batch), batch[0])
+
+
+class Whole(nn.Module):
+    """Model and loss, as TrainStep and trainers want them."""
+
+    def __init__(self, animal: Animal):
+        super().__init__()
+        self.model, self.loss = animal.model, animal.loss
+
+    def forward(self, *batch):
+        return self.loss(self.model, *batch)
+
+
+FROM_LOSS = (create_graph, backward_loss, hook_backward)  # the model has to be told
+WAYS = (*FROM_LOSS, backward_function, closure, closure_backward, train_step, backward_split)
+
+
+@pytest.mark.filterwarnings("ignore:Using backward\\(\\) with create_graph=True")
+@pytest.mark.parametrize("name", ZOO)
+def test_every_way_of_stepping(name):
+    torch.manual_seed(0)
+    animal = ZOO[name]()
+    animal.model.train()
+    twin = animal._replace(model=copy.deepcopy(animal.model).double())
+    half = copy.deepcopy(twin)
+    wanted = dict.fromkeys(WAYS, expected(twin, animal.batch))
+    if animal.mean:
+        wanted[backward_split] = expected(half, split_batch(animal.batch, 0.5)[0])
+    for way in WAYS if animal.mean else WAYS[:-1]:
+        model = copy.deepcopy(animal.model)
+        opt = AdaHessian(model.parameters(), **OPTIONS, hessian_fraction=0.5 if way is backward_split else 1.0)
+        with curvature_friendly(model, opt) if way in FROM_LOSS else nullcontext():
+            way(opt, lambda *batch, m=model: animal.loss(m, *batch), Whole(animal._replace(model=model)), animal.batch)
+        compare(way.__name__, opt, model, wanted[way])
+
+
+def compare(way: str, opt: AdaHessian, model: nn.Module, wanted: list[Tensor | None]) -> None:
+    size = max(d.norm() for d in wanted if d is not None)
+    assert size > 0
+    for (name, p), d in zip(model.named_parameters(), wanted, strict=True):
+        assert (d is None) == (p not in opt.state), f"{way}: {name}"
+        if d is not None:
+            error = (opt.hessian_diag(p).double() - d.abs()).norm()
+            assert error <= 1e-3 * d.norm() + 1e-5 * size, f"{way}: D of {name} is off by {error:.3g} of {d.norm():.3g}"
