@@ -269,7 +269,11 @@ class Checkpointed(nn.Module):
     def __init__(self):
         super().__init__()
         conv = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.GroupNorm(2, 4), nn.ReLU())
-        self.conv, self.batch_norm, self.bags = conv, nn.BatchNorm2d(4, track_running_stats=False), nn.EmbeddingBag(5, 8)
+        self.conv, self.batch_norm, self.bags = (
+            conv,
+            nn.BatchNorm2d(4, track_running_stats=False),
+            nn.EmbeddingBag(5, 8),
+        )
         self.project, self.attend, self.head = nn.Linear(4, 8), Encoder(norm_first=True), nn.RMSNorm(8)
         self.use = lambda function, *args: checkpoint(function, *args, use_reentrant=False)
 

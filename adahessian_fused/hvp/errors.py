@@ -60,8 +60,8 @@ def explanation(operator: str, strategy: str) -> str:
     if strategy == "autograd" and any(name in operator for name in _FRIENDLY):
         ways.insert(
             0,
-            "curvature_friendly(model, opt), once after making both (and after torch.compile), for every model that the "
-            "loss goes through",
+            "curvature_friendly(model, opt), once after making both (and after torch.compile), for every model that "
+            "the loss goes through",
         )
     return (
         f'{operator} {_LACKS[strategy]}, which hvp="{strategy}" needs. Ways out: {"; or ".join(ways)}. '

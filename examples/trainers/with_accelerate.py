@@ -1,4 +1,4 @@
-"""AdaHessian in a loop of Hugging Face Accelerate: one line more than for a first-order optimizer."""
+"""AdaHessian in a loop of Hugging Face Accelerate: two lines more than for a first-order optimizer."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from accelerate import Accelerator
 from digits import accuracy, batches, conv_net, images_and_labels
 from torch.nn.functional import cross_entropy
 
-from adahessian_fused import AdaHessian
+from adahessian_fused import AdaHessian, curvature_friendly
 
 EPOCHS = 3
 
@@ -20,6 +20,7 @@ def main() -> tuple[AdaHessian, float]:
     loader, model = batches(train, 32), conv_net()
     adahessian = AdaHessian(model.parameters(), lr=0.15, update_each=2)
     adahessian.hook_backward()  # accelerator.backward(loss) gathers its curvature from now on
+    curvature_friendly(model, adahessian)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(adahessian, EPOCHS * len(loader) // 2)
     model, opt, loader, schedule = accelerator.prepare(model, adahessian, loader, schedule)
     for _ in range(EPOCHS):
