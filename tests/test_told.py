@@ -9,11 +9,12 @@ import threading
 
 import pytest
 import torch
+import torch.nn.functional as F
 from models import assert_same, weights
 from torch import nn
 from zoo import Encoder
 
-from adahessian_fused import AdaHessian, curvature_friendly
+from adahessian_fused import AdaHessian, TrainStep, curvature_friendly
 from adahessian_fused.friendly import mode
 
 
@@ -282,3 +283,16 @@ def test_the_error_names_it_first():
     handle.remove()
     with pytest.raises(RuntimeError, match=r"Ways out: curvature_friendly\(model, opt\), once"):
         step(opt, model)
+
+
+@pytest.mark.parametrize("how", ["eager", "traced"])
+def test_train_step(how, monkeypatch):
+    """It takes told models, and their off-steps, as it takes any other."""
+    monkeypatch.setattr(torch._inductor, "compile", lambda graph, inputs: graph)
+    (model, opt, _), (twin, opt_of_twin, handle) = (told(update_each=2) for _ in range(2))
+    handle.remove()
+    steps = [TrainStep(m, F.mse_loss, o, compile=how == "traced") for m, o in ((model, opt), (twin, opt_of_twin))]
+    for _ in range(4):
+        losses = [step(X, torch.ones(3, 5)) for step in steps]
+        assert_same(losses[:1], losses[1:])
+    assert_same(weights(model), weights(twin))
