@@ -101,6 +101,11 @@ def check_group(group: dict[str, Any]) -> None:
     _check_number("hessian_fraction", group["hessian_fraction"], 0.0, 1.0, low_included=False, high_included=True)
     if group["fd_epsilon"] is not None:
         _check_number("fd_epsilon", group["fd_epsilon"], 0.0, float("inf"), low_included=False, high_included=False)
+        if group["hvp"] != "finite_difference":
+            raise ValueError(
+                f'fd_epsilon={group["fd_epsilon"]!r} with hvp="{group["hvp"]}"; expected fd_epsilon=None, or '
+                'hvp="finite_difference"'
+            )
     check_block_size(group["block_size"])
     for name, choices in CHOICES.items():
         check_choice(name, group[name], choices)
@@ -124,6 +129,20 @@ def check_hvp_dtype(value: Any, hvp: str, param_dtype: torch.dtype) -> None:
         )
     if value is not None and param_dtype == torch.float64:
         raise ValueError(f"hvp_dtype={value!r} with parameters in torch.float64; expected hvp_dtype=None")
+
+
+# What decides how Hutchinson's estimate is made, and so has nothing to decide where there is a diagonal already.
+_OF_THE_ESTIMATE = {"n_samples": 1, "probe": "rademacher", "hvp": "autograd", "hvp_dtype": None, "hessian_fraction": 1}
+
+
+def check_given_diagonal(group: dict[str, Any]) -> None:
+    """Refuse options that ``step(hessian=...)`` would leave without effect."""
+    for name, neutral in _OF_THE_ESTIMATE.items():
+        if group[name] != neutral:
+            raise ValueError(
+                f"{name}={group[name]!r} has no effect on a diagonal of your own, step(hessian=...); expected "
+                f"{name}={neutral!r}"
+            )
 
 
 def check_state_dtype(value: Any) -> None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from . import hvp
-from .checks import check_grad, integer
+from .checks import check_given_diagonal, check_grad, integer
 from .curvature import Curvature
 from .distributed.ranks import batch_weight
 from .distributed.sharded import any_sharded, part_of
@@ -263,10 +263,11 @@ class GathersCurvature(EvaluatesLosses):
     def _from_graph(self, entries: Sequence[Entry], due: Sequence[bool]) -> None:
         """Curvature from gradients that ``loss.backward(create_graph=True)`` left."""
         grads = [entry.owner.grad for entry in entries]
-        with_graph = hvp.differentiable(grads)
+        with_graph, way = hvp.differentiable(grads), self.param_groups[0]["hvp"]
+        if way != "autograd":
+            raise RuntimeError(hvp.NEEDS_FUNCTION.format(way))
         if not with_graph:
-            way = self.param_groups[0]["hvp"]
-            raise RuntimeError(hvp.NO_CURVATURE if way == "autograd" else hvp.NEEDS_FUNCTION.format(way))
+            raise RuntimeError(hvp.NO_CURVATURE)
         self._check_whole_batch()
         self._check_differentiable()
         hvp.check_gradients(hvp.explore([grads[i] for i in with_graph]))
@@ -279,11 +280,15 @@ class GathersCurvature(EvaluatesLosses):
         elif self._curvature is not None and hvp.differentiable(grads):
             raise RuntimeError(hvp.TWO_WAYS)
 
+    def _check_given_diagonal(self) -> None:
+        check_given_diagonal(self.param_groups[0])
+
     def _from_user(self, hessian: Sequence[Tensor | None], entries: Sequence[Entry]) -> None:
         """Curvature the user brings: D for each parameter, in the order of the groups."""
         params = [p for group in self.param_groups for p in group["params"]]
         if len(hessian) != len(params):
             raise ValueError(f"hessian has {len(hessian)} entries; expected {len(params)}, one for each parameter")
+        self._check_given_diagonal()
         given = dict(zip(params, hessian, strict=True))
         for p, h in given.items():
             given[p] = part_of(h, p) if isinstance(h, Tensor) else h

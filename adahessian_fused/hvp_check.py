@@ -228,6 +228,7 @@ class _Run:
         hvp = name if name in CHOICES["hvp"] else "autograd"
         low = LOWER.get(name)
         self._buffers = [(b, b.clone()) for b in self.model.buffers()]
+        epsilon = epsilon if hvp == "finite_difference" else None
         self._options: dict[str, Any] = {"hvp": hvp, "hvp_dtype": low, "fd_epsilon": epsilon}
 
     def once(self, seed: int) -> AdaHessian:

@@ -71,7 +71,7 @@ WIDE = {
 
 @pytest.mark.parametrize(("name", "value"), WIDE.items())
 def test_options_of_the_whole_optimizer_cannot_differ_between_groups(name, value):
-    opt = AdaHessian([nn.Parameter(torch.ones(2))])
+    opt = AdaHessian([nn.Parameter(torch.ones(2))], hvp="finite_difference" if name == "fd_epsilon" else "autograd")
     with pytest.raises(ValueError, match=f"{name}=.*expected.*the same for all groups"):
         opt.add_param_group({"params": [nn.Parameter(torch.ones(3))], name: value})
     assert len(opt.param_groups) == 1
