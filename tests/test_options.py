@@ -207,8 +207,11 @@ def test_every_option_in_every_way(option, way):
         with pytest.raises((RuntimeError, ValueError), match=option.raises[way]):
             run(way, option.options, option.dtype)
         return
-    expected = canon(OPTIONS.index(option))
-    assert_same(run(way, option.options, option.dtype), expected)
+    found, expected = run(way, option.options, option.dtype), canon(OPTIONS.index(option))
+    if option.canon == way or "hessian_fraction" not in option.options:
+        assert_same(found, expected)
+    # Two parts of a batch are added up in another order: a few roundings in each of four steps.
+    torch.testing.assert_close(found, expected, rtol=1e-13, atol=1e-13)
 
 
 @pytest.mark.parametrize("option", [o for o in OPTIONS if not o.same], ids=lambda option: option.name)
