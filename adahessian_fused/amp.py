@@ -72,7 +72,7 @@ class FollowsGradScaler(TakesClosures):
             return
         self._average_curvature(self._due())
         if grad_scaler is not None:
-            one = torch.ones((), device=grads[0].device)
+            one = torch.ones((), dtype=torch.float32, device=grads[0].device)
             self._curvature.unscale(1 / grad_scaler.scale(one))
         self._curvature.report(grads)
 

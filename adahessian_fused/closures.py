@@ -26,15 +26,18 @@ class TakesClosures(HooksBackward):
         """Call the closure and make sure gradients, and curvature if it is due, are there afterwards."""
         if self.needs_hessian and self.param_groups[0]["hvp"] != "autograd":
             return self._evaluate_closure(closure)
-        self._grads_before = self._grad_versions()
-        with torch.enable_grad():
-            if self.needs_hessian:
-                with curvature_friendly(), hvp.InterceptBackward(self._backward_inside) as mode:
-                    loss = closure()
-                differentiated = mode.called
-            else:
-                loss, differentiated = closure(), False
-        before, self._grads_before = self._grads_before, None
+        before = self._grads_before = self._grad_versions()
+        try:
+            with torch.enable_grad():
+                if self.needs_hessian:
+                    with curvature_friendly(), hvp.InterceptBackward(self.backward) as mode:
+                        loss = closure()
+                    differentiated = mode.called
+                else:
+                    loss, differentiated = closure(), False
+            before = self._grads_before
+        finally:
+            self._grads_before = None
         changed = any(
             grad is not None and (grad is not old or version != old_version)
             for (grad, version), (old, old_version) in zip(self._grad_versions(), before, strict=True)
@@ -49,14 +52,6 @@ class TakesClosures(HooksBackward):
         self.zero_grad()
         self.backward(loss)
         return loss.detach()
-
-    def _backward_inside(self, loss: Tensor, **options: Any) -> None:
-        """What ``loss.backward()`` means in a closure when curvature is due."""
-        if self._curvature is None:
-            for (grad, version), (old, old_version) in zip(self._grad_versions(), self._grads_before, strict=True):
-                if grad is not None and grad is old and version == old_version and grad.any():
-                    raise RuntimeError(hvp.PARTIAL)
-        self.backward(loss, **options)
 
     def _evaluate_closure(self, closure: Callable[[], Any]) -> Any:
         """The same by a strategy that evaluates the closure itself, from gradients that are reset."""
@@ -81,10 +76,11 @@ class TakesClosures(HooksBackward):
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Reset the gradients, and drop curvature that was gathered with them."""
-        self._curvature = None
+        self._forget()
         if self._ranks is not None:
             self._ranks.reset()
         super().zero_grad(set_to_none)
+        self._leave()
         if self._grads_before is not None:  # called by a closure: zeros are not what its backward() leaves
             self._grads_before = self._grad_versions()
 

@@ -126,6 +126,7 @@ class Curvature:
             found = {entry: h for entry, h in zip(entries, products, strict=True) if h is not None}
             scales: dict[str, Any] = {"weight": weight, "inverse_scale": inverse_scale}
             self.take(found, probe=probe, n_samples=n_samples, sample=sample, z=z, **scales)
+            del z, products, found  # before the next ones come
 
     def take(
         self,
@@ -151,11 +152,6 @@ class Curvature:
         """
         if not products:
             return
-        if (self.products or self.diags) and self.unscaled != (inverse_scale is not None):
-            raise RuntimeError(
-                "opt.backward() was given a grad_scaler for some losses of this step, but not for all; expected it for "
-                "all of them, or scaler.scale(loss) for all of them"
-            )
         if inverse_scale is not None:
             products, self.unscaled = _scaled(products, inverse_scale), True
         if weight != 1.0:  # not in place: autograd may have handed out one tensor twice
@@ -175,6 +171,39 @@ class Curvature:
             return
         self.fold()
         self._fold(products, sample, draw, weight)
+
+    def plus(self, other: Curvature) -> Curvature:
+        """The sum of both; if anything goes wrong, both are as they were."""
+        if not (other.products or other.diags):
+            return self
+        if not (self.products or self.diags):
+            return other
+        if self.unscaled != other.unscaled:
+            raise RuntimeError(
+                "opt.backward() was given a grad_scaler for some losses of this step, but not for all; expected it for "
+                "all of them, or scaler.scale(loss) for all of them"
+            )
+        total = Curvature(self._backends, self._seed)
+        total.unscaled = self.unscaled
+        total.diags = {bucket: diag.clone() for bucket, diag in self.diags.items()}
+        for part in (self, other):
+            total._fold(part.products, part.sample, part.draw, 1.0)
+        for bucket, diag in other.diags.items():
+            total.diags[bucket] = total.diags[bucket].add_(diag) if bucket in total.diags else diag
+        return total
+
+    def without(self, entries: Iterable[Entry]) -> Curvature:
+        """The curvature of all other parameters."""
+        gone = set(entries)
+        rest = Curvature(self._backends, self._seed)
+        rest.sample, rest.draw, rest.unscaled = self.sample, self.draw, self.unscaled
+        rest.products = {entry: h for entry, h in self.products.items() if entry not in gone}
+        rest.diags = {bucket: diag.clone() for bucket, diag in self.diags.items()}
+        for entry in gone:
+            if entry.bucket in rest.diags:
+                view = entry.bucket.logical_view if entry.bucket.averages_magnitudes else entry.bucket.diag_view
+                view(rest.diags[entry.bucket], entry).zero_()
+        return rest
 
     def unscale(self, inverse_scale: Tensor) -> None:
         """Take GradScaler's factor out of everything that has been taken in, unless it is out already."""

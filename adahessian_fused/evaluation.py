@@ -20,6 +20,7 @@ from .hvp.finite_difference import FiniteDifference
 from .hvp.forward_over_reverse import ForwardOverReverse
 from .hvp.replay import mean_of
 from .layout import Entry, make_buckets
+from .record import OtherLeaves, Record, is_zero
 from .state import PortableState
 
 Differentiate = Callable[..., None]
@@ -33,7 +34,9 @@ STRATEGIES: dict[str, type[FiniteDifference] | type[ForwardOverReverse]] = {
 class EvaluatesLosses(PortableState):
     """Optimizer that knows when curvature is due and lets a strategy evaluate the loss for it."""
 
-    _curvature: Curvature | None
+    _curvature: Curvature | None = None
+    _record: Record | None = None  # of this step, from its first pass on
+    _left: Record | None = None  # of the gradients after the last step, if the coming one has curvature
     _entries: dict[int, Entry]
     _tools: Mapping[str, Any]
     _warned = False  # of ranks without a process group
@@ -57,17 +60,76 @@ class EvaluatesLosses(PortableState):
         """Group number and parameter of everything that wants a gradient."""
         return [(n, p) for n, group in enumerate(self.param_groups) for p in group["params"] if p.requires_grad]
 
-    def _gathered(self) -> Curvature:
-        """What this step's curvature is to be added to."""
+    # ---- what a step has gathered ------------------------------------------------------------------------------------
+
+    def _reset(self) -> None:
+        self._forget()
+        self._left = None
+
+    def _forget(self) -> None:
+        """The step is done, or its gradients are dropped."""
+        if self._record is not None:
+            self._record.close()
+        self._curvature = self._record = None
+
+    def _leave(self) -> None:
+        """Take down the gradients as they are, if the coming step has curvature: none of them is foreign to it."""
+        self._left = Record(p for _, p in self._trained()) if self.needs_hessian else None
+
+    @contextlib.contextmanager
+    def _passing(self) -> Iterator[None]:
+        """Around a backward pass of ours: its gradients join those of the step that have their curvature."""
+        if not self.needs_hessian:
+            yield
+            return
+        params = [p for _, p in self._trained()]
+        self._drop_zeroed(params)
+        record = self._record or Record(())
+        if self._record is None:
+            record.added.update(id(p) for p in self._foreign(params))
+        if record.added:
+            raise RuntimeError(hvp.MIXED)
+        record.ours = True
+        try:
+            yield
+        except BaseException:
+            record.ours = False
+            raise
+        self._keep_record()
+
+    def _keep_record(self) -> None:
+        if self._record is not None:
+            self._record.close()
+        self._record = Record(p for _, p in self._trained())
+        self._record.watch()
+
+    def _foreign(self, params: Sequence[Tensor]) -> list[Tensor]:
+        """Parameters whose gradient has been written to since the last step, though by no pass of this one."""
+        return [] if self._left is None else [p for p in self._left.changed(params) if not is_zero(p)]
+
+    def _drop_zeroed(self, params: Sequence[Tensor]) -> None:
+        """Forget the curvature of gradients that were zeroed or dropped behind our back (``model.zero_grad()``)."""
+        if self._record is None:
+            return
+        zeroed = {id(p) for p in self._record.changed(params) if is_zero(p)}
+        self._record.added -= zeroed
+        if all(id(p) in zeroed or p.grad is None for p in params):
+            self._forget()
+        elif zeroed and self._curvature is not None:
+            gone = [entry for entry in self._entries.values() if id(entry.owner) in zeroed]
+            self._curvature = self._curvature.without(gone)
+
+    def _with(self, curvature: Curvature) -> Curvature:
+        """What has been gathered, with that of one more pass."""
         if self._ranks is None:
             self._warn_if_not_alone()
         else:
             self._ranks.curvature_averaged = False
-        # Gradients that were dropped behind our back (model.zero_grad()) leave curvature that no longer counts.
-        abandoned = all(entry.owner.grad is None for entry in self._entries.values())
-        if self._curvature is None or abandoned:
-            return Curvature(self._tools, self._probe_seed)
-        return self._curvature
+        return curvature if self._curvature is None else self._curvature.plus(curvature)
+
+    def _gathered(self) -> Curvature:
+        """What this step's curvature is to be added to."""
+        return self._with(Curvature(self._tools, self._probe_seed))
 
     @torch.no_grad()
     def _report_overflow(self, *, scaled: bool) -> None:
@@ -156,7 +218,7 @@ class EvaluatesLosses(PortableState):
             loss = loss_fn()
             hvp.check_loss(loss, gradient)
             if scale is not None:
-                inverse_scale = 1 / scale(torch.ones((), device=loss.device))
+                inverse_scale = 1 / scale(torch.ones((), dtype=torch.float32, device=loss.device))
             differentiate(loss if scale is None else scale(loss), gradient=gradient)
             return loss.detach()
 
@@ -174,36 +236,56 @@ class EvaluatesLosses(PortableState):
         """
         options, params, due = self.param_groups[0], self._trained(), self._due()
         self._check_differentiable()
-        curvature, values = self._gathered(), []
+        curvature, values = Curvature(self._tools, self._probe_seed), []
+        # Those that FSDP has made of sharded parameters are leaves, too, and its own business.
+        others = OtherLeaves(p for _, p in params)
+        sharded = any_sharded([p for _, p in params])
+
+        def evaluate_all(differentiate: Differentiate) -> Any:
+            def seen(loss: Tensor, **options: Any) -> None:
+                if not sharded:
+                    others.before(loss)
+                differentiate(loss, **options)
+
+            with contextlib.nullcontext() if sharded else others.evaluation():
+                return evaluate(seen)
+
         strategy = STRATEGIES[options["hvp"]](
             [p for _, p in params],
             self._probed(due),
             self._tools,
-            evaluate,
+            evaluate_all,
             probe=options["probe"],
             seed=self._probe_seed,
             epsilon=options["fd_epsilon"],
         )
         alone = contextlib.nullcontext() if self._ranks is None else self._ranks.evaluating()
-        with _own_grads([p for _, p in params]), alone, strategy, torch.no_grad():
-            for sample in range(options["n_samples"]):
-                found, grads, products = strategy(sample)
-                values += found
-                if sample == 0:
-                    gradient, kept = grads, [i for i, g in enumerate(grads) if g is not None]
-                    entries = dict(zip(kept, self._ensure([params[i][1] for i in kept]), strict=True))
-                    for i, entry in entries.items():
-                        check_grad(grads[i], entry.name)
-                curvature.take(
-                    {entries[i]: products[i] for i in kept if due[params[i][0]] and products[i] is not None},
-                    probe=options["probe"],
-                    n_samples=options["n_samples"],
-                    sample=sample,
-                    **scales(),
-                )
-        hvp.accumulate_grads([p for _, p in params], gradient)
-        self._finish_average(self._start_average())
-        self._curvature = curvature
+        with self._passing():
+            with _own_grads([p for _, p in params]), alone, strategy, torch.no_grad():
+                for sample in range(options["n_samples"]):
+                    found, grads, products = strategy(sample)
+                    values += found
+                    if sample == 0:
+                        gradient, kept = grads, [i for i, g in enumerate(grads) if g is not None]
+                        entries = dict(zip(kept, self._ensure([params[i][1] for i in kept]), strict=True))
+                        for i, entry in entries.items():
+                            check_grad(grads[i], entry.name)
+                    curvature.take(
+                        {entries[i]: products[i] for i in kept if due[params[i][0]] and products[i] is not None},
+                        probe=options["probe"],
+                        n_samples=options["n_samples"],
+                        sample=sample,
+                        **scales(),
+                    )
+                    del grads, products  # before the next ones come
+            total = self._with(curvature)
+            hvp.accumulate_grads([p for _, p in params], gradient)
+            self._curvature = total
+            leaves = others.finish()
+            if options["hvp"] != "finite_difference":  # whose evaluations are backward passes, each with its hooks
+                hvp.run_post_accumulate_hooks([p for _, p in params], gradient)
+                hvp.run_post_accumulate_hooks(leaves, leaves)
+            self._finish_average(self._start_average())
         self._report_overflow(scaled=scales().get("inverse_scale") is not None)
         return mean_of(values)
 

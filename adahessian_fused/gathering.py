@@ -13,7 +13,7 @@ from . import hvp
 from .checks import check_given_diagonal, check_grad, integer
 from .curvature import Curvature
 from .distributed.ranks import batch_weight
-from .distributed.sharded import any_sharded, part_of
+from .distributed.sharded import part_of
 from .evaluation import Differentiate, EvaluatesLosses
 from .fraction import split_batch
 from .friendly import curvature_friendly, plain
@@ -25,7 +25,7 @@ class GathersCurvature(EvaluatesLosses):
     """Optimizer that differentiates losses: gradients into ``p.grad``, curvature into a :class:`Curvature`."""
 
     def _reset(self) -> None:
-        self._curvature = None
+        super()._reset()
         self._inside: Differentiate | None = None  # what backward() means while a strategy evaluates a closure
 
     # ---- losses ------------------------------------------------------------------------------------------------------
@@ -44,8 +44,8 @@ class GathersCurvature(EvaluatesLosses):
         """Differentiate the loss: adds to ``p.grad`` like ``loss.backward()`` and gathers curvature if it is due.
 
         May be called for several micro-batches before :meth:`step`; all of them see the same probe, so the sum of their
-        curvature is that of the summed loss. Off-steps cost what ``loss.backward()`` costs. Only parameters of this
-        optimizer get a gradient.
+        curvature is that of the summed loss. Off-steps cost what ``loss.backward()`` costs. Every leaf gets the
+        gradient that ``loss.backward()`` gives it, parameters of other optimizers too.
 
         Curvature from one of m micro-batches is an unbiased estimate at a fraction of the cost::
 
@@ -102,20 +102,19 @@ class GathersCurvature(EvaluatesLosses):
         inverse_scale = None
         scaled = loss if weight is None else loss * weight
         if scale is not None:
-            inverse_scale, scaled = 1 / scale(torch.ones((), device=loss.device)), scale(scaled)
-        params = self._trained()
-        if params and not wanted:
-            by_ddp = self._ranks is not None and batch_size is None and self._ranks.averages_first_order
-            if self._ranks is None or (by_ddp and not self.needs_hessian):
-                self._first_order(scaled, gradient=gradient, retain_graph=retain_graph)
-            else:
-                self._first_order_here(scaled, gradient, retain_graph)
-        elif params:
-            self._check_differentiable()
-            grads = hvp.first_order(scaled, [p for _, p in params], gradient)
-            self._take_graph(
-                params, grads, gradient, retain_graph, inverse_scale, 1.0 if curvature is None else curvature
+            inverse_scale = 1 / scale(torch.ones((), dtype=torch.float32, device=loss.device))
+            scaled = scale(scaled)
+        if wanted:
+            differentiate(
+                scaled,
+                [self],
+                gradient=gradient,
+                retain_graph=retain_graph,
+                inverse_scale=inverse_scale,
+                weight=1.0 if curvature is None else curvature,
             )
+        else:
+            self._first_order(scaled, gradient, retain_graph, by_ddp=batch_size is None and not self.needs_hessian)
         return None if given else loss.detach()
 
     def backward_split(
@@ -168,13 +167,18 @@ class GathersCurvature(EvaluatesLosses):
                 "opt.backward_split(loss_fn, *batch) instead of loss.backward(), opt.backward(loss) or a closure"
             )
 
-    def _first_order(self, loss: Tensor, *, gradient: Tensor | None = None, retain_graph: bool = False) -> None:
-        """The gradient alone, into ``p.grad`` of this optimizer's parameters."""
-        # DDP waits for all of its parameters, not just for ours; FSDP's are not in the graph themselves.
-        inputs = [p for _, p in self._trained()]
-        if self._ranks is not None or any_sharded(inputs):
-            inputs = None
-        torch.autograd.backward(loss, gradient, retain_graph=retain_graph, inputs=inputs)
+    def _first_order(self, loss: Tensor, gradient: Tensor | None, retain_graph: bool, *, by_ddp: bool) -> None:
+        """The gradient alone; averaged by DDP if that has been asked to, otherwise here."""
+        with self._passing():
+            if self._ranks is None or (by_ddp and self._ranks.averages_first_order):
+                torch.autograd.backward(loss, gradient, retain_graph=retain_graph)
+                return
+            leaves = hvp.explore([loss]).leaves  # without any hooks of DDP
+            grads = torch.autograd.grad(loss, leaves, gradient, retain_graph=retain_graph, allow_unused=True)
+            average = self._start_average(self._own(leaves, grads))
+            hvp.accumulate_grads(leaves, grads, gradient)
+            hvp.run_post_accumulate_hooks(leaves, grads)
+            self._finish_average(average)
 
     # ---- several ranks -----------------------------------------------------------------------------------------------
 
@@ -196,17 +200,10 @@ class GathersCurvature(EvaluatesLosses):
 
     def _take_nothing(self, wanted: bool) -> None:
         """The part in a backward pass of a rank that has no examples."""
-        if wanted:
-            self._curvature = self._gathered()
-        self._finish_average(self._start_average())
-
-    def _first_order_here(self, loss: Tensor, gradient: Tensor | None, retain_graph: bool) -> None:
-        """The gradient alone without any hooks of DDP, averaged over the ranks."""
-        params = [p for _, p in self._trained()]
-        grads = torch.autograd.grad(loss, params, gradient, retain_graph=retain_graph, allow_unused=True)
-        average = self._start_average(grads)
-        hvp.accumulate_grads(params, grads, gradient)
-        self._finish_average(average)
+        with self._passing():
+            if wanted:
+                self._curvature = self._gathered()
+            self._finish_average(self._start_average())
 
     def _average_local(self, hessian: Sequence[Tensor | None] | None) -> None:
         """Before a step: average what other backward passes than ours have left on this rank."""
@@ -217,50 +214,37 @@ class GathersCurvature(EvaluatesLosses):
         if hessian is None and self._curvature is None and any(due):
             entries = self._ensure([p for _, p in trained if p.grad is not None])
             if entries:
-                self._from_graph(entries, due)
+                self._from_graph(entries)
             else:  # another rank may use these parameters
                 self._curvature = self._gathered()
         average.finish()
 
     # ---- curvature from a graph --------------------------------------------------------------------------------------
 
-    def _take_graph(
-        self,
-        params: Sequence[tuple[int, Tensor]],
-        grads: Sequence[Tensor | None],
-        seed_gradient: Tensor | None,
-        retain_graph: bool,
-        inverse_scale: Tensor | None,
-        weight: float,
-    ) -> None:
-        """Gradients that carry a graph: into ``p.grad`` without it, after their curvature has been taken."""
-        due = self._due()
-        found = [(n, p, g) for (n, p), g in zip(params, grads, strict=True) if g is not None]
-        entries = self._ensure([p for _, p, _ in found])
-        pairs = [(entry, g) for entry, (n, _, g) in zip(entries, found, strict=True) if due[n] and g.requires_grad]
-        average = self._start_average(grads)  # while Hz is computed
-        self._differentiate(pairs, retain_graph=retain_graph, inverse_scale=inverse_scale, weight=weight)
-        hvp.accumulate_grads([p for _, p, _ in found], [g for _, _, g in found], seed_gradient)
-        self._finish_average(average)
-        self._report_overflow(scaled=inverse_scale is not None)
+    def _own(self, leaves: Sequence[Tensor], grads: Sequence[Tensor | None]) -> list[Tensor | None]:
+        """The gradients of this optimizer's parameters among those of all leaves."""
+        of = dict(zip(map(id, leaves), grads, strict=True))
+        return [of.get(id(p)) for _, p in self._trained()]
 
-    def _differentiate(self, pairs: Sequence[tuple[Entry, Tensor]], *, retain_graph: bool, **scales: Any) -> None:
-        """Add the curvature along this step's probes; ``pairs`` are parameters and gradients with a graph."""
-        for entry, g in pairs:
+    def _products(self, params: Sequence[Tensor], grads: Sequence[Tensor], **options: Any) -> Curvature:
+        """The curvature along this step's probes, from parameters and gradients with a graph, those that are due."""
+        due, group_of = self._due(), {id(p): n for n, p in self._trained()}
+        entries = self._ensure(params)
+        pairs = [
+            (entry, g)
+            for entry, p, g in zip(entries, params, grads, strict=True)
+            if due[group_of[id(p)]] and g.requires_grad
+        ]
+        for entry, g in zip(entries, grads, strict=True):
             check_grad(g, entry.name)
-        options = self.param_groups[0]
-        curvature = self._gathered()
+        first = self.param_groups[0]
+        curvature = Curvature(self._tools, self._probe_seed)
         curvature.differentiate(
-            pairs,
-            probe=options["probe"],
-            n_samples=options["n_samples"],
-            retain_graph=retain_graph,
-            precision=options["hvp_dtype"],
-            **scales,
+            pairs, probe=first["probe"], n_samples=first["n_samples"], precision=first["hvp_dtype"], **options
         )
-        self._curvature = curvature
+        return curvature
 
-    def _from_graph(self, entries: Sequence[Entry], due: Sequence[bool]) -> None:
+    def _from_graph(self, entries: Sequence[Entry]) -> None:
         """Curvature from gradients that ``loss.backward(create_graph=True)`` left."""
         grads = [entry.owner.grad for entry in entries]
         with_graph, way = hvp.differentiable(grads), self.param_groups[0]["hvp"]
@@ -271,14 +255,17 @@ class GathersCurvature(EvaluatesLosses):
         self._check_whole_batch()
         self._check_differentiable()
         hvp.check_gradients(hvp.explore([grads[i] for i in with_graph]))
-        self._differentiate([(entries[i], grads[i]) for i in with_graph if due[entries[i].group]], retain_graph=False)
+        found = self._products([entries[i].owner for i in with_graph], [grads[i] for i in with_graph])
+        self._curvature = self._with(found)
 
     def _from_backward(self, entries: Sequence[Entry], grads: Sequence[Tensor], due: Sequence[bool]) -> None:
         """Curvature from whichever way the backward passes of this step went."""
         if self._curvature is None and any(due[entry.group] for entry in entries):
-            self._from_graph(entries, due)
+            self._from_graph(entries)
         elif self._curvature is not None and hvp.differentiable(grads):
             raise RuntimeError(hvp.TWO_WAYS)
+        elif self._curvature is not None and self._record is not None and self._record.added:
+            raise RuntimeError(hvp.MIXED)
 
     def _check_given_diagonal(self) -> None:
         check_given_diagonal(self.param_groups[0])
@@ -307,3 +294,53 @@ class GathersCurvature(EvaluatesLosses):
             self._ranks.curvature_averaged = False
         self._curvature.unscaled = True
         self._curvature.add(d, sample=0, draw=False)
+
+
+def differentiate(
+    loss: Tensor,
+    optimizers: Sequence[GathersCurvature],
+    *,
+    gradient: Tensor | None,
+    retain_graph: bool,
+    inverse_scale: Tensor | None = None,
+    weight: float = 1.0,
+) -> None:
+    """One backward pass: gradients of all leaves, and the curvature of the parameters of some optimizers.
+
+    Either all of it is done, or an error leaves gradients and curvature as they were.
+
+    Args:
+        loss: what to differentiate.
+        optimizers: those whose curvature is due.
+        gradient: as in ``Tensor.backward``.
+        retain_graph: keep the graph of the loss.
+        inverse_scale: factor that takes GradScaler's scale out of Hz.
+        weight: factor on Hz.
+    """
+    with contextlib.ExitStack() as stack:
+        for opt in optimizers:
+            opt._check_differentiable()
+            stack.enter_context(opt._passing())
+        graph = hvp.explore([loss])
+        leaves = graph.leaves
+        grads = hvp.first_order(loss, leaves, gradient, graph)
+        found = []
+        for number, opt in enumerate(optimizers):
+            own = opt._own(leaves, grads)
+            average = opt._start_average(own)  # while Hz is computed
+            last = number + 1 == len(optimizers)
+            curvature = opt._products(
+                [p for (_, p), g in zip(opt._trained(), own, strict=True) if g is not None],
+                [g for g in own if g is not None],
+                retain_graph=retain_graph or not last,
+                inverse_scale=inverse_scale,
+                weight=weight,
+            )
+            found.append((opt, opt._with(curvature), average))
+        hvp.accumulate_grads(leaves, grads, gradient)
+        for opt, curvature, _ in found:
+            opt._curvature = curvature
+        hvp.run_post_accumulate_hooks(leaves, grads)
+        for opt, _, average in found:
+            opt._finish_average(average)
+            opt._report_overflow(scaled=inverse_scale is not None)

@@ -7,12 +7,11 @@ import weakref
 from collections import OrderedDict
 from typing import Any
 
-import torch
 from torch import Tensor, distributed
 from torch.utils.hooks import RemovableHandle
 
 from . import hvp
-from .gathering import GathersCurvature
+from .gathering import GathersCurvature, differentiate
 
 _hooked: OrderedDict[int, weakref.ref[HooksBackward]] = OrderedDict()
 _original = Tensor.backward  # what _backward stands in front of: PyTorch's, or what another library has put there
@@ -32,7 +31,7 @@ class HooksBackward(GathersCurvature):
             opt.hook_backward()
 
         On steps with curvature, a loss that depends on parameters of this optimizer is differentiated as by
-        ``opt.backward(loss)``; other leaves of its graph get their gradient as ever. Off-steps, other losses and calls
+        ``opt.backward(loss)``, once for all optimizers that are hooked. Off-steps, other losses and calls
         with ``create_graph=True`` or ``inputs=...`` stay PyTorch's. What is hooked is ``Tensor.backward``;
         ``torch.autograd.backward`` is not.
 
@@ -84,7 +83,7 @@ def _backward(
     create_graph: bool = False,
     inputs: Any = None,
 ) -> None:
-    takers, rest = ([], []) if create_graph or inputs is not None else _takers(self)
+    takers = [] if create_graph or inputs is not None else _takers(self)
     if not takers:
         _original(self, gradient, retain_graph, create_graph, inputs)
         return
@@ -94,20 +93,14 @@ def _backward(
             f"opt.hook_backward() in one of {distributed.get_world_size()} processes; expected AdaHessian(..., "
             "process_group=...), since curvature, and the gradient that comes with it, would be this process's alone"
         )
-    if rest:
-        torch.autograd.backward(self, gradient, retain_graph=True, inputs=rest)
     for opt in takers:
-        opt.backward(self, gradient=gradient, retain_graph=bool(retain_graph) or opt is not takers[-1])
+        opt._check_whole_batch()
+    differentiate(self, takers, gradient=gradient, retain_graph=bool(retain_graph))
 
 
-def _takers(loss: Tensor) -> tuple[list[HooksBackward], list[Tensor]]:
-    """The hooked optimizers that need this loss's curvature, and the leaves that none of them has."""
+def _takers(loss: Tensor) -> list[HooksBackward]:
+    """The hooked optimizers that need this loss's curvature."""
     optimizers = [ref() for ref in list(_hooked.values())]
     due = [opt for opt in optimizers if opt is not None and opt.needs_hessian]
-    rest = {id(leaf): leaf for leaf in hvp.explore([loss]).leaves} if due else {}
-    takers = []
-    for opt in due:
-        reached = [rest.pop(id(p)) for _, p in opt._trained() if id(p) in rest]
-        if reached:
-            takers.append(opt)
-    return takers, list(rest.values())
+    leaves = set(map(id, hvp.explore([loss]).leaves)) if due else set()
+    return [opt for opt in due if any(id(p) in leaves for _, p in opt._trained())]

@@ -212,6 +212,7 @@ class AdaHessian(Observable, FollowsGradScaler):
         group["step"] = 0  # whatever another optimizer has counted in this dict
         if self._ranks is not None:
             self._ranks.watch([p for p in group["params"] if p.requires_grad])
+        self._leave()
 
     def _ensure(self, params: Sequence[Tensor]) -> list[Entry]:
         """The entries of parameters; the buckets are rebuilt if anything about them or the groups changed."""
@@ -350,8 +351,9 @@ class AdaHessian(Observable, FollowsGradScaler):
             due = [True] * len(due)
         hvp.release_graph(grads)
         self._average_curvature(due)
-        curvature, self._curvature = self._curvature, None
-        self._update(entries, grads, due, curvature)
+        self._update(entries, grads, due, self._curvature)
+        self._forget()
+        self._leave()
         if self._ranks is not None:
             self._ranks.stepped()
         return loss

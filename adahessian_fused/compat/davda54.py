@@ -90,7 +90,7 @@ class AdaHessian(DropIn):
 
     def zero_hessian(self) -> None:
         """Drop curvature that was gathered for the coming step."""
-        self._curvature = None
+        self._forget()
 
     @torch.no_grad()
     def set_hessian(self) -> None:
@@ -105,7 +105,7 @@ class AdaHessian(DropIn):
         params = [p for p in self.get_params() if p.grad is not None]
         due = self._due()
         if params and any(due):
-            self._from_graph(self._ensure(params), due)
+            self._from_graph(self._ensure(params))
         hvp.release_graph([p.grad for p in params])
 
     def state_dict(self) -> dict[str, Any]:

@@ -7,10 +7,10 @@ computed; the others evaluate it themselves, with the help of ``replay``.
 
 from .complete import check_gradients
 from .double_backward import (
+    MIXED,
     NEEDS_FUNCTION,
     NO_CURVATURE,
     NO_LOSS,
-    PARTIAL,
     TWO_WAYS,
     accumulate_grads,
     check_loss,
@@ -18,18 +18,20 @@ from .double_backward import (
     first_order,
     hessian_vector_product,
     release_graph,
+    run_post_accumulate_hooks,
 )
 from .graph import explore
-from .intercept import InterceptBackward
+from .intercept import InterceptBackward, Onlooker
 from .precision import Precision, bfloat16_gain, second_pass
 
 __all__ = [
+    "MIXED",
     "NEEDS_FUNCTION",
     "NO_CURVATURE",
     "NO_LOSS",
-    "PARTIAL",
     "TWO_WAYS",
     "InterceptBackward",
+    "Onlooker",
     "Precision",
     "accumulate_grads",
     "bfloat16_gain",
@@ -40,5 +42,6 @@ __all__ = [
     "first_order",
     "hessian_vector_product",
     "release_graph",
+    "run_post_accumulate_hooks",
     "second_pass",
 ]

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -20,9 +21,10 @@ NO_CURVATURE = (
     "call opt.hook_backward() once, where a trainer calls loss.backward()"
 )
 
-PARTIAL = (
-    "the closure adds to gradients that loss.backward() left before it, without their curvature. To accumulate "
-    "gradients, call opt.hook_backward() once before training; otherwise opt.zero_grad() in the closure"
+MIXED = (
+    "loss.backward() has added to gradients of this step without their curvature. Write opt.backward(loss) for every "
+    "loss of a step, with curvature=0 where none is wanted, or call opt.hook_backward() once before training; or "
+    "opt.zero_grad() first, if those gradients are not meant to stay"
 )
 
 TWO_WAYS = (
@@ -69,10 +71,23 @@ def hessian_vector_product(
     Raises:
         RuntimeError: an operator of the model cannot be differentiated twice; the message names it and the ways out.
     """
-    with naming_the_operator("autograd"), second_pass(precision, grads):
+    with naming_the_operator("autograd"), second_pass(precision, grads), _without_hooks(params):
         return torch.autograd.grad(
             grads, params, grad_outputs=z, retain_graph=retain_graph, create_graph=False, allow_unused=True
         )
+
+
+@contextlib.contextmanager
+def _without_hooks(params: Sequence[Tensor]) -> Iterator[None]:
+    """Inside it the parameters' hooks do not run: they are about gradients, and have seen them."""
+    silenced = [(p._backward_hooks, dict(p._backward_hooks)) for p in params if p._backward_hooks]
+    for hooks, _ in silenced:
+        hooks.clear()
+    try:
+        yield
+    finally:
+        for hooks, kept in silenced:
+            hooks.update(kept)
 
 
 def first_order(
@@ -104,6 +119,7 @@ def check_loss(loss: Any, gradient: Tensor | None) -> None:
         raise RuntimeError(f"loss has shape {tuple(loss.shape)}; expected one number, for example its mean")
 
 
+@torch.no_grad()
 def accumulate_grads(
     params: Sequence[Tensor], grads: Sequence[Tensor | None], seed_gradient: Tensor | None = None
 ) -> None:
@@ -117,23 +133,38 @@ def accumulate_grads(
     if any_sharded(params):
         _accumulate_parts(params, grads)
         return
-    old, new = [], []
+    first, added, old = [], [], []
     seen = set() if seed_gradient is None else {seed_gradient.data_ptr()}
     for p, g in zip(params, grads, strict=True):
         if g is None:
             continue
         g = g.detach()
-        if p.grad is not None:
+        if p.grad is not None and p.grad.layout == g.layout:
             old.append(p.grad)
-            new.append(g)
-            continue
-        # Autograd may hand out one tensor twice, or an expanded one; p.grad has to be the parameter's own.
-        shared = g.data_ptr() in seen or g.stride() != p.stride() or g._base is not None
-        seen.add(g.data_ptr())
-        p.grad = torch.empty_like(p).copy_(g) if shared else g
+            added.append(g)
+        elif p.grad is not None:
+            first.append((p, p.grad.detach() + g))
+        elif g.layout is not torch.strided:
+            first.append((p, g))
+        else:
+            # Autograd may hand out one tensor twice, or an expanded one; p.grad has to be the parameter's own.
+            shared = g.data_ptr() in seen or g.stride() != p.stride() or g._base is not None
+            seen.add(g.data_ptr())
+            first.append((p, torch.empty_like(p).copy_(g) if shared else g))
+    # Nothing below takes memory, so that an error leaves all gradients as they were.
     if old:
-        with torch.no_grad():
-            torch._foreach_add_(old, new)
+        torch._foreach_add_(old, added)
+    for p, grad in first:
+        p.grad = grad
+
+
+def run_post_accumulate_hooks(params: Sequence[Tensor], grads: Sequence[Tensor | None]) -> None:
+    """Run what ``register_post_accumulate_grad_hook`` has registered, as the end of a backward pass does."""
+    with torch.no_grad():
+        for p, g in zip(params, grads, strict=True):
+            if g is not None and p._post_accumulate_grad_hooks:
+                for hook in list(p._post_accumulate_grad_hooks.values()):
+                    hook(p)
 
 
 def _accumulate_parts(params: Sequence[Tensor], parts: Sequence[Tensor | None]) -> None:

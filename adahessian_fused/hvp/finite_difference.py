@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..curvature import by_bucket, draw_probe, drawable
-from ..distributed.sharded import any_sharded, part_of
+from ..distributed.sharded import part_of
 from ..layout import Bucket, Entry
 from .replay import Replay
 
@@ -175,8 +175,7 @@ class FiniteDifference:
         return value, grads
 
     def _differentiate(self, loss: Tensor, *, gradient: Tensor | None = None, **unused: Any) -> None:
-        # Sharded parameters are not in the graph themselves.
-        torch.autograd.backward(loss, gradient, inputs=None if any_sharded(self._params) else self._params)
+        torch.autograd.backward(loss, gradient)
 
 
 def warn_of_autocast(replay: Replay, epsilon: float) -> None:

@@ -14,6 +14,7 @@ from ..curvature import draw_probe
 from ..layout import Entry
 from .double_backward import accumulate_grads
 from .errors import naming_the_operator
+from .graph import explore
 from .replay import Replay
 
 
@@ -101,7 +102,10 @@ class ForwardOverReverse:
         return [value], grads, self._products
 
     def _differentiate(self, loss: Tensor, *, gradient: Tensor | None = None, **unused: Any) -> None:
-        grads, products = gradient_and_product(loss, self._params, gradient)
-        accumulate_grads(self._params, grads, gradient)
+        ours = set(map(id, self._params))
+        others = [leaf for leaf in explore([loss]).leaves if id(leaf) not in ours]
+        grads, products = gradient_and_product(loss, [*self._params, *others], gradient)
+        accumulate_grads([*self._params, *others], grads, gradient)
+        products = products[: len(self._params)]
         pairs = zip(self._products, products, strict=True)
         self._products = [new if old is None else old if new is None else old + new for old, new in pairs]

@@ -1,7 +1,8 @@
-"""Second-order information from ordinary closures."""
+"""Backward passes of others: taken over in closures, and looked at everywhere else."""
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -41,3 +42,42 @@ class InterceptBackward(TorchFunctionMode):
             torch.Tensor.backward(loss, gradient, retain_graph, create_graph, inputs)
         else:
             self._backward(loss, gradient=gradient, retain_graph=bool(retain_graph))
+
+
+class Onlooker:
+    """Told about every call of ``torch.autograd.backward``, which ``Tensor.backward`` ends in, while it watches.
+
+    That function is replaced as long as somebody watches.
+    """
+
+    def watch(self) -> None:
+        """Begin."""
+        global _original
+        _onlookers.add(self)
+        if torch.autograd.backward is not _backward:
+            _original, torch.autograd.backward = torch.autograd.backward, _backward
+
+    def close(self) -> None:
+        """End."""
+        _onlookers.discard(self)
+        if not _onlookers and torch.autograd.backward is _backward:
+            torch.autograd.backward = _original
+
+    def before(self, tensors: Any) -> Any:
+        """Before a pass from these tensors; what is returned goes to :meth:`after`."""
+
+    def after(self, before: Any) -> None:
+        """After a pass that has not failed."""
+
+
+_onlookers: weakref.WeakSet[Onlooker] = weakref.WeakSet()
+_original = torch.autograd.backward
+
+
+def _backward(tensors: Any, *args: Any, **kwargs: Any) -> None:
+    seen = [(onlooker, onlooker.before(tensors)) for onlooker in list(_onlookers)]
+    _original(tensors, *args, **kwargs)
+    for onlooker, before in seen:
+        onlooker.after(before)
+    if not seen and torch.autograd.backward is _backward:  # they are all gone, without a word
+        torch.autograd.backward = _original

@@ -1,0 +1,112 @@
+"""Gradients that others write to: during a step, and while its loss is evaluated several times."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import weakref
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import hvp
+from .distributed.sharded import part_of
+
+
+class Record(hvp.Onlooker):
+    """Gradients as a pass or a step of the optimizer has left them.
+
+    One that is another tensor now, or has been written to, may have been zeroed, clipped or added to by a backward pass
+    of others. The last is noticed while the record watches.
+
+    Attributes:
+        added: ids of parameters whose gradient other backward passes have added to.
+        ours: whether a pass of the optimizer is under way.
+    """
+
+    def __init__(self, params: Iterable[Tensor]) -> None:
+        self._left = {id(p): (p, *_look(p)) for p in params}
+        self.added: set[int] = set()
+        self.ours = False
+
+    def changed(self, params: Iterable[Tensor] | None = None) -> list[Tensor]:
+        """Those of some parameters, by default its own, whose gradient is not as it was left."""
+        return [p for p in ([p for p, *_ in self._left.values()] if params is None else params) if not self._same(p)]
+
+    def _same(self, p: Tensor) -> bool:
+        _, grad, version = self._left.get(id(p), (p, _nothing, -1))
+        now = p.grad
+        return version == -1 if now is None else now is grad() and now._version == version
+
+    def before(self, tensors: Any) -> Record | None:
+        """The gradients before a backward pass."""
+        return None if self.ours else Record(p for p, *_ in self._left.values())
+
+    def after(self, before: Record | None) -> None:
+        """Note which of them it has changed."""
+        if before is not None:
+            self.added.update(map(id, before.changed()))
+
+
+def is_zero(p: Tensor) -> bool:
+    """Whether a parameter has no gradient, or one of zeros."""
+    return p.grad is None or not bool(part_of(p.grad, p).detach().any())
+
+
+def _nothing() -> None:
+    return None
+
+
+def _look(p: Tensor) -> tuple[Any, int]:
+    return (_nothing, -1) if p.grad is None else (weakref.ref(p.grad), p.grad._version)
+
+
+class OtherLeaves(hvp.Onlooker):
+    """Leaves that are not the optimizer's, while it evaluates a loss several times: they get the mean gradient, once.
+
+    Args:
+        params: the optimizer's.
+    """
+
+    def __init__(self, params: Iterable[Tensor]) -> None:
+        self._ours, self._thread = set(map(id, params)), threading.get_ident()
+        self._before: dict[int, tuple[Tensor, Tensor | None]] = {}
+        self._found: dict[int, list[Tensor]] = {}
+        self._evaluations = 0
+        self._all: dict[int, tuple[Tensor, Tensor | None]] = {}
+
+    @contextlib.contextmanager
+    def evaluation(self) -> Iterator[None]:
+        """Around one evaluation; the gradients are afterwards what they were when its backward pass began."""
+        self.watch()
+        try:
+            yield
+            self._evaluations += 1
+            for number, (leaf, _) in self._before.items():
+                if leaf.grad is not None:
+                    self._found.setdefault(number, []).append(leaf.grad.detach())
+        finally:
+            self.close()
+            for leaf, grad in self._before.values():
+                leaf.grad = grad
+            self._all |= self._before
+            self._before = {}
+
+    def before(self, tensors: Any) -> None:
+        """Set aside the gradients of the leaves of these tensors."""
+        if threading.get_ident() != self._thread:
+            return
+        for leaf in hvp.explore([tensors] if isinstance(tensors, Tensor) else tensors).leaves:
+            if id(leaf) not in self._ours and id(leaf) not in self._before:
+                self._before[id(leaf)] = leaf, leaf.grad
+                leaf.grad = None
+
+    def finish(self) -> list[Tensor]:
+        """Add the means over the evaluations; returns the leaves."""
+        leaves = [self._all[number][0] for number in self._found]
+        with torch.no_grad():
+            means = [sum(found[1:], start=found[0]) / self._evaluations for found in self._found.values()]
+        hvp.accumulate_grads(leaves, means)
+        return leaves
