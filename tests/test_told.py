@@ -85,6 +85,7 @@ def test_left_alone(how):
     assert not any(model.inside)
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit")
 def test_it_is_what_it_was():
     model, opt, handle = told()
     plain = Watched()
@@ -102,6 +103,12 @@ def test_it_is_what_it_was():
         twin(X)
         assert twin.inside == [False]
     assert_same([model.eval()(X)], [plain.eval()(X)])
+    for trace in (
+        torch.fx.symbolic_trace,
+        lambda m: torch.jit.trace(m, X),
+        lambda m: torch.export.export(m, (X,)).module(),
+    ):
+        assert_same([trace(model.encoder.head)(X)], [plain.encoder.head(X)])
     handle.remove()
     assert [m.__dict__.keys() for m in model.modules()] == [m.__dict__.keys() for m in plain.modules()]
 
