@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from contextlib import nullcontext
 
 import pytest
@@ -56,7 +57,7 @@ def test_a_forward_outside_the_mode(device):
 
 
 def test_selective(device):
-    """As far as PyTorch goes with it: a region is recomputed once, so its graph serves the gradient alone."""
+    """As far as PyTorch goes with it: a region is recomputed once, for the gradient, and not again for the product."""
     aten, tensors = torch.ops.aten, CASES["layer_norm"].tensors(device, torch.float64)
 
     def run(x, w, b):
@@ -65,12 +66,14 @@ def test_selective(device):
     def policy(ctx, op, *args, **kwargs):
         return CheckpointPolicy.MUST_SAVE if op == aten.mm.default else CheckpointPolicy.PREFER_RECOMPUTE
 
-    with curvature_friendly():
-        loss = checkpoint(
-            run, *tensors, use_reentrant=False, context_fn=lambda: create_selective_checkpoint_contexts(policy)
-        )
-    found = torch.autograd.grad(loss.pow(3).mean(), tensors)
-    assert_same(found, products(run, tensors)[:3])
+    def loss():
+        contexts = functools.partial(create_selective_checkpoint_contexts, policy)
+        with curvature_friendly():
+            return checkpoint(run, *tensors, use_reentrant=False, context_fn=contexts).float().pow(3).mean()
+
+    assert_same(torch.autograd.grad(loss(), tensors), products(run, tensors)[:3])
+    with pytest.raises(RuntimeError, match=r"selective context_fn cannot be differentiated twice.*without context_fn"):
+        AdaHessian(tensors).backward(loss())
 
 
 class Model(nn.Module):

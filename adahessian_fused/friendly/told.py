@@ -88,7 +88,7 @@ class _Call:
             _thread.told = within
 
     def _due(self, module: nn.Module) -> bool:
-        if not (module.training and torch.is_grad_enabled()) or torch.jit.is_tracing() or on() or off():
+        if not (module.training and torch.is_grad_enabled()) or torch._C._get_tracing_state() or on() or off():
             return False
         return any(told.due() for told in self.told)
 

@@ -16,6 +16,7 @@ _KNOWN = {
     "compiled with non-empty donated buffers": "a model compiled with torch.compile",
     "Double backwards is not supported for CuDNN RNNs": "cuDNN's RNN",
     "use_reentrant=True, torch.utils.checkpoint is incompatible": "torch.utils.checkpoint with use_reentrant=True",
+    "region computed under selective activation checkpoint": "torch.utils.checkpoint with a selective context_fn",
     "You must implement the jvp function": "a torch.autograd.Function without jvp",
     "ZeroTensors are immutable": "an operator of the model or the loss (such as mse_loss)",
 }
@@ -49,6 +50,8 @@ def explanation(operator: str, strategy: str) -> str:
         ways.insert(0, "its math kernel, with torch.nn.attention.sdpa_kernel(SDPBackend.MATH)")
     elif "use_reentrant" in operator:
         ways.insert(0, "use_reentrant=False")
+    elif "selective" in operator:
+        ways.insert(0, "torch.utils.checkpoint without context_fn, which may be recomputed more than once")
     elif "torch.autograd.Function" in operator:
         ways.insert(
             0,
