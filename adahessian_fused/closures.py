@@ -63,6 +63,7 @@ class TakesClosures(HooksBackward):
                     loss = closure()
             finally:
                 self._inside = None
+            self._check_whole_batch()
             if all(p.grad is None for _, p in self._trained()):
                 if not isinstance(loss, Tensor) or not loss.requires_grad:
                     raise RuntimeError(hvp.NO_LOSS.format(type(loss).__name__))

@@ -11,13 +11,14 @@ import weakref
 import pytest
 import torch
 import torch.nn.functional as F
-from models import STYLES, assert_same, batch, conv_net, loss_of, mlp, weights
+from models import STYLES, assert_same, batch, conv_net, loss_of, mlp
 from strategies import CASES, build
 from torch import Tensor, nn
 
 from adahessian_fused import AdaHessian, TrainStep
 from adahessian_fused.hvp import precision
 from adahessian_fused.hvp.precision import LowPrecisionProducts, second_pass, tf32
+from adahessian_fused.train_step import step as step_module
 
 LOW = torch.bfloat16
 U = torch.finfo(LOW).eps / 2  # unit roundoff
@@ -54,10 +55,10 @@ FACTORS = {
 
 
 def check(function, tensors: list[Tensor], signs=lambda kwargs: kwargs, **kwargs) -> None:
-    """Inside the mode, an operator is off by at most 3 U of what it adds up.
+    """Inside the mode, an operator is off by at most 3.5 U of what it adds up.
 
-    Each factor of a product is rounded, and so is the sum. (The terms of second order, and the float32 sum of at most
-    2^10 products, are less than U / 4.)
+    Each factor of a product is rounded, and so is the sum, which is then spread by U / 2. (The terms of second order,
+    and the float32 sum of at most 2^10 products, are less than U / 4.)
     """
     with LowPrecisionProducts(LOW):
         found = function(*tensors, **kwargs)
@@ -71,7 +72,7 @@ def check(function, tensors: list[Tensor], signs=lambda kwargs: kwargs, **kwargs
             continue
         assert (f.dtype, f.stride()) == (torch.float32, p.stride())
         assert not torch.equal(f, p), "nothing has been rounded"
-        assert ((f - e).abs() <= 3.25 * U * s).all(), f"off by {((f - e).abs() / (U * s)).max():.2f} units"
+        assert ((f - e).abs() <= 3.75 * U * s).all(), f"off by {((f - e).abs() / (U * s)).max():.2f} units"
 
 
 @pytest.mark.parametrize(("function", "shapes", "options"), FACTORS.values(), ids=FACTORS)
@@ -108,15 +109,32 @@ def test_other_dtypes_stay_as_they_are(dtype):
     assert torch.equal(sums, a + a)
 
 
+@pytest.mark.parametrize("dims", [0, 2], ids=["mm", "conv2d"])
+def test_results_do_not_cancel_exactly(dims):
+    """Sums of two results, as Hz is made of them, are zero no more often than in float32."""
+    a, b = randn(64, 4, *[4] * dims), randn(64, 4, *[4] * dims, seed=1)
+    weight, geometry = torch.zeros(4, 4, *[1] * dims), ((1,) * dims, (0,) * dims, (1,) * dims, False, (0,) * dims, 1)
+
+    def product(x, y):
+        if dims == 0:
+            return aten.mm.default(x.t(), y)
+        return aten.convolution_backward.default(x, y, weight, None, *geometry, [False, True, False])[1]
+
+    with LowPrecisionProducts(LOW):
+        difference = product(a, b) + product(-a, b)
+    assert (difference != 0).all()
+    assert (difference.abs() <= U * product(a, b).abs() * (1 + 8 * U)).all()
+
+
 # ---- Hessian-vector products -----------------------------------------------------------------------------------------
 
 
 def test_error_of_a_linear_network():
     """A chain of L products: on its way through the second differentiation a number passes through 2 L of them.
 
-    In each it is rounded as a factor and in the result, and the other factor is rounded: 6 L roundings of U. With
-    weights, inputs and probes of their magnitudes and targets below zero, all terms of Hz are positive, so that it is
-    the sum of what is added up.
+    In each it is rounded as a factor and in the result, which is spread by U / 2, and the other factor is rounded: 7 L
+    roundings of U. With weights, inputs and probes of their magnitudes and targets below zero, all terms of Hz are
+    positive, so that it is the sum of what is added up.
     """
     layers, errors, allowed = 3, [], []
     for seed in range(16):
@@ -138,7 +156,7 @@ def test_error_of_a_linear_network():
         target = y.double()
         sizes = hz(change=lambda t, y=y, target=target: -target.abs() if t is y else t.double().abs())
         errors += [(f - e).abs() for f, e in zip(found, exact, strict=True)]
-        allowed += [((1 + U) ** (6 * layers) - 1) * s for s in sizes]
+        allowed += [((1 + U) ** (7 * layers) - 1) * s for s in sizes]
     ratios = torch.stack([(e / a).max() for e, a in zip(errors, allowed, strict=True)])
     assert 0.05 < ratios.max() < 0.5  # below a half of the bound whatever the seed, and not because nothing is rounded
 
@@ -215,21 +233,17 @@ def test_every_way_of_stepping(way, options):
 
 
 def test_off_steps_are_untouched():
+    """From the same weights, which the step with curvature before them has not moved."""
     found = []
     for dtype in (None, LOW):
         model = mlp(torch.float32)
-        opt = AdaHessian(model.parameters(), update_each=2, hvp_dtype=dtype)
-        opt.step(hessian=[torch.ones_like(p) for p in _with_gradients(model)])
+        opt = AdaHessian(model.parameters(), lr=0.0, update_each=2, hvp_dtype=dtype)
+        STYLES["backward"](opt, model, 0)
         opt.zero_grad()
         opt.backward(loss_of(model, 1))
-        opt.step()
-        found.append(weights(model))
+        found.append([p.grad for p in model.parameters()])
+        assert opt._curvature is None
     assert_same(*found)
-
-
-def _with_gradients(model):
-    loss_of(model).backward()
-    return model.parameters()
 
 
 def test_traced_step_has_the_casts_in_its_graph(monkeypatch):
@@ -245,17 +259,17 @@ def test_traced_step_has_the_casts_in_its_graph(monkeypatch):
     assert_same(*([m.state[p]["exp_avg"] for p in m.param_groups[0]["params"]] for m in (opt, plain)))
 
 
-def test_compiled_and_captured_graphs_follow_a_change_of_the_option(monkeypatch):
+def test_a_graph_is_made_anew_when_the_option_changes(monkeypatch):
     graphs = []
     monkeypatch.setattr(torch._inductor, "compile", lambda graph, inputs: graphs.append(graph) or graph)
+    monkeypatch.setattr(step_module, "EAGER_BEFORE", 0)
     model = mlp(torch.float32)
     opt = AdaHessian(model.parameters())
     step = TrainStep(model, F.mse_loss, opt)
-    step(*batch(0, model))
-    opt.param_groups[0]["hvp_dtype"] = LOW
-    (kind,) = step._graphs
-    again, _ = step._kind([(0, p) for p in model.parameters()], batch(0, model), False)
-    assert kind != again
+    for dtype in (None, LOW, LOW):
+        opt.param_groups[0]["hvp_dtype"] = dtype
+        step(*batch(0, model))
+    assert len(graphs) == 2
 
 
 # ---- what is kept ----------------------------------------------------------------------------------------------------

@@ -219,6 +219,13 @@ def test_every_option_has_an_effect(option):
     assert any((a != b).any() for a, b in zip(canon(OPTIONS.index(option)), plain(option.dtype), strict=True))
 
 
+@pytest.mark.parametrize("way", ["closure", "closure_with_backward", "backward_function"])
+@pytest.mark.parametrize("hvp", ["forward_over_reverse", "finite_difference"])
+def test_strategies_that_evaluate_need_the_batch_to_take_a_part_of_it(way, hvp):
+    with pytest.raises(RuntimeError, match=SPLIT):
+        run(way, {"hvp": hvp, "hessian_fraction": 0.5})
+
+
 def table() -> str:
     """The page's table."""
     lines = ["| | " + " | ".join(NAMES) + " | |", "|---" * (len(NAMES) + 2) + "|"]

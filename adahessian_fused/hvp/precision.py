@@ -21,6 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 aten = torch.ops.aten
 Precision = torch.dtype | str
+_GOLDEN = 0.6180339887
 
 _PLAIN = (Tensor, torch.nn.Parameter, FakeTensor)
 
@@ -55,6 +56,10 @@ class LowPrecisionProducts(TorchDispatchMode):
     Their operands are rounded, the sums are accumulated in float32 and rounded once. What else there is (sums,
     activations, norms) stays in float32, and what is not in float32 stays as it is.
 
+    Two results of 8 bits cancel to exactly nothing now and then. Such a zero in Hz would be a v of zero, so a step of
+    lr m / eps: hundreds, where float32 has a small number. Hence :meth:`wide` makes of the few numbers that a result
+    can be the many that it may have been.
+
     A tensor is a factor twice in a Hessian-vector product, often transposed the second time. It is rounded once: what
     it has become is kept for as long as its storage is alive and has not been written to, and until the mode is left.
     """
@@ -62,6 +67,7 @@ class LowPrecisionProducts(TorchDispatchMode):
     def __init__(self, dtype: torch.dtype) -> None:
         super().__init__()
         self.dtype, self.lowered = dtype, 0
+        self._half = torch.finfo(dtype).eps / 4  # of the unit roundoff
         self._rounded: dict[tuple, tuple[StorageWeakRef, Tensor]] = {}
         self._alive = 0  # entries after the last sweep
         self._full = contextlib.ExitStack()
@@ -111,6 +117,16 @@ class LowPrecisionProducts(TorchDispatchMode):
             return low
         return known[1].permute(sorted(range(len(order)), key=order.__getitem__))
 
+    def wide(self, t: Tensor) -> Tensor:
+        """A result in float32, each column times a factor of its own in 1 -+ half a unit roundoff.
+
+        The factors are different for every product: multiples of the golden ratio, spread evenly and without state.
+        """
+        n, begin = t.shape[-1], 37 * self.lowered % 4096
+        factors = torch.arange(begin, begin + n, dtype=torch.float32, device=t.device)
+        factors = factors.mul_(_GOLDEN).frac_().mul_(2 * self._half).add_(1 - self._half)
+        return t * factors
+
     def _sweep(self) -> None:
         """Drop what has been made of tensors that are gone; now and then, so that it costs little."""
         if len(self._rounded) >= 2 * self._alive + 16:
@@ -122,7 +138,7 @@ class LowPrecisionProducts(TorchDispatchMode):
 
 
 def _product(mode: LowPrecisionProducts, func: Callable[..., Tensor], a: Tensor, b: Tensor) -> Tensor:
-    return func(mode.low(a), mode.low(b)).float()
+    return mode.wide(func(mode.low(a), mode.low(b)))
 
 
 def _added(
@@ -154,8 +170,16 @@ def _convolution_backward(
     mode: LowPrecisionProducts, func: Callable[..., Any], grad: Tensor, x: Tensor, weight: Tensor, *rest: Any
 ) -> tuple[Tensor | None, ...]:
     inside, outside = _formats(x, weight)
-    found = func(*(mode.low(t, inside) for t in (grad, x, weight)), *rest)
-    return tuple(t if t is None else t.to(torch.float32, memory_format=outside) for t in found)
+    d_x, d_weight, d_bias = func(*(mode.low(t, inside) for t in (grad, x, weight)), *rest)
+    return (
+        None if d_x is None else d_x.to(torch.float32, memory_format=outside),
+        None if d_weight is None else _like(mode.wide(d_weight.flatten(1)).view(d_weight.shape), d_weight, outside),
+        None if d_bias is None else mode.wide(d_bias),
+    )
+
+
+def _like(found: Tensor, low: Tensor, outside: torch.memory_format) -> Tensor:
+    return found if outside is torch.contiguous_format else torch.empty_like(low, dtype=found.dtype).copy_(found)
 
 
 def _formats(x: Tensor, weight: Tensor) -> tuple[torch.memory_format | None, torch.memory_format]:
