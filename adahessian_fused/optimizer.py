@@ -86,7 +86,8 @@ class AdaHessian(Observable, FollowsGradScaler):
             For ``hvp="autograd"``, and not for float64 parameters.
         hessian_fraction: r in (0, 1]: curvature from the first r of each mini-batch, with :meth:`backward_split`.
         fd_epsilon: distance of finite differences; None for
-            :data:`~adahessian_fused.hvp.finite_difference.EPSILON` of the coarsest dtype.
+            :data:`~adahessian_fused.hvp.finite_difference.EPSILON` of the coarsest dtype, of the parameters or that the
+            loss computes in.
         backend: "native", "triton", "reference", or "auto" for the best that can run.
         maximize: ascend instead of descending. Per group.
         capturable: keep the step counts on the device, so that CUDA graphs can capture a step; no host synchronisation.

@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
-import warnings
+import random
+import signal
+import sys
+import threading
+import time
+from pathlib import Path
 
 import pytest
 import strategies
@@ -22,6 +28,7 @@ from models import (
 )
 from strategies import BOUND, CASES, compare, error, exact, found, optimizer, step
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import adahessian_fused.hvp.finite_difference as fd
 from adahessian_fused import AdaHessian
@@ -351,18 +358,206 @@ def test_autocast_around_the_step(hvp, device):
     assert error(*diagonals) <= 0.1  # bfloat16; with stale copies it is 1
 
 
-def test_autocast_with_the_distance_of_float32_warns(device):
-    model = mlp(torch.float32, device)
+def test_the_distance_follows_the_precision_that_the_loss_computes_in(device):
+    """Known after an evaluation, which is repeated, and remembered; autocast is around the step or inside the loss."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 32), nn.Tanh(), nn.Linear(32, 8)).to(device)
+    x, calls, inside = torch.randn(64, 8, device=device), [], [True]
 
     def loss():
-        with torch.autocast(device, torch.bfloat16):
-            return loss_of(model).float()
+        calls.append(0)
+        with torch.autocast(device, torch.bfloat16, enabled=inside[0]):
+            return model(x).float().square().mean()
 
-    with pytest.warns(UserWarning, match=r"bfloat16 under autocast.*fd_epsilon=2\*\*-8"):
-        optimizer(model, "finite_difference").backward(loss)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        optimizer(model, "finite_difference", fd_epsilon=2.0**-8).backward(loss)
+    def diagonal(hvp, outside=False, **options):
+        opt = optimizer(model, hvp, lr=0.0, n_samples=4, **options)
+        calls.clear()
+        with torch.autocast(device, torch.bfloat16, enabled=outside):
+            opt.step(loss)
+        return found(opt, model)[1], len(calls)
+
+    exact = diagonal("autograd")[0]
+    # Twice for each sample, and once more where the precision is another than in the step before.
+    for inside[0], outside, n in ((True, False, 9), (True, False, 8), (False, True, 8), (False, False, 9)):
+        ours, evaluations = diagonal("finite_difference", outside)
+        assert (error(ours, exact) <= 0.1, evaluations) == (True, n)
+    inside[0] = True
+    assert error(diagonal("finite_difference", fd_epsilon=2.0**-13)[0], exact) > 0.1  # what is given is taken
+
+
+# ---- interruptions ---------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def interrupted(line: int):
+    """KeyboardInterrupt before line number ``line`` of the ways to evaluate a loss that is run."""
+    package, left = str(Path(fd.__file__).parent), [line]
+
+    def trace(frame, event, argument):
+        if not frame.f_code.co_filename.startswith(package):
+            return None
+        if event == "line":
+            left[0] -= 1
+            if left[0] == 0:
+                raise KeyboardInterrupt
+        return trace
+
+    before = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        yield left
+    finally:
+        sys.settrace(before)
+
+
+@pytest.mark.parametrize("kind", ["rademacher", "gaussian"])
+def test_interrupted_at_any_line(kind, device):
+    """Nothing that a finite difference moves stays moved; p.grad is what it was or what it shall be."""
+    model = nn.Sequential(nn.Linear(3, 2), nn.Tanh()).to(device)
+    model.strided = nn.Parameter(torch.randn(6, 4, device=device)[::2])
+    x = torch.ones(2, 3, device=device)
+    opt, line, left = optimizer(model, "finite_difference", probe=kind, lr=0.0), 0, [0]
+    before = weights(model)
+    while left[0] <= 0:
+        line += 1 if line < 20 else 5
+        opt.zero_grad()
+        with contextlib.suppress(KeyboardInterrupt), interrupted(line) as left:
+            opt.backward(lambda: model(x).square().mean() + model.strided.square().sum())
+        assert_same(weights(model), before)
+    assert line > 200
+
+
+class After(TorchDispatchMode):
+    """An interruption that arrives while the n-th operator of a name runs is delivered right after it."""
+
+    def __init__(self, name: str, n: int) -> None:
+        super().__init__()
+        self.name, self.left = name, n
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        self.left -= self.name in str(func)
+        if self.name in str(func) and self.left == 0:
+            raise KeyboardInterrupt
+        return result
+
+
+@pytest.mark.parametrize("name", ["perturb", "copy_"])
+def test_interrupted_after_any_operator(engine, device, name):
+    for n in range(1, 20):
+        model = mlp(torch.float32, device)
+        model.strided = nn.Parameter(torch.randn(6, 4, device=device)[:, ::2])
+        opt, before = optimizer(model, "finite_difference", backend=engine), weights(model)
+        try:
+            with After(name, n):
+                opt.backward(lambda m=model: loss_of(m) + m.strided.square().sum())
+        except KeyboardInterrupt:
+            assert_same(weights(model), before)
+
+
+@pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="no timers that send signals")
+def test_signals(device):
+    model = nn.Sequential(nn.Linear(300, 300), nn.Tanh(), nn.Linear(300, 300)).to(device)
+    opt, x = optimizer(model, "finite_difference", lr=0.0), torch.randn(4, 300, device=device)
+    before, random_numbers = weights(model), random.Random(0)
+
+    def step():
+        opt.backward(lambda: model(x).square().mean())
+        opt.zero_grad()
+
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    step()
+    begin = time.perf_counter()
+    step()
+    duration, old = time.perf_counter() - begin, signal.signal(signal.SIGALRM, stop)
+    try:
+        for _ in range(40):
+            with contextlib.suppress(KeyboardInterrupt):
+                signal.setitimer(signal.ITIMER_REAL, random_numbers.uniform(1e-5, duration))
+                step()
+                signal.setitimer(signal.ITIMER_REAL, 0)
+            assert_same(weights(model), before)
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, old)
+
+
+# ---- losses that write to their parameters ---------------------------------------------------------------------------
+
+
+def renormalised(device):
+    table = nn.Embedding(6, 4, max_norm=1.0, device=device, dtype=torch.float64)
+    nn.init.uniform_(table.weight, 0.6, 1.5)  # all rows are too long
+    return table, lambda: (table(torch.arange(6, device=device)) ** 4).sum()
+
+
+def clipped(how):
+    def make(device):
+        model = mlp(device=device)
+
+        def loss():
+            how(model[0].weight)
+            return loss_of(model)
+
+        return model, loss
+
+    return make
+
+
+def replaced(p):
+    p.data = p.data.clamp(-0.1, 0.1)
+
+
+WRITING = {
+    "max_norm": renormalised,
+    "no_grad": clipped(torch.no_grad()(lambda p: p.clamp_(-0.1, 0.1))),
+    "data": clipped(lambda p: p.data.clamp_(-0.1, 0.1)),
+    "foreach": clipped(lambda p: torch._foreach_clamp_max_([p.data], 0.1)),
+    "new_data": clipped(replaced),
+}
+
+
+@pytest.mark.parametrize("options", [{}, {"n_samples": 3}, {"probe": "gaussian"}], ids=str)
+@pytest.mark.parametrize("case", WRITING)
+def test_losses_that_write_to_their_parameters(case, options, device):
+    """What the loss writes where the parameters are stays; at the points beside them it writes nothing."""
+    results = []
+    for hvp in ("autograd", "finite_difference"):
+        torch.manual_seed(0)
+        model, loss = WRITING[case](device)
+        opt = optimizer(model, hvp, lr=0.1, **options)
+        for _ in range(3):
+            opt.step(loss)
+        results.append((weights(model), *found(opt, model)))
+    for ours, theirs in zip(*results[::-1], strict=True):
+        assert error(ours, theirs) <= 1e-5
+
+
+# ---- threads ---------------------------------------------------------------------------------------------------------
+
+
+def test_other_threads_are_left_alone(device):
+    """Neither the statistics of another model go back in time, nor the random numbers that its thread draws."""
+    ours, other = mlp(torch.float32, device), nn.BatchNorm1d(3, device=device)
+    opt, stop, drawn = optimizer(ours, "finite_difference", lr=0.0), threading.Event(), []
+
+    def use_it():
+        while not stop.is_set():
+            other(torch.ones(4, 3, device=device))
+            drawn.append(torch.rand(()).item())
+
+    thread = threading.Thread(target=use_it)
+    thread.start()
+    try:
+        for i in range(40):
+            opt.step(lambda i=i: loss_of(ours, i))
+    finally:
+        stop.set()
+        thread.join()
+    assert int(other.num_batches_tracked) == len(drawn)
+    assert len(set(drawn)) >= 0.99 * len(drawn)  # of 2^24 numbers a few come twice
 
 
 # ---- errors ----------------------------------------------------------------------------------------------------------

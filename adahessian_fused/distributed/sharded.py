@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+import sys
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -33,6 +34,17 @@ def any_sharded(tensors: Sequence[Any]) -> bool:
 def is_sharded(tensor: Any) -> bool:
     """Whether it is a DTensor."""
     return any_sharded((tensor,))
+
+
+def gathering(modules: Iterable[Any]) -> list[Any]:
+    """Those of the modules for which FSDP2 gathers weights."""
+    fsdp = sys.modules.get("torch.distributed.fsdp")  # nothing is sharded by what has not been imported
+    return [] if fsdp is None else [module for module in modules if isinstance(module, fsdp.FSDPModule)]
+
+
+def param_dtype(module: Any) -> torch.dtype | None:
+    """The dtype in which FSDP2's policy has a module compute; None if it is the parameters' own."""
+    return module._get_fsdp_state()._mp_policy.param_dtype
 
 
 def local(tensor: Any) -> Tensor:

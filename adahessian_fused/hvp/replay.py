@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+import threading
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.hooks import RemovableHandle
+
+from ..distributed.sharded import gathering, param_dtype
 
 T = TypeVar("T")
 
@@ -32,6 +38,10 @@ class _Buffer(NamedTuple):
         return cls(module, name, tensor, tensor.detach().clone())
 
 
+def _autocast() -> list[torch.dtype]:
+    return [torch.get_autocast_dtype(kind) for kind in ("cpu", "cuda") if torch.is_autocast_enabled(kind)]
+
+
 def _put_back(buffers: list[_Buffer]) -> None:
     for buffer in buffers:
         if buffer.module._buffers.get(buffer.name) is not buffer.tensor:
@@ -41,63 +51,100 @@ def _put_back(buffers: list[_Buffer]) -> None:
             torch._foreach_copy_([buffer.tensor for buffer in buffers], [buffer.value for buffer in buffers])
 
 
-class _Watch:
-    """Takes down the buffers of all modules that are called inside it, before they are."""
+class _Draws(TorchDispatchMode):
+    """Notices random numbers that this thread draws from the generators that all share."""
 
-    def __init__(self) -> None:
-        self.buffers: list[_Buffer] = []
-        self.autocast: torch.dtype | None = None
-        self._seen: set[nn.Module] = set()
+    drawn = False
 
-    def __enter__(self) -> _Watch:
-        self._handle = nn.modules.module.register_module_forward_pre_hook(self._see)
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._handle.remove()
-
-    def _see(self, module: nn.Module, inputs: tuple[Any, ...]) -> None:
-        if torch.compiler.is_compiling() or module in self._seen:
-            return
-        for kind in ("cpu", "cuda"):
-            if torch.is_autocast_enabled(kind):
-                self.autocast = torch.get_autocast_dtype(kind)
-        for child in module.modules():
-            if child not in self._seen:
-                self._seen.add(child)
-                self.buffers += [_Buffer.of(child, name) for name, _ in child.named_buffers(recurse=False)]
-        if hasattr(module, "_orig_mod"):  # a compiled module would be compiled again for the hook's sake
-            self._handle.remove()
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        self.drawn |= torch.Tag.nondeterministic_seeded in func.tags and kwargs.get("generator") is None
+        return func(*args, **kwargs)
 
 
 class Replay:
     """Calls functions that draw random numbers and update buffers, all after the first as if it were the first.
 
-    Generators of the CPU and of every CUDA device begin each call in the same state, so dropout masks are the same. So
-    do buffers (running statistics of batch normalisation, power iterations of spectral normalisation), which are then
-    updated once. They are those of the modules that the function calls; a module compiled in place
-    (``module.compile()``) is not seen, and its running statistics are updated by every call. All of them are copied:
-    autograd does not count what batch normalisation writes.
+    Generators of the CPU and of every CUDA device begin each call in the same state, so dropout masks are the same;
+    they are left alone if no numbers are drawn. Buffers (running statistics of batch normalisation, power iterations of
+    spectral normalisation) do so, too, and are then updated once. They are those of the modules that the function calls
+    in this thread; a module compiled in place (``module.compile()``) is not seen, and its running statistics are
+    updated by every call. All of them are copied: autograd does not count what batch normalisation writes.
+
+    Weights that FSDP2 still has gathered from an earlier pass are dropped before a call, so that it sees what has been
+    written to its parts since.
 
     Attributes:
-        autocast: the dtype that modules ran in under autocast, if any.
+        precision: the 16-bit dtype that modules computed in, under autocast or FSDP2's policy; None if there was none.
     """
 
     def __init__(self) -> None:
         self._cpu = torch.get_rng_state()
         self._cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else None
-        self._buffers: list[_Buffer] | None = None
-        self.autocast: torch.dtype | None = None
+        self._buffers: list[_Buffer] = []
+        self._seen: set[nn.Module] = set()
+        self._sharded: list[Any] = []
+        self._called = self._drawn = False
+        self.precision: torch.dtype | None = None
 
     def __call__(self, function: Callable[[], T]) -> T:
         """What the function returns."""
-        if self._buffers is None:
-            with _Watch() as watch:
-                result = function()
-            self.autocast, self._buffers = watch.autocast, watch.buffers
-            return result
-        torch.set_rng_state(self._cpu)
-        if self._cuda is not None:
-            torch.cuda.set_rng_state_all(self._cuda)
-        _put_back(self._buffers)
-        return function()
+        if self._called:
+            if self._drawn:
+                torch.set_rng_state(self._cpu)
+                if self._cuda is not None:
+                    torch.cuda.set_rng_state_all(self._cuda)
+            _put_back(self._buffers)
+        self._called, self.precision = True, None
+        self._computes_in(_autocast())
+        self.forget_gathered()
+        # Only where other threads may draw from the same generators does it matter who has; looking takes time.
+        draws = (
+            _Draws()
+            if any(not t.daemon for t in threading.enumerate() if t is not threading.current_thread())
+            else None
+        )
+        thread = threading.get_ident()
+        handle = nn.modules.module.register_module_forward_pre_hook(
+            lambda module, _: self._see(module, handle) if threading.get_ident() == thread else None
+        )
+        try:
+            with draws or contextlib.nullcontext():
+                return function()
+        finally:
+            handle.remove()
+            self._drawn |= self._moved() if draws is None else draws.drawn
+
+    def forget_gathered(self) -> None:
+        """Let FSDP2 gather its weights anew."""
+        for module in self._sharded:
+            module.reshard()
+
+    def _moved(self) -> bool:
+        """Whether a generator has moved on."""
+        now = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
+        before = [self._cpu, *(self._cuda or now)]
+        return not all(map(torch.equal, before, [torch.get_rng_state(), *now]))
+
+    def _see(self, module: nn.Module, handle: RemovableHandle) -> None:
+        """Take down the buffers of a module that is about to be called, and of all in it."""
+        if torch.compiler.is_compiling():
+            return
+        self._computes_in(_autocast())
+        if module not in self._seen:
+            children = [child for child in module.modules() if child not in self._seen]
+            self._seen.update(children)
+            self._buffers += [
+                _Buffer.of(child, name) for child in children for name, b in child._buffers.items() if b is not None
+            ]
+            sharded = gathering(children)
+            for child in sharded:
+                child.reshard()
+            self._sharded += sharded
+        self._computes_in(map(param_dtype, self._sharded))
+        if hasattr(module, "_orig_mod"):  # a compiled module would be compiled again for the hook's sake
+            handle.remove()
+
+    def _computes_in(self, dtypes: Iterable[torch.dtype | None]) -> None:
+        found = [dtype for dtype in (self.precision, *dtypes) if dtype is not None]
+        self.precision = max(found, key=lambda dtype: torch.finfo(dtype).eps, default=None)
