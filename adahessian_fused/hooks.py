@@ -29,6 +29,7 @@ class HooksBackward(GathersCurvature):
 
             opt = AdaHessian(model.parameters(), lr=0.15)
             opt.hook_backward()
+            curvature_friendly(model, opt)  # optional: cheap second derivatives, and those of attention
 
         On steps with curvature, a loss that depends on parameters of this optimizer is differentiated as by
         ``opt.backward(loss)``, once for all optimizers that are hooked. Off-steps, other losses and calls

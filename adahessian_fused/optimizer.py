@@ -60,6 +60,9 @@ class AdaHessian(Observable, FollowsGradScaler):
         opt.step(closure)                              # the closure returns the loss, with or without backward()
         opt.step(hessian=[...])                        # a diagonal of your own, one tensor a parameter
 
+    ``curvature_friendly(model, opt)``, called once, makes the second derivatives of the first two as cheap as those of
+    closures, and has attention and embedding bags differentiated twice.
+
     Args:
         params: parameters or parameter groups.
         lr: learning rate; a number or a tensor.

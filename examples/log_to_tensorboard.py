@@ -18,7 +18,7 @@ import torch
 from torch import nn
 from torch.utils.tensorboard import SummaryWriter
 
-from adahessian_fused import AdaHessian
+from adahessian_fused import AdaHessian, curvature_friendly
 
 
 def train(out: str, steps: int, log_each: int) -> None:
@@ -27,6 +27,7 @@ def train(out: str, steps: int, log_each: int) -> None:
     model = nn.Sequential(nn.Linear(8, 32), nn.Tanh(), nn.Linear(32, 1))
     # A group of its own for the last layer, with its own curves.
     opt = AdaHessian([{"params": model[0].parameters()}, {"params": model[2].parameters(), "lr": 0.05}], lr=0.1)
+    curvature_friendly(model, opt)
     scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(opt, steps)
     with SummaryWriter(out) as writer:
         for step in range(1, steps + 1):
