@@ -21,10 +21,12 @@ def as_double(t: Tensor) -> Tensor:
     return t.double() if t.is_floating_point() else t
 
 
-def expected(animal: Animal, batch) -> list[Tensor | None]:
-    """Block means of |D| by PyTorch's own operators; None where there is no gradient."""
+def expected(animal: Animal, batch, h: int = 0) -> list[Tensor | None]:
+    """Block means of |D| by PyTorch's own operators, after h Hessian steps; None where there is no gradient."""
     model, params = animal.model, list(animal.model.parameters())
     hands = [ByHand(p, i) for i, p in enumerate(params)]
+    for hand in hands:
+        hand.h = h
     with sdpa_kernel(SDPBackend.MATH):
         loss = animal.reference(model, *map(as_double, batch))
     grads = torch.autograd.grad(loss, params, create_graph=True, allow_unused=True)
@@ -115,6 +117,22 @@ def test_every_way_of_stepping(name):
         with curvature_friendly(model, opt) if way in FROM_LOSS else nullcontext():
             way(opt, lambda *batch, m=model: animal.loss(m, *batch), Whole(animal._replace(model=model)), animal.batch)
         compare(way.__name__, opt, model, wanted[way])
+
+
+@pytest.mark.filterwarnings("ignore:Using backward\\(\\) with create_graph=True")
+@pytest.mark.parametrize("way", (*FROM_LOSS, closure, closure_backward), ids=lambda way: way.__name__)
+def test_a_penalty_now_and_then(way):
+    """The first steps have no gradient in their loss, so their graphs are of another kind."""
+    torch.manual_seed(0)
+    animal = ZOO["gradient_penalty"]()
+    twin, model = copy.deepcopy(animal.model).double(), animal.model
+    opt = AdaHessian(model.parameters(), **OPTIONS)
+    with curvature_friendly(model, opt) if way in FROM_LOSS else nullcontext():
+        for h in range(3):
+            opt.zero_grad()
+            loss = animal.loss if h == 2 else lambda m, real, fake, mix: m(fake).square().mean()
+            way(opt, lambda *batch, loss=loss: loss(model, *batch), None, animal.batch)
+    compare(way.__name__, opt, model, expected(animal._replace(model=twin), animal.batch, h=2))
 
 
 def compare(way: str, opt: AdaHessian, model: nn.Module, wanted: list[Tensor | None]) -> None:
