@@ -120,7 +120,7 @@ def test_every_way_of_stepping(name):
 
 
 @pytest.mark.filterwarnings("ignore:Using backward\\(\\) with create_graph=True")
-@pytest.mark.parametrize("way", (*FROM_LOSS, closure, closure_backward), ids=lambda way: way.__name__)
+@pytest.mark.parametrize("way", [*FROM_LOSS, closure, closure_backward], ids=lambda way: way.__name__)
 def test_a_penalty_now_and_then(way):
     """The first steps have no gradient in their loss, so their graphs are of another kind."""
     torch.manual_seed(0)
