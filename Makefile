@@ -7,12 +7,14 @@ REQUIRE ?= native,emulated,reference,triton
 SANITIZE ?= address,undefined
 WORKERS ?= $(shell n=$$(nproc 2>/dev/null || echo 2); echo $$((n < 8 ? n : 8)))
 
-.PHONY: help build demo paper test cpp-test cpp-bench bench overhead docs lint format wheel sdist gpu gpu-build gpu-rehearsal clean
+.PHONY: help build demo paper test test-everywhere cpp-test cpp-bench bench overhead docs lint format wheel sdist gpu gpu-build gpu-rehearsal clean
 
 help:
 	@echo "make demo    train ResNet-20 on real images with SGD, AdamW, plain AdaHessian and ours; table, JSON and plot"
 	@echo "make paper   the paper's experiments in small and a report; within 40 minutes, goes on where it stopped, ARGS=--quick: 2"
 	@echo "make test    the whole test suite on this machine"
+	@echo "make test-everywhere   the numerical tests with the vector widths, libraries and threads of other machines, and with"
+	@echo "             other data: 12 times 3 minutes on 2 cores; ARGS=--quick: a minute; ARGS=avx2 or other names: these"
 	@echo "make cpp-test   csrc without Python, under AddressSanitizer and UBSan; part of make test"
 	@echo "make bench   the update against its floor and its peers"
 	@echo "make overhead  what second-order steps cost beside SGD's and AdamW's; half an hour, ARGS=--quick: minutes"
@@ -62,6 +64,9 @@ paper: $(VENV)/.tools $(VENV)/.built
 
 test: $(VENV)/.tools $(VENV)/.built cpp-test
 	OMP_WAIT_POLICY=passive $(PY) -m pytest -q -n $(WORKERS) --dist loadfile --require $(REQUIRE) $(ARGS)
+
+test-everywhere: $(VENV)/.tools $(VENV)/.built
+	$(PY) tests/everywhere.py --jobs 2 $(ARGS)
 
 # csrc without Python and torch: its tests with sanitizers, and its benchmark without. BASELINE_ONLY=OFF compiles, and
 # tests, the kernels for every instruction set, which takes minutes; SANITIZE=thread looks for races.

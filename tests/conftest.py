@@ -38,6 +38,11 @@ def pytest_configure(config: pytest.Config) -> None:
         raise pytest.UsageError(f"--require: unknown backend {sorted(unknown)}; expected some of {sorted(known)}")
 
 
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    for share, test in sys.modules["tolerances"].largest if "tolerances" in sys.modules else []:
+        terminalreporter.write_line(f"largest share of a bound: {share:.2f} {test}")
+
+
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "backend" not in metafunc.fixturenames:
         return

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 import torch.distributed as dist
+from tolerances import GROWS, ROUNDINGS, assert_trajectory, growth, nudge
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
@@ -14,8 +15,6 @@ from torch.nn import functional as F
 from adahessian_fused import AdaHessian
 
 STEPS = 4
-EXACT = 1e-11  # float64; sums over the batch in another order, and the steps after them
-DIFFERENCES = 1e-6  # the same behind finite differences at a distance of 2^-23
 N = 12  # examples of a joint batch; 2 and 3 divide it
 SETTINGS = {"lr": 0.05, "weight_decay": 0.01, "update_each": 2}
 
@@ -39,12 +38,20 @@ def loss_of(model: nn.Module, inputs: Tensor, targets: Tensor) -> Tensor:
 
 
 def alone(steps: int, n: Callable[[int], int] = lambda step: N, **options) -> nn.Module:
-    """The model after training in one process on the joint batches."""
-    model = make_model()
-    opt = AdaHessian(model.parameters(), **SETTINGS | options)
-    for step in range(steps):
-        inputs, targets = batch(step, n(step))
-        opt.step(lambda: loss_of(model, inputs, targets))  # noqa: B023 - called at once
+    """The model after training in one process on the joint batches.
+
+    Its attribute ``grows`` says by how much that multiplies the errors of sums over the batch in another order.
+    """
+
+    def trained(model: nn.Module) -> nn.Module:
+        opt = AdaHessian(model.parameters(), **SETTINGS | options)
+        for step in range(steps):
+            inputs, targets = batch(step, n(step))
+            opt.step(lambda: loss_of(model, inputs, targets))  # noqa: B023 - called at once
+        return model
+
+    model = trained(make_model())
+    model.grows = growth(list(trained(nudge(make_model())).parameters()), list(model.parameters()))
     return model
 
 
@@ -53,10 +60,12 @@ def values(tensors: Sequence[Tensor]) -> list[Tensor]:
     return [t.detach().full_tensor() if isinstance(t, DTensor) else t.detach() for t in tensors]
 
 
-def deviation(model: nn.Module, expected: nn.Module) -> float:
-    """The largest difference of a parameter, relative to the largest of its tensor."""
-    pairs = zip(values(list(model.parameters())), values(list(expected.parameters())), strict=True)
-    return max(float((a - b).abs().max() / b.abs().max()) for a, b in pairs)
+def assert_close(model: nn.Module, expected: nn.Module, steps: int = STEPS, hvp: str = "autograd") -> None:
+    """The parameters of both are right."""
+    found, wanted = (values(list(m.parameters())) for m in (model, expected))
+    # The roundings of a gradient, relative to it, come out of a difference divided by the distance of 2^-23.
+    roundings = 2.0**23 if hvp == "finite_difference" else ROUNDINGS
+    assert_trajectory(found, wanted, steps, getattr(expected, "grows", GROWS), roundings)
 
 
 def same_bits(tensors: Sequence[Tensor], group: dist.ProcessGroup) -> bool:

@@ -58,9 +58,11 @@ def checks_of(paths: Sequence[Path]) -> dict[str, Callable]:
 
 
 def _run_rank(rank: int, size: int, checks: dict[str, Callable], folder: Path, files: Path) -> None:
+    import seeds
     import torch
     import torch.distributed as dist
 
+    seeds.shift()
     torch.set_num_threads(1)
     wait = datetime.timedelta(seconds=TIMEOUT)
     dist.init_process_group("gloo", f"file://{folder}/store", rank=rank, world_size=size, timeout=wait)

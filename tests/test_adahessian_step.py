@@ -55,7 +55,9 @@ def check_step(backend, problem: Problem, curvature: str = "hessian", grad_scale
         tensors.run_step(ops, curvature, **options)
     for kind, bounds in step_bounds(before, expected, ds, 1 / grad_scale).items():
         for i, bound in enumerate(bounds if kind in problem.arenas else []):
-            assert_within(problem.window(kind, i), expected.window(kind, i), bound, f"{problem.case}: {kind} {i}")
+            assert_within(
+                problem.window(kind, i), expected.window(kind, i), bound, f"{problem.case}: {kind} {i}", counted=True
+            )
     check_untouched(before, problem)
     if problem.case.master:
         for p, master in zip(problem.windows("param"), problem.windows("master"), strict=True):
@@ -187,7 +189,7 @@ def test_hz_and_the_backend_s_own_diagonal_agree(backend, device):
         tensors.run_step(ops, curvature)
     for kind, bounds in step_bounds(before, expected, expected.windows("diag"), 1.0).items():
         for i, bound in enumerate(bounds if kind != "master" else []):
-            assert_within(problem.window(kind, i), expected.window(kind, i), bound, f"{kind} {i}")
+            assert_within(problem.window(kind, i), expected.window(kind, i), bound, f"{kind} {i}", counted=True)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

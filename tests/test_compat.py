@@ -10,6 +10,7 @@ import torch
 from models import assert_same, loss_of, mlp, train, weights
 from originals import SAME, N, Origin, conv_net, every_origin, pairs
 from test_peers import assert_close
+from tolerances import assert_within, unit
 from torch import nn
 
 import adahessian_fused
@@ -62,6 +63,11 @@ def test_external_curvature_and_gaussian_probes_of_pytorch_optimizer(monkeypatch
     assert_close(weights(model), weights(theirs_model))
 
 
+def assert_diag(opt, p, expected):
+    """The first step's |Ds|: a mean of at most 8 magnitudes, and sqrt(v / (1 - beta2)) with v = (1 - beta2) Ds^2."""
+    assert_within(opt.hessian_diag(p), expected, (8 + 12) * unit(p.dtype) * expected, "diagonal")
+
+
 @pytest.mark.parametrize("module", ["official", "torch_optimizer"])
 @pytest.mark.parametrize("shape", [(2, 3, 4), (2, 3, 2, 2, 2)], ids=["3d", "5d"])
 def test_kernels_of_other_dimensions_are_averaged_over_their_spatial_axes(module, shape):
@@ -71,7 +77,7 @@ def test_kernels_of_other_dimensions_are_averaged_over_their_spatial_axes(module
     opt, p.grad = Origin(module).ours(nn.ParameterList([p])), torch.ones(shape)
     opt.step(hessian=[d])
     expected = d.abs().flatten(2).mean(2).repeat_interleave(math.prod(shape[2:])).reshape(shape)
-    torch.testing.assert_close(opt.hessian_diag(p), expected)
+    assert_diag(opt, p, expected)
 
 
 def test_only_kernels_of_4d_parameters_are_averaged_by_timm():
@@ -81,9 +87,9 @@ def test_only_kernels_of_4d_parameters_are_averaged_by_timm():
     for p in params:
         p.grad = torch.ones_like(p)
     opt.step(hessian=d)
-    torch.testing.assert_close(opt.hessian_diag(params[0]), d[0].abs())
-    torch.testing.assert_close(opt.hessian_diag(params[1]), d[1].abs().mean([2, 3], keepdim=True).expand(2, 2, 2, 2))
-    torch.testing.assert_close(opt.hessian_diag(params[2]), d[2].abs())
+    assert_diag(opt, params[0], d[0].abs())
+    assert_diag(opt, params[1], d[1].abs().mean([2, 3], keepdim=True).expand(2, 2, 2, 2))
+    assert_diag(opt, params[2], d[2].abs())
 
 
 @pytest.mark.parametrize("make", [compat.davda54.AdaHessian, compat.timm.Adahessian], ids=["davda54", "timm"])

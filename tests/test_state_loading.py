@@ -8,6 +8,7 @@ import math
 import pytest
 import torch
 from models import assert_same, conv_net, fresh, loss_of, mlp, train, weights
+from tolerances import assert_within
 from torch import nn
 
 from adahessian_fused import AdaHessian, compat
@@ -80,7 +81,7 @@ def test_goes_on_from_the_state_of(device, saved):
         denominator = v.sqrt() / math.sqrt(1 - 0.99**4) + 1e-4
         update = 0.05 / (1 - 0.9**4) * m / denominator
         sizes = p0[i].abs() + 0.05 / (1 - 0.9**4) * (before[i]["exp_avg"].abs() + g[i].abs()) / denominator
-        assert ((p - (p0[i] * (1 - 0.05 * 0.01) - update)).abs() <= 32 * torch.finfo(p.dtype).eps * sizes).all()
+        assert_within(p, p0[i] * (1 - 0.05 * 0.01) - update, 32 * torch.finfo(p.dtype).eps * sizes, f"weight {i}")
         assert (int(opt.state[p]["step"]), int(opt.state[p]["hessian_step"])) == (4, 4)
 
 
@@ -331,5 +332,5 @@ def test_each_parameter_has_its_own_step(device):
             p.grad = torch.ones_like(p)
         opt.step(hessian=[torch.ones_like(p) for p in (a, b)])
     # The first step of b: m / (1 - beta1) = 1 and v / (1 - beta2) = 1, up to the rounding of both.
-    assert ((b - 0.5).abs() <= 8 * torch.finfo(b.dtype).eps).all()
+    assert_within(b, torch.full_like(b, 0.5), 8 * torch.finfo(b.dtype).eps, "weight")
     assert int(opt.state[b]["step"]) == 1

@@ -26,7 +26,8 @@ from models import (
     train,
     weights,
 )
-from strategies import BOUND, CASES, compare, error, exact, found, optimizer, step
+from strategies import BOUND, CASES, compare, exact, found, optimizer, step
+from tolerances import assert_error
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -73,8 +74,8 @@ def test_several_samples_of_either_probe(hvp, probe, device):
         gradients.append(g), diagonals.append(d)
     # A Gaussian probe is longer than a Rademacher one in some directions: its truncation error counts too.
     bound = BOUND[hvp] + (2.0**-23 if hvp == "finite_difference" and probe == "gaussian" else 0)
-    assert error(*gradients) <= bound
-    assert error(*diagonals) <= bound
+    assert_error(*gradients, bound=bound)
+    assert_error(*diagonals, bound=bound)
 
 
 @pytest.mark.parametrize("hvp", EVALUATING)
@@ -135,11 +136,11 @@ def test_every_evaluation_begins_with_the_same_buffers(hvp, device):
     opt = optimizer(model, hvp, n_samples=2)
     step(opt, model, strategies.square)
     assert (model.added.item(), model.replaced.item()) == (1, 1)
-    assert error(found(opt, model)[0], g) <= BOUND[hvp]
+    assert_error(found(opt, model)[0], g, BOUND[hvp])
     other = exact(fresh_copy, strategies.square, sample=1)[1]
     z = [probe(p, i, 0) * probe(p, i, 0, sample=1) for i, p in enumerate(model.parameters())]
     mean = [(a + s * b).abs() / 2 for a, b, s in zip(hz, other, z, strict=True)]
-    assert error(found(opt, model)[1], mean) <= BOUND[hvp]
+    assert_error(found(opt, model)[1], mean, BOUND[hvp])
 
 
 @pytest.mark.parametrize("probe", ["rademacher", "gaussian"])
@@ -255,7 +256,7 @@ def test_a_group_that_is_not_due_is_not_probed(hvp, device):
     step(opt, model, loss)
     hz = exact(model, loss, due=lambda i: i < 2)[1]
     ours = [opt.hessian_diag(p) for p in params[:2]]
-    assert error(ours, [h.abs() for h in hz[:2]]) <= BOUND[hvp]
+    assert_error(ours, [h.abs() for h in hz[:2]], BOUND[hvp])
 
 
 @pytest.mark.parametrize("hvp", BOUND)
@@ -283,7 +284,7 @@ def test_a_probe_does_not_depend_on_who_has_a_product(hvp, kind, other, device):
         for i in range(2):
             opt.step(lambda u=u, w=w, f=first, i=i: (w**3).sum() + (f(u) if i == 0 else (u**3).sum()))
             diagonals.append(opt.hessian_diag(w))
-    assert error(diagonals[:2], diagonals[2:]) <= BOUND[hvp]
+    assert_error(diagonals[:2], diagonals[2:], BOUND[hvp])
 
 
 @pytest.mark.parametrize("hvp", BOUND)
@@ -355,7 +356,7 @@ def test_autocast_around_the_step(hvp, device):
             opt.backward(lambda m=model, x=x: m(x).float().square().mean())
         opt.step()
         diagonals.append(found(opt, model)[1])
-    assert error(*diagonals) <= 0.1  # bfloat16; with stale copies it is 1
+    assert_error(*diagonals, bound=0.1)  # bfloat16; with stale copies it is 1
 
 
 def test_the_distance_follows_the_precision_that_the_loss_computes_in(device):
