@@ -27,7 +27,7 @@ from models import (
     weights,
 )
 from strategies import BOUND, CASES, compare, exact, found, optimizer, step
-from tolerances import assert_error
+from tolerances import assert_error, relative_error
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -381,9 +381,10 @@ def test_the_distance_follows_the_precision_that_the_loss_computes_in(device):
     # Twice for each sample, and once more where the precision is another than in the step before.
     for inside[0], outside, n in ((True, False, 9), (True, False, 8), (False, True, 8), (False, False, 9)):
         ours, evaluations = diagonal("finite_difference", outside)
-        assert (error(ours, exact) <= 0.1, evaluations) == (True, n)
+        assert_error(ours, exact, 0.1)
+        assert evaluations == n
     inside[0] = True
-    assert error(diagonal("finite_difference", fd_epsilon=2.0**-13)[0], exact) > 0.1  # what is given is taken
+    assert relative_error(diagonal("finite_difference", fd_epsilon=2.0**-13)[0], exact) > 0.1  # what is given is taken
 
 
 # ---- interruptions ---------------------------------------------------------------------------------------------------
@@ -533,7 +534,7 @@ def test_losses_that_write_to_their_parameters(case, options, device):
             opt.step(loss)
         results.append((weights(model), *found(opt, model)))
     for ours, theirs in zip(*results[::-1], strict=True):
-        assert error(ours, theirs) <= 1e-5
+        assert_error(ours, theirs, 1e-5)
 
 
 # ---- threads ---------------------------------------------------------------------------------------------------------
