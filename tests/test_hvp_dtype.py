@@ -109,6 +109,18 @@ def test_other_dtypes_stay_as_they_are(dtype):
     assert torch.equal(sums, a + a)
 
 
+def test_sparse_factors_stay_as_they_are():
+    """A graph network: the adjacency is sparse, the layers are not."""
+    adjacency, x = torch.eye(6).roll(1, 0), randn(6, 3)
+    found = []
+    for dtype, graph in ((None, adjacency), (LOW, adjacency.to_sparse())):
+        model = mlp(torch.float32)
+        opt = AdaHessian(model.parameters(), betas=(0.0, 0.0), hvp_dtype=dtype)
+        opt.step(lambda g=graph, m=model: torch.sparse.mm(g, m(torch.sparse.mm(g, x))).square().mean())
+        found.append(torch.cat([opt.hessian_diag(p).flatten() for p in model.parameters()]))
+    assert 0 < (found[0] - found[1]).norm() / found[0].norm() < 0.02
+
+
 @pytest.mark.parametrize("dims", [0, 2], ids=["mm", "conv2d"])
 def test_results_do_not_cancel_exactly(dims):
     """Sums of two results, as Hz is made of them, are zero no more often than in float32."""

@@ -54,7 +54,7 @@ class LowPrecisionProducts(TorchDispatchMode):
     """Inside it, products and convolutions of float32 tensors are computed in ``dtype`` and returned in float32.
 
     Their operands are rounded, the sums are accumulated in float32 and rounded once. What else there is (sums,
-    activations, norms) stays in float32, and what is not in float32 stays as it is.
+    activations, norms) stays in float32, and what is sparse or not in float32 stays as it is.
 
     Two results of 8 bits cancel to exactly nothing now and then. Such a zero in Hz would be a v of zero, so a step of
     lr m / eps: hundreds, where float32 has a small number. Hence :meth:`wide` makes of the few numbers that a result
@@ -95,7 +95,7 @@ class LowPrecisionProducts(TorchDispatchMode):
             return func(*args, **(kwargs or {}))
         first, last, compute = product
         factors = args[first:last]
-        if any(t.dtype is not torch.float32 for t in factors):
+        if any(t.dtype is not torch.float32 or t.layout is not torch.strided for t in factors):
             return func(*args, **(kwargs or {}))
         self.lowered += 1
         return compute(self, func, *args, **(kwargs or {}))
