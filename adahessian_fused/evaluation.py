@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -21,6 +21,7 @@ from .hvp.forward_over_reverse import ForwardOverReverse
 from .hvp.replay import mean_of
 from .layout import Entry, make_buckets
 from .record import OtherLeaves, Record, is_zero
+from .segments import Segment, Steps
 from .state import PortableState
 
 Differentiate = Callable[..., None]
@@ -36,6 +37,7 @@ class EvaluatesLosses(PortableState):
 
     _curvature: Curvature | None = None
     _record: Record | None = None  # of this step, from its first pass on
+    _uncertain: tuple[Tensor, tuple[int, ...]] | None = None  # whether the device has skipped a step of these groups
     _left: Record | None = None  # of the gradients after the last step, if the coming one has curvature
     _entries: dict[int, Entry]
     _tools: Mapping[str, Any]
@@ -46,6 +48,7 @@ class EvaluatesLosses(PortableState):
 
     def _due(self) -> list[bool]:
         """Whether the coming step uses new curvature, for each group."""
+        self._settle_count()
         return [
             group["step"] % group["update_each"] == 0 and any(p.requires_grad for p in group["params"])
             for group in self.param_groups
@@ -60,11 +63,59 @@ class EvaluatesLosses(PortableState):
         """Group number and parameter of everything that wants a gradient."""
         return [(n, p) for n, group in enumerate(self.param_groups) for p in group["params"] if p.requires_grad]
 
+    # ---- the schedule ------------------------------------------------------------------------------------------------
+
+    def _count_step(self, numbers: Collection[int], found_inf: Tensor | None) -> None:
+        """Count a step of these groups; with ``found_inf`` one that the device may skip, which is asked for later."""
+        for number in numbers:
+            self.param_groups[number]["step"] += 1
+        self._uncertain = None if found_inf is None else (found_inf, tuple(numbers))
+        if found_inf is not None and found_inf.device.type == "cpu":
+            self._settle_count()
+
+    def _settle_count(self) -> None:
+        """Take back the count of a step that GradScaler has skipped on the device, where the schedule depends on it."""
+        scheduled = any(group["update_each"] > 1 for group in self.param_groups)
+        if self._uncertain is None or (not scheduled and self._uncertain[0].is_cuda) or _capturing():
+            return
+        found_inf, numbers = self._uncertain
+        self._uncertain = None
+        if found_inf.item() != 0:
+            for number in numbers:
+                self.param_groups[number]["step"] -= 1
+
+    def _tell_of_missed(self) -> None:
+        """Warn once of parameters whose gradients keep coming between the Hessian steps of their group."""
+        buckets = {entry.bucket for entry in self._entries.values()}
+        if any(bucket.steps.device.type != "cpu" for bucket in buckets):
+            return
+        every = torch.tensor([group["update_each"] for group in self.param_groups], device="cpu")
+        most = torch.zeros_like(every)  # updates of anybody in each group
+        for bucket in buckets:
+            groups = bucket.segments[:, Segment.GROUP]
+            most.scatter_reduce_(0, groups, bucket.steps[:, Steps.HESSIAN_STEP], "amax")
+        for bucket in buckets:
+            groups = bucket.segments[:, Segment.GROUP]
+            steps, updates, f = bucket.steps[:, Steps.STEP], bucket.steps[:, Steps.HESSIAN_STEP], every[groups]
+            # Whoever has its gradients on Hessian steps has steps / f updates at least; late comers lack one.
+            missed = (f > 1) & (steps >= 2 * f) & (2 * (updates + 1) * f <= steps + f) & (updates < most[groups])
+            for row in missed.nonzero().flatten().tolist():
+                entry = next(e for e in self._entries.values() if e.bucket is bucket and e.row == row)
+                if entry.param_id not in self._told:
+                    self._told.add(entry.param_id)
+                    warnings.warn(
+                        f"{entry.name} has had {int(steps[row])} gradients but curvature {int(updates[row])} times: "
+                        f"they come between the Hessian steps of its group, update_each={int(f[row])} apart; "
+                        "expected a group of its own, which counts its own steps, or update_each=1",
+                        stacklevel=4,
+                    )
+
     # ---- what a step has gathered ------------------------------------------------------------------------------------
 
     def _reset(self) -> None:
         self._forget()
-        self._left = None
+        self._left, self._uncertain = None, None
+        self._told: set[int] = set()  # numbers of parameters that have been warned of
 
     def _forget(self) -> None:
         """The step is done, or its gradients are dropped."""
@@ -316,3 +367,7 @@ def _own_grads(params: Sequence[Tensor]) -> Iterator[None]:
     finally:
         for p, grad in zip(params, before, strict=True):
             p.grad = grad
+
+
+def _capturing() -> bool:
+    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()

@@ -74,6 +74,9 @@ class GathersCurvature(EvaluatesLosses):
         Raises:
             RuntimeError: the loss cannot be differentiated as ``hvp`` asks for; the message says what to do.
         """
+        if (wrapped := vars(self).get("_optimizer")) is not None:  # Lightning's wrapper, which has our methods as well
+            options = {"gradient": gradient, "retain_graph": retain_graph, "grad_scaler": grad_scaler}
+            return wrapped.backward(loss, curvature=curvature, batch_size=batch_size, **options)
         given = not callable(loss)
         weight = None if batch_size is None else self.batch_weight(batch_size)
         if self._inside is not None:  # in a closure that a strategy evaluates

@@ -44,6 +44,8 @@ class HooksBackward(GathersCurvature):
         Raises:
             ValueError: ``hvp`` is a strategy that evaluates the loss itself.
         """
+        if (wrapped := vars(self).get("_optimizer")) is not None:  # Lightning's wrapper
+            return wrapped.hook_backward()
         way = self.param_groups[0]["hvp"]
         if way != "autograd":
             raise ValueError(

@@ -358,6 +358,8 @@ class AdaHessian(Observable, FollowsGradScaler):
         self._update(entries, grads, due, self._curvature)
         self._forget()
         self._leave()
+        if any(due):
+            self._tell_of_missed()
         if self._ranks is not None:
             self._ranks.stepped()
         return loss
@@ -404,8 +406,7 @@ class AdaHessian(Observable, FollowsGradScaler):
                     found_inf=None if found_inf is None else found_inf.to(bucket.device),
                 )
         self._stepped = entries
-        for number in {entry.group for entry in entries}:
-            self.param_groups[number]["step"] += 1
+        self._count_step({entry.group for entry in entries}, found_inf)
 
     def _before_update(self, entries: Sequence[Entry], grads: Sequence[Tensor], due: Sequence[bool]) -> None:
         """What a subclass does first in a step that is taken (with ``capturable``: that the device may still skip)."""

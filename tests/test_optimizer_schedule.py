@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import pytest
 import torch
 from models import (
@@ -202,3 +204,63 @@ def test_two_ways_to_gather_curvature_in_one_step_are_refused(device):
     loss_of(model, 0).backward(create_graph=True)
     with pytest.raises(RuntimeError, match=r"opt\.backward\(loss\) has gathered curvature.*opt\.zero_grad"):
         opt.step()
+
+
+def alternating(groups_of, steps=12):
+    """Train two heads on a body in turn, with curvature at every second step; what was told, and which heads moved."""
+    torch.manual_seed(0)
+    body, heads = nn.Linear(4, 4), [nn.Linear(4, 1), nn.Linear(4, 1)]
+    x, before = torch.randn(16, 4), [head.weight.detach().clone() for head in heads]
+    opt = AdaHessian(groups_of(body, *heads), lr=0.05, update_each=2)
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        for i in range(steps):
+            opt.zero_grad()
+            opt.backward(heads[i % 2](torch.tanh(body(x))).square().mean())
+            opt.step()
+    messages = [str(w.message) for w in told if "curvature" in str(w.message)]
+    return messages, [not torch.equal(head.weight, old) for head, old in zip(heads, before, strict=True)]
+
+
+def test_parameters_that_miss_the_schedule_are_told():
+    messages, moved = alternating(lambda *modules: [p for m in modules for p in m.parameters()])
+    assert moved == [True, False]
+    assert len(messages) == 2  # weight and bias, once each
+    assert messages[0].startswith("parameter 4 of group 0 has had 4 gradients but curvature 0 times")
+
+
+def test_heads_in_groups_of_their_own_train():
+    messages, moved = alternating(lambda *modules: [{"params": list(m.parameters())} for m in modules])
+    assert messages == []
+    assert moved == [True, True]
+
+
+def test_another_frequency_is_no_missed_schedule():
+    p, opt = nn.Parameter(torch.ones(3)), None
+    opt = AdaHessian([p], lr=0.01, update_each=10)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for i in range(40):
+            opt.param_groups[0]["update_each"] = 10 if i < 30 else 2
+            opt.zero_grad()
+            opt.backward((p**4).sum())
+            opt.step()
+
+
+@pytest.mark.parametrize("update_each", [1, 3])
+def test_a_step_that_the_scaler_skipped_does_not_count_with_capturable(update_each):
+    found = []
+    for capturable in (False, True):
+        p = nn.Parameter(torch.ones(4))
+        opt = AdaHessian([p], lr=0.02, capturable=capturable, update_each=update_each)
+        scaler, moved = torch.amp.GradScaler("cpu", init_scale=4.0), []
+        for i in range(6):
+            before = p.detach().clone()
+            opt.zero_grad()
+            opt.backward(scaler.scale((p**3).sum() * (float("inf") if i in (0, 3) else 1)))
+            scaler.step(opt)
+            scaler.update()
+            moved.append(not torch.equal(before, p))
+        found.append((moved, opt.param_groups[0]["step"], int(opt.state[p]["step"])))
+    assert found[0] == found[1]
+    assert found[0][1] == 4

@@ -243,3 +243,18 @@ def test_documentation(title, request):
         exec(compile(code, "<a block of docs/trainers.md>", "exec"), names)
         moved = [(a != b).any() for a, b in zip(weights(classifier), before, strict=True)]
         assert all(moved) == any(moved) == ("loss.backward" in code or "loss_fn" in code or "train()" in code)
+
+
+def test_lightnings_wrapper_differentiates_for_its_optimizer():
+    """It has AdaHessian's methods, on attributes of its own."""
+    wrapped = pytest.importorskip("lightning.pytorch.core.optimizer").LightningOptimizer
+    model = torch.nn.Linear(3, 2)
+    opt = AdaHessian(model.parameters())
+    wrapper = wrapped(opt)
+    wrapper.backward(model(torch.ones(4, 3)).square().mean())
+    opt.step()
+    assert int(opt.state[model.weight]["hessian_step"]) == 1
+    with wrapper.hook_backward():
+        model(torch.ones(4, 3)).square().mean().backward()
+    opt.step()
+    assert int(opt.state[model.weight]["hessian_step"]) == 2
