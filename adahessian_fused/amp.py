@@ -65,7 +65,7 @@ class FollowsGradScaler(TakesClosures):
         """Compute the curvature that graphs still hold, unscale it if asked to, and report infinities in it."""
         self._average_before_scaler(too_late=grad_scaler is None)
         entries, grads = self._with_gradients()
-        if hvp.differentiable(grads):
+        if hvp.has_graph(grads):
             self._from_backward(entries, grads, self._due())
             hvp.release_graph(grads)
         if self._curvature is None or not grads:
@@ -84,7 +84,7 @@ class FollowsGradScaler(TakesClosures):
         grads = [p.grad for _, p in self._trained() if p.grad is not None]
         if self._ranks is None or self._ranks.grads_averaged or not grads:
             return
-        if self._curvature is not None or not self.needs_hessian or hvp.differentiable(grads):
+        if self._curvature is not None or not self.needs_hessian or hvp.has_graph(grads):
             self._average_local(None)
             self._ranks.averaged_late = too_late
 

@@ -15,13 +15,14 @@ from .layout import Bucket, Entry
 from .reference import block_mean, rademacher_signs
 from .segments import Segment, Steps
 
-_DTYPE, _FIRST = attrgetter("dtype"), attrgetter("first")
+_DTYPE, _FIRST, _BUCKET = attrgetter("dtype"), attrgetter("first"), attrgetter("bucket")
+_BUCKETS_DTYPE = attrgetter("bucket.dtype")
 
 
 def by_bucket(entries: Sequence[Entry]) -> dict[Bucket, list[Entry]]:
     """Entries of each bucket, in the bucket's order."""
     groups: dict[Bucket, list[Entry]] = {}
-    if len({entry.bucket for entry in entries}) == 1:  # nearly always
+    if len(set(map(_BUCKET, entries))) == 1:  # nearly always
         return {entries[0].bucket: list(entries)}
     for entry in entries:
         groups.setdefault(entry.bucket, []).append(entry)
@@ -165,7 +166,7 @@ class Curvature:
     def add(self, products: dict[Entry, Tensor], *, sample: int, draw: bool, weight: float = 1.0) -> None:
         """Take in Hz (or D itself, if not ``draw``) of one backward pass and probe; ``weight`` is 1 / n_samples."""
         self.reported = False
-        matches = all(map(eq, map(_DTYPE, products.values()), (entry.bucket.dtype for entry in products)))
+        matches = all(map(eq, map(_DTYPE, products.values()), map(_BUCKETS_DTYPE, products)))
         if not self.products and not self.diags and weight == 1.0 and matches:
             self.products, self.sample, self.draw = products, sample, draw
             return

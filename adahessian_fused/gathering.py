@@ -265,7 +265,7 @@ class GathersCurvature(EvaluatesLosses):
         """Curvature from whichever way the backward passes of this step went."""
         if self._curvature is None and any(due[entry.group] for entry in entries):
             self._from_graph(entries)
-        elif self._curvature is not None and hvp.differentiable(grads):
+        elif self._curvature is not None and hvp.has_graph(grads):
             raise RuntimeError(hvp.TWO_WAYS)
         elif self._curvature is not None and self._record is not None and self._record.added:
             raise RuntimeError(hvp.MIXED)

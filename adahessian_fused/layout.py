@@ -8,9 +8,9 @@ tensors users see (``optimizer.state[p]["exp_avg"]``) are views of the buffers i
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from operator import attrgetter, is_
+from operator import attrgetter, eq, is_
 from typing import Any
 
 import torch
@@ -21,7 +21,7 @@ from .segments import Segment, Steps, n_blocks, segment_table
 
 # map() over these is several times faster than a loop, and there are thousands of parameters.
 _DTYPE, _STRIDES = attrgetter("dtype"), attrgetter("strides")
-_LOOKS = Tensor.data_ptr, Tensor.stride, Tensor.numel, _DTYPE
+_LOOKS: tuple[Callable[[Tensor], Any], ...] = (Tensor.data_ptr, Tensor.stride, Tensor.numel, _DTYPE)
 
 _LIKE_PARAM = ("exp_avg", "exp_hessian_diag_sq", "master_param")  # states of the parameter's shape
 ALIGNMENT = 64  # elements between segment starts: whole cache lines, and any vector width
@@ -203,6 +203,7 @@ class Bucket:
         # The entries know their bucket, not the other way round: a reference cycle would keep its buffers alive.
         self.count = len(entries)
         self.has_copied = any(entry.copied for entry in entries)
+        self.is_row_major = all(entry.param.is_contiguous() for entry in entries)
         # Where |D| is averaged, D has to be summed up over probes and micro-batches, element by element, before.
         self.averages_magnitudes = any(entry.absolute for entry in entries)
         self.device, self.dtype = first.device, first.dtype
@@ -263,8 +264,8 @@ class Bucket:
 
     def stored(self, entries: Sequence[Entry], tensors: Sequence[Tensor]) -> list[Tensor]:
         """Each tensor in its parameter's dtype and storage order; the very same tensors where they are like that."""
-        same_dtype = set(map(_DTYPE, tensors)) == {self.dtype}
-        if same_dtype and not self.has_copied and list(map(Tensor.stride, tensors)) == list(map(_STRIDES, entries)):
+        strided = all(map(Tensor.is_contiguous, tensors)) if self.is_row_major else _same_strides(entries, tensors)
+        if strided and not self.has_copied and set(map(_DTYPE, tensors)) == {self.dtype}:
             return list(tensors)
         return [entry.stored(tensor) for entry, tensor in zip(entries, tensors, strict=True)]
 
@@ -337,6 +338,10 @@ class Bucket:
         counted.index_add_(0, self._select(entries)[1], increment.expand(len(entries), counted.shape[1]))
 
 
+def _same_strides(entries: Iterable[Entry], tensors: Iterable[Tensor]) -> bool:
+    return all(map(eq, map(Tensor.stride, tensors), map(_STRIDES, entries)))
+
+
 class Found:
     """The entries that were looked up last, and what their parameters were like then."""
 
@@ -357,13 +362,17 @@ class Found:
         """
         if len(params) != len(self._params) or not all(map(is_, params, self._params)):
             self._params, self._entries, self._then = list(params), list(map(known.get, map(id, params))), None
-        now = tuple(list(map(look, parts)) for look in _LOOKS)
-        if now != self._then or 0 in now[0]:  # the address of an empty parameter tells nothing
+        if not self._look_as_then(parts):
             # A list is faster than a generator.
             if None in self._entries or not all([entry.fits() for entry in self._entries]):  # noqa: C419
                 return None
-            self._then = now
+            self._then = tuple(list(map(look, parts)) for look in _LOOKS)
         return self._entries
+
+    def _look_as_then(self, parts: Sequence[Tensor]) -> bool:
+        if self._then is None or 0 in self._then[0]:  # the address of an empty parameter tells nothing
+            return False
+        return all(all(map(eq, map(look, parts), then)) for look, then in zip(_LOOKS, self._then, strict=True))
 
 
 def make_buckets(entries: Iterable[Entry], **options: Any) -> list[Bucket]:

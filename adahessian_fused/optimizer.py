@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
     from torch.nn.parallel import DistributedDataParallel
 
-_LAYOUT = attrgetter("layout")
+_LAYOUT, _GRAD, _GROUP = attrgetter("layout"), attrgetter("grad"), attrgetter("group")
 # Its name differs between versions of torch, which have one or the other or both.
 _check_graph_capture = next(
     vars(torch.optim.Optimizer)[name]
@@ -242,9 +242,12 @@ class AdaHessian(Observable, FollowsGradScaler):
 
     def _state_replaced(self) -> bool:
         """Whether ``state``, or anything in it, is another object than after the last rebuild."""
-        return any(
-            len(now) != len(then) or not all(map(is_, now, then))
-            for now, then in zip(self._state_contents(), self._seen, strict=True)
+        now, (states, contents) = self.state.values(), self._seen
+        return not (
+            len(now) == len(states)
+            and sum(map(len, now)) == len(contents)
+            and all(map(is_, now, states))
+            and all(map(is_, chain.from_iterable(map(dict.values, now)), contents))
         )
 
     @torch.no_grad()
@@ -313,7 +316,7 @@ class AdaHessian(Observable, FollowsGradScaler):
     def _with_gradients(self) -> tuple[list[Entry], list[Tensor]]:
         """The parameters that have a gradient, and their gradients."""
         params = list(self._params())
-        grads = [p.grad for p in params]
+        grads = list(map(_GRAD, params))
         if not all(map(is_not, grads, repeat(None))):
             params = [p for p, grad in zip(params, grads, strict=True) if grad is not None]
             grads = [grad for grad in grads if grad is not None]
@@ -406,7 +409,7 @@ class AdaHessian(Observable, FollowsGradScaler):
                     found_inf=None if found_inf is None else found_inf.to(bucket.device),
                 )
         self._stepped = entries
-        self._count_step({entry.group for entry in entries}, found_inf)
+        self._count_step(set(map(_GROUP, entries)), found_inf)
 
     def _before_update(self, entries: Sequence[Entry], grads: Sequence[Tensor], due: Sequence[bool]) -> None:
         """What a subclass does first in a step that is taken (with ``capturable``: that the device may still skip)."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -11,6 +12,8 @@ from torch import Tensor
 from .curvature import Curvature
 from .layout import Bucket, Entry
 from .segments import Hyper
+
+_PARAM = attrgetter("param")
 
 
 class HyperTable:
@@ -90,7 +93,7 @@ def update_bucket(
     if bucket.master is not None:
         bucket.refresh_master(members)
 
-    params = [entry.param for entry in members]
+    params = own = list(map(_PARAM, members))
     if bucket.has_copied:
         params = [p.contiguous() if entry.copied else p for p, entry in zip(params, members, strict=True)]
     backend.adahessian_step(
@@ -114,7 +117,7 @@ def update_bucket(
         for entry, updated in zip(members, params, strict=True):
             if entry.copied:
                 entry.param.copy_(updated)
-    torch.autograd.graph.increment_version([entry.param for entry in members])
+    torch.autograd.graph.increment_version(own)
     if bucket.master is not None:
         for entry in members:
             entry.version = entry.param._version

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -14,6 +15,8 @@ from .complete import complete
 from .errors import naming_the_operator
 from .graph import Graph, explore
 from .precision import Precision, second_pass
+
+_REQUIRES_GRAD = attrgetter("requires_grad")
 
 NO_CURVATURE = (
     "this step needs curvature, but no gradient carries a graph. Write opt.backward(loss) instead of loss.backward(), "
@@ -46,6 +49,11 @@ NEEDS_FUNCTION = (
 def differentiable(grads: Sequence[Tensor | None]) -> list[int]:
     """Indices of the gradients that can be differentiated again; the others have a zero Hessian row or no graph."""
     return [i for i, grad in enumerate(grads) if grad is not None and grad.requires_grad]
+
+
+def has_graph(grads: Iterable[Tensor]) -> bool:
+    """Whether any of the gradients can be differentiated again."""
+    return any(map(_REQUIRES_GRAD, grads))
 
 
 def hessian_vector_product(
@@ -178,5 +186,6 @@ def _accumulate_parts(params: Sequence[Tensor], parts: Sequence[Tensor | None]) 
 
 def release_graph(grads: Sequence[Tensor]) -> None:
     """Cut gradients from their graph: the cycle parameter -> gradient -> graph -> parameter keeps memory alive."""
-    for i in differentiable(grads):
-        grads[i].detach_()
+    if has_graph(grads):
+        for i in differentiable(grads):
+            grads[i].detach_()
