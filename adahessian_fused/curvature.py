@@ -255,7 +255,7 @@ class Curvature:
 
     def must_fold(self, entries: Iterable[Entry]) -> bool:
         """Whether the update needs the compact diagonal: some of it is folded, or it is kept for stale steps."""
-        return self.folded or any(entry.bucket.diag is not None for entry in entries)
+        return self.folded or any(bucket.diag is not None for bucket in set(map(_BUCKET, entries)))
 
     def numbers(self, entries: Sequence[Entry]) -> list[Tensor]:
         """What of the folded curvature belongs to each parameter, as views; zeros if nothing has been taken in.

@@ -125,7 +125,7 @@ class EvaluatesLosses(PortableState):
 
     def _leave(self) -> None:
         """Take down the gradients as they are, if the coming step has curvature: none of them is foreign to it."""
-        self._left = Record(p for _, p in self._trained()) if self.needs_hessian else None
+        self._left = Record([p for _, p in self._trained()]) if self.needs_hessian else None
 
     @contextlib.contextmanager
     def _passing(self) -> Iterator[None]:

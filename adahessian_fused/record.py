@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import threading
 import weakref
 from collections.abc import Iterable, Iterator
@@ -27,22 +28,30 @@ class Record(hvp.Onlooker):
     """
 
     def __init__(self, params: Iterable[Tensor]) -> None:
-        self._left = {id(p): (p, *_look(p)) for p in params}
+        # In passes as quick as can be: every step leaves one, and few are looked at.
+        self._params = list(params)
+        grads = [p.grad for p in self._params]
+        self._grads = [_nothing if grad is None else weakref.ref(grad) for grad in grads]
+        self._versions = [-1 if grad is None else grad._version for grad in grads]
         self.added: set[int] = set()
         self.ours = False
 
+    @functools.cached_property
+    def _left(self) -> dict[int, tuple[Any, int]]:
+        return dict(zip(map(id, self._params), zip(self._grads, self._versions, strict=True), strict=True))
+
     def changed(self, params: Iterable[Tensor] | None = None) -> list[Tensor]:
         """Those of some parameters, by default its own, whose gradient is not as it was left."""
-        return [p for p in ([p for p, *_ in self._left.values()] if params is None else params) if not self._same(p)]
+        return [p for p in (self._params if params is None else params) if not self._same(p)]
 
     def _same(self, p: Tensor) -> bool:
-        _, grad, version = self._left.get(id(p), (p, _nothing, -1))
+        grad, version = self._left.get(id(p), (_nothing, -1))
         now = p.grad
         return version == -1 if now is None else now is grad() and now._version == version
 
     def before(self, tensors: Any) -> Record | None:
         """The gradients before a backward pass."""
-        return None if self.ours else Record(p for p, *_ in self._left.values())
+        return None if self.ours else Record(self._params)
 
     def after(self, before: Record | None) -> None:
         """Note which of them it has changed."""
@@ -57,10 +66,6 @@ def is_zero(p: Tensor) -> bool:
 
 def _nothing() -> None:
     return None
-
-
-def _look(p: Tensor) -> tuple[Any, int]:
-    return (_nothing, -1) if p.grad is None else (weakref.ref(p.grad), p.grad._version)
 
 
 class OtherLeaves(hvp.Onlooker):
