@@ -18,12 +18,15 @@ from torch.utils import _pytree as pytree
 
 from .checks import CHOICES
 from .hvp.errors import operator_in
+from .hvp.finite_difference import epsilon_of
+from .hvp.kinks import kinks
 from .optimizer import AdaHessian
 
 TRUSTED = 0.1
 """Relative error of Hz up to which a strategy is trusted. The noise of a single probe is many times as large."""
 
 SAMPLES = 3
+DIFFERENCE = "finite_difference"
 LossFn = Callable[..., Tensor]
 
 LOWER = {"autograd, bfloat16": torch.bfloat16, "autograd, tf32": "tf32"}
@@ -43,6 +46,8 @@ class StrategyCheck:
         failure: the error, if there was one.
         operator: the operator it is about, if torch names one.
         pays: False for a lower precision that is no faster here than the model's own.
+        kinks: with finite differences, operators at which the gradient jumps, or may jump, which one batch need not
+            show; and "fd_epsilon" if a larger distance gives another Hz.
     """
 
     strategy: str
@@ -53,19 +58,22 @@ class StrategyCheck:
     failure: str | None = None
     operator: str | None = None
     pays: bool = True
+    kinks: tuple[str, ...] = ()
 
     @property
     def trusted(self) -> bool:
-        """Whether it works, and Hz is right to a tenth."""
-        return self.product_error is not None and self.product_error <= TRUSTED
+        """Whether it works, and Hz is right to a tenth, on more than this batch as far as can be told."""
+        return self.product_error is not None and self.product_error <= TRUSTED and not self.kinks
 
     @property
     def verdict(self) -> str:
         """The result in words."""
         if self.failure is not None:
             return f"fails: {self.operator or self.failure.splitlines()[0][:60]}"
-        if not self.trusted:
+        if self.product_error is None or self.product_error > TRUSTED:
             return "WRONG for this model"
+        if self.kinks:
+            return f"cannot tell: {', '.join(self.kinks)}"
         return "can be trusted" if self.pays else "can be trusted, gains nothing here"
 
 
@@ -144,8 +152,10 @@ def check_hvp(
 
     Every strategy runs on a copy of the model, so parameters, gradients and buffers stay as they are, and so does the
     state of torch's random numbers. Exact is double backward of a copy in float64, with attention in plain operators.
-    Where that fails, central differences in float64 take its place: right for smooth models only. Where random numbers
-    (dropout on a GPU) come out differently in float64, the copy keeps the model's own precision.
+    Whether finite differences cross a kink (ReLU, max pooling) on one batch is a matter of luck: where the graph of the
+    loss has any, or functions of somebody's own, or another distance gives another Hz, the verdict is "cannot tell".
+    Where double backward fails, central differences in float64 take its place: right for smooth models only. Where
+    random numbers (dropout on a GPU) come out differently in float64, the copy keeps the model's own precision.
 
     Args:
         model: the model, in the mode it is trained in.
@@ -179,6 +189,7 @@ def check_hvp(
         seconds: dict[str, list[float]] = {name: [] for name in [*runs, plain.name]}
         memory: dict[str, int] = {}
         errors = {name: run.errors(exact) for name, run in runs.items()}
+        kinked = _kinks(model, loss_fn, batch, fd_epsilon, exact)
         working = [plain, *(run for name, run in runs.items() if isinstance(errors[name], tuple))]
         for _ in range(repeats):
             for run in working:  # in turn, so that a busy machine slows down all of them
@@ -193,11 +204,32 @@ def check_hvp(
         used = memory[name] / memory[plain.name] if memory[plain.name] else None
         took = statistics.median(seconds[name])
         pays = name not in LOWER or took < statistics.median(seconds["autograd"])
-        checks.append(StrategyCheck(name, *error, took / base, used, pays=pays))
+        checks.append(
+            StrategyCheck(name, *error, took / base, used, pays=pays, kinks=kinked if name == DIFFERENCE else ())
+        )
     result = HvpCheck(reference, tuple(checks), base)
     if show:
         result.show()
     return result
+
+
+def _kinks(
+    model: nn.Module,
+    loss_fn: LossFn,
+    batch: Sequence[Any],
+    epsilon: float | None,
+    exact: Callable[[int], tuple[Tensor, Tensor]],
+) -> tuple[str, ...]:
+    """Why finite differences may be wrong on other batches: names of operators, or "fd_epsilon"."""
+    eager = getattr(model, "_orig_mod", model)
+    torch.manual_seed(0)
+    found = kinks(_Run(eager, loss_fn, batch, "first order", epsilon).loss())
+    dtypes = {p.dtype for p in model.parameters() if p.requires_grad}
+    if not found and dtypes <= {torch.float32, torch.float64}:
+        wider = 8 * (epsilon or epsilon_of(dtypes))
+        error = _Run(model, loss_fn, batch, DIFFERENCE, wider).errors(exact)
+        found = ["fd_epsilon"] if isinstance(error, tuple) and error[0] > TRUSTED else []
+    return tuple(found)
 
 
 def _names(model: nn.Module) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import sys
 
@@ -11,7 +12,8 @@ from models import assert_same, batch, conv_net, mlp, weights
 from test_first_order_only import Attention, Bag
 from torch import nn
 
-from adahessian_fused import check_hvp
+from adahessian_fused import check_hvp, curvature_friendly
+from adahessian_fused.hvp.kinks import kinks
 
 EXACT = ("autograd", "forward_over_reverse")
 
@@ -55,6 +57,73 @@ def test_finite_differences_of_relu_networks_are_not_trusted(device):
     assert all(result[hvp].trusted for hvp in EXACT)
     assert not result["finite_difference"].trusted
     assert result["finite_difference"].verdict == "WRONG for this model"
+
+
+class Leaky(torch.autograd.Function):
+    """Of somebody's own, with a kink that no name tells."""
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return x.clamp(min=0)
+
+    @staticmethod
+    def backward(ctx, grad):
+        (x,) = ctx.saved_tensors
+        return grad * (x > 0)
+
+
+KINKED = {
+    "relu": (nn.ReLU(), ("Relu",)),
+    "leaky_relu": (nn.LeakyReLU(), ("LeakyRelu",)),
+    "hardswish": (nn.Hardswish(), ("Hardswish",)),
+    "selu": (nn.SELU(), ("Elu",)),
+    "elu": (nn.ELU(), ()),
+    "gelu": (nn.GELU(), ()),
+    "max_pool": (nn.Sequential(nn.Unflatten(1, (1, 16)), nn.MaxPool1d(1), nn.Flatten()), ("MaxPool2DWithIndices",)),
+    "softmax": (nn.Softmax(-1), ()),
+    "abs": (torch.abs, ("Abs",)),
+    "sort": (lambda x: x.sort(-1).values, ("Sort",)),
+    "where": (lambda x: torch.where(x > 0, x, 0), ("Where",)),
+    "function": (Leaky.apply, ("Leaky",)),
+}
+
+
+class Acting(nn.Module):
+    def __init__(self, act) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.act, self.last = nn.Linear(3, 16), act, nn.Linear(16, 2)
+
+    def forward(self, x):
+        return self.last(self.act(self.first(x)))
+
+
+@pytest.mark.parametrize("friendly", [False, True])
+@pytest.mark.parametrize("case", KINKED)
+def test_kinks_are_known_by_the_operators(device, case, friendly):
+    act, names = KINKED[case]
+    model = Acting(act).to(device)
+    with curvature_friendly() if friendly else contextlib.nullcontext():
+        loss = loss_on(model, *batch(0, model))
+    assert [name.lower() for name in kinks(loss)] == [name.lower() for name in names]
+
+
+def test_a_batch_that_crosses_no_kink_is_no_reason_to_trust(device):
+    model, verdicts = Acting(nn.ReLU()).to(device), set()
+    for i in range(3):
+        found = check_hvp(model, loss_on, batch(i, model), show=False, repeats=1)["finite_difference"]
+        assert not found.trusted
+        verdicts.add(found.verdict)
+    assert "cannot tell: Relu" in verdicts
+    assert verdicts <= {"cannot tell: Relu", "WRONG for this model"}
+
+
+def test_kinks_that_no_operator_tells(device):
+    """Such as a product with x > 0; a wider distance crosses what a narrow one does not."""
+    model = Acting(lambda x: 100 * x * (x > 0)).to(device)
+    found = [check_hvp(model, loss_on, batch(i, model, 64), show=False, repeats=1) for i in range(2)]
+    assert not any(each["finite_difference"].trusted for each in found)
 
 
 def test_what_fails_is_named():
