@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 EXACT_IS_REFUSED = (
-    'hvp="{}" with sharded parameters (DTensor): FSDP gathers them for the forward pass, the sharded ones are not in '
-    'the graph, and so their gradients cannot be differentiated again; expected hvp="finite_difference" with '
+    'hvp="{}" with sharded parameters (DTensor): their curvature cannot come from a graph (under FSDP2 they are not in '
+    'one themselves, and tensor parallelism is not supported); under FSDP2, expected hvp="finite_difference" with '
     "opt.step(closure) or opt.backward(function)"
 )
 # Where a DTensor's own attributes are looked at, it is typed Any: importing its class is slow.
