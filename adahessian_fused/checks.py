@@ -13,6 +13,8 @@ BLOCK_SIZES = ("auto", "conv2d", "row", "tensor")
 CHOICES = {
     "averaging": ("signed", "abs"),
     "off_step": ("hold", "stale"),
+    "unmeasured": ("hold", "move"),
+    "nonfinite": ("keep", "raise"),
     "probe": ("rademacher", "gaussian"),
     "hvp": ("autograd", "forward_over_reverse", "finite_difference"),
 }
@@ -114,6 +116,8 @@ def check_group(group: dict[str, Any]) -> None:
         raise ValueError(
             'capturable=True with probe="gaussian"; expected probe="rademacher", whose counter can live on the GPU'
         )
+    if group["capturable"] and group["nonfinite"] == "raise":
+        raise ValueError('capturable=True with nonfinite="raise"; expected nonfinite="keep", which the GPU decides')
     if group["capturable"] and group["off_step"] == "stale" and group["update_each"] > 1:
         raise ValueError('capturable=True with off_step="stale"; expected off_step="hold"')
 

@@ -233,6 +233,16 @@ class Curvature:
         total = sum(flag.to(flags[0].device) for flag in flags) if flags else none
         return total  # type: ignore[return-value]
 
+    def nonfinite(self, entries: Sequence[Entry]) -> list[Entry]:
+        """Those of some parameters whose curvature is infinite or NaN anywhere."""
+        if self.found_inf() == 0:
+            return []
+        held = [(e, [self.products[e]] if e in self.products else []) for e in entries]
+        if self.diags:
+            for (_, tensors), numbers in zip(held, self.numbers(entries), strict=True):
+                tensors.append(numbers)
+        return [entry for entry, tensors in held if not all(tensor.isfinite().all() for tensor in tensors)]
+
     def report(self, grads: Sequence[Tensor], agree: Callable[[Tensor], Tensor] | None = None) -> None:
         """Make a gradient infinite if the curvature is not finite: GradScaler looks at gradients only.
 

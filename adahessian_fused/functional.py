@@ -66,6 +66,7 @@ def adahessian(
     block_size: int | str = "auto",
     averaging: str = "signed",
     maximize: bool = False,
+    unmeasured: str = "hold",
     seed: int = 0,
     sample: int = 0,
     draw: bool = True,
@@ -96,7 +97,8 @@ def adahessian(
         block_size: as for :class:`~adahessian_fused.AdaHessian`.
         averaging: "signed" or "abs".
         maximize: ascend instead of descending.
-        seed: key of the probe's generator.
+        unmeasured: "hold": elements with v = 0 do not move; "move": they move by m / eps.
+        seed: key of the probe's generator, and of the one that rounds to bfloat16.
         sample: number of the probe.
         draw: multiply ``hvps`` by the probe.
         grad_scale: divide gradients and curvature by it.
@@ -119,8 +121,10 @@ def adahessian(
     state_dtype = _state_dtype(exp_avgs, exp_hessian_diag_sqs)
     entries = _entries(params, states, block_size, averaging, state_dtype)
     tools = backends.ByDevice(backend)
-    group = {"lr": lr, "betas": (beta1, beta2), "eps": eps, "weight_decay": weight_decay}
-    table = HyperTable().on(torch.device("cpu"), [group | {"hessian_power": hessian_power, "maximize": maximize}])
+    check_choice("unmeasured", unmeasured, CHOICES["unmeasured"])
+    group: dict[str, Any] = {"lr": lr, "betas": (beta1, beta2), "eps": eps, "weight_decay": weight_decay}
+    group |= {"hessian_power": hessian_power, "maximize": maximize, "unmeasured": unmeasured}
+    table = HyperTable().on(torch.device("cpu"), [group])
     curvature = None
     if hvps is not None:
         curvature = Curvature(tools, seed)
@@ -135,6 +139,7 @@ def adahessian(
             table,
             tools[bucket.device.type],
             seed=seed,
+            rounding_seed=seed,
             grad_scale=grad_scale,
             found_inf=None,
         )

@@ -123,6 +123,11 @@ class Entry:
         self.order = storage_order(p.shape, self.strides)
 
     @property
+    def missed(self) -> Tensor:
+        """How many elements had no finite curvature in Hessian steps so far, a scalar on the parameter's device."""
+        return self.bucket.missed[self.row]
+
+    @property
     def copied(self) -> bool:
         """Whether the ops see contiguous copies of this parameter's tensors."""
         return self.order is None
@@ -211,6 +216,8 @@ class Bucket:
         self._make_table(entries)
         count_device = self.device if capturable else torch.device("cpu")
         self.steps = torch.zeros(len(entries), len(Steps), dtype=torch.int64, device=count_device)
+        # How many elements of each parameter had no finite curvature in Hessian steps so far.
+        self.missed = torch.zeros(len(entries), dtype=torch.int64, device=self.device)
         self._subset: tuple[tuple[int, ...], Tensor, Tensor] | None = None
         if not with_states:
             return
@@ -304,9 +311,10 @@ class Bucket:
         entry.views, entry.version = views, -1
 
     def keep_diag(self, diag: Tensor, entries: Iterable[Entry]) -> None:
-        """Remember the diagonal of a Hessian step for the stale steps after it."""
+        """Remember the diagonal of a Hessian step, where it is finite, for the stale steps after it."""
         for entry in entries:
-            view = self.diag_view(self.diag, entry).copy_(self.diag_view(diag, entry))
+            view, new = self.diag_view(self.diag, entry), self.diag_view(diag, entry)
+            torch.where(new.isfinite(), new, view, out=view)
             entry.state["hessian_diag"] = entry.views.setdefault("hessian_diag", view)
 
     def refresh_master(self, entries: Iterable[Entry]) -> None:

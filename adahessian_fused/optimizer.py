@@ -77,6 +77,14 @@ class AdaHessian(Observable, FollowsGradScaler):
         update_each: Hutchinson frequency: curvature at steps 1, 1 + f, 1 + 2f, ... Per group.
         off_step: on the steps between, "hold" leaves v and h alone, "stale" feeds the last diagonal in again. Per
             group.
+        unmeasured: what becomes of an element with a gradient and no curvature so far (v = 0): a row of an embedding
+            that was not in any batch of a Hessian step, or a parameter the loss is linear in. "hold": it collects
+            momentum and does not move before it has curvature; "move": it moves by m / eps, as in the published code.
+            With ``hessian_power=0`` every element moves. Per group.
+        nonfinite: where curvature is infinite or NaN although the gradient is not, as below a norm or a root at zero:
+            "keep" goes on with the curvature of the steps before, element by element (an averaging block as a whole),
+            warns once for a parameter and counts in :meth:`statistics`; "raise" changes nothing and raises an error,
+            for which every Hessian step reads its curvature once more and waits for it. Per group.
         n_samples: probes averaged in a Hessian step.
         probe: "rademacher" or "gaussian".
         seed: key of the probe's generator.
@@ -134,6 +142,8 @@ class AdaHessian(Observable, FollowsGradScaler):
         averaging: str = "signed",
         update_each: int = 1,
         off_step: str = "hold",
+        unmeasured: str = "hold",
+        nonfinite: str = "keep",
         n_samples: int = 1,
         probe: str = "rademacher",
         seed: int = 0,
@@ -163,6 +173,8 @@ class AdaHessian(Observable, FollowsGradScaler):
             "averaging": averaging,
             "update_each": update_each,
             "off_step": off_step,
+            "unmeasured": unmeasured,
+            "nonfinite": nonfinite,
             "n_samples": n_samples,
             "probe": probe,
             "seed": seed,
@@ -269,6 +281,8 @@ class AdaHessian(Observable, FollowsGradScaler):
             state_dtype=self.state_dtype,
         )
         pairs = [(entry, new[key]) for key, entry in self._entries.items() if key in new]
+        for old, fresh in pairs:
+            fresh.missed.copy_(old.missed)
         curvature, diags = self._curvature, {}
         if curvature is not None:
             if any(old.probe_words() != fresh.probe_words() for old, fresh in pairs if old in curvature.products):
@@ -388,11 +402,13 @@ class AdaHessian(Observable, FollowsGradScaler):
             if found_inf.item() != 0:
                 return
             found_inf = None
+        if curvature is not None:
+            self._refuse_nonfinite(curvature, [entry for entry in entries if due[entry.group]])
         self._before_update(entries, grads, due)
         rescaled = grad_scale is not None and curvature is not None and curvature.unscaled
         if curvature is not None and (rescaled or curvature.must_fold(self._entries.values())):
             curvature.fold()
-        seed, grad_of = self._probe_seed, dict(zip(entries, grads, strict=True))
+        grad_of = dict(zip(entries, grads, strict=True))
         for bucket, in_bucket in by_bucket(entries).items():
             groups = self._hyper.on(bucket.steps.device, self.param_groups)
             for kind, members in self._by_kind(in_bucket, due).items():
@@ -404,12 +420,15 @@ class AdaHessian(Observable, FollowsGradScaler):
                     curvature,
                     groups,
                     self._tools[bucket.device.type],
-                    seed=seed,
+                    seed=self._probe_seed,
+                    rounding_seed=self.param_groups[0]["seed"],
                     grad_scale=None if grad_scale is None else grad_scale.to(bucket.device),
                     found_inf=None if found_inf is None else found_inf.to(bucket.device),
                 )
         self._stepped = entries
         self._count_step(set(map(_GROUP, entries)), found_inf)
+        if any(due):
+            self._warn_of_missed(entries)
 
     def _before_update(self, entries: Sequence[Entry], grads: Sequence[Tensor], due: Sequence[bool]) -> None:
         """What a subclass does first in a step that is taken (with ``capturable``: that the device may still skip)."""

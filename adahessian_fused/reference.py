@@ -218,14 +218,19 @@ def adahessian_step(
     seed: int,
     sample: int,
     draw: bool,
+    rounding_seed: int,
     grad_scale: Tensor | None,
     found_inf: Tensor | None,
+    means: Tensor | None,
+    missed: Tensor | None,
 ) -> None:
     """One AdaHessian step (Algorithm 1, lines 6-9) on every segment, in place.
 
     The curvature comes from ``hessians`` (Hz; z is drawn again) or, already averaged, from ``diag``. With neither this
-    is an off-step: exp_hessian_diag_sq and its bias correction stay as they are. A parameter that has not seen any
-    curvature yet (h = 0) collects momentum but does not move. The step counts are not advanced here.
+    is an off-step: exp_hessian_diag_sq and its bias correction stay as they are. So does exp_hessian_diag_sq of an
+    element whose Ds is infinite or NaN, or too large to be squared. A parameter that has not seen any curvature yet
+    (h = 0), and in groups with ``HOLDS`` an element that has not (v = 0), collects momentum but does not move. The step
+    counts are not advanced here.
 
     Args:
         params: parameters, updated in place; dense, in the storage order their segments declare.
@@ -242,8 +247,12 @@ def adahessian_step(
         seed: 64-bit Philox key.
         sample: number of the probe within the step.
         draw: ``hessians`` are Hz and have to be multiplied by z.
+        rounding_seed: 64-bit Philox key of the bits that round to bfloat16.
         grad_scale: gradients and curvature are divided by this scalar tensor (GradScaler).
         found_inf: scalar tensor; nothing at all changes if it is not zero.
+        means: float64, for each row of ``steps`` the mean of v / (1 - beta2^h) over the whole parameter, which
+            ``SHRINK`` draws its elements to; None: they are not.
+        missed: int64, increased for each row of ``steps`` by the number of elements whose Ds v could not take in.
     """
     if found_inf is not None and found_inf.item() != 0:
         return
@@ -251,7 +260,8 @@ def adahessian_step(
     dtype = torch.float32 if rounds else exp_avg.dtype
     unscale = 1.0 if grad_scale is None else 1.0 / grad_scale.to(exp_avg.device, dtype)
     for i, row in enumerate(segments.tolist()):
-        lr, beta1, beta2, eps, weight_decay, power, maximize = groups[row[Segment.GROUP]].unbind()
+        hyper = groups[row[Segment.GROUP]]
+        lr, beta1, beta2, eps, weight_decay, power, maximize, holds, clip, shrink = hyper.unbind()
         t, h = (steps[row[Segment.SLOT]] + torch.tensor([1, 0], device=steps.device)).unbind()
         span = slice(row[Segment.OFFSET], row[Segment.OFFSET] + row[Segment.NUMEL])
         m, v = exp_avg[span].to(dtype), exp_hessian_diag_sq[span].to(dtype)
@@ -270,14 +280,22 @@ def adahessian_step(
             h = h + 1
             width = min(row[Segment.BLOCK], row[Segment.NUMEL])  # a block may be longer than its parameter
             spread = (ds * unscale).repeat_interleave(width)[: row[Segment.NUMEL]]
-            spread = to_stored(spread, row[Segment.PERIOD], row[Segment.STRIDE])
-            v = beta2 * v + (1 - beta2) * spread**2
+            square = to_stored(spread, row[Segment.PERIOD], row[Segment.STRIDE]) ** 2
+            measured = square < torch.inf
+            v = torch.where(measured, beta2 * v + (1 - beta2) * square, v)
+            if missed is not None:
+                missed[row[Segment.SLOT]] += (~measured).sum()
 
-        denom = (v.sqrt() / (1 - beta2**h).sqrt()) ** power + eps  # Eq. 8, 9
-        moved = p * (1 - lr * weight_decay) - lr / (1 - beta1**t) * m / denom
-        p = torch.where(h > 0, moved, p)
+        n, c = (1 - beta2**h) / (1 - beta2), shrink if means is not None else 0.0
+        mean = means[row[Segment.SLOT]].to(dtype) if means is not None else 0.0
+        v_hat = (v / (1 - beta2) + c * mean) / (n + c)  # c = 0: v / (1 - beta2^h)
+        denom = v_hat.sqrt() ** power + eps  # Eq. 8, 9
+        bound = clip * (1 - beta1**t)
+        moved = p * (1 - lr * weight_decay) - lr / (1 - beta1**t) * (m / denom).clamp(-bound, bound)
+        stays = (h == 0) | ((holds != 0) & (power != 0) & (v == 0))
+        p = torch.where(stays, p, moved)
         if rounds:
-            bits = rounding_bits(row[Segment.NUMEL], row[Segment.PARAM_ID], t.to(m.device), seed)
+            bits = rounding_bits(row[Segment.NUMEL], row[Segment.PARAM_ID], t.to(m.device), rounding_seed)
             m = round_stochastically(m, bits)
             v = round_stochastically(v, swap_bytes(bits)) if ds is not None else v
         exp_avg[span], exp_hessian_diag_sq[span] = m, v

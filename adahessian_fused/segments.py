@@ -47,6 +47,9 @@ class Hyper(IntEnum):
     WEIGHT_DECAY = 4
     HESSIAN_POWER = 5
     MAXIMIZE = 6  # 1: ascend
+    HOLDS = 7  # 1: elements that have not seen any curvature (v = 0) do not move, unless the Hessian power is 0
+    CLIP = 8  # bound of |m / (1 - beta1^t) / denominator|; infinite: none
+    SHRINK = 9  # c in (n v_hat + c mean(v_hat)) / (n + c), n = (1 - beta2^h) / (1 - beta2)
 
 
 class Steps(IntEnum):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -11,6 +12,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from .checks import DTYPES
+from .curvature import Curvature, by_bucket
 from .distributed import sharded
 from .layout import Entry, compute_dtype
 from .segments import Hyper, Steps
@@ -40,6 +42,9 @@ class Statistics:
         hessian_diag_norm: of the root-mean-square diagonal, :math:`\sqrt{v / (1 - \beta_2^h)}`.
         nonfinite: share of the elements whose m or v is infinite or NaN, which lasts: restore a checkpoint. An
             averaging block shares its v, so this is the share of bad blocks too.
+        missed: elements that Hessian steps have left as they were because their curvature was infinite or NaN, or too
+            large to be squared, summed over all steps since this optimizer was made or a state loaded.
+        missed_in: how many of them each parameter has, by its name; of a sharded one, this rank's part of it.
         groups: the same for each parameter group; empty for a group.
     """
 
@@ -52,6 +57,8 @@ class Statistics:
     update_norm: Tensor | None
     hessian_diag_norm: Tensor | None
     nonfinite: Tensor | None
+    missed: Tensor | None
+    missed_in: Mapping[str, Tensor] = dataclasses.field(default_factory=dict)
     groups: tuple[Statistics, ...] = ()
 
     def as_dict(self) -> dict[str, float]:
@@ -81,6 +88,7 @@ class Observable(Optimizer):
     def _reset(self) -> None:
         super()._reset()  # type: ignore[misc]
         self._stepped: Sequence[Entry] = []  # the parameters of the last step that was not skipped
+        self._told: set[str] = set()  # names of parameters whose curvature was not finite
 
     def hessian_diag(self, param: Tensor) -> Tensor:
         """The root-mean-square Hessian diagonal, sqrt(v / (1 - beta2^h)): a new tensor of the parameter's shape.
@@ -134,6 +142,8 @@ class Observable(Optimizer):
             update_norm=_joint(group.update_norm for group in groups),
             hessian_diag_norm=_joint(group.hessian_diag_norm for group in groups),
             nonfinite=_share([x.nonfinite * x.numel for x in groups if x.nonfinite is not None], numel),
+            missed=_sum(group.missed for group in groups),
+            missed_in={name: count for group in groups for name, count in group.missed_in.items()},
             groups=groups,
         )
 
@@ -151,11 +161,53 @@ class Observable(Optimizer):
             update_norm=_norm((_update_norm(entry, self._last_row(entry)), entry.owner) for entry in stepped),
             hessian_diag_norm=_norm((_diag_norm(entry, group["betas"][1]), entry.owner) for entry in entries),
             nonfinite=_share(sharded.whole([(_nonfinite(entry), entry.owner) for entry in entries]), numel),
+            missed=_sum(sharded.whole([(entry.missed.clone(), entry.owner) for entry in entries])),
+            missed_in={entry.name: entry.missed.clone() for entry in entries},
         )
+
+    # ---- curvature that is not finite --------------------------------------------------------------------------------
+
+    def _refuse_nonfinite(self, curvature: Curvature, entries: Sequence[Entry]) -> None:
+        """Raise if the curvature of a parameter is not finite that is asked for with nonfinite="raise"."""
+        strict = [entry for entry in entries if self.param_groups[entry.group]["nonfinite"] == "raise"]
+        names = [entry.name for entry in curvature.nonfinite(strict)] if strict else []
+        if names:
+            raise RuntimeError(
+                f"the curvature of {_listed(names)} is infinite or NaN, and nothing has been changed; expected a loss "
+                'whose second derivative is finite (add eps inside roots and norms), or nonfinite="keep", which goes '
+                "on with the curvature of the steps before"
+            )
+
+    def _warn_of_missed(self, entries: Sequence[Entry]) -> None:
+        """Warn of parameters whose curvature was not finite for the first time.
+
+        What a GPU has counted is looked at in a parameter's Hessian steps number 1, 2, 4, 8 and so on, because looking
+        waits for it, and with ``capturable`` never.
+        """
+        for bucket, members in by_bucket(entries).items():
+            counts_on_host = bucket.steps.device.type == "cpu"
+            is_due = bucket.device.type == "cpu" or (
+                counts_on_host and int(bucket.steps[members[0].row, Steps.HESSIAN_STEP]).bit_count() == 1
+            )
+            if not is_due or not bucket.missed.any():
+                continue
+            names = [entry.name for entry in members if entry.missed > 0 and entry.name not in self._told]
+            if names:
+                self._told.update(names)
+                warnings.warn(
+                    f"the curvature of {_listed(names)} is infinite or NaN, though the gradient need not be; these "
+                    "elements go on with the curvature of the steps before, see statistics().missed_in. Norms, roots "
+                    "and divisions at zero are like that: add eps inside them",
+                    stacklevel=2,
+                )
 
     def _last_row(self, entry: Entry) -> Tensor:
         """The hyperparameters of a parameter's last step."""
         return self._hyper.last(entry.bucket.steps.device)[entry.group]
+
+
+def _listed(names: Sequence[str]) -> str:
+    return ", ".join(names) if len(names) <= 3 else f"{', '.join(names[:3])} and {len(names) - 3} more"
 
 
 def _counts(entry: Entry) -> Any:
@@ -172,6 +224,8 @@ def _update_norm(entry: Entry, hyper: Tensor) -> Tensor:
     m, v = (entry.views[key].to(computed) for key in ("exp_avg", "exp_hessian_diag_sq"))
     d = (v / _bias_correction(row[Hyper.BETA2], h)).sqrt()
     moved = m / (d ** row[Hyper.HESSIAN_POWER] + row[Hyper.EPS])
+    held = row[Hyper.HOLDS] * row[Hyper.HESSIAN_POWER] != 0
+    moved = torch.where((v == 0) & held, 0.0, moved)
     factor = (h > 0) * row[Hyper.LR] / _bias_correction(row[Hyper.BETA1], t)  # h = 0: it has not moved
     return torch.linalg.vector_norm(moved) * factor
 
@@ -220,6 +274,11 @@ def _joint(norms: Iterable[Tensor | None]) -> Tensor | None:
 def _share(parts: Sequence[Tensor], whole: int) -> Tensor | None:
     """Sum of numbers over ``whole``."""
     return _stacked([x.double() for x in parts]).sum() / whole if parts and whole else None
+
+
+def _sum(counts: Iterable[Tensor | None]) -> Tensor | None:
+    counts = [count for count in counts if count is not None]
+    return _stacked(counts).sum() if counts else None
 
 
 def _largest(counts: Iterable[Tensor | None]) -> Tensor | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from operator import attrgetter
 from typing import Any
@@ -45,7 +46,7 @@ class HyperTable:
     def _row(group: Mapping[str, Any], lr: float | Tensor) -> list[float]:
         beta1, beta2 = group["betas"]
         numbers = (lr, beta1, beta2, group["eps"], group["weight_decay"], group["hessian_power"], group["maximize"])
-        return [float(number) for number in numbers]
+        return [*map(float, numbers), float(group["unmeasured"] == "hold"), math.inf, 0.0]
 
 
 def update_bucket(
@@ -58,6 +59,7 @@ def update_bucket(
     backend: Any,
     *,
     seed: int,
+    rounding_seed: int,
     grad_scale: Tensor | None,
     found_inf: Tensor | None,
 ) -> None:
@@ -71,7 +73,8 @@ def update_bucket(
         curvature: what the backward passes gathered.
         groups: hyperparameter table.
         backend: the three ops.
-        seed: Philox key.
+        seed: Philox key of the probe on this rank.
+        rounding_seed: Philox key of what all ranks draw alike.
         grad_scale: factor the gradients carry, and the curvature too unless it is marked as unscaled.
         found_inf: scalar on the device; nothing changes unless it is zero.
     """
@@ -110,8 +113,11 @@ def update_bucket(
         seed=seed,
         sample=sample,
         draw=draw,
+        rounding_seed=rounding_seed,
         grad_scale=grad_scale,
         found_inf=found_inf,
+        means=None,
+        missed=bucket.missed,
     )
     if bucket.has_copied:
         for entry, updated in zip(members, params, strict=True):

@@ -119,18 +119,23 @@ ADAHESSIAN_HD U round_stochastically(U word, U bits) {
 
 struct Hyper {
   double lr, beta1, beta2, eps, weight_decay, hessian_power, maximize;  // the columns of the hyperparameter table
+  double holds = 0, clip = INFINITY, shrink = 0;
 };
 
-enum class Power { kOne, kHalf, kGeneral };  // k = 1 and k = 1/2 need no pow()
+// What an update has to do: k = 1 and k = 1/2 need no pow(), and in the plain one, of k = 1, nothing is cut and no
+// v_hat drawn to a mean.
+enum class Power { kPlain, kOne, kHalf, kGeneral };
 
 // What the update of an element needs, the same for all elements of a parameter.
 template <typename S>
 struct Coefficients {
   S beta1, one_minus_beta1, beta2, one_minus_beta2;
-  S decay;           // 1 - lr * weight_decay
-  S step_size;       // lr / (1 - beta1^t)
-  S inv_sqrt_bias2;  // 1 / sqrt(1 - beta2^h)
+  S decay;        // 1 - lr * weight_decay
+  S step_size;    // lr / (1 - beta1^t)
+  S scale, pull;  // v_hat = scale v + pull: v / (1 - beta2^h), drawn to its mean over the parameter
   S eps, power;
+  S held;            // the greatest v that holds its element where it is: 0, or -1 for none
+  S clip;            // of m / denominator; infinite if there is none
   S grad_factor;     // -1 to maximize; divided by grad_scale
   S hessian_factor;  // 1 / grad_scale
   Power kind;
@@ -138,22 +143,29 @@ struct Coefficients {
   uint32_t step;  // t
 };
 
-// t: this step's number, from 1; h: Hessian updates including this step's; inv_scale: 1 / grad_scale.
+// t: this step's number, from 1; h: Hessian updates including this step's; inv_scale: 1 / grad_scale; has_mean: there
+// is a mean to draw v_hat to, by which the caller multiplies `pull`. n is the number of Ds that v remembers.
 template <typename S>
-ADAHESSIAN_HD Coefficients<S> coefficients(const Hyper& hyper, int64_t t, int64_t h, double inv_scale) {
+ADAHESSIAN_HD Coefficients<S> coefficients(const Hyper& hyper, int64_t t, int64_t h, double inv_scale, bool has_mean) {
   Coefficients<S> c;
+  const double bias1 = 1.0 - pow(hyper.beta1, double(t)), n = (1.0 - pow(hyper.beta2, double(h))) / (1.0 - hyper.beta2);
+  const double shrink = has_mean ? hyper.shrink : 0.0;
   c.beta1 = S(hyper.beta1);
   c.one_minus_beta1 = S(1.0 - hyper.beta1);
   c.beta2 = S(hyper.beta2);
   c.one_minus_beta2 = S(1.0 - hyper.beta2);
   c.decay = S(1.0 - hyper.lr * hyper.weight_decay);
-  c.step_size = S(hyper.lr / (1.0 - pow(hyper.beta1, double(t))));
-  c.inv_sqrt_bias2 = S(h > 0 ? 1.0 / sqrt(1.0 - pow(hyper.beta2, double(h))) : 0.0);
+  c.step_size = S(hyper.lr / bias1);
+  c.scale = S(h > 0 ? 1.0 / ((1.0 - hyper.beta2) * (n + shrink)) : 0.0);
+  c.pull = S(h > 0 ? shrink / (n + shrink) : 0.0);
   c.eps = S(hyper.eps);
   c.power = S(hyper.hessian_power);
+  c.held = S(hyper.holds != 0.0 && hyper.hessian_power != 0.0 ? 0.0 : -1.0);
+  c.clip = S(hyper.clip * bias1);
   c.grad_factor = S(hyper.maximize != 0.0 ? -inv_scale : inv_scale);
   c.hessian_factor = S(inv_scale);
   c.kind = hyper.hessian_power == 1.0 ? Power::kOne : hyper.hessian_power == 0.5 ? Power::kHalf : Power::kGeneral;
+  if (c.kind == Power::kOne && shrink == 0.0 && hyper.clip == double(INFINITY)) c.kind = Power::kPlain;
   c.moves = h > 0;
   c.step = uint32_t(t);
   return c;
@@ -174,25 +186,45 @@ ADAHESSIAN_HD X update_exp_avg(X m, X g, const Coefficients<S>& c) {
   return c.beta1 * m + c.one_minus_beta1 * (c.grad_factor * g);
 }
 
-// v <- beta2 v + (1 - beta2) Ds^2
+// Ds^2
 template <typename X, typename S>
-ADAHESSIAN_HD X update_exp_hessian_diag_sq(X v, X ds, const Coefficients<S>& c) {
+ADAHESSIAN_HD X square_of(X ds, const Coefficients<S>& c) {
   const X scaled = c.hessian_factor * ds;
-  return c.beta2 * v + c.one_minus_beta2 * (scaled * scaled);
+  return scaled * scaled;
 }
 
-// (sqrt(v) / sqrt(1 - beta2^h))^k + eps
+// Whether v can take Ds^2 in: not where Ds is infinite or NaN, or too large to be squared.
+template <typename S, typename X>
+ADAHESSIAN_HD auto is_measured(X square) {
+  return square < S(INFINITY);
+}
+
+// v <- beta2 v + (1 - beta2) Ds^2
+template <typename X, typename S>
+ADAHESSIAN_HD X update_exp_hessian_diag_sq(X v, X square, const Coefficients<S>& c) {
+  return is_measured<S>(square) ? c.beta2 * v + c.one_minus_beta2 * square : v;
+}
+
+// sqrt(v_hat)^k + eps
 template <Power kind, typename X, typename S>
 ADAHESSIAN_HD X denominator(X v, const Coefficients<S>& c) {
   using F = Functions<X>;
-  const X root = F::square_root(v) * c.inv_sqrt_bias2;
+  if (kind == Power::kPlain) return F::square_root(c.scale * v) + c.eps;
+  const X root = F::square_root(c.scale * v + c.pull);
   return (kind == Power::kOne ? root : kind == Power::kHalf ? F::square_root(root) : F::power(root, c.power)) + c.eps;
 }
 
-// p <- p (1 - lr wd) - lr / (1 - beta1^t) * m / denominator        (Eq. 8, 9)
+// m / denominator, cut at +-clip
+template <Power kind, typename X, typename S>
+ADAHESSIAN_HD X quotient(X m, X denom, const Coefficients<S>& c) {
+  const X q = m / denom, clip = X{} + c.clip;
+  return kind == Power::kPlain ? q : q > clip ? clip : q < -clip ? -clip : q;
+}
+
+// p <- p (1 - lr wd) - lr / (1 - beta1^t) * q        (Eq. 8, 9), unless v has seen no curvature and holds p
 template <typename X, typename S>
-ADAHESSIAN_HD X update_param(X p, X m, X denom, const Coefficients<S>& c) {
-  return p * c.decay - c.step_size * (m / denom);
+ADAHESSIAN_HD X update_param(X p, X q, X v, const Coefficients<S>& c) {
+  return v <= c.held ? p : p * c.decay - c.step_size * q;
 }
 
 }  // namespace adahessian

@@ -95,6 +95,9 @@ struct AdaHessianStepArgs {
   Probe probe;
   const float* grad_scale;  // scalars in the memory of the device the kernels run on, or null
   const float* found_inf;
+  uint64_t rounding_seed;
+  const double* means;  // of v_hat, for each slot, or null: in the memory of the device
+  int64_t* missed;      // for each slot, increased by the elements that v could not take Ds in for, or null: likewise
 };
 
 namespace cpu {

@@ -130,6 +130,18 @@ const float* scalar(const char* op, const char* argument, const OptionalTensor& 
   return static_cast<const float*>(tensor->const_data_ptr());
 }
 
+// A number for each row of steps, in the memory of the device.
+template <typename Number>
+Number* per_slot(const char* op, const char* argument, const OptionalTensor& tensor, ScalarType type,
+                 const Tensor& steps, const Tensor& device_of) {
+  if (!tensor.has_value()) return nullptr;
+  check_flat(op, argument, *tensor, type);
+  STD_TORCH_CHECK(tensor->numel() == steps.size(0), op, ": ", argument, " has ", tensor->numel(),
+                  " elements; expected ", steps.size(0), ", one for each row of steps");
+  check_same_device(op, argument, *tensor, device_of);
+  return static_cast<Number*>(tensor->data_ptr());
+}
+
 // One instance for each set of launchers.
 struct Cpu {
   static constexpr auto rademacher = cpu::rademacher;
@@ -226,7 +238,8 @@ void hessian_diag(TensorList hessians, Tensor diag, Tensor segments, Tensor step
 template <typename Launchers>
 void adahessian_step(TensorList params, TensorList grads, TensorList hessians, OptionalTensor diag, Tensor exp_avg,
                      Tensor exp_hessian_diag_sq, OptionalTensor master, Tensor segments, Tensor steps, Tensor groups,
-                     int64_t seed, int64_t sample, bool draw, OptionalTensor grad_scale, OptionalTensor found_inf) {
+                     int64_t seed, int64_t sample, bool draw, int64_t rounding_seed, OptionalTensor grad_scale,
+                     OptionalTensor found_inf, OptionalTensor means, OptionalTensor missed) {
   const char* op = "adahessian_step";
   if (params.empty()) {
     STD_TORCH_CHECK(segments.numel() == 0, op, ": params is empty; expected ", segments.size(0), " tensors");
@@ -280,6 +293,9 @@ void adahessian_step(TensorList params, TensorList grads, TensorList hessians, O
   args.probe = {uint64_t(seed), uint32_t(sample), draw};
   args.grad_scale = scalar(op, "grad_scale", grad_scale, exp_avg);
   args.found_inf = scalar(op, "found_inf", found_inf, exp_avg);
+  args.rounding_seed = uint64_t(rounding_seed);
+  args.means = per_slot<const double>(op, "means", means, ScalarType::Double, steps, exp_avg);
+  args.missed = per_slot<int64_t>(op, "missed", missed, ScalarType::Long, steps, exp_avg);
   const Scope scope(exp_avg);
   Launchers::adahessian_step(args, scope.context());
 }
@@ -295,7 +311,8 @@ constexpr const char* kHessianDiag =
 constexpr const char* kAdaHessianStep =
     "adahessian_step(Tensor(a!)[] params, Tensor[] grads, Tensor[] hessians, Tensor? diag, Tensor(b!) exp_avg, "
     "Tensor(c!) exp_hessian_diag_sq, Tensor(d!)? master, Tensor segments, Tensor steps, Tensor groups, *, int seed, "
-    "int sample, bool draw, Tensor? grad_scale, Tensor? found_inf) -> ()";
+    "int sample, bool draw, int rounding_seed, Tensor? grad_scale, Tensor? found_inf, Tensor? means, "
+    "Tensor(e!)? missed) -> ()";
 
 template <typename Library>
 void define(Library& library) {

@@ -108,9 +108,12 @@ class Coefficients(NamedTuple):
     one_minus_beta2: Any
     decay: Any  # 1 - lr * weight_decay
     step_size: Any  # lr / (1 - beta1^t)
-    inv_sqrt_bias2: Any  # 1 / sqrt(1 - beta2^h)
+    scale: Any  # v_hat = scale v + pull: v / (1 - beta2^h), drawn to its mean over the parameter
+    pull: Any  # the kernel multiplies it by the mean
     eps: Any
     power: Any
+    held: Any  # the greatest v that holds its element where it is: 0, or -1 for none
+    clip: Any  # of m / denominator; infinite if there is none
     grad_factor: Any  # -1 to maximize; the kernel divides it by grad_scale
     hessian_factor: Any  # 1; the kernel divides it by grad_scale
     moves: Any  # 0 until the parameter has seen curvature (h = 0)
@@ -143,23 +146,48 @@ def update_exp_avg(m, g, c):
 
 
 @triton.jit
-def update_exp_hessian_diag_sq(v, ds, c):
-    """Second moment of the averaged diagonal (Eq. 8): v <- beta2 v + (1 - beta2) Ds^2."""
+def square_of(ds, c):
+    """Ds^2."""
     scaled = c.hessian_factor * ds
-    return c.beta2 * v + c.one_minus_beta2 * (scaled * scaled)
+    return scaled * scaled
 
 
 @triton.jit
-def update_param(p, m, v, c):
-    """Eq. 8, 9: p <- p (1 - lr wd) - lr / (1 - beta1^t) * m / ((sqrt(v) / sqrt(1 - beta2^h))^k + eps)."""
-    root = square_root(v) * c.inv_sqrt_bias2
+def is_measured(square):
+    """Whether v can take Ds^2 in: not where Ds is infinite or NaN, or too large to be squared."""
+    return square < float("inf")
+
+
+@triton.jit
+def update_exp_hessian_diag_sq(v, square, c):
+    """Second moment of the averaged diagonal (Eq. 8): v <- beta2 v + (1 - beta2) Ds^2."""
+    return tl.where(is_measured(square), c.beta2 * v + c.one_minus_beta2 * square, v)
+
+
+@triton.jit
+def denominator(v, c):
+    """sqrt(v_hat)^k + eps."""
+    root = square_root(c.scale * v + c.pull)
     if c.power == 1.0:
         denom = root
     elif c.power == 0.5:
         denom = square_root(root)
     else:
         denom = power_of(root, c.power)
-    return p * c.decay - c.step_size * divide_rn(m, denom + c.eps)
+    return denom + c.eps
+
+
+@triton.jit
+def quotient(m, denom, c):
+    """M / denominator, cut at +-clip."""
+    q = divide_rn(m, denom)
+    return tl.where(q > c.clip, c.clip, tl.where(q < -c.clip, -c.clip, q))
+
+
+@triton.jit
+def update_param(p, q, v, c):
+    """Eq. 8, 9: p <- p (1 - lr wd) - lr / (1 - beta1^t) * q, unless v has seen no curvature and holds p."""
+    return tl.where(v <= c.held, p, p * c.decay - c.step_size * q)
 
 
 # ---- storage ---------------------------------------------------------------------------------------------------------

@@ -12,8 +12,12 @@ from torch import Tensor
 
 from .adahessian_math import (
     Coefficients,
+    denominator,
+    is_measured,
+    quotient,
     round_stochastically,
     round_to,
+    square_of,
     swap_bytes,
     update_exp_avg,
     update_exp_hessian_diag_sq,
@@ -54,7 +58,7 @@ def load_compact(diag, row, start, lanes, VECTOR: tl.constexpr):
 
 
 class Arrays(NamedTuple):
-    """Pointers to the segment's first element."""
+    """Pointers to the segment's first element, and to its number of elements whose Ds was not finite."""
 
     param: Any
     grad: Any
@@ -62,6 +66,7 @@ class Arrays(NamedTuple):
     exp_avg: Any
     exp_hessian_diag_sq: Any
     master: Any
+    missed: Any
 
 
 @triton.jit
@@ -82,7 +87,11 @@ def update(
     """Algorithm 1, lines 7-9; ``ds`` is ignored on an off-step, ``rounding`` unless the states are bfloat16."""
     m = update_exp_avg(m, g, c)
     if CURVATURE != "none":
-        v = update_exp_hessian_diag_sq(v, ds, c)
+        square = square_of(ds, c)
+        v = update_exp_hessian_diag_sq(v, square, c)
+        if arrays.missed is not None:
+            missed = lanes.mask & (is_measured(square) == 0)
+            tl.atomic_add(arrays.missed + lanes.index * 0, 1, mask=missed, sem="relaxed")
     kept_m, kept_v = m, v
     if arrays.exp_avg.dtype.element_ty == tl.bfloat16:
         bits = rounding_bits(rounding, lanes, VECTOR, LANES)
@@ -90,7 +99,7 @@ def update(
     tl.store(at(arrays.exp_avg, lanes.origin, lanes.index, VECTOR), kept_m, mask=lanes.mask)
     if CURVATURE != "none":
         tl.store(at(arrays.exp_hessian_diag_sq, lanes.origin, lanes.index, VECTOR), kept_v, mask=lanes.mask)
-    p = tl.where(c.moves != 0, update_param(p, m, v, c), p)
+    p = tl.where(c.moves != 0, update_param(p, quotient(m, denominator(v, c), c), v, c), p)
     if arrays.master is not None:
         tl.store(at(arrays.master, lanes.origin, lanes.index, VECTOR), p, mask=lanes.mask)
     tl.store(
@@ -183,6 +192,8 @@ def adahessian_step_kernel(
     master,
     grad_scale,
     found_inf,
+    means,
+    missed,
     rows,
     tiles,
     steps,
@@ -190,6 +201,8 @@ def adahessian_step_kernel(
     seed_low,
     seed_high,
     sample,
+    rounding_seed_low,
+    rounding_seed_high,
     DTYPE: tl.constexpr,
     CURVATURE: tl.constexpr,  # "hessian", "compact" or "none"
     DRAW: tl.constexpr,
@@ -202,9 +215,9 @@ def adahessian_step_kernel(
     if found_inf is not None:
         count = tl.where(tl.load(found_inf) != 0, 0, count)  # an empty tile changes nothing
     key = load_probe_key(row, steps, seed_low, seed_high, sample)
-    rounding = load_rounding_key(row, steps, seed_low, seed_high)
+    rounding = load_rounding_key(row, steps, rounding_seed_low, rounding_seed_high)
     S: tl.constexpr = tl.float64 if DTYPE.primitive_bitwidth == 64 else tl.float32
-    c = load_coefficients(coefficients, row.pair, grad_scale)
+    c = load_coefficients(coefficients, row.pair, grad_scale, means, row.slot)
 
     table += segment * (3 if CURVATURE == "hessian" else 2)
     param = tl.load(table).to(tl.pointer_type(DTYPE))
@@ -225,7 +238,9 @@ def adahessian_step_kernel(
         master += row.offset
         touched |= (master + start).to(tl.int64)
 
-    arrays = Arrays(param, grad, hessian, exp_avg, exp_hessian_diag_sq, master)
+    if missed is not None:
+        missed += row.slot
+    arrays = Arrays(param, grad, hessian, exp_avg, exp_hessian_diag_sq, master, missed)
     if is_vector(row, start, count, touched):
         update_vector_tile(arrays, diag, c, key, rounding, row, start, count, S, CURVATURE, DRAW, TILE)
     else:
@@ -250,8 +265,11 @@ def adahessian_step(
     seed: int,
     sample: int,
     draw: bool,
+    rounding_seed: int,
     grad_scale: Tensor | None,
     found_inf: Tensor | None,
+    means: Tensor | None,
+    missed: Tensor | None,
 ) -> None:
     """One AdaHessian step (Algorithm 1, lines 6-9) on every segment, in place.
 
@@ -272,8 +290,11 @@ def adahessian_step(
         seed: 64-bit Philox key.
         sample: number of the probe within the step.
         draw: ``hessians`` are Hz and have to be multiplied by z.
+        rounding_seed: 64-bit Philox key of the bits that round to bfloat16.
         grad_scale: gradients and curvature are divided by this scalar tensor (GradScaler).
         found_inf: scalar tensor; nothing at all changes if it is not zero.
+        means: float64, on the device: for each row of ``steps`` the mean of v / (1 - beta2^h); None: no shrinking.
+        missed: int64, likewise, increased by the number of elements whose Ds v could not take in.
 
     Raises:
         ValueError: a list of tensors has several dtypes, or not one tensor a segment.
@@ -295,7 +316,9 @@ def adahessian_step(
             lists, dtype, diag, exp_avg, exp_hessian_diag_sq, master, segments, steps, groups, mode,
             probe=seed_words(seed, sample),
             draw=draw,
+            rounding_seed=rounding_seed,
             scalars=[None if x is None else x.to(device) for x in (grad_scale, found_inf)],
+            per_slot=[means, missed],
             on_device=steps.device.type != "cpu" or groups.device.type != "cpu",
         )  # fmt: skip
 
@@ -313,23 +336,25 @@ def _launch(
     mode: Mode,
     probe: tuple[int, int, int],
     draw: bool,
+    rounding_seed: int,
     scalars: list[Tensor | None],
+    per_slot: list[Tensor | None],
     on_device: bool,
 ) -> None:
     device = exp_avg.device
     tile, num_warps = TILES[dtype.itemsize]
     plan = plan_of(segments, mode, tile, device)
-    curvature = mode is not Mode.ELEMENTWISE
+    curvature, has_means = mode is not Mode.ELEMENTWISE, per_slot[0] is not None
     computed = torch.float64 if dtype == torch.float64 else torch.float32
     table, scale = addresses(*lists), np.ones(1)
     if on_device:
         table, scale, steps, groups = send(plan, device, table, scale, steps, groups)
         coefficients = torch.empty(len(plan.pairs), len(Coefficients._fields), dtype=computed, device=device)
         coefficients_kernel[(len(plan.pairs),)](
-            coefficients, plan.pairs, groups, steps, int(curvature), num_warps=1, **LAUNCH
+            coefficients, plan.pairs, groups, steps, int(curvature), int(has_means), num_warps=1, **LAUNCH
         )
     else:
-        rows = host_coefficients(groups.numpy()[plan.groups], steps.numpy()[plan.slots], curvature)
+        rows = host_coefficients(groups.numpy()[plan.groups], steps.numpy()[plan.slots], curvature, has_means)
         rows = rows.astype(np.float64 if computed == torch.float64 else np.float32)
         table, scale, steps, coefficients = send(plan, device, table, scale, steps, rows)
 
@@ -346,11 +371,13 @@ def _launch(
             exp_hessian_diag_sq,
             master,
             *scalars,
+            *per_slot,
             plan.rows,
             plan.tiles,
             steps,
             coefficients,
             *probe,
+            *seed_words(rounding_seed, 0)[:2],
             CURVATURE={Mode.HESSIAN: "hessian", Mode.COMPACT: "compact", Mode.ELEMENTWISE: "none"}[mode],
             **config,
         )

@@ -20,10 +20,13 @@ _HYPERS = tl.constexpr(len(Hyper))
 
 
 @triton.jit
-def load_coefficients(table, pair, grad_scale):
-    """The row of the table of coefficients, with the scale of GradScaler taken out of g and D."""
+def load_coefficients(table, pair, grad_scale, means, slot):
+    """The row of the table of coefficients, with the scale of GradScaler taken out of g and D, and the mean in."""
     c = table + pair * _COLUMNS
-    inv_scale = tl.load(c + 10)
+    inv_scale = tl.load(c + 13)
+    pull = tl.load(c + 7)
+    if means is not None:
+        pull *= tl.load(means + slot).to(pull.dtype)
     if grad_scale is not None:
         inv_scale = divide_rn(inv_scale, tl.load(grad_scale).to(inv_scale.dtype))
     return Coefficients(
@@ -34,19 +37,24 @@ def load_coefficients(table, pair, grad_scale):
         tl.load(c + 4),
         tl.load(c + 5),
         tl.load(c + 6),
-        tl.load(c + 7),
+        pull,
         tl.load(c + 8),
-        tl.load(c + 9) * inv_scale,
-        inv_scale,
+        tl.load(c + 9),
+        tl.load(c + 10),
         tl.load(c + 11),
+        tl.load(c + 12) * inv_scale,
+        inv_scale,
+        tl.load(c + 14),
     )
 
 
-def host_coefficients(groups: np.ndarray, counts: np.ndarray, curvature: bool) -> np.ndarray:
+def host_coefficients(groups: np.ndarray, counts: np.ndarray, curvature: bool, has_means: bool) -> np.ndarray:
     """A row of :class:`Coefficients` for each row of hyperparameters and step counts; float64."""
-    lr, beta1, beta2, eps, weight_decay, power, maximize = groups.T
+    lr, beta1, beta2, eps, weight_decay, power, maximize, holds, clip, shrink = groups.T
     t = counts[:, Steps.STEP] + 1
     h = counts[:, Steps.HESSIAN_STEP] + curvature
+    n = (1 - beta2 ** np.maximum(h, 1)) / (1 - beta2)
+    shrink = shrink * has_means
     columns = Coefficients(
         beta1=beta1,
         one_minus_beta1=1 - beta1,
@@ -54,9 +62,12 @@ def host_coefficients(groups: np.ndarray, counts: np.ndarray, curvature: bool) -
         one_minus_beta2=1 - beta2,
         decay=1 - lr * weight_decay,
         step_size=lr / (1 - beta1**t),
-        inv_sqrt_bias2=np.where(h > 0, 1 / np.sqrt(1 - beta2 ** np.maximum(h, 1)), 0),
+        scale=np.where(h > 0, 1 / ((1 - beta2) * (n + shrink)), 0),
+        pull=np.where(h > 0, shrink / (n + shrink), 0),
         eps=eps,
         power=power,
+        held=np.where((holds != 0) & (power != 0), 0, -1),
+        clip=clip * (1 - beta1**t),
         grad_factor=np.where(maximize != 0, -1, 1),
         hessian_factor=np.ones_like(lr),
         moves=h > 0,
@@ -71,26 +82,33 @@ def power_of_count(beta, n):
 
 
 @kernel
-def coefficients_kernel(coefficients, pairs, groups, steps, curvature):
+def coefficients_kernel(coefficients, pairs, groups, steps, curvature, has_means):
     """host_coefficients on the device, one program a row: step counts and hyperparameters are never waited for."""
     pair = tl.program_id(0)
     hyper = groups + tl.load(pairs + 2 * pair + 1) * _HYPERS
     lr = tl.load(hyper + 0)
     beta1 = tl.load(hyper + 1)
     beta2 = tl.load(hyper + 2)
+    power = tl.load(hyper + 5)
+    shrink = tl.load(hyper + 9) * has_means
     counts = steps + tl.load(pairs + 2 * pair) * 2
     t = tl.load(counts) + 1
     h = tl.load(counts + 1) + curvature
+    bias1 = 1 - power_of_count(beta1, t)
+    n = (1 - power_of_count(beta2, tl.maximum(h, 1))) / (1 - beta2)
     c = coefficients + pair * _COLUMNS
     tl.store(c + 0, beta1)
     tl.store(c + 1, 1 - beta1)
     tl.store(c + 2, beta2)
     tl.store(c + 3, 1 - beta2)
     tl.store(c + 4, 1 - lr * tl.load(hyper + 4))
-    tl.store(c + 5, lr / (1 - power_of_count(beta1, t)))
-    tl.store(c + 6, tl.where(h > 0, 1 / tl.sqrt(1 - power_of_count(beta2, tl.maximum(h, 1))), 0))
-    tl.store(c + 7, tl.load(hyper + 3))
-    tl.store(c + 8, tl.load(hyper + 5))
-    tl.store(c + 9, tl.where(tl.load(hyper + 6) != 0, -1.0, 1.0))
-    tl.store(c + 10, 1.0)
-    tl.store(c + 11, tl.where(h > 0, 1.0, 0.0))
+    tl.store(c + 5, lr / bias1)
+    tl.store(c + 6, tl.where(h > 0, 1 / ((1 - beta2) * (n + shrink)), 0))
+    tl.store(c + 7, tl.where(h > 0, shrink / (n + shrink), 0))
+    tl.store(c + 8, tl.load(hyper + 3))
+    tl.store(c + 9, power)
+    tl.store(c + 10, tl.where((tl.load(hyper + 7) != 0) & (power != 0), 0.0, -1.0))
+    tl.store(c + 11, tl.load(hyper + 8) * bias1)
+    tl.store(c + 12, tl.where(tl.load(hyper + 6) != 0, -1.0, 1.0))
+    tl.store(c + 13, 1.0)
+    tl.store(c + 14, tl.where(h > 0, 1.0, 0.0))

@@ -65,11 +65,12 @@ class Place(NamedTuple):
 
 
 ALIGNED, MISALIGNED, PACKED = Place(64, 0, 1), Place(64, 1, 1), Place()
-GROUPS = (  # Hyper: lr, beta1, beta2, eps, weight_decay, hessian_power, maximize
-    (0.15, 0.9, 0.999, 1e-4, 0.0, 1.0, 0),
-    (0.01, 0.8, 0.99, 1e-8, 0.1, 0.5, 1),
-    (0.3, 0.95, 0.9, 1e-3, 0.01, 0.75, 0),
-    (0.05, 0.0, 0.98, 1e-2, 0.2, 0.0, 1),
+PLAIN = (1, math.inf, 0)  # the last columns of Hyper (holds, clip, shrink) where nothing is cut or drawn to a mean
+GROUPS = (  # Hyper: lr, beta1, beta2, eps, weight_decay, hessian_power, maximize, ...
+    (0.15, 0.9, 0.999, 1e-4, 0.0, 1.0, 0, *PLAIN),
+    (0.01, 0.8, 0.99, 1e-8, 0.1, 0.5, 1, 0, 0.1, 5),
+    (0.3, 0.95, 0.9, 1e-3, 0.01, 0.75, 0, 1, 0.3, 0.5),
+    (0.05, 0.0, 0.98, 1e-2, 0.2, 0.0, 1, *PLAIN),
 )
 MIXED_STEPS = ((0, 0), (9, 3), (4, 4), (5, 0))  # Steps: t - 1, h
 

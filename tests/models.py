@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 
 import pytest
 import torch
+from cases import PLAIN
 from tolerances import assert_within, mean_bound, unit, update_bounds
 from torch import Tensor, nn
 
@@ -240,8 +241,9 @@ class ByHand:
             self.h += 1
             self.v = b2 * self.v + (1 - b2) * self.d**2
         denominator = (self.v / (1 - b2**self.h)).sqrt() ** self.k + self.eps
-        self.p = self.p * (1 - self.lr * self.wd) - self.lr * self.m / (1 - b1**self.t) / denominator
-        hyper, d_and_error = (self.lr, b1, b2, self.eps, self.wd, self.k), (self.d, self.d_error)
+        moved = self.p * (1 - self.lr * self.wd) - self.lr * self.m / (1 - b1**self.t) / denominator
+        self.p = torch.where((self.v == 0) & (self.k > 0), self.p, moved)
+        hyper, d_and_error = (self.lr, b1, b2, self.eps, self.wd, self.k, 0, *PLAIN), (self.d, self.d_error)
         self.bounds = update_bounds(
             unit(g.dtype), hyper, self.t, self.h, before, (self.m, self.v), d_and_error if fresh_or_stale else None
         )

@@ -17,6 +17,7 @@ from torch import Tensor
 from adahessian_fused.segments import Hyper, Segment, Steps, n_blocks, segment_table
 
 SEED = 0x1234_5678_9ABC_DEF0
+ROUNDING_SEED = -0x0FED_CBA9_8765_4321
 
 
 @dataclass
@@ -29,6 +30,8 @@ class Problem:
     segments: Tensor
     steps: Tensor
     groups: Tensor
+    means: Tensor  # of v_hat, for each slot
+    missed: Tensor
 
     def window(self, kind: str, i: int) -> Tensor:
         spec, begin = self.case.specs[i], self.begins[kind][i]
@@ -52,7 +55,8 @@ class Problem:
 
     def copy(self, dtype: torch.dtype | None = None) -> Problem:
         arenas = {kind: arena.to(dtype or arena.dtype, copy=True) for kind, arena in self.arenas.items()}
-        return dataclasses.replace(self, arenas=arenas, steps=self.steps.clone(), groups=self.groups.clone())
+        tables = {name: getattr(self, name).clone() for name in ("steps", "groups", "means", "missed")}
+        return dataclasses.replace(self, arenas=arenas, **tables)
 
     # The three ops on these tensors, in place; ``only`` picks parameters.
 
@@ -75,7 +79,8 @@ class Problem:
         hessians = hessians if curvature == "hessian" else []
         diag = self.arenas["diag"] if curvature == "diag" else None
         states = self.arenas["exp_avg"], self.arenas["exp_hessian_diag_sq"], self.arenas.get("master")
-        options = {"seed": SEED, "sample": 0, "draw": True, "grad_scale": None, "found_inf": None} | options
+        tables = {"means": self.means, "missed": self.missed, "rounding_seed": ROUNDING_SEED}
+        options = {"seed": SEED, "sample": 0, "draw": True, "grad_scale": None, "found_inf": None, **tables} | options
         backend.adahessian_step(params, grads, hessians, diag, *states, segments, self.steps, self.groups, **options)
 
 
@@ -128,4 +133,6 @@ def build(case: Case, device: str = "cpu") -> Problem:
         rows.append(tuple(int(row[column]) for column in Segment))
     steps = torch.tensor(case.steps, dtype=torch.int64).reshape(-1, len(Steps))
     groups = torch.tensor(case.groups, dtype=torch.float64).reshape(-1, len(Hyper))
-    return Problem(case, arenas, begins, segment_table(rows), steps, groups)
+    means = torch.linspace(0.1, 3, len(steps), dtype=torch.float64, device=device)
+    missed = torch.arange(len(steps), device=device)
+    return Problem(case, arenas, begins, segment_table(rows), steps, groups, means, missed)

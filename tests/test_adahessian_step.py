@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 
 import pytest
 import torch
@@ -25,7 +26,7 @@ from problem import Problem, bits, build
 from tolerances import assert_within, step_bounds
 
 from adahessian_fused import reference
-from adahessian_fused.segments import Hyper
+from adahessian_fused.segments import Hyper, Segment
 
 MIXED = Case(
     "mixed",
@@ -58,6 +59,7 @@ def check_step(backend, problem: Problem, curvature: str = "hessian", grad_scale
             assert_within(
                 problem.window(kind, i), expected.window(kind, i), bound, f"{problem.case}: {kind} {i}", counted=True
             )
+    assert torch.equal(problem.missed, expected.missed)
     check_untouched(before, problem)
     if problem.case.master:
         for p, master in zip(problem.windows("param"), problem.windows("master"), strict=True):
@@ -72,6 +74,7 @@ def check_untouched(before: Problem, after: Problem, changing: tuple[str, ...] =
             assert torch.equal(bits(before.arenas[kind]), bits(after.arenas[kind])), f"{before.case}: changed {kind}"
     assert torch.equal(before.steps, after.steps)
     assert torch.equal(before.groups, after.groups)
+    assert torch.equal(before.means, after.means)
 
 
 @pytest.mark.cases(CASES)
@@ -120,12 +123,93 @@ def test_options(backend, options, device):
     check_step(backend, build(MIXED, device), **options)
 
 
+@pytest.mark.parametrize("holds", [0, 1])
 @pytest.mark.parametrize("power", [0.0, 0.5, 0.75, 1.0, 1.5])
-def test_no_curvature_at_all_anywhere(backend, power, device):
+def test_no_curvature_at_all_anywhere(backend, power, holds, device):
     problem = build(dataclasses.replace(MIXED, steps=((0, 0), (0, 0))), device)  # v = 0
-    problem.groups[:, Hyper.HESSIAN_POWER] = power
+    problem.groups[:, [Hyper.HESSIAN_POWER, Hyper.HOLDS]] = torch.tensor([power, holds], dtype=torch.float64)
     problem.arenas["hessian"].zero_()
+    before = problem.copy()
     check_step(backend, problem)
+    moved = not torch.equal(bits(before.arenas["param"]), bits(problem.arenas["param"]))
+    assert moved == (not holds or power == 0)
+
+
+@pytest.mark.parametrize("master", [False, True], ids=["", "master"])
+@pytest.mark.parametrize("stored", STORED, ids=str)
+@pytest.mark.parametrize("curvature", ["hessian", "diag", "none"])
+def test_elements_without_curvature_do_not_move(backend, curvature, stored, master, device):
+    """Others of the same parameter do; all of them collect momentum."""
+    case = dataclasses.replace(MIXED, steps=((9, 3),), stored=stored, master=master)
+    problem = build(dataclasses.replace(case, dtype=torch.bfloat16 if master else torch.float32), device)
+    problem.groups[:, Hyper.HOLDS] = 1
+    unseen = [i % 3 == 0 for i in range(300)]
+    for kind in ("hessian", "diag", "exp_hessian_diag_sq"):
+        problem.window(kind, 0)[: 300 if kind != "diag" else None] = 1
+    problem.window("exp_hessian_diag_sq", 0)[unseen] = 0
+    if curvature != "none":  # blocks of seven
+        problem.window("hessian", 0)[140:147] = 0
+        problem.window("diag", 0)[20] = 0
+    before = problem.copy()
+    check_step(backend, problem, curvature)
+    still = torch.tensor(unseen, device=device)
+    if curvature != "none":
+        still &= torch.tensor([140 <= i < 147 for i in range(300)], device=device)
+    for kind in ("param", "master") if master else ("param",):
+        same = before.window(kind, 0) == problem.window(kind, 0)
+        assert same[still].all(), kind
+        assert kind == "param" or not same[~still].any(), kind
+    assert (before.window("exp_avg", 0) != problem.window("exp_avg", 0)).float().mean() > 0.9
+
+
+@pytest.mark.parametrize("clip", [1e-3, 0.1, 1.0])
+def test_no_element_moves_farther_than_lr_times_clip(backend, clip, device):
+    """At the first step, whose momentum is a tenth of the gradient, as later."""
+    problem = build(dataclasses.replace(MIXED, dtype=torch.float64, steps=((0, 0), (9, 3))), device)
+    problem.groups[:, [Hyper.CLIP, Hyper.WEIGHT_DECAY]] = torch.tensor([clip, 0.0], dtype=torch.float64)
+    before = problem.copy()
+    check_step(backend, problem)
+    moves = []
+    for i, group in enumerate(problem.segments[:, Segment.GROUP].tolist()):
+        moved = (problem.window("param", i) - before.window("param", i)).abs()
+        moves += (moved.cpu() / problem.groups[group, Hyper.LR]).tolist()
+    assert max(moves) == pytest.approx(clip, rel=1e-10)
+
+
+def test_shrinking_draws_to_the_mean(backend, device):
+    """Where c outweighs everything, all elements have the mean curvature."""
+    hyper = (0.1, 0.9, 0.99, 0.0, 0.0, 1.0, 0, 0, math.inf, 1e12)
+    problem = build(Case("shrunk", specs((300,)), groups=(hyper,)), device)
+    check_step(backend, problem)
+    m, p = problem.window("exp_avg", 0), problem.window("param", 0)
+    before = build(problem.case, device).window("param", 0)
+    expected = before - 0.1 / (1 - 0.9**10) * m / problem.means[0].sqrt()
+    torch.testing.assert_close(p, expected.float(), rtol=1e-5, atol=1e-5)
+
+
+def test_without_means_nothing_is_drawn_to_them(backend, device):
+    given, none = build(MIXED, device), build(MIXED, device)
+    given.groups[:, Hyper.SHRINK] = 0
+    given.run_step(backend), none.run_step(backend, means=None)
+    for kind in STATES:
+        assert kind not in none.arenas or torch.equal(bits(given.arenas[kind]), bits(none.arenas[kind])), kind
+
+
+def test_probe_and_rounding_have_seeds_of_their_own(backend, device):
+    """With absolute means of blocks of one no probe enters, and without bfloat16 no rounding."""
+    case = dataclasses.replace(MIXED, stored=torch.bfloat16)
+    results = {}
+    for name, options in {"": {}, "probe": {"seed": 1}, "rounding": {"rounding_seed": 1}}.items():
+        problem = build(case, device)
+        problem.run_step(backend, **options)
+        results[name] = {kind: bits(problem.arenas[kind]) for kind in STATES if kind in problem.arenas}
+    same = {
+        (name, kind)
+        for name in ("probe", "rounding")
+        for kind in results[""]
+        if torch.equal(results[name][kind], results[""][kind])
+    }
+    assert same == {("probe", "exp_avg"), ("rounding", "param")}
 
 
 @pytest.mark.parametrize("block", [2**31, 2**40, 2**63 - 1])
@@ -207,16 +291,51 @@ def outputs_that_differ(clean: Problem, dirty: Problem, kind: str) -> list[int]:
     return (differs - clean.begins[kind][1]).tolist()
 
 
+@pytest.mark.parametrize("stored", STORED, ids=str)
+@pytest.mark.parametrize("curvature", ["hessian", "diag"])
 @pytest.mark.parametrize(("block", "place", "value"), NOT_FINITE)
-def test_curvature_that_is_not_finite_stays_in_its_block(backend, block, place, value, device):
-    clean = build(Case("contained", specs((300,), (300,), (300,), block=block)), device)
+def test_curvature_that_is_not_finite_leaves_its_block_as_on_an_off_step(
+    backend, block, place, value, curvature, stored, device
+):
+    case = Case("contained", specs((300,), (300,), (300,), block=block), steps=((9, 3), (8, 3), (7, 2)), stored=stored)
+    clean = build(case, device)
+    clean.run_hessian_diag(reference)
     dirty = clean.copy()
-    dirty.window("hessian", 1)[place] = value
-    clean.run_step(backend), dirty.run_step(backend)
+    dirty.window("hessian", 1)[place] = dirty.window("diag", 1)[place // block] = value
+    before = dirty.copy()
+    clean.run_step(backend, curvature), check_step(backend, dirty, curvature)
     whole_block = list(range(place // block * block, min(place // block * block + block, 300)))
-    assert outputs_that_differ(clean, dirty, "exp_hessian_diag_sq") == whole_block
-    assert outputs_that_differ(clean, dirty, "param") == whole_block
+    v = "exp_hessian_diag_sq"
+    assert torch.equal(dirty.window(v, 1)[whole_block], before.window(v, 1)[whole_block])
+    assert set(outputs_that_differ(clean, dirty, v)) <= set(whole_block)
+    assert set(outputs_that_differ(clean, dirty, "param")) <= set(whole_block)
     assert outputs_that_differ(clean, dirty, "exp_avg") == []
+    assert (dirty.missed - before.missed).tolist() == [0, len(whole_block), 0]
+    assert all(dirty.window(kind, 1).isfinite().all() for kind in (v, "param"))
+
+
+@pytest.mark.parametrize("value", [1e19, 3e38, -INF])
+def test_curvature_whose_square_is_no_float32_is_not_finite_either(backend, value, device):
+    problem = build(Case("too_large", specs((300,))), device)
+    problem.window("hessian", 0)[7] = value
+    before = problem.copy()
+    problem.run_step(backend)
+    taken = value**2 < torch.finfo(torch.float32).max
+    assert (problem.missed - before.missed).tolist() == [not taken]
+    assert problem.window("exp_hessian_diag_sq", 0).isfinite().all()
+
+
+@pytest.mark.parametrize("curvature", ["hessian", "diag"])
+@pytest.mark.parametrize("order", ["contiguous", "channels_last", "transposed"])
+def test_every_missed_element_is_counted_once(backend, order, curvature, device):
+    shapes = ((7, 5, 3, 3), (33, 40, 1, 3)) if order != "transposed" else ((7, 40), (33, 129))
+    for block in (1, 9, 40, "tensor"):
+        case = Case("counted", specs(*shapes, block=block, order=order), steps=((9, 3), (8, 3)))
+        problem = build(case, device)
+        problem.arenas["hessian"].fill_(NAN), problem.arenas["diag"].fill_(NAN)
+        before = problem.copy()
+        problem.run_step(backend, curvature)
+        assert (problem.missed - before.missed).tolist() == [spec.numel for spec in case.specs]
 
 
 @pytest.mark.parametrize(("place", "value"), [(0, INF), (150, NAN), (299, INF)])

@@ -52,7 +52,7 @@ REFUSED = {
     "period": ("pytorch_optimizer", {"update_period": 0}, ValueError, "update_period=0; expected an int >= 1"),
     "samples": ("pytorch_optimizer", {"num_samples": 0}, ValueError, "num_samples=0; expected an int >= 1"),
     "update_each": ("timm", {"update_each": 0}, ValueError, "update_each=0; expected an int >= 1"),
-    "faithful": ("official", {"faithful": True}, TypeError, "faithful"),
+    "seed": ("official", {"seed": 1}, TypeError, "seed"),
     "lr": ("davda54", {"lr": -1.0}, ValueError, "lr=-1.0; expected 0.0 <= lr"),
 }
 

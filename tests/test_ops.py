@@ -54,15 +54,19 @@ def arguments(op: str, problem: Problem, curvature: str = "hessian", grad_scale=
         "groups": problem.groups,
         **probe,
         "draw": True,
+        "rounding_seed": 9,
         "grad_scale": torch.tensor(4.0, device=device) if grad_scale else None,
         "found_inf": torch.tensor(0.0, device=device) if found_inf else None,
+        "means": problem.means,
+        "missed": problem.missed,
     }
 
 
 def call(op, arguments: dict) -> None:
     """By position where the schema has positions."""
     names = list(arguments)
-    keyword_only = {"seed", "sample", "draw", "scale", "save", "accumulate", "grad_scale", "found_inf"} & set(names)
+    keyword_only = {"seed", "sample", "draw", "scale", "save", "accumulate", "grad_scale", "found_inf"}
+    keyword_only = (keyword_only | {"rounding_seed", "means", "missed"}) & set(names)
     keyword_only = set() if "z" in names else keyword_only
     op(*(arguments[n] for n in names if n not in keyword_only), **{n: arguments[n] for n in keyword_only})
 
@@ -200,6 +204,12 @@ GROUP_CELLS = {
     "no_groups": ("groups", lambda groups: groups[:0]),
     "no_steps": ("steps", lambda steps: steps[:0]),
 }
+PER_SLOT = {
+    "dtype": lambda numbers: numbers.to(torch.float32),
+    "too_short": lambda numbers: numbers[:-1].clone(),
+    "too_long": lambda numbers: numbers.repeat(2),
+    "two_dimensions": lambda numbers: numbers[None],
+}
 SCALARS = {"two_numbers": torch.ones(2), "float64": torch.ones((), dtype=torch.float64), "bool": torch.tensor(True)}
 
 
@@ -238,6 +248,7 @@ BAD = {
         *_changes(("exp_avg", "exp_hessian_diag_sq"), FLATS),
         *_changes(("segments", "steps", "groups"), TABLES),
         *_cells(CELLS | GROUP_CELLS),
+        *_changes(("means", "missed"), PER_SLOT),
         *(("grad_scale", label, lambda _, t=t: t) for label, t in SCALARS.items()),
         *(("found_inf", label, lambda _, t=t: t) for label, t in SCALARS.items()),
     ],

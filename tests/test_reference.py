@@ -6,11 +6,12 @@ import math
 
 import pytest
 import torch
-from cases import Case, Spec
+from cases import PLAIN, Case, Spec
 from problem import SEED, Problem, bits, build
 
 from adahessian_fused import reference
 from adahessian_fused.reference import block_mean, philox4x32, rademacher_signs, to_logical, to_stored
+from adahessian_fused.segments import Hyper
 
 ONES = 0xFFFFFFFF
 KNOWN_PHILOX = (  # Random123's kat_vectors: counter, key, result
@@ -98,9 +99,9 @@ DIAGONALS = ([3.0, -1.0, 0.5], [0.25, 2.0, -7.0], [1.0, 1.5, 6.0])
 OFF_STEPS = ([None, DIAGONALS[0], None], [DIAGONALS[0], None, DIAGONALS[1]], [None, None, None])
 
 
-def three_steps(diagonals, hyper, master=False, dtype=torch.float64) -> Problem:
+def three_steps(diagonals, hyper, master=False, dtype=torch.float64, rest=PLAIN) -> Problem:
     """The same on the reference: one parameter of three elements, blocks of two, curvature given as D."""
-    case = Case("three_steps", (Spec((3,), block=2),), dtype, groups=(hyper,), steps=((0, 0),), master=master)
+    case = Case("three_steps", (Spec((3,), block=2),), dtype, groups=((*hyper, *rest),), steps=((0, 0),), master=master)
     problem = build(case)
     for kind, start in (("param", [1.0, -2.0, 0.5]), ("exp_avg", [0.0] * 3), ("exp_hessian_diag_sq", [0.0] * 3)):
         problem.window(kind, 0).copy_(torch.tensor(start))
@@ -146,9 +147,9 @@ def test_off_step_keeps_v():
 
 
 def test_maximize_is_minimizing_the_negative():
-    problem = build(Case("maximize", (Spec((40,), block=3),), torch.float64, groups=(HYPERS["maximize"],)))
+    problem = build(Case("maximize", (Spec((40,), block=3),), torch.float64, groups=((*HYPERS["maximize"], *PLAIN),)))
     negative = problem.copy()
-    negative.groups[:, -1] = 0
+    negative.groups[:, Hyper.MAXIMIZE] = 0
     for kind in ("grad", "hessian"):
         negative.arenas[kind].neg_()
     problem.run_step(reference), negative.run_step(reference)

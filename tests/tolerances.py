@@ -16,12 +16,14 @@ The reference's own error counts only when S is float64, which doubles u. Inputs
          over n samples too     (8 + n + b) u of the mean of the samples' |D|, which may cancel in Ds
     m                           beta1 m: 3, (1 - beta1) g / scale: 6
     v                           beta2 v: 3, (1 - beta2) (Ds / scale)^2: 8, plus 2 |Ds| e + e^2 for an error e in Ds
-    root = sqrt(v) / sqrt(..)   half of v's 8, 3 for sqrt, 1 / sqrt(1 - beta2^h) and the product; an error e in Ds moves
-                                sqrt(v) by at most sqrt(1 - beta2) e, since v is the square of a 2-norm
+    v_hat = scale v + pull      two more for each term and one for the sum; five in reference.py, which divides twice
+    root = sqrt(v_hat)          half of v's 8 and of 5, 1 for sqrt; an error e in Ds moves sqrt(v) by at most
+                                sqrt(1 - beta2) e, since v is the square of a 2-norm, and root by sqrt(scale) as much
     root^k                      the power of both ends of root's interval (no derivative: there is none at 0); k = 1
                                 adds nothing, k = 1/2 one u, a general power 8 + |k log2 root| units (CUDA's powf is
                                 off by up to 4 ulp; in exp2(k log2 x) the product's rounding becomes a relative error)
-    p                           decay p: 4, the update: 6, plus the errors of m and of the denominator
+    q = m / denominator         the errors of both; cut, it is off by no more, plus 2 for the bound
+    p                           decay p: 4, the update: 6, plus the error of q
     storage                     half a unit in the last place of a 16-bit parameter; a whole one of m and v in bfloat16,
                                 which are rounded up or down after p has been moved by them
     norms                       squares and their sum have one sign: (n / 2 + 2) u of the norm of n numbers
@@ -56,7 +58,7 @@ from problem import Problem
 from torch import Tensor, nn
 
 from adahessian_fused.reference import block_mean, to_logical, to_stored
-from adahessian_fused.segments import Hyper, Segment, Steps
+from adahessian_fused.segments import Segment, Steps
 
 SHARE = float(os.environ.get("TEST_SHARE", "1"))  # of every bound, that errors may take: 0.5 where luck is looked for
 ROUNDINGS = 128  # of a step: forward, both backward passes, the update
@@ -107,38 +109,44 @@ def _spread(means: Tensor, row: list[int]) -> Tensor:
 
 def update_bounds(
     u: float, hyper: Sequence[float], t: int, h: int, before: Sequence[Tensor], after: Sequence[Tensor],
-    d_and_error: Sequence[Tensor] | None,
+    d_and_error: Sequence[Tensor] | None, mean: float = 0.0,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Errors of m, v and p in one step of some elements.
 
     Args:
         u: unit roundoff of the arithmetic.
-        hyper: lr, beta1, beta2, eps, weight_decay, hessian_power.
+        hyper: a row of the table of hyperparameters.
         t: number of this step, from 1.
         h: number of Hessian steps, this one included.
         before: p and m before the step, and g.
         after: m and v after it, exactly.
         d_and_error: Ds, for every element, and its error; None where v does not change.
+        mean: what v_hat is drawn to.
     """
-    lr, beta1, beta2, eps, weight_decay, k = hyper
+    lr, beta1, beta2, eps, weight_decay, k, _, holds, clip, c = hyper
     (p0, m0, g), (m1, v1) = before, after
     m_error = u * (3 * beta1 * m0.abs() + 6 * (1 - beta1) * g.abs())
     v_error, root_shift = torch.zeros_like(v1), torch.zeros_like(v1)
     if d_and_error is not None:
-        d, e = d_and_error
-        v_error = 8 * u * v1 + (1 - beta2) * (2 * d.abs() * e + e**2)
+        taken = d_and_error[0] ** 2 < torch.inf
+        d, e = (torch.where(taken, x, 0.0) for x in d_and_error)
+        v_error = taken * (8 * u * v1 + (1 - beta2) * (2 * d.abs() * e + e**2))
         root_shift = (1 - beta2) ** 0.5 * e
     if h == 0:  # the parameter does not move at all
         return m_error, v_error, torch.zeros_like(p0)
-    bias2 = (1 - beta2**h) ** 0.5
-    root = v1.sqrt() / bias2
-    root_error = 7 * u * root + root_shift / bias2
+    n = (1 - beta2**h) / (1 - beta2)
+    scale, pull = 1 / ((1 - beta2) * (n + c)), c / (n + c) * mean
+    root = (scale * v1 + pull).sqrt()
+    root_error = 8 * u * root + root_shift * scale**0.5
     power, low, high = root**k, (root - root_error).clamp_min(0) ** k, (root + root_error) ** k
     units = {1.0: 0.0, 0.5: 1.0, 0.0: 0.0}.get(k, 8 + k * root.clamp_min(1e-300).log2().abs())
     denom_error = torch.maximum(high - power, power - low) + units * u * high + 2 * u * (power + eps)
-    update = lr / (1 - beta1**t) * m1.abs() / (power + eps)
-    step_error = lr / (1 - beta1**t) * m_error / (low + eps) + update * (denom_error / (low + eps) + 6 * u)
-    return m_error, v_error, step_error + 4 * u * (p0 * (1 - lr * weight_decay)).abs()
+    q, bias1 = m1.abs() / (power + eps), 1 - beta1**t
+    q_error = (m_error + q * denom_error) / (low + eps)
+    q, low, high = (x.clamp(-clip * bias1, clip * bias1) for x in (q, q - q_error, q + q_error))
+    q_error = torch.maximum(high - q, q - low) + (6 + 2 * (clip < torch.inf)) * u * q
+    p_error = lr / bias1 * q_error + 4 * u * (p0 * (1 - lr * weight_decay)).abs()
+    return m_error, v_error, torch.where((v1 == 0) & (holds * k != 0), 0.0, p_error)
 
 
 def step_bounds(before: Problem, after: Problem, ds: list[Tensor] | None, unscale: float) -> dict[str, list[Tensor]]:
@@ -153,7 +161,7 @@ def step_bounds(before: Problem, after: Problem, ds: list[Tensor] | None, unscal
     bounds = {"exp_avg": [], "exp_hessian_diag_sq": [], "param": [], "master": []}
     u = unit(before.case.state_dtype)
     for i, row in enumerate(before.segments.tolist()):
-        hyper = before.groups[row[Segment.GROUP], : Hyper.MAXIMIZE].tolist()
+        hyper = before.groups[row[Segment.GROUP]].tolist()
         t = before.steps[row[Segment.SLOT], Steps.STEP].item() + 1
         h = before.steps[row[Segment.SLOT], Steps.HESSIAN_STEP].item() + (ds is not None)
         p0 = before.window("master" if before.case.master else "param", i).double()
@@ -163,7 +171,8 @@ def step_bounds(before: Problem, after: Problem, ds: list[Tensor] | None, unscal
         d_and_error = None
         if ds is not None:
             d_and_error = [_spread(means, row) * unscale for means in (ds[i], diag_bound(before, ds[i], i))]
-        m_error, v_error, p_error = update_bounds(u, hyper, t, h, (p0, m0, g), (m1, v1), d_and_error)
+        mean = before.means[row[Segment.SLOT]].item()
+        m_error, v_error, p_error = update_bounds(u, hyper, t, h, (p0, m0, g), (m1, v1), d_and_error, mean)
         stored = before.case.stored or before.case.state_dtype
         bounds["exp_avg"].append(m_error + 2 * storage_rounding(m1.abs() + m_error, stored))
         v_changes = ds is not None

@@ -46,14 +46,17 @@ class DropIn(AdaHessian):
     Args:
         params: parameters or parameter groups.
         theirs: defaults of options that only the original has.
+        faithful: move parameters that have had no curvature by m / eps, as every original does.
         ours: options of :class:`~adahessian_fused.AdaHessian`.
     """
 
     step_in_group: ClassVar[bool] = False  # whether the original counts steps in its groups, not for each parameter
     attributes: ClassVar[Mapping[str, str]] = {}  # constructor argument -> the original's attribute that remembers it
 
-    def __init__(self, params: Any, theirs: Mapping[str, Any] | None = None, **ours: Any) -> None:
-        super().__init__(params, **ours)
+    def __init__(
+        self, params: Any, theirs: Mapping[str, Any] | None = None, *, faithful: bool = False, **ours: Any
+    ) -> None:
+        super().__init__(params, unmeasured="move" if faithful else "hold", **ours)
         self.defaults.update(theirs or {})
         for group in self.param_groups:
             for name, value in (theirs or {}).items():

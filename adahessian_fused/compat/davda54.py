@@ -39,6 +39,7 @@ class AdaHessian(DropIn):
         update_each: Hutchinson frequency.
         n_samples: probes averaged in a Hessian step.
         average_conv_kernel: average over convolution kernels.
+        faithful: move elements that have had no curvature by m / eps, as the original does.
         backend: as for :class:`~adahessian_fused.AdaHessian`.
 
     Raises:
@@ -61,6 +62,7 @@ class AdaHessian(DropIn):
         n_samples: int = 1,
         average_conv_kernel: bool = False,
         *,
+        faithful: bool = False,
         backend: str = "auto",
     ) -> None:
         super().__init__(
@@ -76,6 +78,7 @@ class AdaHessian(DropIn):
             off_step="stale",
             n_samples=n_samples,
             seed=_SEED,
+            faithful=faithful,
             backend=backend,
         )
 

@@ -30,6 +30,7 @@ class Adahessian(DropIn):
         weight_decay: decoupled weight decay.
         hessian_power: k in [0, 1].
         single_gpu: True; the original's ``single_gpu=False`` ends in a NameError.
+        faithful: move elements that have had no curvature by m / eps, as the original does.
         backend: as for :class:`~adahessian_fused.AdaHessian`.
 
     Raises:
@@ -49,6 +50,7 @@ class Adahessian(DropIn):
         hessian_power: float = 1,
         single_gpu: bool = True,
         *,
+        faithful: bool = False,
         backend: str = "auto",
     ) -> None:
         if single_gpu is not True:
@@ -65,5 +67,6 @@ class Adahessian(DropIn):
             hessian_power=hessian_power,
             averaging="abs",
             seed=global_seed(),
+            faithful=faithful,
             backend=backend,
         )

@@ -57,7 +57,8 @@ class AdaHessian(DropIn):
         eps: added to the denominator.
         maximize: ascend instead of descending.
         foreach: accepted and ignored.
-        faithful: count steps, and correct the bias of v, as the original does.
+        faithful: count steps, correct the bias of v, and move elements that have had no curvature by m / eps, as the
+            original does.
         backend: as for :class:`~adahessian_fused.AdaHessian`.
         kwargs: nothing but ``adam_debias=False``, the original's default.
 
@@ -129,6 +130,7 @@ class AdaHessian(DropIn):
             probe=hessian_distribution,
             seed=global_seed(),
             maximize=maximize,
+            faithful=faithful,
             backend=backend,
         )
 

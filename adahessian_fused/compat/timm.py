@@ -26,6 +26,7 @@ class Adahessian(davda54.AdaHessian):
         update_each: Hutchinson frequency.
         n_samples: probes averaged in a Hessian step.
         avg_conv_kernel: average over convolution kernels.
+        faithful: move elements that have had no curvature by m / eps, as the original does.
         backend: as for :class:`~adahessian_fused.AdaHessian`.
 
     Raises:
@@ -46,6 +47,7 @@ class Adahessian(davda54.AdaHessian):
         n_samples: int = 1,
         avg_conv_kernel: bool = False,
         *,
+        faithful: bool = False,
         backend: str = "auto",
     ) -> None:
         super().__init__(
@@ -58,6 +60,7 @@ class Adahessian(davda54.AdaHessian):
             update_each=update_each,
             n_samples=n_samples,
             average_conv_kernel=avg_conv_kernel,
+            faithful=faithful,
             backend=backend,
         )
 

@@ -33,7 +33,8 @@ class Adahessian(DropIn):
         hessian_power: k in [0, 1].
         seed: key of the probe's generator; by default PyTorch's initial seed, so that ``torch.manual_seed`` before the
             construction makes runs repeatable. The original seeds the process's generator with it instead.
-        faithful: seed the process's generator with ``seed``, as the original does.
+        faithful: seed the process's generator with ``seed``, and move elements that have had no curvature by m / eps,
+            as the original does.
         backend: as for :class:`~adahessian_fused.AdaHessian`.
 
     Raises:
@@ -62,6 +63,7 @@ class Adahessian(DropIn):
             hessian_power=hessian_power,
             averaging="abs",
             seed=global_seed() if seed is None else seed,
+            faithful=faithful,
             backend=backend,
         )
         if faithful and seed is not None:

@@ -14,6 +14,7 @@ std::vector<StepWork<T, M>> prepare(const AdaHessianStepArgs& args) {
   std::vector<StepWork<T, M>> works;
   works.reserve(args.segments.size());
   const Segment* last = nullptr;
+  Coefficients<S> c;  // the last one's
   for (const Segment& s : args.segments) {
     StepWork<T, M> work{};
     work.has_curvature = args.diag != nullptr || s.hessian != nullptr;
@@ -22,7 +23,10 @@ std::vector<StepWork<T, M>> prepare(const AdaHessianStepArgs& args) {
     const bool same = last != nullptr && last->group == s.group && works.back().has_curvature == work.has_curvature &&
                       std::equal(count, count + 2, args.counts.steps + 2 * last->slot);
     const Hyper& hyper = reinterpret_cast<const Hyper*>(args.groups)[s.group];
-    work.c = same ? works.back().c : coefficients<S>(hyper, count[0] + 1, count[1] + work.has_curvature, inv_scale);
+    const int64_t t = count[0] + 1, h = count[1] + work.has_curvature;
+    if (!same) c = coefficients<S>(hyper, t, h, inv_scale, args.means != nullptr);
+    work.c = c;
+    if (args.means) work.c.pull *= S(args.means[s.slot]);
     work.probe = args.probe;
     work.key = probe_key(args.probe, s, args.counts);
     work.param = static_cast<T*>(s.param);
@@ -30,6 +34,8 @@ std::vector<StepWork<T, M>> prepare(const AdaHessianStepArgs& args) {
     work.exp_avg = static_cast<M*>(args.exp_avg) + s.offset;
     work.exp_hessian_diag_sq = static_cast<M*>(args.exp_hessian_diag_sq) + s.offset;
     work.master = args.master ? args.master + s.offset : nullptr;
+    work.missed = args.missed ? args.missed + s.slot : nullptr;
+    work.rounding_seed = args.rounding_seed;
     work.diag = args.diag ? static_cast<const S*>(args.diag) + s.diag_offset : nullptr;
     works.push_back(work);
     last = &s;

@@ -45,6 +45,8 @@ struct StepWork {
   float* master;        // or null
   const S* diag;        // compact diagonal of the segment, or null
   const S* long_means;  // means of blocks longer than a tile; null if there are none or they are summed on the way
+  int64_t* missed;      // or null
+  uint64_t rounding_seed;
   bool has_curvature;
 };
 

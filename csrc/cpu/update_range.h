@@ -20,39 +20,59 @@ struct Arrays {
 
 template <typename T, typename M>
 ADAHESSIAN_HD Rounding<M> rounding_of(const StepWork<T, M>& work) {
-  return Rounding<M>({work.key.seed, work.key.param_id, work.c.step});
+  return Rounding<M>({work.rounding_seed, work.key.param_id, work.c.step});
 }
 
 // What the second half of a vector's update takes from the first.
 template <typename S>
 struct Quotient {
-  Vector<S> m, denom;
+  Vector<S> m, denom, v;
 };
 
-// First half of the update of a vector of elements: its Ds unless this is an off-step, and the bits that round its
+// Counts the elements that v takes Ds in for, lane by lane.
+template <typename S>
+class Measured {
+ public:
+  ADAHESSIAN_MEMBER void see(Vector<S> square) { count_ = is_measured<S>(square) ? count_ + 1 : count_; }
+  // The same where only the first lanes are elements.
+  ADAHESSIAN_MEMBER void see(Vector<S> square, int64_t lanes) {
+    count_ = (is_measured<S>(square) & (lane_numbers<S>() < Signed<S>(lanes))) ? count_ + 1 : count_;
+  }
+  // Adds those of `size` elements that were not to a total that other threads may be adding to.
+  ADAHESSIAN_MEMBER void add_rest_of(int64_t size, int64_t* total) const {
+    for (int l = 0; l < kLanes<S>; ++l) size -= count_[l];
+    if (size != 0 && total != nullptr) __atomic_fetch_add(total, size, __ATOMIC_RELAXED);
+  }
+
+ private:
+  Index<S> count_ = {};
+};
+
+// First half of the update of a vector of elements: its Ds^2 unless this is an off-step, and the bits that round its
 // states.
 template <Power kind, bool has_curvature, typename T, typename M, typename Random>
-ADAHESSIAN_HD Quotient<StateOf<T>> update_states(const Arrays<T, M>& to, Vector<StateOf<T>> ds,
+ADAHESSIAN_HD Quotient<StateOf<T>> update_states(const Arrays<T, M>& to, Vector<StateOf<T>> square,
                                                  const Coefficients<StateOf<T>>& c, Random bits) {
   using V = Vector<StateOf<T>>;
   const V m = update_exp_avg(load_as_vector(to.exp_avg), load_as_vector(to.grad), c);
   V v = load_as_vector(to.exp_hessian_diag_sq);
-  if constexpr (has_curvature) v = update_exp_hessian_diag_sq(v, ds, c);
+  if constexpr (has_curvature) v = update_exp_hessian_diag_sq(v, square, c);
   store_state(to.exp_avg, m, bits);
   if constexpr (has_curvature) store_state(to.exp_hessian_diag_sq, v, swap_bytes(bits));
-  return {m, denominator<kind>(v, c)};
+  return {m, denominator<kind>(v, c), v};
 }
 
 // Second half.
-template <bool has_master, typename T, typename M>
+template <Power kind, bool has_master, typename T, typename M>
 ADAHESSIAN_HD void move_params(const Arrays<T, M>& to, Quotient<StateOf<T>> q, const Coefficients<StateOf<T>>& c) {
   using V = Vector<StateOf<T>>;
+  const V update = quotient<kind>(q.m, q.denom, c);
   V p;
   if constexpr (has_master) {
-    p = update_param(load_vector<V>(to.master), q.m, q.denom, c);
+    p = update_param(load_vector<V>(to.master), update, q.v, c);
     store_vector(to.master, p);
   } else {
-    p = update_param(load_as_vector(to.param), q.m, q.denom, c);
+    p = update_param(load_as_vector(to.param), update, q.v, c);
   }
   store_as_vector(to.param, p);
 }
@@ -72,18 +92,21 @@ ADAHESSIAN_HD void update_range(const StepWork<T, M>& work, int64_t begin, int64
                         has_master ? first.master + i : nullptr};
   };
   Rounding<M> rounding = rounding_of(work);
-  const auto states = [&](const Arrays<T, M>& of, int64_t i) ADAHESSIAN_INLINE_LAMBDA {
-    return update_states<kind, has_curvature>(of, next(i), c, rounding.from(begin + i));
+  Measured<S> measured;
+  const auto states = [&](const Arrays<T, M>& of, int64_t i, auto... lanes) ADAHESSIAN_INLINE_LAMBDA {
+    const Vector<S> square = square_of(next(i), c);
+    if constexpr (has_curvature) measured.see(square, lanes...);
+    return update_states<kind, has_curvature>(of, square, c, rounding.from(begin + i));
   };
   int64_t i = 0;
   if (W <= size) {
     Quotient<S> quotient = states(arrays(begin), 0);
     for (i = W; i + W <= size; i += W) {
       const Quotient<S> after = states(arrays(begin + i), i);
-      move_params<has_master>(arrays(begin + i - W), quotient, c);
+      move_params<kind, has_master>(arrays(begin + i - W), quotient, c);
       quotient = after;
     }
-    move_params<has_master>(arrays(begin + i - W), quotient, c);
+    move_params<kind, has_master>(arrays(begin + i - W), quotient, c);
   }
   if (const int64_t rest = size - i; rest > 0) {  // by way of whole vectors
     T param[W] = {}, grad[W] = {};
@@ -96,18 +119,20 @@ ADAHESSIAN_HD void update_range(const StepWork<T, M>& work, int64_t begin, int64
     std::copy_n(from.exp_hessian_diag_sq, rest, exp_hessian_diag_sq);
     if constexpr (has_master) std::copy_n(from.master, rest, master);
     const Arrays<T, M> whole = {param, grad, exp_avg, exp_hessian_diag_sq, master};
-    move_params<has_master>(whole, states(whole, i), c);
+    move_params<kind, has_master>(whole, states(whole, i, rest), c);
     std::copy_n(param, rest, from.param);
     std::copy_n(exp_avg, rest, from.exp_avg);
     std::copy_n(exp_hessian_diag_sq, rest, from.exp_hessian_diag_sq);
     if constexpr (has_master) std::copy_n(master, rest, from.master);
   }
+  if constexpr (has_curvature) measured.add_rest_of(size, work.missed);
 }
 
 template <bool has_curvature, typename T, typename M, typename Next>
 ADAHESSIAN_HD void update(const StepWork<T, M>& work, int64_t begin, int64_t size, const Next& next) {
   const auto with = [&]<bool has_master>() ADAHESSIAN_INLINE_LAMBDA {
     switch (work.c.kind) {
+      case Power::kPlain: return update_range<Power::kPlain, has_curvature, has_master>(work, begin, size, next);
       case Power::kOne: return update_range<Power::kOne, has_curvature, has_master>(work, begin, size, next);
       case Power::kHalf: return update_range<Power::kHalf, has_curvature, has_master>(work, begin, size, next);
       case Power::kGeneral: return update_range<Power::kGeneral, has_curvature, has_master>(work, begin, size, next);

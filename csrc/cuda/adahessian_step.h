@@ -52,14 +52,17 @@ ADAHESSIAN_HD void locate(const typename Body::Arguments& arguments, typename Bo
 template <typename S, typename M>
 ADAHESSIAN_HD Coefficients<S> coefficients_of(const StepArguments<S, M>& arguments, const StepRow& row) {
   const double inv_scale = arguments.grad_scale ? 1.0 / double(*arguments.grad_scale) : 1.0;
+  Coefficients<S> c;
   if (arguments.groups != nullptr) {
     const int64_t* steps = arguments.probe.steps + 2 * row.probe.slot;
-    return coefficients<S>(arguments.groups[row.group], steps[0] + 1, steps[1] + (row.curvature != Curvature::kNone),
-                           inv_scale);
+    c = coefficients<S>(arguments.groups[row.group], steps[0] + 1, steps[1] + (row.curvature != Curvature::kNone),
+                        inv_scale, arguments.means != nullptr);
+  } else {
+    c = constant_of_row(arguments.table, row).coefficients;
+    c.grad_factor *= S(inv_scale);
+    c.hessian_factor *= S(inv_scale);
   }
-  Coefficients<S> c = constant_of_row(arguments.table, row).coefficients;
-  c.grad_factor *= S(inv_scale);
-  c.hessian_factor *= S(inv_scale);
+  if (arguments.means != nullptr) c.pull *= S(arguments.means[row.probe.slot]);
   return c;
 }
 
@@ -206,9 +209,21 @@ template <Power kind, typename S, int n>
 ADAHESSIAN_HD void move(Vec<S, n>& p, const Vec<S, n>& m, const Vec<S, n>& v, const Coefficients<S>& c) {
   ADAHESSIAN_UNROLL
   for (int e = 0; e < n; ++e) {
-    set(p, e, update_param(get(p, e), get(m, e), denominator<kind>(get(v, e), c), c));
+    const S q = quotient<kind>(get(m, e), denominator<kind>(get(v, e), c), c);
+    set(p, e, update_param(get(p, e), q, get(v, e), c));
     if (kind == Power::kGeneral) in_sequence();  // pow is long; several at once would cost registers
   }
+}
+
+// Counts the elements of a slot that v could not take Ds in for; bit e of `missed` is element e.
+template <class Body>
+ADAHESSIAN_HD void count_missed(const typename Body::Arguments& arguments, const StepRow& row, uint32_t missed,
+                                const Slot& slot) {
+  if (missed == 0 || arguments.missed == nullptr) return;
+  int count = 0;
+  ADAHESSIAN_UNROLL
+  for (int e = 0; e < Body::kVector; ++e) count += (missed >> e & 1) != 0 && has(slot, e);
+  add_atomically(arguments.missed + row.probe.slot, count);
 }
 
 // States in the type that they are computed in.
@@ -228,7 +243,7 @@ ADAHESSIAN_HD void keep(const typename Body::Arguments& arguments, typename Body
   if constexpr (!Body::kRounds) {
     state.exp_avg[i] = m, state.exp_hessian_diag_sq[i] = v;
   } else {
-    const RoundingKey key = {arguments.probe.seed, shared.row.probe.param_id, shared.coefficients.step};
+    const RoundingKey key = {arguments.rounding_seed, shared.row.probe.param_id, shared.coefficients.step};
     const SlotBits bits = slot_bits<Body::kOrder>(key, shared.tile, slot);
     ADAHESSIAN_UNROLL
     for (int e = 0; e < Body::kVector; ++e) {
@@ -253,6 +268,7 @@ ADAHESSIAN_HD void update_slot(const typename Body::Arguments& arguments, typena
     set(m, e, update_exp_avg(get(m, e), S(load_as(get(state.grad[i], e))), c));
   }
   if (shared.row.curvature != Curvature::kNone) {
+    uint32_t missed = 0;
     ADAHESSIAN_UNROLL
     for (int e = 0; e < kVector; ++e) {
       S ds = get(state.d[i], e);
@@ -260,13 +276,17 @@ ADAHESSIAN_HD void update_slot(const typename Body::Arguments& arguments, typena
         if (averages(shared.row.curvature))
           ds = mean_at(shared.blocks, shared.tile, logical_index<kOrder>(shared.tile, slot, e));
       }
-      set(v, e, update_exp_hessian_diag_sq(get(v, e), ds, c));
+      const S square = square_of(ds, c);
+      set(v, e, update_exp_hessian_diag_sq(get(v, e), square, c));
+      missed |= is_measured<S>(square) ? 0 : 1u << e;
     }
+    count_missed<Body>(arguments, shared.row, missed, slot);
   }
   keep<Body>(arguments, shared, state, m, v, slot, i);
   if (arguments.master == nullptr) unpack<typename Body::Param>(p);
   if (c.moves) {
     switch (c.kind) {
+      case Power::kPlain: move<Power::kPlain>(p, m, v, c); break;
       case Power::kOne: move<Power::kOne>(p, m, v, c); break;
       case Power::kHalf: move<Power::kHalf>(p, m, v, c); break;
       case Power::kGeneral: move<Power::kGeneral>(p, m, v, c); break;

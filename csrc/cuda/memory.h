@@ -25,6 +25,15 @@ ADAHESSIAN_HD void in_sequence() {
 #endif
 }
 
+// Adds to a number in global memory that other thread blocks may be adding to.
+ADAHESSIAN_HD void add_atomically(int64_t* target, int amount) {
+#ifdef __CUDA_ARCH__
+  atomicAdd(reinterpret_cast<unsigned long long*>(target), static_cast<unsigned long long>(amount));
+#else
+  *target += amount;
+#endif
+}
+
 template <typename E, int n>
 struct SharedArray {
   E data[n];

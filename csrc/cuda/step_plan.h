@@ -19,8 +19,9 @@ class StepConstants {
     const int64_t* counts = args_.counts.steps + 2 * s.slot;
     return constants_.index_of({s.group, counts[0], counts[1], has_curvature}, [&] {
       const Hyper& hyper = reinterpret_cast<const Hyper*>(args_.groups)[s.group];
-      return StepConstant<S>{coefficients<S>(hyper, counts[0] + 1, counts[1] + has_curvature, 1.0),
-                             {uint32_t(counts[1])}};
+      return StepConstant<S>{
+          coefficients<S>(hyper, counts[0] + 1, counts[1] + has_curvature, 1.0, args_.means != nullptr),
+          {uint32_t(counts[1])}};
     });
   }
   const std::vector<StepConstant<S>>& get() const { return constants_.get(); }
@@ -109,6 +110,9 @@ StepArguments<S, M> step_arguments(const AdaHessianStepArgs& args) {
   arguments.groups = args.counts.on_device ? reinterpret_cast<const Hyper*>(args.groups) : nullptr;
   arguments.grad_scale = args.grad_scale;
   arguments.found_inf = args.found_inf;
+  arguments.means = args.means;
+  arguments.missed = args.missed;
+  arguments.rounding_seed = args.rounding_seed;
   arguments.probe = probe_source(args.probe, args.counts);
   return arguments;
 }

@@ -58,6 +58,9 @@ struct StepArguments {
   const Hyper* groups;  // null if the step counts are on the host
   const float* grad_scale;
   const float* found_inf;
+  const double* means;  // or null
+  int64_t* missed;      // or null
+  uint64_t rounding_seed;
   ProbeSource probe;
   TableType table;
 };

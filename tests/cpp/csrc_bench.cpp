@@ -58,6 +58,9 @@ struct Arrays {
                           1,
                           probe,
                           nullptr,
+                          nullptr,
+                          7,
+                          nullptr,
                           nullptr},
                          context);
   }

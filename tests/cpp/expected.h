@@ -79,9 +79,9 @@ struct Value {
 };
 
 // The 16 bits that round m of stored element i in step t; those of v are the same with their bytes exchanged.
-inline uint32_t rounding_bits(const Segment& s, const Probe& probe, int64_t t, int64_t i) {
-  const Words words = philox({uint32_t(i / 8), s.param_id, uint32_t(t), 0xFFFFFFFFu},
-                             {uint32_t(probe.seed), uint32_t(probe.seed >> 32)}, 7);
+inline uint32_t rounding_bits(const Segment& s, uint64_t seed, int64_t t, int64_t i) {
+  const Words words =
+      philox({uint32_t(i / 8), s.param_id, uint32_t(t), 0xFFFFFFFFu}, {uint32_t(seed), uint32_t(seed >> 32)}, 7);
   return words[size_t(i % 8 / 2)] >> (16 * (i % 2)) & 0xFFFFu;
 }
 
@@ -102,32 +102,35 @@ struct Element {
 
 // One element after the step. `ds` is its block's mean of D, null on an off-step.
 template <typename S>
-Element expected_element(const Hyper& hyper, int64_t t, int64_t h, double unscale, double p, double g, double m,
-                         double v, const double* ds) {
+Element expected_element(const Hyper& hyper, int64_t t, int64_t h, double unscale, double mean, double p, double g,
+                         double m, double v, const double* ds) {
   constexpr double u = kUnit<S>;
   const double beta1 = hyper.beta1, beta2 = hyper.beta2, k = hyper.hessian_power;
   g *= hyper.maximize != 0 ? -unscale : unscale;
   const double m1 = beta1 * m + (1 - beta1) * g;
   const double m_error = u * (3 * beta1 * std::abs(m) + 6 * (1 - beta1) * std::abs(g));
   double v1 = v, v_error = 0, root_shift = 0;
-  if (ds != nullptr) {
+  if (ds != nullptr && std::isfinite(*ds)) {
     const double d = *ds * unscale, e = 4 * u * std::abs(d);
     v1 = beta2 * v + (1 - beta2) * d * d;
     v_error = 8 * u * v1 + (1 - beta2) * (2 * std::abs(d) * e + e * e);
     root_shift = std::sqrt(1 - beta2) * e;
   }
-  if (h == 0) return {{m1, m_error}, {v1, v_error}, {p, 0}};
-  const double bias2 = std::sqrt(1 - std::pow(beta2, double(h)));
-  const double root = std::sqrt(v1) / bias2, root_error = 7 * u * root + root_shift / bias2;
+  if (h == 0 || (hyper.holds != 0 && k != 0 && v1 == 0)) return {{m1, m_error}, {v1, v_error}, {p, 0}};
+  const double n = (1 - std::pow(beta2, double(h))) / (1 - beta2), c = hyper.shrink;
+  const double scale = 1 / ((1 - beta2) * (n + c)), pull = c / (n + c) * mean;
+  const double root = std::sqrt(scale * v1 + pull), root_error = 8 * u * root + root_shift * std::sqrt(scale);
   const double power = std::pow(root, k), low = std::pow(std::max(root - root_error, 0.0), k);
   const double high = std::pow(root + root_error, k);
   const double units = k == 1 ? 0 : k == 0.5 ? 1 : 8 + k * std::abs(std::log2(std::max(root, 1e-300)));
   const double denom = power + hyper.eps;
   const double denom_error = std::max(high - power, power - low) + units * u * high + 2 * u * denom;
   const double step_size = hyper.lr / (1 - std::pow(beta1, double(t)));
-  const double update = step_size * m1 / denom, decayed = p * (1 - hyper.lr * hyper.weight_decay);
-  const double p_error = step_size * m_error / (low + hyper.eps) +
-                         std::abs(update) * (denom_error / (low + hyper.eps) + 6 * u) + 4 * u * std::abs(decayed);
+  const double q_error = (m_error + std::abs(m1) / denom * denom_error) / (low + hyper.eps);
+  const double bound = hyper.clip * (1 - std::pow(beta1, double(t)));
+  const double update = step_size * std::clamp(m1 / denom, -bound, bound);
+  const double decayed = p * (1 - hyper.lr * hyper.weight_decay);
+  const double p_error = step_size * q_error + 8 * u * std::abs(update) + 4 * u * std::abs(decayed);
   return {{m1, m_error}, {v1, v_error}, {decayed - update, p_error}};
 }
 

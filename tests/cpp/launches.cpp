@@ -80,6 +80,9 @@ struct Problem {
                                  int64_t(groups.size()),
                                  {7, 0, true},
                                  nullptr,
+                                 nullptr,
+                                 7,
+                                 nullptr,
                                  nullptr},
                                 device);
     return device.launches;
@@ -212,6 +215,9 @@ void test_compact_diagonal() {
                                  reinterpret_cast<const double*>(twice.groups.data()),
                                  1,
                                  {7, 0, true},
+                                 nullptr,
+                                 nullptr,
+                                 7,
                                  nullptr,
                                  nullptr},
                                 device);

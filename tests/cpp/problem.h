@@ -129,7 +129,12 @@ struct Problem {
     const double powers[] = {1.0, 0.5, 0.75};
     for (int i = 0; i < options.n_groups; ++i) {
       groups.push_back({0.15 / (i + 1), 0.9, 0.99, 1e-2, 0.01 * i, powers[i % 3], double(i % 2)});
+      groups.back().holds = i % 2;
+      groups.back().clip = i % 3 == 1 ? 0.5 : INFINITY;
+      groups.back().shrink = i % 4;
     }
+    missed.resize(size_t(options.n_slots));
+    for (int i = 0; i < options.n_slots; ++i) means.push_back(0.5 + i);
     with_scale = options.with_scale;
     context.parallel_for = [](int64_t begin, int64_t end, int64_t, const auto& body) {
       if (begin < end) body(begin, end);
@@ -175,7 +180,10 @@ struct Problem {
                             int64_t(groups.size()),
                             probe,
                             with_scale ? &grad_scale : nullptr,
-                            with_scale ? &found_inf : nullptr},
+                            with_scale ? &found_inf : nullptr,
+                            rounding_seed,
+                            means.data(),
+                            missed.data()},
                            context);
   }
 
@@ -189,7 +197,8 @@ struct Problem {
 
   bool same_results(const Problem& other) const {
     return z == other.z && saved == other.saved && diag == other.diag && exp_avg == other.exp_avg &&
-           master == other.master && exp_hessian_diag_sq == other.exp_hessian_diag_sq && param == other.param;
+           master == other.master && exp_hessian_diag_sq == other.exp_hessian_diag_sq && param == other.param &&
+           missed == other.missed;
   }
 
   std::vector<Segment> segments;
@@ -198,8 +207,10 @@ struct Problem {
   Array<M> exp_avg, exp_hessian_diag_sq;
   Array<S> diag;
   Array<float> master;
-  std::vector<int64_t> steps;
+  std::vector<int64_t> steps, missed;
   std::vector<Hyper> groups;
+  std::vector<double> means;
+  uint64_t rounding_seed = 0xFEDCBA9876543210u;
   Probe probe = {0x123456789ABCDEF0u, 2, true};
   float grad_scale = 4, found_inf = 0;
   bool with_scale;
