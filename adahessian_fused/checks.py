@@ -61,10 +61,11 @@ def _check_number(
         raise ValueError(f"{name}={value!r}; expected {low} {signs[0]} {name} {signs[1]} {high}")
 
 
-def check_count(name: str, value: Any) -> None:
-    """Raise ValueError unless ``value`` is an int >= 1."""
-    if (integer(value) or 0) < 1:
-        raise ValueError(f"{name}={value!r}; expected an int >= 1")
+def check_count(name: str, value: Any, least: int = 1) -> None:
+    """Raise ValueError unless ``value`` is an int >= ``least``."""
+    count = integer(value)
+    if count is None or count < least:
+        raise ValueError(f"{name}={value!r}; expected an int >= {least}")
 
 
 def check_seed(value: Any) -> None:
@@ -72,6 +73,13 @@ def check_seed(value: Any) -> None:
     seed = integer(value)
     if seed is None or not -(2**63) <= seed < 2**63:
         raise ValueError(f"seed={value!r}; expected a 64-bit int")
+
+
+def check_stabilisers(clip: Any, shrink: Any) -> None:
+    """Raise ValueError unless ``clip`` is None or positive and ``shrink`` is finite and not negative."""
+    if clip is not None:
+        _check_number("clip", clip, 0.0, float("inf"), low_included=False, high_included=True)
+    _check_number("shrink", shrink, 0.0, float("inf"), high_included=False)
 
 
 def check_group(group: dict[str, Any]) -> None:
@@ -95,8 +103,10 @@ def check_group(group: dict[str, Any]) -> None:
     _check_number("eps", group["eps"], 0.0, float("inf"), high_included=True)
     _check_number("weight_decay", group["weight_decay"], 0.0, float("inf"), high_included=True)
     _check_number("hessian_power", group["hessian_power"], 0.0, 1.0, high_included=True)
+    check_stabilisers(group["clip"], group["shrink"])
     check_count("update_each", group["update_each"])
     check_count("n_samples", group["n_samples"])
+    check_count("dense_steps", group["dense_steps"], least=0)
     for name in ("maximize", "capturable", "master_weights", "probe_per_rank"):
         if group[name] not in (True, False):
             raise ValueError(f"{name}={group[name]!r}; expected True or False")
@@ -116,6 +126,8 @@ def check_group(group: dict[str, Any]) -> None:
         raise ValueError(
             'capturable=True with probe="gaussian"; expected probe="rademacher", whose counter can live on the GPU'
         )
+    if group["capturable"] and group["shrink"]:
+        raise ValueError(f"capturable=True with shrink={group['shrink']!r}; expected shrink=0")
     if group["capturable"] and group["nonfinite"] == "raise":
         raise ValueError('capturable=True with nonfinite="raise"; expected nonfinite="keep", which the GPU decides')
     if group["capturable"] and group["off_step"] == "stale" and group["update_each"] > 1:

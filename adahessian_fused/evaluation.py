@@ -50,7 +50,8 @@ class EvaluatesLosses(PortableState):
         """Whether the coming step uses new curvature, for each group."""
         self._settle_count()
         return [
-            group["step"] % group["update_each"] == 0 and any(p.requires_grad for p in group["params"])
+            (group["step"] % group["update_each"] == 0 or group["step"] < group["dense_steps"])
+            and any(p.requires_grad for p in group["params"])
             for group in self.param_groups
         ]
 

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from . import backends, hvp
-from .checks import CHOICES, check_block_size, check_choice, check_count, check_param
+from .checks import CHOICES, check_block_size, check_choice, check_count, check_param, check_stabilisers
 from .curvature import Curvature, by_bucket
-from .layout import Entry, make_buckets
+from .layout import MEAN, Entry, make_buckets
 from .update import HyperTable, update_bucket
 
 
@@ -21,6 +21,7 @@ def _entries(
     block_size: int | str,
     averaging: str,
     state_dtype: torch.dtype | None = None,
+    keep_means: bool = False,
 ) -> list[Entry]:
     check_block_size(block_size)
     check_choice("averaging", averaging, CHOICES["averaging"])
@@ -30,7 +31,7 @@ def _entries(
         entry = Entry(p, f"params[{i}]", i, 0, {} if states is None else states[i])
         entry.describe(block_size, averaging)
         entries.append(entry)
-    make_buckets(entries, with_states=states is not None, state_dtype=state_dtype)
+    make_buckets(entries, with_states=states is not None, state_dtype=state_dtype, keep_means=keep_means)
     return entries
 
 
@@ -56,6 +57,7 @@ def adahessian(
     exp_hessian_diag_sqs: Sequence[Tensor],
     state_steps: Sequence[Tensor],
     hessian_steps: Sequence[Tensor],
+    hessian_diag_sq_means: Sequence[Tensor] | None = None,
     *,
     lr: float | Tensor,
     beta1: float,
@@ -67,6 +69,8 @@ def adahessian(
     averaging: str = "signed",
     maximize: bool = False,
     unmeasured: str = "hold",
+    clip: float | None = None,
+    shrink: float = 0.0,
     seed: int = 0,
     sample: int = 0,
     draw: bool = True,
@@ -88,6 +92,8 @@ def adahessian(
         exp_hessian_diag_sqs: v, likewise.
         state_steps: int64 scalars, steps so far; increased by one.
         hessian_steps: int64 scalars, Hessian updates so far; increased by one if ``hvps`` is given.
+        hessian_diag_sq_means: for ``shrink``, float64 scalars: the mean of v / (1 - beta2^h) over each parameter after
+            its last Hessian step, 0 before the first one; updated.
         lr: learning rate, a number or a tensor.
         beta1: decay rate of m.
         beta2: decay rate of v.
@@ -98,6 +104,8 @@ def adahessian(
         averaging: "signed" or "abs".
         maximize: ascend instead of descending.
         unmeasured: "hold": elements with v = 0 do not move; "move": they move by m / eps.
+        clip: as for :class:`~adahessian_fused.AdaHessian`.
+        shrink: likewise; needs ``hessian_diag_sq_means``.
         seed: key of the probe's generator, and of the one that rounds to bfloat16.
         sample: number of the probe.
         draw: multiply ``hvps`` by the probe.
@@ -107,23 +115,32 @@ def adahessian(
     """
     lists = {"grads": grads, "exp_avgs": exp_avgs, "exp_hessian_diag_sqs": exp_hessian_diag_sqs}
     lists |= {"state_steps": state_steps, "hessian_steps": hessian_steps} | ({} if hvps is None else {"hvps": hvps})
+    lists |= {} if hessian_diag_sq_means is None else {"hessian_diag_sq_means": hessian_diag_sq_means}
     for name, tensors in lists.items():
         if len(tensors) != len(params):
             raise ValueError(f"{name} has {len(tensors)} tensors; expected {len(params)}, one for each parameter")
         for i, (p, tensor) in enumerate(zip(params, tensors, strict=True)):
             if name in ("grads", "hvps") and tensor.shape != p.shape:
                 raise ValueError(f"{name}[{i}] has shape {tuple(tensor.shape)}; expected {tuple(p.shape)}")
+    check_choice("unmeasured", unmeasured, CHOICES["unmeasured"])
+    check_stabilisers(clip, shrink)
+    if shrink and hessian_diag_sq_means is None:
+        raise ValueError(f"shrink={shrink!r} without hessian_diag_sq_means; expected a float64 scalar a parameter")
     if found_inf is not None and found_inf.item() != 0:
         return
     keys = ("exp_avg", "exp_hessian_diag_sq", "step", "hessian_step")
     given = list(zip(exp_avgs, exp_hessian_diag_sqs, state_steps, hessian_steps, strict=True))
     states = [dict(zip(keys, values, strict=True)) for values in given]
+    means = list(hessian_diag_sq_means or ()) if shrink else []
+    for state, mean in zip(states, means, strict=False):
+        if mean != 0:
+            state[MEAN] = mean
     state_dtype = _state_dtype(exp_avgs, exp_hessian_diag_sqs)
-    entries = _entries(params, states, block_size, averaging, state_dtype)
+    entries = _entries(params, states, block_size, averaging, state_dtype, keep_means=shrink > 0)
     tools = backends.ByDevice(backend)
-    check_choice("unmeasured", unmeasured, CHOICES["unmeasured"])
     group: dict[str, Any] = {"lr": lr, "betas": (beta1, beta2), "eps": eps, "weight_decay": weight_decay}
     group |= {"hessian_power": hessian_power, "maximize": maximize, "unmeasured": unmeasured}
+    group |= {"clip": clip, "shrink": shrink}
     table = HyperTable().on(torch.device("cpu"), [group])
     curvature = None
     if hvps is not None:
@@ -146,6 +163,9 @@ def adahessian(
     for entry, values in zip(entries, given, strict=True):
         for key, tensor in zip(keys, values, strict=True):
             tensor.copy_(entry.views[key])
+    for entry, mean in zip(entries, means, strict=False):
+        if MEAN in entry.views:
+            mean.copy_(entry.views[MEAN])
 
 
 def hutchinson_diagonal(

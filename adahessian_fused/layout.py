@@ -24,6 +24,7 @@ _DTYPE, _STRIDES = attrgetter("dtype"), attrgetter("strides")
 _LOOKS: tuple[Callable[[Tensor], Any], ...] = (Tensor.data_ptr, Tensor.stride, Tensor.numel, _DTYPE)
 
 _LIKE_PARAM = ("exp_avg", "exp_hessian_diag_sq", "master_param")  # states of the parameter's shape
+MEAN = "hessian_diag_sq_mean"  # state, where v_hat is drawn to its mean
 ALIGNMENT = 64  # elements between segment starts: whole cache lines, and any vector width
 
 
@@ -106,6 +107,7 @@ class Entry:
     pointer: int = 0
     version: int = -1  # of the parameter after our last write; -1: others may have written since
     views: dict[str, Tensor] = field(default_factory=dict)
+    used_mean: Tensor | None = None  # what the last step has drawn v_hat to
     owner: Tensor | None = None  # the parameter as the user sees it, which has the gradient
     first: int = 0  # number, in the whole parameter, of the first element here
 
@@ -159,8 +161,8 @@ class Entry:
 
     def publish(self) -> None:
         """Put the views of the buffers where users see the parameter's state."""
-        if "hessian_diag" not in self.views:
-            self.state.pop("hessian_diag", None)
+        for key in {"hessian_diag", MEAN} - self.views.keys():
+            self.state.pop(key, None)
         for key, view in self.views.items():
             self.state[key] = sharded.joined(view, self.owner) if key in _LIKE_PARAM else view
 
@@ -190,6 +192,7 @@ class Bucket:
         capturable: keep the step counts on the device.
         master_weights: keep float32 weights for 16-bit parameters.
         keep_diag: keep the compact diagonal of the last Hessian step (``off_step="stale"``).
+        keep_means: keep the mean of v / (1 - beta2^h) of every parameter (``shrink``).
         state_dtype: dtype of exp_avg and exp_hessian_diag_sq; None for that of all arithmetic.
         with_states: False for an estimate of the diagonal alone.
     """
@@ -201,6 +204,7 @@ class Bucket:
         capturable: bool = False,
         master_weights: bool = False,
         keep_diag: bool = False,
+        keep_means: bool = False,
         state_dtype: torch.dtype | None = None,
         with_states: bool = True,
     ) -> None:
@@ -226,6 +230,7 @@ class Bucket:
         use_master = master_weights and first.dtype in (torch.bfloat16, torch.float16)
         self.master = self.new_flat() if use_master else None
         self.diag = self.new_diag() if keep_diag else None
+        self.means = torch.zeros(self.count, dtype=torch.float64, device=self.device) if keep_means else None
         for entry in entries:
             self._adopt(entry)
 
@@ -295,6 +300,8 @@ class Bucket:
         d = entry.state.get("hessian_diag")
         if self.diag is not None and d is not None and d.shape == self.diag_view(self.diag, entry).shape:
             views["hessian_diag"] = self.diag_view(self.diag, entry)
+        if self.means is not None and MEAN in entry.state:
+            views[MEAN] = self.means[entry.row]
         for key, view in views.items():
             old = entry.state.get(key)
             if isinstance(old, Tensor) and old.ndim:
@@ -316,6 +323,30 @@ class Bucket:
             view, new = self.diag_view(self.diag, entry), self.diag_view(diag, entry)
             torch.where(new.isfinite(), new, view, out=view)
             entry.state["hessian_diag"] = entry.views.setdefault("hessian_diag", view)
+
+    def keep_means_of(
+        self, entries: Sequence[Entry], v: Tensor, beta2s: Sequence[float], updates: Sequence[int], backend: Any
+    ) -> None:
+        """Measure the means of v / (1 - beta2^h), whatever the number of threads.
+
+        Args:
+            entries: the parameters.
+            v: exp_hessian_diag_sq, or what it will be.
+            beta2s: their beta2.
+            updates: how many Hessian steps each v has had, at least 1.
+            backend: the ops.
+        """
+        table = self.table_of(entries).clone()
+        table[:, [Segment.PERIOD, Segment.STRIDE]] = 1
+        table[:, Segment.ABSOLUTE] = 0
+        table[:, Segment.BLOCK] = table[:, Segment.NUMEL].clamp_min(1)
+        table[:, Segment.DIAG_OFFSET] = torch.arange(len(entries), device=table.device)
+        flat = [v[r[Segment.OFFSET] : r[Segment.OFFSET] + r[Segment.NUMEL]] for r in table.tolist()]
+        found = torch.zeros(len(entries), dtype=self.compute_dtype, device=self.device)
+        backend.hessian_diag(flat, found, table, self.steps, seed=0, sample=0, draw=False, scale=1.0, accumulate=False)
+        for entry, mean, beta2, h in zip(entries, found, beta2s, updates, strict=True):
+            view = entry.views.setdefault(MEAN, self.means[entry.row])
+            entry.state[MEAN] = view.copy_(mean.double() / (1 - beta2**h))
 
     def refresh_master(self, entries: Iterable[Entry]) -> None:
         """Take over what was written to 16-bit parameters since the last step; other master weights stay."""

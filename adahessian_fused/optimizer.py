@@ -75,6 +75,7 @@ class AdaHessian(Observable, FollowsGradScaler):
             parameters only). Per group.
         averaging: "signed" averages D (Eq. 7), "abs" averages magnitudes as the official code does. Per group.
         update_each: Hutchinson frequency: curvature at steps 1, 1 + f, 1 + 2f, ... Per group.
+        dense_steps: curvature on each of the first N steps, too, while little is known of it. Per group.
         off_step: on the steps between, "hold" leaves v and h alone, "stale" feeds the last diagonal in again. Per
             group.
         unmeasured: what becomes of an element with a gradient and no curvature so far (v = 0): a row of an embedding
@@ -85,6 +86,11 @@ class AdaHessian(Observable, FollowsGradScaler):
             "keep" goes on with the curvature of the steps before, element by element (an averaging block as a whole),
             warns once for a parameter and counts in :meth:`statistics`; "raise" changes nothing and raises an error,
             for which every Hessian step reads its curvature once more and waits for it. Per group.
+        clip: bound c of an element's update before it is multiplied by lr: m / (1 - beta1^t) / denominator is cut at
+            +-c, as in Sophia (Liu et al. 2023); None: it is not. Per group.
+        shrink: c in v_hat <- (n v_hat + c mean(v_hat)) / (n + c), n = (1 - beta2^h) / (1 - beta2): an element whose
+            curvature was measured in few steps borrows its parameter's, as much as from c measurements. The mean is
+            that of the last Hessian step before, in the first one its own. 0: it does not. Per group.
         n_samples: probes averaged in a Hessian step.
         probe: "rademacher" or "gaussian".
         seed: key of the probe's generator.
@@ -141,9 +147,12 @@ class AdaHessian(Observable, FollowsGradScaler):
         block_size: int | str = "auto",
         averaging: str = "signed",
         update_each: int = 1,
+        dense_steps: int = 0,
         off_step: str = "hold",
         unmeasured: str = "hold",
         nonfinite: str = "keep",
+        clip: float | None = None,
+        shrink: float = 0.0,
         n_samples: int = 1,
         probe: str = "rademacher",
         seed: int = 0,
@@ -172,9 +181,12 @@ class AdaHessian(Observable, FollowsGradScaler):
             "block_size": block_size,
             "averaging": averaging,
             "update_each": update_each,
+            "dense_steps": dense_steps,
             "off_step": off_step,
             "unmeasured": unmeasured,
             "nonfinite": nonfinite,
+            "clip": clip,
+            "shrink": shrink,
             "n_samples": n_samples,
             "probe": probe,
             "seed": seed,
@@ -198,7 +210,7 @@ class AdaHessian(Observable, FollowsGradScaler):
         self._seen: tuple[list[dict[str, Any]], list[Any]] = [], []
         self._hyper = HyperTable()
         self._tools = backends.ByDevice(self.backend)
-        self._options: list[tuple[int | str, str, bool, int]] = []
+        self._options: list[tuple[int | str, str, bool, bool, int]] = []
         self._placed: list[Tensor] = []
         self._found = Found()
 
@@ -233,7 +245,7 @@ class AdaHessian(Observable, FollowsGradScaler):
     def _ensure(self, params: Sequence[Tensor]) -> list[Entry]:
         """The entries of parameters; the buckets are rebuilt if anything about them or the groups changed."""
         options = [
-            (group["block_size"], group["averaging"], _keeps_diag(group), len(group["params"]))
+            (group["block_size"], group["averaging"], _keeps_diag(group), group["shrink"] > 0, len(group["params"]))
             for group in self.param_groups
         ]
         parts = [sharded.local(p) for p in params] if sharded.any_sharded(params) else params
@@ -278,11 +290,13 @@ class AdaHessian(Observable, FollowsGradScaler):
             capturable=first["capturable"],
             master_weights=first["master_weights"],
             keep_diag=any(_keeps_diag(group) for group in self.param_groups),
+            keep_means=any(group["shrink"] > 0 for group in self.param_groups),
             state_dtype=self.state_dtype,
         )
         pairs = [(entry, new[key]) for key, entry in self._entries.items() if key in new]
         for old, fresh in pairs:
             fresh.missed.copy_(old.missed)
+            fresh.used_mean = old.used_mean
         curvature, diags = self._curvature, {}
         if curvature is not None:
             if any(old.probe_words() != fresh.probe_words() for old, fresh in pairs if old in curvature.products):

@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 
 from .checks import plain
 from .distributed.ranks import Ranks
-from .layout import compute_dtype, stored_dtype
+from .layout import MEAN, compute_dtype, stored_dtype
 
 _COUNTS = ("step", "hessian_step")
 
@@ -90,7 +90,7 @@ def normalized_state(
     hessian_step = int(state.get("hessian_step", updates))
     result: dict[str, Any] = {"step": step, "hessian_step": hessian_step}
     dtypes = dict.fromkeys(("exp_avg", "exp_hessian_diag_sq"), stored_dtype(param.dtype, state_dtype))
-    dtypes |= dict.fromkeys(("master_param", "hessian_diag"), compute_dtype(param.dtype))
+    dtypes |= dict.fromkeys(("master_param", "hessian_diag"), compute_dtype(param.dtype)) | {MEAN: torch.float64}
     for key, dtype in dtypes.items():
         if isinstance(state.get(key), Tensor):
             result[key] = state[key].detach().to(param.device, dtype, copy=True)  # its owner may go on training

@@ -42,6 +42,7 @@ class Statistics:
         hessian_diag_norm: of the root-mean-square diagonal, :math:`\sqrt{v / (1 - \beta_2^h)}`.
         nonfinite: share of the elements whose m or v is infinite or NaN, which lasts: restore a checkpoint. An
             averaging block shares its v, so this is the share of bad blocks too.
+        clipped: share of the elements whose update the last step has cut (``clip``). None where nothing is cut.
         missed: elements that Hessian steps have left as they were because their curvature was infinite or NaN, or too
             large to be squared, summed over all steps since this optimizer was made or a state loaded.
         missed_in: how many of them each parameter has, by its name; of a sharded one, this rank's part of it.
@@ -57,6 +58,7 @@ class Statistics:
     update_norm: Tensor | None
     hessian_diag_norm: Tensor | None
     nonfinite: Tensor | None
+    clipped: Tensor | None
     missed: Tensor | None
     missed_in: Mapping[str, Tensor] = dataclasses.field(default_factory=dict)
     groups: tuple[Statistics, ...] = ()
@@ -142,6 +144,7 @@ class Observable(Optimizer):
             update_norm=_joint(group.update_norm for group in groups),
             hessian_diag_norm=_joint(group.hessian_diag_norm for group in groups),
             nonfinite=_share([x.nonfinite * x.numel for x in groups if x.nonfinite is not None], numel),
+            clipped=_share([x.clipped * x.numel for x in groups if x.clipped is not None], numel),
             missed=_sum(group.missed for group in groups),
             missed_in={name: count for group in groups for name, count in group.missed_in.items()},
             groups=groups,
@@ -150,7 +153,7 @@ class Observable(Optimizer):
     def _statistics_of(
         self, group: Mapping[str, Any], entries: Sequence[Entry], stepped: Sequence[Entry]
     ) -> Statistics:
-        numel = sum(p.numel() for p in group["params"])
+        numel, cut = sum(p.numel() for p in group["params"]), stepped if group["clip"] is not None else []
         return Statistics(
             lr=self._last_row(stepped[0])[Hyper.LR].clone() if stepped else None,
             step=_largest(entry.views["step"] for entry in entries),
@@ -161,6 +164,7 @@ class Observable(Optimizer):
             update_norm=_norm((_update_norm(entry, self._last_row(entry)), entry.owner) for entry in stepped),
             hessian_diag_norm=_norm((_diag_norm(entry, group["betas"][1]), entry.owner) for entry in entries),
             nonfinite=_share(sharded.whole([(_nonfinite(entry), entry.owner) for entry in entries]), numel),
+            clipped=_share(sharded.whole([(_clipped(e, self._last_row(e)), e.owner) for e in cut]), numel),
             missed=_sum(sharded.whole([(entry.missed.clone(), entry.owner) for entry in entries])),
             missed_in={entry.name: entry.missed.clone() for entry in entries},
         )
@@ -216,18 +220,29 @@ def _counts(entry: Entry) -> Any:
     return steps.tolist() if steps.device.type == "cpu" else steps.double()
 
 
-def _update_norm(entry: Entry, hyper: Tensor) -> Tensor:
-    """Norm of the last update (Eq. 8, 9) of a parameter, from its state after it."""
-    counts, row = _counts(entry), hyper.tolist() if hyper.device.type == "cpu" else hyper
+def _quotient(entry: Entry, row: Any) -> Tensor:
+    """Quotient m / (1 - beta1^t) / denominator of a parameter's last step (Eq. 8, 9), not cut; 0 where it stayed."""
+    counts, computed = _counts(entry), entry.bucket.compute_dtype  # the views may be bfloat16
     t, h = counts[Steps.STEP], counts[Steps.HESSIAN_STEP]
-    computed = entry.bucket.compute_dtype  # the views may be bfloat16
     m, v = (entry.views[key].to(computed) for key in ("exp_avg", "exp_hessian_diag_sq"))
-    d = (v / _bias_correction(row[Hyper.BETA2], h)).sqrt()
-    moved = m / (d ** row[Hyper.HESSIAN_POWER] + row[Hyper.EPS])
-    held = row[Hyper.HOLDS] * row[Hyper.HESSIAN_POWER] != 0
-    moved = torch.where((v == 0) & held, 0.0, moved)
-    factor = (h > 0) * row[Hyper.LR] / _bias_correction(row[Hyper.BETA1], t)  # h = 0: it has not moved
-    return torch.linalg.vector_norm(moved) * factor
+    c, mean = (0.0, 0.0) if entry.used_mean is None else (row[Hyper.SHRINK], entry.used_mean)
+    n = _bias_correction(row[Hyper.BETA2], h) / (1 - row[Hyper.BETA2])
+    d = ((v / (1 - row[Hyper.BETA2]) + c * mean) / (n + c)).sqrt()
+    q = m / (d ** row[Hyper.HESSIAN_POWER] + row[Hyper.EPS]) / _bias_correction(row[Hyper.BETA1], t)
+    holds = row[Hyper.HOLDS] * row[Hyper.HESSIAN_POWER] != 0
+    return torch.where((v == 0) & holds, 0.0, q) * (h > 0)
+
+
+def _update_norm(entry: Entry, hyper: Tensor) -> Tensor:
+    """Norm of the last update of a parameter, from its state after it."""
+    row = hyper.tolist() if hyper.device.type == "cpu" else hyper
+    return torch.linalg.vector_norm(_quotient(entry, row).clamp(-row[Hyper.CLIP], row[Hyper.CLIP])) * row[Hyper.LR]
+
+
+def _clipped(entry: Entry, hyper: Tensor) -> Tensor:
+    """How many elements of the last update of a parameter were cut."""
+    row = hyper.tolist() if hyper.device.type == "cpu" else hyper
+    return (_quotient(entry, row).abs() > row[Hyper.CLIP]).sum()
 
 
 def _diag_norm(entry: Entry, beta2: float) -> Tensor:

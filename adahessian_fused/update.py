@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from .curvature import Curvature
-from .layout import Bucket, Entry
-from .segments import Hyper
+from .layout import MEAN, Bucket, Entry
+from .segments import Hyper, Steps
 
 _PARAM = attrgetter("param")
 
@@ -46,7 +46,8 @@ class HyperTable:
     def _row(group: Mapping[str, Any], lr: float | Tensor) -> list[float]:
         beta1, beta2 = group["betas"]
         numbers = (lr, beta1, beta2, group["eps"], group["weight_decay"], group["hessian_power"], group["maximize"])
-        return [*map(float, numbers), float(group["unmeasured"] == "hold"), math.inf, 0.0]
+        clip = math.inf if group["clip"] is None else group["clip"]
+        return [*map(float, (*numbers, group["unmeasured"] == "hold", clip, group["shrink"]))]
 
 
 def update_bucket(
@@ -99,26 +100,29 @@ def update_bucket(
     params = own = list(map(_PARAM, members))
     if bucket.has_copied:
         params = [p.contiguous() if entry.copied else p for p, entry in zip(params, members, strict=True)]
-    backend.adahessian_step(
-        params,
-        grads,
-        hessians,
-        diag,
-        bucket.exp_avg,
-        bucket.exp_hessian_diag_sq,
-        bucket.master,
-        bucket.table_of(members),
-        bucket.steps,
-        groups,
-        seed=seed,
-        sample=sample,
-        draw=draw,
-        rounding_seed=rounding_seed,
-        grad_scale=grad_scale,
-        found_inf=found_inf,
-        means=None,
-        missed=bucket.missed,
-    )
+    arguments = {
+        "params": params,
+        "grads": grads,
+        "hessians": hessians,
+        "diag": diag,
+        "exp_avg": bucket.exp_avg,
+        "exp_hessian_diag_sq": bucket.exp_hessian_diag_sq,
+        "master": bucket.master,
+        "segments": bucket.table_of(members),
+        "steps": bucket.steps,
+        "groups": groups,
+        "seed": seed,
+        "sample": sample,
+        "draw": draw,
+        "rounding_seed": rounding_seed,
+        "grad_scale": grad_scale,
+        "found_inf": found_inf,
+        "means": bucket.means,
+        "missed": bucket.missed,
+    }
+    if bucket.means is not None:
+        _first_means(bucket, members, kind, arguments, backend)
+    backend.adahessian_step(**arguments)
     if bucket.has_copied:
         for entry, updated in zip(members, params, strict=True):
             if entry.copied:
@@ -128,3 +132,46 @@ def update_bucket(
         for entry in members:
             entry.version = entry.param._version
     bucket.count_step(members, with_curvature=kind != "hold", found_inf=found_inf)
+    if bucket.means is not None:
+        for entry in members:
+            entry.used_mean = bucket.means[entry.row].clone()
+        if kind != "hold":
+            _measure_means(bucket, members, bucket.exp_hessian_diag_sq, 0, groups, backend)
+
+
+def _first_means(
+    bucket: Bucket, members: Sequence[Entry], kind: str, arguments: Mapping[str, Any], backend: Any
+) -> None:
+    """Means that a step needs and no step before has left: of v as it is or, in a first Hessian step, as it will be."""
+    groups, more = arguments["groups"], int(kind != "hold")
+    new = [entry for entry in members if MEAN not in entry.views and groups[entry.group, Hyper.SHRINK] > 0]
+    if not new:
+        return
+    v = bucket.exp_hessian_diag_sq
+    if more:
+        copies = {name: arguments[name] for name in ("exp_avg", "exp_hessian_diag_sq", "master")}
+        copies = {name: None if flat is None else flat.clone() for name, flat in copies.items()}
+        copies |= {"params": [p.clone() for p in arguments["params"]], "means": None, "missed": None}
+        backend.adahessian_step(**{**arguments, **copies})
+        v = copies["exp_hessian_diag_sq"]
+    _measure_means(bucket, new, v, more, groups, backend)
+
+
+def _measure_means(
+    bucket: Bucket, entries: Sequence[Entry], v: Tensor, more: int, groups: Tensor, backend: Any
+) -> None:
+    """Measure the means of the parameters that are drawn to them, once they have had curvature.
+
+    Args:
+        bucket: where they are.
+        entries: the parameters.
+        v: exp_hessian_diag_sq, or what it will be.
+        more: how many Hessian steps it has had more than are counted.
+        groups: hyperparameter table.
+        backend: the ops.
+    """
+    counts, table = (bucket.steps[:, Steps.HESSIAN_STEP] + more).tolist(), groups.tolist()
+    chosen = [entry for entry in entries if table[entry.group][Hyper.SHRINK] > 0 and counts[entry.row] > 0]
+    if chosen:
+        beta2s = [table[entry.group][Hyper.BETA2] for entry in chosen]
+        bucket.keep_means_of(chosen, v, beta2s, [counts[entry.row] for entry in chosen], backend)

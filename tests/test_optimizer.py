@@ -168,15 +168,16 @@ def test_parameters_without_gradient_are_skipped(engine, device, hole):
 
 @pytest.mark.filterwarnings("ignore:Using backward\\(\\) with create_graph=True")
 @pytest.mark.parametrize("way", ["backward", "create_graph", "closure"])
-def test_a_parameter_that_is_linear_in_the_loss_has_no_curvature(engine, device, way):
-    (a, b, c), opt = three(device, backend=engine, eps=0.5, betas=(0.0, 0.0), lr=0.25)
+@pytest.mark.parametrize(("unmeasured", "moved"), [("hold", 0.0), ("move", 0.25 * 2 / 0.5)])
+def test_a_parameter_that_is_linear_in_the_loss_has_no_curvature(engine, device, unmeasured, moved, way):
+    (a, b, c), opt = three(device, backend=engine, eps=0.5, betas=(0.0, 0.0), lr=0.25, unmeasured=unmeasured)
     loss = (a**3).sum() + 2 * b.sum() + (c**2).sum()
     if way == "backward":
         opt.backward(loss)
     elif way == "create_graph":
         loss.backward(create_graph=True)
     opt.step(None if way != "closure" else lambda: loss)
-    assert torch.equal(b, START.to(device) - 0.25 * 2 / 0.5)
+    assert torch.equal(b, START.to(device) - moved)
     assert [int(opt.state[p]["hessian_step"]) for p in (a, b, c)] == [1, 1, 1]
 
 

@@ -159,6 +159,7 @@ OPTIONS = (
     Option('probe="gaussian"', {"probe": "gaussian"}, {"given_diagonal": GIVEN}),
     Option("seed", {"seed": 7}),
     Option("update_each", {"update_each": 2}, note="a diagonal of your own is used whenever it is given"),
+    Option("dense_steps", {"update_each": 3, "dense_steps": 2}, note="likewise"),
     Option(
         'off_step="stale"', {"update_each": 2, "off_step": "stale"}, note="with update_each=1 there is no step between"
     ),
@@ -170,6 +171,10 @@ OPTIONS = (
     ),
     Option("hessian_power", {"hessian_power": 0.5}),
     Option("betas, eps, weight_decay, lr", {"betas": (0.5, 0.9), "weight_decay": 0.1}),
+    Option("clip", {"clip": 0.05}),
+    Option("shrink", {"shrink": 5.0}, note="not with sharded parameters or capturable"),
+    Option('unmeasured="move"', {"unmeasured": "move"}, same=True, note="where v = 0, which is rare"),
+    Option('nonfinite="raise"', {"nonfinite": "raise"}, same=True, note="where curvature is not finite"),
     Option("maximize", {"maximize": True}),
     Option("capturable", {"capturable": True}, same=True),
 )

@@ -102,7 +102,7 @@ def test_names(device):
     model, opt = fresh(mlp(device=device))
     train(opt, model, 1)
     names = ["lr", "step", "hessian_step", "param_norm", "grad_norm", "update_norm", "hessian_diag_norm"]
-    assert list(opt.statistics().as_dict()) == [*names, "nonfinite"]
+    assert list(opt.statistics().as_dict()) == [*names, "nonfinite", "missed"]
     grouped = two_groups(model)
     train(grouped, model, 1)
     found = grouped.statistics().as_dict()
@@ -170,19 +170,22 @@ def test_a_skipped_step_is_not_the_last_step(device):
 
 
 @pytest.mark.parametrize("bad", [math.inf, math.nan])
-def test_share_of_bad_blocks(engine, device, bad):
+@pytest.mark.filterwarnings("ignore:the curvature of")
+def test_share_of_bad_elements(engine, device, bad):
+    """A gradient that is not finite lasts; curvature does not reach the state and is counted."""
     p, q = (nn.Parameter(torch.ones(4, 4, device=device)) for _ in range(2))
     opt = AdaHessian([{"params": [p]}, {"params": [q]}], block_size="row", backend=engine)
     p.grad, q.grad = torch.ones_like(p), torch.ones_like(q)
     d = torch.ones_like(p)
-    d[1, 2] = bad
+    d[1, 2] = p.grad[0, 0] = bad
     opt.step(hessian=[d, torch.ones_like(q)])
     found = opt.statistics()
-    assert (found.nonfinite, [group.nonfinite for group in found.groups]) == (1 / 8, [1 / 4, 0])
+    assert (found.nonfinite, [group.nonfinite for group in found.groups]) == (1 / 32, [1 / 16, 0])
+    assert (found.missed, [group.missed for group in found.groups]) == (4, [4, 0])
 
 
 def test_statistics_change_nothing_and_wait_for_nothing(device):
-    (a, opt_a), (b, opt_b) = (fresh(mlp(device=device), capturable=True) for _ in range(2))
+    (a, opt_a), (b, opt_b) = (fresh(mlp(device=device), capturable=True, clip=1.0) for _ in range(2))
     for i in range(3):
         train(opt_a, a, [i])
         if device == "cuda":
@@ -192,7 +195,7 @@ def test_statistics_change_nothing_and_wait_for_nothing(device):
         finally:
             if device == "cuda":
                 torch.cuda.set_sync_debug_mode("default")
-        scalars = [getattr(kept, f.name) for f in dataclasses.fields(kept) if f.name not in ("numel", "groups")]
+        scalars = [getattr(kept, f.name) for f in dataclasses.fields(kept) if f.name not in ("numel", "groups", "missed_in")]
         assert {(x.device.type, x.dim()) for x in scalars} == {(device, 0)}
         train(opt_b, b, [i])
     assert all(map(torch.equal, weights(a), weights(b)))

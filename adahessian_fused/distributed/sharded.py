@@ -171,5 +171,9 @@ def check_options(group: dict[str, Any], *, has_group: bool) -> None:
         )
     if group["probe"] == "gaussian":
         raise ValueError('probe="gaussian" with sharded parameters; expected "rademacher", drawn for each element')
+    if group["shrink"]:
+        raise ValueError(
+            f"shrink={group['shrink']!r} with sharded parameters; expected 0, means are of this rank alone"
+        )
     if group["off_step"] == "stale" and group["update_each"] > 1:
         raise ValueError('off_step="stale" with sharded parameters; expected "hold"')

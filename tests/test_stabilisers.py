@@ -1,0 +1,191 @@
+"""clip, shrink and dense_steps: what keeps cheap curvature from long steps."""
+
+from __future__ import annotations
+
+import copy
+import math
+
+import pytest
+import torch
+from models import (
+    conv_net,
+    fresh,
+    mlp,
+    pytest_generate_tests,  # noqa: F401
+    train,
+    weights,
+)
+from torch import nn
+
+from adahessian_fused import AdaHessian, adahessian
+
+BETAS = (0.9, 0.99)
+LR, EPS = 0.1, 1e-3
+
+
+class Plain:
+    """One parameter by hand, straight from the docstring, in float64."""
+
+    def __init__(self, p: torch.Tensor, clip: float | None = None, shrink: float = 0.0, eps: float = EPS) -> None:
+        self.p, self.clip, self.shrink, self.eps = p.detach().double().clone(), clip or math.inf, shrink, eps
+        self.m = self.v = torch.zeros_like(self.p)
+        self.t = self.h = 0
+        self.mean = None
+
+    def step(self, g: torch.Tensor, d: torch.Tensor | None) -> None:
+        b1, b2 = BETAS
+        self.t += 1
+        self.m = b1 * self.m + (1 - b1) * g
+        if d is not None:
+            self.h += 1
+            self.v = b2 * self.v + (1 - b2) * d**2
+        v_hat = self.v / (1 - b2**self.h)
+        n = (1 - b2**self.h) / (1 - b2)
+        mean = v_hat.mean() if self.mean is None else self.mean
+        shrunk = (n * v_hat + self.shrink * mean) / (n + self.shrink)
+        self.q = self.m / (1 - b1**self.t) / (shrunk.sqrt() + self.eps)
+        moved = self.p - LR * self.q.clamp(-self.clip, self.clip)
+        self.p = torch.where(self.v == 0, self.p, moved)
+        if d is not None:
+            self.mean = v_hat.mean()
+
+
+def numbers(shape, seed: int) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+STABILISERS = {
+    "clip": {"clip": 0.5},
+    "shrink": {"shrink": 5.0},
+    "both": {"clip": 0.3, "shrink": 2.0},
+    "everything_borrowed": {"shrink": 1e9},
+    "nothing": {"clip": math.inf, "shrink": 0},
+}
+
+
+@pytest.mark.parametrize("options", STABILISERS.values(), ids=STABILISERS)
+@pytest.mark.parametrize("channels_last", [False, True], ids=["contiguous", "channels_last"])
+def test_follows_the_formula(engine, device, options, channels_last):
+    p = nn.Parameter(numbers((4, 3, 2, 5), 0).to(device))
+    if channels_last:
+        p = nn.Parameter(p.detach().to(memory_format=torch.channels_last))
+    other = nn.Parameter(torch.ones(3, dtype=torch.float64, device=device))
+    opt = AdaHessian(
+        [{"params": [p], **options}, {"params": [other]}],
+        lr=LR, betas=BETAS, eps=EPS, update_each=3, block_size=1, backend=engine,
+    )  # fmt: skip
+    by_hand, plain = Plain(p, **options), Plain(other)
+    for i in range(8):
+        g, d = (numbers((4, 3, 2, 5), k).to(device) for k in (2 * i + 1, 2 * i + 2))
+        d = d * (d > -0.5)  # some have none
+        p.grad, other.grad = g.clone(memory_format=torch.preserve_format), torch.ones_like(other)
+        opt.step(hessian=[d, torch.full_like(other, 2.0)]) if i % 3 == 0 else opt.step()
+        for hand, gradient, diagonal in ((by_hand, g, d), (plain, 1.0, torch.full_like(other, 2.0))):
+            hand.step(gradient, diagonal if i % 3 == 0 else None)
+        torch.testing.assert_close(p.detach(), by_hand.p, rtol=1e-11, atol=1e-11)
+        torch.testing.assert_close(other.detach(), plain.p, rtol=1e-11, atol=1e-11)
+        clipped = ((by_hand.q.abs() > by_hand.clip) & (by_hand.v > 0)).double().mean().item()
+        found = opt.statistics().groups[0]
+        moved = (by_hand.q.clamp(-by_hand.clip, by_hand.clip) * (by_hand.v > 0)).norm().item() * LR
+        assert found.update_norm.item() == pytest.approx(moved, rel=1e-9)
+        assert (found.clipped.item() if "clip" in options else 0.0) == pytest.approx(clipped)
+
+
+def test_the_share_of_cut_elements_is_that_of_groups_that_cut(device):
+    p, q = (nn.Parameter(torch.ones(4, device=device)) for _ in range(2))
+    opt = AdaHessian([{"params": [p], "clip": 0.5}, {"params": [q]}])
+    assert opt.statistics().clipped is None
+    p.grad = torch.tensor([0.4, 0.6, -0.6, 100.0], device=device)
+    q.grad = torch.ones_like(q)
+    opt.step(hessian=[torch.ones_like(p), torch.ones_like(q)])
+    found = opt.statistics()
+    assert [g.clipped if g.clipped is None else g.clipped.item() for g in found.groups] == [0.75, None]
+    assert found.as_dict()["clipped"] == pytest.approx(3 / 8)
+
+
+@pytest.mark.parametrize("options", [{"shrink": 3.0, "clip": 0.2}, {"shrink": 3.0, "state_dtype": torch.bfloat16}])
+def test_resumes_bit_for_bit(engine, device, options):
+    options = {"backend": engine, "update_each": 2, "lr": 0.01, **options}
+    model, opt = fresh(conv_net(torch.float32, device=device), **options)
+    train(opt, model, range(3))
+    again = copy.deepcopy(model)
+    resumed = AdaHessian(again.parameters(), **options)
+    resumed.load_state_dict(copy.deepcopy(opt.state_dict()))
+    copied_model, copied = copy.deepcopy((model, opt))
+    for m, o in ((model, opt), (again, resumed), (copied_model, copied)):
+        train(o, m, range(3, 7))
+    assert all(map(torch.equal, weights(model), weights(again)))
+    assert all(map(torch.equal, weights(model), weights(copied_model)))
+    means = [[o.state[p]["hessian_diag_sq_mean"] for p in m.parameters()] for m, o in ((model, opt), (again, resumed))]
+    assert means[0] == means[1]
+    assert {x.dtype for x in means[0]} == {torch.float64}
+
+
+def test_the_mean_does_not_depend_on_the_threads(native, set_threads):
+    means = []
+    for threads in (1, 2):
+        set_threads(threads)
+        p = nn.Parameter(numbers(300_001, 0).float())
+        opt = AdaHessian([p], shrink=1.0, backend="native")
+        p.grad = torch.ones_like(p)
+        opt.step(hessian=[numbers(300_001, 1).float()])
+        means.append(opt.state[p]["hessian_diag_sq_mean"].item())
+    assert means[0] == means[1] != 0
+
+
+def test_switched_on_later_and_loaded_without_a_mean(engine, device):
+    model, opt = fresh(mlp(device=device), backend=engine, update_each=2, lr=0.01)
+    train(opt, model, range(3))
+    p = next(model.parameters())
+    opt.param_groups[0]["shrink"] = 2.0
+    train(opt, model, [3])
+    v_hat = opt.state[p]["exp_hessian_diag_sq"] / (1 - 0.999**2)
+    assert opt.state[p]["hessian_diag_sq_mean"].item() == pytest.approx(v_hat.mean().item(), rel=1e-12)
+    opt.param_groups[0]["shrink"] = 0.0
+    train(opt, model, [4])
+    assert "hessian_diag_sq_mean" not in opt.state[p]
+
+
+def test_the_functional_form(engine, device):
+    options = {"clip": 0.4, "shrink": 2.0}
+    p = nn.Parameter(torch.linspace(-1, 1, 30, device=device))
+    q, opt = p.detach().clone(), AdaHessian([p], lr=0.1, backend=engine, **options)
+    m, v, mean = torch.zeros_like(q), torch.zeros_like(q), torch.zeros((), dtype=torch.float64, device=device)
+    counts = [torch.zeros((), dtype=torch.int64) for _ in range(2)]
+    hyper = {"lr": 0.1, "beta1": 0.9, "beta2": 0.999, "eps": 1e-4, "weight_decay": 0.0, "draw": False}
+    for i in range(3):
+        g, d = torch.sin((i + 7) * q), torch.cos((i + 5) * q)
+        p.grad = g.clone()
+        opt.step(hessian=[d])
+        adahessian([q], [g], [d], [m], [v], counts[:1], counts[1:], [mean], **hyper, **options, backend=engine)
+        assert torch.equal(q, p.detach())
+    assert mean == opt.state[p]["hessian_diag_sq_mean"]
+    with pytest.raises(ValueError, match=r"shrink=2\.0 without hessian_diag_sq_means"):
+        adahessian([q], [g], [d], [m], [v], counts[:1], counts[1:], **hyper, **options, backend=engine)
+
+
+BAD = {
+    "clip": ({"clip": 0.0}, "clip=0.0; expected 0.0 < clip <= inf"),
+    "clip_text": ({"clip": "1"}, "clip='1'; expected 0.0 < clip <= inf"),
+    "shrink": ({"shrink": -1.0}, "shrink=-1.0; expected 0.0 <= shrink < inf"),
+    "dense_steps": ({"dense_steps": -1}, "dense_steps=-1; expected an int >= 0"),
+    "captured": ({"shrink": 1.0, "capturable": True}, "capturable=True with shrink=1.0; expected shrink=0"),
+}
+
+
+@pytest.mark.parametrize(("options", "message"), BAD.values(), ids=BAD)
+def test_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        AdaHessian([nn.Parameter(torch.ones(2))], **options)
+
+
+@pytest.mark.parametrize(("dense", "expected"), [(0, "x..x..x."), (1, "x..x..x."), (2, "xx.x..x."), (5, "xxxxx.x.")])
+def test_dense_steps(device, dense, expected):
+    model, opt = fresh(mlp(device=device), update_each=3, dense_steps=dense)
+    found = ""
+    for i in range(8):
+        found += "x" if opt.needs_hessian else "."
+        h = opt.statistics().hessian_step
+        train(opt, model, [i])
+        assert int(opt.statistics().hessian_step) - int(h or 0) == (found[-1] == "x")
+    assert found == expected
