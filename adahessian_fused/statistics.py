@@ -90,7 +90,7 @@ class Observable(Optimizer):
     def _reset(self) -> None:
         super()._reset()  # type: ignore[misc]
         self._stepped: Sequence[Entry] = []  # the parameters of the last step that was not skipped
-        self._told: set[str] = set()  # names of parameters whose curvature was not finite
+        self._warned_of: set[str] = set()  # names of parameters whose curvature was not finite
 
     def hessian_diag(self, param: Tensor) -> Tensor:
         """The root-mean-square Hessian diagonal, sqrt(v / (1 - beta2^h)): a new tensor of the parameter's shape.
@@ -195,9 +195,9 @@ class Observable(Optimizer):
             )
             if not is_due or not bucket.missed.any():
                 continue
-            names = [entry.name for entry in members if entry.missed > 0 and entry.name not in self._told]
+            names = [entry.name for entry in members if entry.missed > 0 and entry.name not in self._warned_of]
             if names:
-                self._told.update(names)
+                self._warned_of.update(names)
                 warnings.warn(
                     f"the curvature of {_listed(names)} is infinite or NaN, though the gradient need not be; these "
                     "elements go on with the curvature of the steps before, see statistics().missed_in. Norms, roots "
