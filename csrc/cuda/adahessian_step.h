@@ -215,6 +215,17 @@ ADAHESSIAN_HD void move(Vec<S, n>& p, const Vec<S, n>& m, const Vec<S, n>& v, co
   }
 }
 
+// Counts the elements of a slot that v could not take Ds in for; bit e of `missed` is element e.
+template <class Body>
+ADAHESSIAN_HD void count_missed(const typename Body::Arguments& arguments, const StepRow& row, uint32_t missed,
+                                const Slot& slot) {
+  if (missed == 0 || arguments.missed == nullptr) return;
+  int count = 0;
+  ADAHESSIAN_UNROLL
+  for (int e = 0; e < Body::kVector; ++e) count += (missed >> e & 1) != 0 && has(slot, e);
+  add_atomically(arguments.missed + row.probe.slot, count);
+}
+
 // States in the type that they are computed in.
 template <typename S, typename M, int n>
 ADAHESSIAN_HD Vec<S, n> computed(const Vec<M, n>& stored) {
@@ -257,6 +268,7 @@ ADAHESSIAN_HD void update_slot(const typename Body::Arguments& arguments, typena
     set(m, e, update_exp_avg(get(m, e), S(load_as(get(state.grad[i], e))), c));
   }
   if (shared.row.curvature != Curvature::kNone) {
+    uint32_t missed = 0;
     ADAHESSIAN_UNROLL
     for (int e = 0; e < kVector; ++e) {
       S ds = get(state.d[i], e);
@@ -266,10 +278,9 @@ ADAHESSIAN_HD void update_slot(const typename Body::Arguments& arguments, typena
       }
       const S square = square_of(ds, c);
       set(v, e, update_exp_hessian_diag_sq(get(v, e), square, c));
-      if (!is_measured<S>(square) && has(slot, e) && arguments.missed != nullptr) {
-        add_atomically(arguments.missed + shared.row.probe.slot, 1);
-      }
+      missed |= is_measured<S>(square) ? 0 : 1u << e;
     }
+    count_missed<Body>(arguments, shared.row, missed, slot);
   }
   keep<Body>(arguments, shared, state, m, v, slot, i);
   if (arguments.master == nullptr) unpack<typename Body::Param>(p);
