@@ -464,8 +464,8 @@ def test_signals(device):
     before, random_numbers = weights(model), random.Random(0)
 
     def step():
+        opt.zero_grad()  # an interrupted step may leave gradients whose curvature is not there yet
         opt.backward(lambda: model(x).square().mean())
-        opt.zero_grad()
 
     def stop(*_):
         raise KeyboardInterrupt
