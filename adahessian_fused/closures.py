@@ -81,7 +81,8 @@ class TakesClosures(HooksBackward):
         if self._ranks is not None:
             self._ranks.reset()
         super().zero_grad(set_to_none)
-        self._leave()
+        if not set_to_none:
+            self._leave()
         if self._grads_before is not None:  # called by a closure: zeros are not what its backward() leaves
             self._grads_before = self._grad_versions()
 

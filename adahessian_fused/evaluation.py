@@ -88,7 +88,9 @@ class EvaluatesLosses(PortableState):
     def _tell_of_missed(self) -> None:
         """Warn once of parameters whose gradients keep coming between the Hessian steps of their group."""
         buckets = {entry.bucket for entry in self._entries.values()}
-        if any(bucket.steps.device.type != "cpu" for bucket in buckets):
+        if all(group["update_each"] == 1 for group in self.param_groups) or any(
+            bucket.steps.device.type != "cpu" for bucket in buckets
+        ):
             return
         every = torch.tensor([group["update_each"] for group in self.param_groups], device="cpu")
         most = torch.zeros_like(every)  # updates of anybody in each group

@@ -7,9 +7,9 @@ import contextlib
 import pytest
 import torch
 from models import batch, mlp
-from torch import nn
+from torch import Tensor, nn
 
-from adahessian_fused import AdaHessian
+from adahessian_fused import AdaHessian, TrainStep
 
 
 def closure_of(opt, loss, others=()):
@@ -98,6 +98,20 @@ def test_hooks_run_once_and_see_the_gradient(way, device):
         torch.testing.assert_close(g, expected[p] * (number // len(expected) + 1) / parts)
     for p, g in seen:
         torch.testing.assert_close(g, expected[p] / parts)
+
+
+def test_hooks_in_a_train_step():
+    model = nn.Linear(3, 2)
+    x = torch.ones(4, 3)
+    step = TrainStep(model, nn.functional.mse_loss, AdaHessian(model.parameters(), lr=0.0), compile=False)
+    seen, after = [], []
+    for p in model.parameters():
+        p.register_hook(lambda g: seen.append(g.detach()))
+        p.register_post_accumulate_grad_hook(lambda p: after.append(p.grad))
+    step(x, x[:, :2])
+    assert len(seen) == len(after) == 2
+    for a, b in zip(sorted(seen, key=Tensor.numel), sorted(after, key=Tensor.numel), strict=True):
+        torch.testing.assert_close(a, b)
 
 
 def test_a_hook_that_changes_the_gradient_changes_its_curvature_once():

@@ -20,6 +20,7 @@ from .double_backward import (
     hessian_vector_product,
     release_graph,
     run_post_accumulate_hooks,
+    without_hooks,
 )
 from .graph import explore
 from .intercept import InterceptBackward, Onlooker
@@ -46,4 +47,5 @@ __all__ = [
     "release_graph",
     "run_post_accumulate_hooks",
     "second_pass",
+    "without_hooks",
 ]

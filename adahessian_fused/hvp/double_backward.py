@@ -79,14 +79,14 @@ def hessian_vector_product(
     Raises:
         RuntimeError: an operator of the model cannot be differentiated twice; the message names it and the ways out.
     """
-    with naming_the_operator("autograd"), second_pass(precision, grads), _without_hooks(params):
+    with naming_the_operator("autograd"), second_pass(precision, grads), without_hooks(params):
         return torch.autograd.grad(
             grads, params, grad_outputs=z, retain_graph=retain_graph, create_graph=False, allow_unused=True
         )
 
 
 @contextlib.contextmanager
-def _without_hooks(params: Sequence[Tensor]) -> Iterator[None]:
+def without_hooks(params: Sequence[Tensor]) -> Iterator[None]:
     """Inside it the parameters' hooks do not run: they are about gradients, and have seen them."""
     silenced = [(p._backward_hooks, dict(p._backward_hooks)) for p in params if p._backward_hooks]
     for hooks, _ in silenced:

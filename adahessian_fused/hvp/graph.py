@@ -18,19 +18,37 @@ class Graph(NamedTuple):
     functions: list[Node]  # made by code of somebody's own: torch.autograd.Function, its like in C++, or what ends it
 
 
+_PLAIN, _LEAF, _FUNCTION = range(3)
+_roles: dict[type, int] = {}  # of nodes, by their type; those of Functions come and go
+
+
 def explore(roots: Iterable[Tensor]) -> Graph:
     """The graph that tensors have."""
-    graph = Graph(set(), [], [])
-    for node in nodes([root.grad_fn for root in roots if root.grad_fn is not None]):
-        graph.nodes.add(node)
-        kind = type(node)
-        if kind.__name__ == "AccumulateGrad":
-            graph.leaves.append(node.variable)  # type: ignore[attr-defined]
-        elif issubclass(kind, BackwardCFunction) or kind.__name__ in ("Error", "CppFunction"):
-            graph.functions.append(node)
     # A loss may be a parameter itself.
-    graph.leaves.extend(root for root in roots if root.grad_fn is None and root.requires_grad)
+    graph = Graph(set(), [root for root in roots if root.grad_fn is None and root.requires_grad], [])
+    seen, found = graph.nodes, [root.grad_fn for root in roots if root.grad_fn is not None]
+    seen.update(found)
+    while found:
+        node = found.pop()
+        role = _roles.get(type(node))
+        if role is None:
+            role = _role(type(node))
+        if role == _LEAF:
+            graph.leaves.append(node.variable)  # type: ignore[attr-defined]
+        elif role == _FUNCTION:
+            graph.functions.append(node)
+        for parent, _ in node.next_functions:
+            if parent is not None and parent not in seen:
+                seen.add(parent)
+                found.append(parent)
     return graph
+
+
+def _role(kind: type) -> int:
+    if issubclass(kind, BackwardCFunction):
+        return _FUNCTION
+    names = {"AccumulateGrad": _LEAF, "Error": _FUNCTION, "CppFunction": _FUNCTION}
+    return _roles.setdefault(kind, names.get(kind.__name__, _PLAIN))
 
 
 def nodes(roots: Sequence[Node], boundary: Collection[Node] = ()) -> Iterator[Node]:

@@ -134,7 +134,7 @@ class Kind:
         products = []
         for sample in range(self.n_samples if probed else 0):
             z, roots = probe(probed, sample), [grads[i] for i in probed]
-            with hvp.second_pass(self.hvp_dtype, roots):
+            with hvp.second_pass(self.hvp_dtype, roots), hvp.without_hooks(params):
                 found = torch.autograd.grad(
                     roots,
                     [params[i] for i in probed],

@@ -363,6 +363,7 @@ class TrainStep:
         opt = self.optimizer
         average = opt._start_average(found.grads)
         hvp.accumulate_grads([p for _, p in params], found.grads)
+        hvp.run_post_accumulate_hooks([p for _, p in params], found.grads)
         opt._finish_average(average)
         if not opt.needs_hessian or not (found.probed or average):
             return
