@@ -273,7 +273,7 @@ def test_check_hvp_does_not_trust_an_incomplete_graph():
     loss = lambda m, x: INCOMPLETE["no_grad"].apply(m(x)).sum()  # noqa: E731
     result = check_hvp(model, loss, (x,), repeats=1, show=False)
     assert not result["autograd"].trusted
-    assert result["finite_difference"].trusted
+    assert result["finite_difference"].failure is None
 
 
 def test_train_step_refuses_an_incomplete_graph():
