@@ -61,6 +61,11 @@ def drawable(entries: Iterable[Entry], probe: str) -> bool:
     return probe == "rademacher" and not any(map(_FIRST, entries))
 
 
+def initial_seed() -> int:
+    """Key of the probe's generator where none is given: the seed of PyTorch's generator, which is left alone."""
+    return torch.initial_seed() % 2**63
+
+
 def mixed(*words: int) -> int:
     """63 bits of which each, the low 32 that a CPU generator looks at too, depends on every word (splitmix64)."""
     state, mask = 0, 2**64 - 1

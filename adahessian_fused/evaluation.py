@@ -352,7 +352,7 @@ class EvaluatesLosses(PortableState):
                     known.append(p)
                 elif due[n] and p.requires_grad:
                     entry = Entry(p, f"parameter {number}", number, n, {})
-                    entry.describe(group["block_size"], group["averaging"])
+                    entry.describe(group["block_size"], group["averaging"], self._kernel_of(p))
                     new.append(entry)
                 number += 1
         make_buckets(new, with_states=False)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from . import backends, hvp
 from .checks import CHOICES, check_block_size, check_choice, check_count, check_param, check_stabilisers
-from .curvature import Curvature, by_bucket
+from .curvature import Curvature, by_bucket, initial_seed
 from .layout import MEAN, Entry, make_buckets
 from .update import HyperTable, update_bucket
 
@@ -176,7 +176,7 @@ def hutchinson_diagonal(
     block_size: int | str = 1,
     averaging: str = "signed",
     probe: str = "rademacher",
-    seed: int = 0,
+    seed: int | None = None,
     backend: str = "auto",
 ) -> list[Tensor]:
     """Hutchinson's estimate of the Hessian diagonal, averaged over blocks (paper Eq. 6 and 7).
@@ -188,7 +188,7 @@ def hutchinson_diagonal(
         block_size: as for :class:`~adahessian_fused.AdaHessian`.
         averaging: "signed" or "abs".
         probe: "rademacher" or "gaussian".
-        seed: key of the probe's generator.
+        seed: key of the probe's generator; None for ``torch.initial_seed()``.
         backend: as for :class:`~adahessian_fused.AdaHessian`.
 
     Returns:
@@ -210,7 +210,7 @@ def hutchinson_diagonal(
         loss = loss_or_fn() if callable(loss_or_fn) else loss_or_fn
         grads = hvp.first_order(loss, params, None)
     chosen = hvp.differentiable(grads)
-    curvature = Curvature(tools, seed)
+    curvature = Curvature(tools, initial_seed() if seed is None else seed)
     with torch.no_grad():
         curvature.differentiate([(entries[i], grads[i]) for i in chosen], probe=probe, n_samples=n_samples)
         curvature.fold()

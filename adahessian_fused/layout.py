@@ -14,7 +14,7 @@ from operator import attrgetter, eq, is_
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .distributed import sharded
 from .segments import Segment, Steps, n_blocks, segment_table
@@ -46,14 +46,20 @@ def stored_dtype(dtype: torch.dtype, wanted: torch.dtype | None) -> torch.dtype:
     return wanted
 
 
-def block_length(shape: Sequence[int], block_size: int | str) -> int:
+def block_length(shape: Sequence[int], block_size: int | str, kernel: int | None = None) -> int:
     """Length b of the averaging blocks (Eq. 7) of a parameter of this shape.
 
-    "auto" is the spatial size of a convolution kernel and 1 for matrices and vectors; "conv2d" likewise, for 4-D
-    parameters only; "row" the last axis; "tensor" the whole parameter; an int is taken as it is.
+    "auto" is ``kernel``, or else the spatial size of what has four or five axes, and 1 for everything else: of three
+    axes are stacks of matrices and embeddings of positions more often than kernels of one spatial axis. "conv2d" is the
+    spatial size of what has four axes; "row" the last axis; "tensor" the whole parameter; an int is taken as it is.
+
+    Args:
+        shape: of the parameter.
+        block_size: option of its group.
+        kernel: what :func:`kernels_of` knows about it.
     """
     if block_size == "auto":
-        b = math.prod(shape[2:]) if len(shape) >= 3 else 1
+        b = kernel or (math.prod(shape[2:]) if len(shape) in (4, 5) else 1)
     elif block_size == "conv2d":
         b = math.prod(shape[2:]) if len(shape) == 4 else 1
     elif block_size == "row":
@@ -63,6 +69,22 @@ def block_length(shape: Sequence[int], block_size: int | str) -> int:
     else:
         b = int(block_size)
     return max(b, 1)
+
+
+def kernels_of(model: nn.Module) -> dict[Tensor, int]:
+    """Spatial size of the convolution kernel that a parameter is; 1 for all others.
+
+    Convolutions are modules with a ``kernel_size``, kernels their parameters with these sizes behind the first two
+    axes, also where a parametrization has made several tensors of one.
+    """
+    kernels: dict[Tensor, int] = dict.fromkeys(model.parameters(), 1)
+    for module in model.modules():
+        size = getattr(module, "kernel_size", None)
+        for p in () if size is None else module.parameters():
+            spatial = tuple(p.shape[2:])
+            if spatial and spatial == (tuple(size) if isinstance(size, Iterable) else (size,) * len(spatial)):
+                kernels[p] = math.prod(spatial)
+    return kernels
 
 
 def storage_order(shape: Sequence[int], strides: Sequence[int]) -> tuple[int, int] | None:
@@ -114,10 +136,10 @@ class Entry:
     def __post_init__(self) -> None:
         self.owner, self.param = self.param, sharded.local(self.param)
 
-    def describe(self, block_size: int | str, averaging: str) -> None:
+    def describe(self, block_size: int | str, averaging: str, kernel: int | None = None) -> None:
         """Take down how the parameter is stored now, and its group's averaging."""
         self.param = p = sharded.local(self.owner)
-        self.block_size, self.block = block_size, block_length(self.owner.shape, block_size)
+        self.block_size, self.block = block_size, block_length(self.owner.shape, block_size, kernel)
         self.first = sharded.first_element(self.owner)
         sharded.check_blocks(self.owner, self.block, self.name)
         self.absolute = averaging == "abs"

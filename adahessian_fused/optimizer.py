@@ -8,15 +8,15 @@ from operator import attrgetter, is_, is_not
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from . import backends, hvp
 from .amp import FollowsGradScaler
 from .checks import check_grad, check_group, check_hvp_dtype, check_param, check_state_dtype
-from .curvature import Curvature, by_bucket
+from .curvature import Curvature, by_bucket, initial_seed
 from .distributed import sharded
-from .distributed.ranks import Ranks
-from .layout import Entry, Found, make_buckets, stored_dtype
+from .distributed.ranks import Ranks, agreed, several_ranks
+from .layout import Entry, Found, block_length, kernels_of, make_buckets, stored_dtype
 from .statistics import Observable
 from .update import HyperTable, update_bucket
 
@@ -44,6 +44,13 @@ def _keeps_diag(group: dict[str, Any]) -> bool:
     return group["off_step"] == "stale" and group["update_each"] > 1
 
 
+def _names(group: dict[str, Any], number: int) -> Sequence[str]:
+    """What to call the parameters of a group; the names it was made with do not tell once its list was edited."""
+    names: Sequence[str] = group.get("param_names", ())
+    count = len(group["params"])
+    return names if len(names) == count else [f"parameter {i} of group {number}" for i in range(count)]
+
+
 class AdaHessian(Observable, FollowsGradScaler):
     """AdaHessian (Yao et al. 2021, Algorithm 1) on fused kernels.
 
@@ -64,15 +71,17 @@ class AdaHessian(Observable, FollowsGradScaler):
     closures, and has attention and embedding bags differentiated twice.
 
     Args:
-        params: parameters or parameter groups.
+        params: parameters or parameter groups; or the model, in the place of either ``model.parameters()`` or a group's
+            ``"params"``, which tells the kernels of its convolutions from other parameters.
         lr: learning rate; a number or a tensor.
         betas: decay rates of the moving averages of the gradient and the squared diagonal.
         eps: added to the denominator.
         weight_decay: decoupled weight decay.
         hessian_power: k in [0, 1].
         block_size: length b of the averaging blocks in logical row-major order: an int, "row" (last axis), "tensor",
-            "auto" (spatial size of convolution kernels, 1 for everything else) or "conv2d" (the same for 4-D
-            parameters only). Per group.
+            "auto" (spatial size of convolution kernels, 1 for everything else; kernels are those of the model, if it is
+            given, or else parameters of four and five axes) or "conv2d" (the same for four axes only). ``repr`` says
+            what is averaged. Per group.
         averaging: "signed" averages D (Eq. 7), "abs" averages magnitudes as the official code does. Per group.
         update_each: Hutchinson frequency: curvature at steps 1, 1 + f, 1 + 2f, ... Per group.
         dense_steps: curvature on each of the first N steps, too, while little is known of it. Per group.
@@ -93,7 +102,9 @@ class AdaHessian(Observable, FollowsGradScaler):
             that of the last Hessian step before, in the first one its own. 0: it does not. Per group.
         n_samples: probes averaged in a Hessian step.
         probe: "rademacher" or "gaussian".
-        seed: key of the probe's generator.
+        seed: key of the probe's generator. None: ``torch.initial_seed()``, which ``torch.manual_seed`` sets; PyTorch's
+            own generators are left alone. Ranks take the first one's; of several without ``process_group`` and sharded
+            parameters each takes 0.
         hvp: how Hessian-vector products are computed. "autograd": double backward. "forward_over_reverse": tangents
             through forward and backward pass. "finite_difference": the difference of two gradients, for smooth models;
             it needs first-order derivatives only and costs two steps, not three. The last two evaluate the loss
@@ -137,7 +148,7 @@ class AdaHessian(Observable, FollowsGradScaler):
 
     def __init__(
         self,
-        params: Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]],
+        params: Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]] | nn.Module,
         lr: float | Tensor = 0.15,
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-4,
@@ -155,7 +166,7 @@ class AdaHessian(Observable, FollowsGradScaler):
         shrink: float = 0.0,
         n_samples: int = 1,
         probe: str = "rademacher",
-        seed: int = 0,
+        seed: int | None = None,
         hvp: str = "autograd",
         hvp_dtype: torch.dtype | str | None = None,
         hessian_fraction: float = 1.0,
@@ -171,6 +182,7 @@ class AdaHessian(Observable, FollowsGradScaler):
         check_state_dtype(state_dtype)
         self.backend, self.state_dtype = backend, state_dtype
         self._ranks = None if process_group is None else Ranks(process_group)
+        self._kernels = kernels_of(params) if isinstance(params, nn.Module) else {}
         self._reset()
         defaults = {
             "lr": lr,
@@ -189,7 +201,7 @@ class AdaHessian(Observable, FollowsGradScaler):
             "shrink": shrink,
             "n_samples": n_samples,
             "probe": probe,
-            "seed": seed,
+            "seed": initial_seed() if seed is None else seed,
             "hvp": hvp,
             "hvp_dtype": hvp_dtype,
             "hessian_fraction": hessian_fraction,
@@ -199,7 +211,19 @@ class AdaHessian(Observable, FollowsGradScaler):
             "master_weights": master_weights,
             "probe_per_rank": probe_per_rank,
         }
-        super().__init__(params, defaults)
+        super().__init__(params.named_parameters() if isinstance(params, nn.Module) else params, defaults)
+        self._agree_on_seed(given=seed is not None)
+
+    def _agree_on_seed(self, *, given: bool) -> None:
+        """Take the first rank's seed, where ranks train one model together: they draw alike, or apart on purpose."""
+        groups = sharded.groups_of(self._params()) if self._ranks is None else [self._ranks.group]
+        seed = self.param_groups[0]["seed"]
+        if groups:
+            seed = agreed(seed, groups, next(self._params()).device)
+        elif not given and several_ranks():  # nobody to ask; what averages gradients needs the same probe everywhere
+            seed = 0
+        for options in (self.defaults, *self.param_groups):
+            options["seed"] = seed
 
     # ---- parameters and their layout ---------------------------------------------------------------------------------
 
@@ -216,6 +240,9 @@ class AdaHessian(Observable, FollowsGradScaler):
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a parameter group; checked as a whole, and not added if anything is wrong with it."""
+        if isinstance(param_group["params"], nn.Module):
+            self._kernels = {**self._kernels, **kernels_of(param_group["params"])}
+            param_group["params"] = param_group["params"].parameters()
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         try:
@@ -313,16 +340,14 @@ class AdaHessian(Observable, FollowsGradScaler):
         param_id = 0
         for number, group in enumerate(self.param_groups):
             check_group(group)
-            numbered = [f"parameter {i} of group {number}" for i in range(len(group["params"]))]
-            names = group.get("param_names", ())
-            for name, p in zip(names if len(names) == len(numbered) else numbered, group["params"], strict=True):
+            for name, p in zip(_names(group, number), group["params"], strict=True):
                 if p in wanted:
                     if id(p) in entries:
                         raise ValueError(f"{name} is {entries[id(p)].name}, too; expected it in one place")
                     check_param(p, name)
                     self._tools[p.device.type]  # raises where no backend can run
                     entry = entries[id(p)] = Entry(p, name, param_id, number, self.state.get(p, {}))
-                    entry.describe(group["block_size"], group["averaging"])
+                    entry.describe(group["block_size"], group["averaging"], self._kernel_of(p))
                 param_id += 1
         return entries
 
@@ -355,6 +380,17 @@ class AdaHessian(Observable, FollowsGradScaler):
         if sharded.any_sharded(params):
             grads = [sharded.part_of(grad, p) for grad, p in zip(grads, params, strict=True)]
         return entries, grads
+
+    def __repr__(self) -> str:
+        """As ``torch.optim.Optimizer``'s, and what is averaged over blocks."""
+        averaged = []
+        for number, group in enumerate(self.param_groups):
+            for name, p in zip(_names(group, number), group["params"], strict=True):
+                b = min(block_length(p.shape, group["block_size"], self._kernel_of(p)), p.numel())
+                averaged += [f"{name} ({b})"] if b > 1 else []
+        more = f" and {len(averaged) - 8} more" if len(averaged) > 8 else ""
+        text = super().__repr__().removesuffix(")")
+        return f"{text}Averaged over blocks: {', '.join(averaged[:8]) or 'nothing'}{more}\n)"
 
     # ---- the step ----------------------------------------------------------------------------------------------------
 

@@ -115,9 +115,14 @@ class PortableState(Optimizer):
     backend: str
     state_dtype: torch.dtype | None = None  # of what was pickled before there was such an option
     _ranks: Ranks | None = None
+    _kernels: Mapping[Tensor, int] = MappingProxyType({})
 
     def _reset(self) -> None:
         raise NotImplementedError
+
+    def _kernel_of(self, param: Tensor) -> int | None:
+        """Spatial size of the convolution kernel that a parameter is, as far as it is known."""
+        return self._kernels.get(param)
 
     def state_dict(self) -> dict[str, Any]:
         """As ``torch.optim.Optimizer.state_dict``; every tensor owns its memory.
@@ -192,7 +197,7 @@ class PortableState(Optimizer):
             self.state.default_factory,
             {p: {name: _own(value) for name, value in state.items()} for p, state in self.state.items()},
         )
-        result |= {"backend": self.backend, "state_dtype": self.state_dtype}
+        result |= {"backend": self.backend, "state_dtype": self.state_dtype, "_kernels": self._kernels}
         if self._ranks is not None:
             result["_ranks"] = self._ranks
         return result

@@ -245,3 +245,15 @@ def check_the_default_device_changes_nothing(ranks):
     with torch.device("meta"):
         means = FlatMean([x, x], [[x, None if ranks.rank else x]], ranks.group).wait()
     assert [float(mean[0]) for mean in means] == pytest.approx([(ranks.size + 1) / 2, 1 / ranks.size])
+
+
+# ---- seeds -----------------------------------------------------------------------------------------------------------
+
+
+def check_ranks_take_the_seed_of_the_first(ranks):
+    torch.manual_seed(100 + ranks.rank)
+    opt = AdaHessian(nn.Linear(2, 2).parameters(), process_group=ranks.group)
+    assert {group["seed"] for group in (opt.defaults, *opt.param_groups)} == {100}
+    assert AdaHessian(nn.Linear(2, 2).parameters(), process_group=ranks.group, seed=ranks.rank).defaults["seed"] == 0
+    alone = AdaHessian(nn.Linear(2, 2).parameters()).defaults["seed"]
+    assert alone == (100 if ranks.size == 1 else 0)  # other ranks are not asked

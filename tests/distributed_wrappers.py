@@ -169,6 +169,12 @@ def check_fsdp_has_the_statistics_of_the_whole(ranks):
         assert found[name] == pytest.approx(value, rel=1e-6 * SHARE), name
 
 
+def check_shards_are_probed_with_one_seed(ranks):
+    model, _ = _sharded(ranks)
+    torch.manual_seed(100 + ranks.rank)
+    assert AdaHessian(model.parameters(), hvp="finite_difference").param_groups[0]["seed"] == 100
+
+
 class Collectives(TorchDispatchMode):
     """Counts them inside it."""
 

@@ -212,7 +212,7 @@ class ByHand:
             weight_decay,
             hessian_power,
         )
-        auto = math.prod(p.shape[2:]) if p.dim() > 2 else 1
+        auto = math.prod(p.shape[2:]) if p.dim() in (4, 5) else 1
         self.block = {"auto": auto, "row": p.shape[-1], "tensor": p.numel()}.get(block_size, block_size)
         self.absolute, self.update_each, self.stale = averaging == "abs", update_each, off_step == "stale"
         self.n_samples, self.seed, self.sign = n_samples, seed, -1 if maximize else 1

@@ -16,7 +16,10 @@ from torch import nn
 import adahessian_fused
 from adahessian_fused import accelerate, compat
 
-pytestmark = pytest.mark.filterwarnings("ignore:Using backward\\(\\) with create_graph=True")
+pytestmark = [
+    pytest.mark.default_seed,
+    pytest.mark.filterwarnings("ignore:Using backward\\(\\) with create_graph=True"),
+]
 
 
 @pytest.mark.parametrize("make", [mlp, conv_net], ids=["mlp", "conv_net"])

@@ -14,6 +14,8 @@ from torch import nn
 
 from adahessian_fused import compat
 
+pytestmark = pytest.mark.default_seed
+
 
 @pytest.mark.parametrize("module", STATE_KEYS)
 def test_signature_and_defaults_of_the_original(module):

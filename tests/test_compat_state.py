@@ -14,7 +14,10 @@ from test_peers import assert_close
 
 from adahessian_fused import accelerate, compat
 
-pytestmark = pytest.mark.filterwarnings("ignore:Using backward\\(\\) with create_graph=True")
+pytestmark = [
+    pytest.mark.default_seed,
+    pytest.mark.filterwarnings("ignore:Using backward\\(\\) with create_graph=True"),
+]
 
 
 @every_origin

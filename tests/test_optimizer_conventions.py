@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
+
 import numpy as np
 import pytest
 import torch
@@ -151,6 +154,123 @@ def test_numbers_of_numpy(kind):
 def test_betas_of_any_kind():
     for betas in ([0.5, 0.75], np.array([0.5, 0.75])):
         assert AdaHessian([nn.Parameter(torch.ones(2))], betas=betas).param_groups[0]["betas"] == (0.5, 0.75)
+
+
+# ---- averaging blocks ------------------------------------------------------------------------------------------------
+
+
+class Stack(nn.Module):
+    """Parameters that have the shapes of kernels, beside kernels."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv1, self.conv2 = nn.Conv1d(2, 3, 5), nn.Conv2d(2, 3, (2, 1))
+        self.normed = nn.utils.parametrizations.weight_norm(nn.Conv2d(2, 2, 3))
+        self.conv3, self.transposed = nn.Conv3d(1, 1, 2), nn.ConvTranspose1d(2, 2, 4)
+        self.experts, self.grouped = nn.Parameter(torch.ones(2, 3, 4)), nn.Parameter(torch.ones(2, 2, 3, 4))
+        self.linear = nn.Linear(2, 2)
+
+
+KNOWN = {"conv1.weight": 5, "conv2.weight": 2, "conv3.weight": 8, "transposed.weight": 4}
+KNOWN |= {"normed.parametrizations.weight.original1": 9}
+BY_SHAPE = {"conv2.weight": 2, "conv3.weight": 8, "normed.parametrizations.weight.original1": 9, "grouped": 12}
+
+
+def model_given(model):
+    return AdaHessian(model, seed=1), KNOWN
+
+
+def group_given(model):
+    return AdaHessian([{"params": model, "lr": 0.1}], seed=1), KNOWN
+
+
+def parameters_given(model):
+    return AdaHessian(model.named_parameters(), seed=1), BY_SHAPE
+
+
+def copied(model):
+    opt, model = copy.deepcopy((AdaHessian(model, seed=1), model))
+    return opt, KNOWN
+
+
+def pickled(model):
+    return pickle.loads(pickle.dumps(AdaHessian(model, seed=1))), KNOWN
+
+
+def added(model):
+    opt = AdaHessian([nn.Parameter(torch.ones(2, 3, 4))], seed=1)
+    opt.add_param_group({"params": model})
+    return opt, KNOWN
+
+
+def named_conv2d(model):
+    return AdaHessian(model, seed=1, block_size="conv2d"), {n: b for n, b in BY_SHAPE.items() if n != "conv3.weight"}
+
+
+@pytest.mark.parametrize("hvp", ["autograd", "finite_difference"])
+@pytest.mark.parametrize(
+    "make", [model_given, group_given, parameters_given, copied, pickled, added, named_conv2d], ids=lambda f: f.__name__
+)
+def test_which_parameters_are_averaged(make, hvp):
+    """The loss is a sum over elements, so D is 12 p^2; what is not averaged has as many values as elements."""
+    model = Stack().double()
+    names = [name for name, _ in model.named_parameters()]
+    opt, expected = make(model)
+    opt.param_groups[0]["hvp"] = hvp
+    params = opt.param_groups[-1]["params"]
+    with torch.no_grad():
+        for p in params:
+            p.copy_(torch.linspace(0.5, 1.5, p.numel()).view(p.shape))
+    opt.step(lambda: sum((p**4).sum() for p in params))
+    for name, p in zip(names, params, strict=True):
+        found = opt.hessian_diag(p).flatten()
+        b = expected.get(name, 1)
+        assert torch.equal(found, found[::b].repeat_interleave(b)[: p.numel()]), name
+        assert len(found.unique()) == -(-p.numel() // b), name
+
+
+def test_repr_says_what_is_averaged():
+    assert "Averaged over blocks: conv1.weight (5), conv2.weight (2), " in repr(AdaHessian(Stack()))
+    assert "Averaged over blocks: parameter 3 of group 0 (12)" in repr(
+        AdaHessian([*nn.Linear(2, 2).parameters(), torch.ones(2, 3, 4), torch.ones(2, 2, 3, 4)])
+    )
+    assert "Averaged over blocks: nothing\n" in repr(AdaHessian(nn.Linear(2, 2).parameters()))
+    assert "(3) and 12 more" in repr(AdaHessian([torch.ones(3) for _ in range(20)], block_size="tensor"))
+
+
+# ---- seeds -----------------------------------------------------------------------------------------------------------
+
+
+def drawn(manual_seed, steps=2, **options):
+    """The sum of the probe's elements over some steps, which is their curvature."""
+    torch.manual_seed(manual_seed)
+    p = nn.Parameter(torch.ones(64))
+    opt = AdaHessian([p], lr=0.0, block_size="tensor", **options)
+    before, found = torch.get_rng_state(), []
+    for _ in range(steps):
+        opt.step(lambda: p.sum() ** 2 / 2)
+        found.append(float(opt.hessian_diag(p)[0]))
+    assert torch.equal(torch.get_rng_state(), before)
+    return found, opt
+
+
+@pytest.mark.default_seed
+@pytest.mark.parametrize("options", [{}, {"probe": "gaussian"}, {"hvp": "finite_difference"}], ids=str)
+def test_probes_follow_manual_seed_unless_there_is_a_seed(options):
+    assert drawn(7, **options)[0] == drawn(7, **options)[0] == drawn(3, seed=7, **options)[0]
+    assert len({drawn(s, **options)[0][0] for s in range(10)}) > 3
+    assert len({drawn(s, seed=5, **options)[0][0] for s in range(10)}) == 1
+
+
+@pytest.mark.default_seed
+def test_a_resumed_run_goes_on_with_its_seed():
+    p = nn.Parameter(torch.ones(64))
+    _, opt = drawn(7, steps=1)
+    torch.manual_seed(8)
+    resumed = AdaHessian([p], lr=0.0, block_size="tensor")
+    resumed.load_state_dict(opt.state_dict())
+    resumed.step(lambda: p.sum() ** 2 / 2)
+    assert float(resumed.hessian_diag(p)[0]) == drawn(7)[0][1]
 
 
 # ---- the functional form ---------------------------------------------------------------------------------------------

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
@@ -18,11 +18,6 @@ _OURS_ONLY = set(inspect.signature(AdaHessian).parameters) - _SHARED
 
 # Key, next to the original's in a parameter's state, of what a checkpoint needs that the original has no key for.
 EXTRA = "adahessian_fused"
-
-
-def global_seed() -> int:
-    """Key of the probe's generator for originals that draw from PyTorch's global one, which is left alone."""
-    return torch.initial_seed() % 2**63
 
 
 class Option:
@@ -137,3 +132,10 @@ class DropIn(AdaHessian):
     def _stale_diag(self, param: Tensor) -> Tensor | None:
         """The block means of the last diagonal, if the original keeps them outside its state."""
         return None
+
+
+class AveragesSpatialAxes(DropIn):
+    """Drop-in for an original that knows kernels by their shape: whatever follows the first two axes is averaged."""
+
+    def _kernel_of(self, param: Tensor) -> int:
+        return math.prod(param.shape[2:])

@@ -7,10 +7,10 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from .base import DropIn, global_seed
+from .base import AveragesSpatialAxes
 
 
-class Adahessian(DropIn):
+class Adahessian(AveragesSpatialAxes):
     r"""``optim_adahessian.Adahessian`` of the official repository's image classification, on fused kernels.
 
     :math:`\|D\|` is averaged over the kernels of 4-D parameters; curvature at every step; state keys ``step``,
@@ -66,7 +66,6 @@ class Adahessian(DropIn):
             weight_decay=weight_decay,
             hessian_power=hessian_power,
             averaging="abs",
-            seed=global_seed(),
             faithful=faithful,
             backend=backend,
         )

@@ -13,7 +13,7 @@ from ..checks import CHOICES, check_choice, check_count
 from ..layout import Entry
 from ..state import ADAM, source_of
 from ..update import HyperTable
-from .base import DropIn, Option, global_seed
+from .base import DropIn, Option
 
 
 def _in_kernel(group: Mapping[str, Any]) -> bool:
@@ -128,7 +128,6 @@ class AdaHessian(DropIn):
             update_each=update_period,
             n_samples=num_samples,
             probe=hessian_distribution,
-            seed=global_seed(),
             maximize=maximize,
             faithful=faithful,
             backend=backend,

@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .base import DropIn, global_seed
+from .base import AveragesSpatialAxes
 
 
-class Adahessian(DropIn):
+class Adahessian(AveragesSpatialAxes):
     r"""``torch_optimizer.Adahessian`` on fused kernels.
 
     :math:`\|D\|` is averaged over the kernels of 4-D parameters; curvature at every step; state keys ``step``,
@@ -62,7 +62,7 @@ class Adahessian(DropIn):
             weight_decay=weight_decay,
             hessian_power=hessian_power,
             averaging="abs",
-            seed=global_seed() if seed is None else seed,
+            seed=seed,
             faithful=faithful,
             backend=backend,
         )

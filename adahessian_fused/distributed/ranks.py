@@ -44,6 +44,20 @@ def batch_weight(batch_size: int, group: dist.ProcessGroup, like: Tensor) -> Ten
     return (batch_size * dist.get_world_size(group) / total.double()).to(like.dtype)
 
 
+def several_ranks() -> bool:
+    """Whether this is one of several processes of torch.distributed."""
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
+def agreed(number: int, groups: Sequence[dist.ProcessGroup], device: torch.device) -> int:
+    """The first rank's number, on all ranks of a group; group after group, as along the axes of a mesh."""
+    for group in groups:
+        tensor = torch.tensor(number, dtype=torch.int64, device=device)
+        dist.broadcast(tensor, group=group, group_src=0)
+        number = int(tensor)
+    return number
+
+
 class Ranks:
     """A process group as an optimizer sees it, and what of the coming step has been averaged over it.
 

@@ -55,6 +55,13 @@ def local(tensor: Any) -> Tensor:
         return tensor.to_local()
 
 
+def groups_of(params: Iterable[Any]) -> list[Any]:
+    """The process groups along every axis of the meshes that DTensors among the parameters are cut over."""
+    params = list(params)
+    meshes = dict.fromkeys(p.device_mesh for p in params if is_sharded(p)) if any_sharded(params) else ()
+    return [mesh.get_group(axis) for mesh in meshes for axis in range(mesh.ndim)]
+
+
 def part_of(tensor: Any, param: Any) -> Tensor:
     """This rank's part of a tensor that belongs to a parameter, cut like the parameter's own.
 

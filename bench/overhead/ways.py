@@ -145,7 +145,7 @@ def _plain(params: Iterable[Tensor]) -> Any:
 
 
 def _ours(model: nn.Module, **options: Any) -> AdaHessian:
-    return AdaHessian(model.parameters(), lr=LR, betas=BETAS, eps=EPS, update_each=EACH, **options)
+    return AdaHessian(model.parameters(), lr=LR, betas=BETAS, eps=EPS, update_each=EACH, seed=0, **options)
 
 
 def _closure(*, attention: SDPBackend | None = None, **options: Any) -> Callable[..., Any]:
