@@ -22,6 +22,7 @@ from distributed_problem import (
     standard_closure,
 )
 from ranks import Ranks
+from seeds import manual_seed
 from tolerances import ROUNDINGS, assert_within, unit
 from torch import nn
 from torch.nn import functional as F
@@ -251,7 +252,7 @@ def check_the_default_device_changes_nothing(ranks):
 
 
 def check_ranks_take_the_seed_of_the_first(ranks):
-    torch.manual_seed(100 + ranks.rank)
+    manual_seed(100 + ranks.rank)
     opt = AdaHessian(nn.Linear(2, 2).parameters(), process_group=ranks.group)
     assert {group["seed"] for group in (opt.defaults, *opt.param_groups)} == {100}
     assert AdaHessian(nn.Linear(2, 2).parameters(), process_group=ranks.group, seed=ranks.rank).defaults["seed"] == 0

@@ -27,6 +27,7 @@ from distributed_problem import (
     standard_closure,
 )
 from ranks import Ranks, worlds
+from seeds import manual_seed
 from tolerances import SHARE
 from torch import nn
 from torch.distributed import checkpoint
@@ -171,7 +172,7 @@ def check_fsdp_has_the_statistics_of_the_whole(ranks):
 
 def check_shards_are_probed_with_one_seed(ranks):
     model, _ = _sharded(ranks)
-    torch.manual_seed(100 + ranks.rank)
+    manual_seed(100 + ranks.rank)
     assert AdaHessian(model.parameters(), hvp="finite_difference").param_groups[0]["seed"] == 100
 
 

@@ -13,6 +13,7 @@ import torch
 
 SHIFT = 1_000_000 * int(os.environ.get("TEST_SEED", "0"))
 HERE = str(Path(__file__).parent)
+manual_seed = torch.manual_seed  # as it is, for tests of what a seed does
 
 
 def shifted(seed: int) -> int:
@@ -24,7 +25,6 @@ def shift() -> None:
     """Shift what tests give to ``torch.manual_seed`` and to generators from now on."""
     if not SHIFT:
         return
-    manual_seed = torch.manual_seed
 
     class Generator(torch.Generator):
         def manual_seed(self, seed: int) -> Generator:

@@ -212,13 +212,13 @@ def test_an_infinity_in_the_second_micro_batch_lowers_the_scale(device, way):
 
 
 def test_without_a_loss_scale_gradients_are_left_alone(device):
-    """Infinite curvature is taken as it is, like an infinite gradient."""
+    """Infinite curvature is no infinite gradient, and does not reach the states."""
     p = nn.Parameter(torch.ones(3, device=device))
     opt = AdaHessian([p])
     opt.backward((1e20 * (p - p.detach() + 1e-12)).square().sum())
     assert p.grad.isfinite().all()
     opt.step()
-    assert opt.state[p]["exp_hessian_diag_sq"].isinf().all()
+    assert not opt.state[p]["exp_hessian_diag_sq"].any()
 
 
 @pytest.mark.parametrize("hvp", ["autograd", "forward_over_reverse"])

@@ -10,6 +10,7 @@ import pytest
 import torch
 from models import mlp
 from originals import STATE_KEYS, Origin, stand_ins  # noqa: F401
+from seeds import manual_seed
 from torch import nn
 
 from adahessian_fused import compat
@@ -31,13 +32,13 @@ def test_seeds():
     """From PyTorch's generator, which is left alone; davda54's and timm's originals have one of their own."""
     seed_of = lambda cls, **options: cls([nn.Parameter(torch.ones(1))], **options).param_groups[0]["seed"]  # noqa: E731
     make = compat.torch_optimizer.Adahessian
-    torch.manual_seed(11)
+    manual_seed(11)
     before = torch.get_rng_state()
     assert (seed_of(make), seed_of(make, seed=5), seed_of(compat.timm.Adahessian)) == (11, 5, 2147483647)
     assert torch.equal(torch.get_rng_state(), before)
     seed_of(make, seed=5, faithful=True)
     assert torch.initial_seed() == 5
-    torch.manual_seed(2**64 - 1)
+    manual_seed(2**64 - 1)
     assert seed_of(make) == 2**63 - 1
 
 

@@ -19,6 +19,7 @@ from models import (
     train,
     weights,
 )
+from seeds import manual_seed
 from torch import nn
 
 from adahessian_fused import AdaHessian, adahessian
@@ -241,9 +242,9 @@ def test_repr_says_what_is_averaged():
 # ---- seeds -----------------------------------------------------------------------------------------------------------
 
 
-def drawn(manual_seed, steps=2, **options):
+def drawn(given, steps=2, **options):
     """The sum of the probe's elements over some steps, which is their curvature."""
-    torch.manual_seed(manual_seed)
+    manual_seed(given)
     p = nn.Parameter(torch.ones(64))
     opt = AdaHessian([p], lr=0.0, block_size="tensor", **options)
     before, found = torch.get_rng_state(), []
@@ -266,7 +267,7 @@ def test_probes_follow_manual_seed_unless_there_is_a_seed(options):
 def test_a_resumed_run_goes_on_with_its_seed():
     p = nn.Parameter(torch.ones(64))
     _, opt = drawn(7, steps=1)
-    torch.manual_seed(8)
+    manual_seed(8)
     resumed = AdaHessian([p], lr=0.0, block_size="tensor")
     resumed.load_state_dict(opt.state_dict())
     resumed.step(lambda: p.sum() ** 2 / 2)
