@@ -101,6 +101,7 @@ INCOMPLETE = {
 }
 COMPLETE = {
     "cube": function(keeps(lambda x: x), slope),
+    "unused": function(keeps(lambda x: x, lambda x: 3 * x**2), slope),  # as for logging
     "identity": function(lambda ctx, x: x.view_as(x), lambda ctx, g: g),
     "straight_through": function(
         lambda ctx, x: ctx.save_for_backward(x.abs() < 2) or x.round(), lambda ctx, g: g * ctx.saved_tensors[0]

@@ -7,9 +7,9 @@ be seen is
 
 * in every pass, a result without a graph that leads to the gradient it was computed from, although that has one;
 * of a kind of Function that is new, a result that changes with a tensor kept for it, but has no graph that leads there;
-* numbers that a Function keeps without a graph and that are no inputs of it. They are made of its inputs, mostly, and
-  would be differentiated as if they were constants. What is no floating-point number, and masks of zeros and one other
-  number, are constant almost everywhere.
+* numbers that a Function keeps without a graph, that are no inputs of it and with which its result changes. They are
+  made of its inputs, mostly, and would be differentiated as if they were constants. What is no floating-point number,
+  and masks of zeros and one other number, are constant almost everywhere.
 
 The identity, a straight-through estimator, a reversal of gradients or an all-reduce keep nothing and pass. A Function
 whose numbers are constants indeed says ``twice_differentiable = True``.
@@ -18,7 +18,7 @@ whose numbers are constants indeed says ``twice_differentiable = True``.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -162,7 +162,7 @@ def _kept(node: Any) -> Iterator[Any]:
 
 
 def _hides(node: Any, n_constants: int) -> str | None:
-    """Whether a Function keeps more numbers without a graph than it has inputs without one."""
+    """Whether a Function uses more numbers without a graph than it has inputs without one."""
     inputs = {parent.variable.data_ptr() for parent, _ in node.next_functions if hasattr(parent, "variable")}
     numbers: set[int] = set()
     for value in _kept(node):
@@ -172,9 +172,41 @@ def _hides(node: Any, n_constants: int) -> str | None:
             numbers.add(value.data_ptr())
         elif not value.requires_grad:
             n_constants -= 1
-    if numbers & inputs or len(numbers) > max(n_constants, 0):
+    if (numbers & inputs or len(numbers) > max(n_constants, 0)) and not _ignores_them(node):
         return HIDDEN_NUMBERS.format(_name(node))
     return None
+
+
+def _is_hidden(value: Any) -> bool:
+    return _is_number(value) and not value.requires_grad and not _is_mask(value)
+
+
+@torch.enable_grad()
+def _ignores_them(node: Any) -> bool:
+    """Whether a Function's results stay what they are when the numbers that it keeps without a graph change."""
+    if dist.is_available() and dist.is_initialized():
+        return False  # its backward may wait for other ranks
+    attributes = {name: _changed(value) for name, value in node.__dict__.items() if _is_hidden(value)}
+    saved = _saved(node)
+    moved = [_changed(t) if _is_hidden(t) else t for t in saved]
+    if sum(map(_is_hidden, _kept(node))) > len(attributes) + sum(map(_is_hidden, saved)) or _has_arrays(node):
+        return False  # in lists, or NumPy's
+    try:
+        grads = [torch.ones(m.shape, dtype=m.dtype, device=m.device) for m in node._input_metadata]
+        results = _call(node, saved, grads), _call(node, moved, grads, attributes)
+        return all(map(torch.equal, *results))
+    except Exception:  # somebody's code may raise anything when it is called out of turn
+        return False
+
+
+def _has_arrays(node: Any) -> bool:
+    return any(not isinstance(value, Tensor) for value in _kept(node))
+
+
+def _changed(tensor: Tensor) -> Tensor:
+    """Other numbers of about the same size."""
+    factors = torch.linspace(1.03, 1.1, tensor.numel(), dtype=torch.float64, device=tensor.device)
+    return tensor * factors.to(tensor.dtype).view(tensor.shape)
 
 
 def _is_mask(tensor: Tensor) -> bool:
@@ -213,8 +245,7 @@ def _forgets(node: Any, graph: Graph, *, whole: bool) -> str | None:
         for i, copy in enumerate(copies):
             if copy is saved[i] or copy.grad_fn in reached:
                 continue
-            other = copy * torch.linspace(1.03, 1.1, copy.numel(), dtype=copy.dtype, device=copy.device).view_as(copy)
-            moved = _call(node, [*copies[:i], other, *copies[i + 1 :]], grads)
+            moved = _call(node, [*copies[:i], _changed(copy), *copies[i + 1 :]], grads)
             if not all(map(torch.equal, results, moved)):
                 return NO_GRAPH.format(_name(node))
     except Exception:  # somebody's code may raise anything when it is called out of turn
@@ -222,8 +253,11 @@ def _forgets(node: Any, graph: Graph, *, whole: bool) -> str | None:
     return None
 
 
-def _call(node: Any, saved: Sequence[Tensor | None], grads: Sequence[Tensor]) -> list[Tensor]:
-    """What a Function's backward returns, given these saved tensors."""
-    context = SimpleNamespace(**node.__dict__, saved_tensors=tuple(saved), needs_input_grad=node.needs_input_grad)
+def _call(
+    node: Any, saved: Sequence[Tensor | None], grads: Sequence[Tensor], attributes: Mapping[str, Tensor] | None = None
+) -> list[Tensor]:
+    """What a Function's backward returns, given these saved tensors, and attributes in the place of its own."""
+    own = {**node.__dict__, **(attributes or {})}
+    context = SimpleNamespace(**own, saved_tensors=tuple(saved), needs_input_grad=node.needs_input_grad)
     results = node._forward_cls.backward(context, *grads)
     return [r for r in (results if isinstance(results, tuple) else (results,)) if _is_number(r)]
