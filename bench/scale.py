@@ -18,7 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from adahessian_fused import AdaHessian
 
-from .overhead.problems import LENGTH, WIDTH, Gpt, problem
+from .overhead.problems import SIZES, Gpt, problem
 
 PAGE = Path(__file__).parents[1] / "docs" / "scale.md"
 PARAMETERS = (1e9, 7e9, 30e9, 100e9)
@@ -111,9 +111,9 @@ def counted_flops(way: str) -> float:
 def expected_flops(way: str) -> float:
     """The same by the formulae."""
     task = problem("GPT", batch=4)
-    layers = len(task.model.layers)
+    layers, width, _, length, _ = SIZES["GPT"]
     matrices = sum(p.numel() for m in task.model.modules() if isinstance(m, torch.nn.Linear) for p in [m.weight])
-    flops = first_order_flops(matrices, task.batch[0].numel(), attention=2 * layers * LENGTH * WIDTH)
+    flops = first_order_flops(matrices, task.batch[0].numel(), attention=2 * layers * length * width)
     cost = {"first order": 1.0, "finite_difference": DIFFERENCE}.get(way, EXACT)
     return flops * multiple(cost, fraction=0.25 if way == "quarter" else 1.0)
 
@@ -123,7 +123,7 @@ WAYS = ("first order", "autograd", "finite_difference", "quarter")
 
 def counted_bytes() -> tuple[list[float], list[float]]:
     """Bytes in all-reduces of a step with curvature and one without, for the small GPT: counted, and by formula."""
-    model, found, all_reduce = Gpt(), [], dist.all_reduce
+    model, found, all_reduce = Gpt(*SIZES["GPT"][:4]), [], dist.all_reduce
     params = list(model.parameters())
     total = 0
 

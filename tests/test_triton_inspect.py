@@ -33,6 +33,7 @@ ROUNDED = dict.fromkeys(["exp_avg", "exp_hessian_diag_sq"], "*bf16")
 CASES = {
     "step-hessian-fp32": (STEP, "adahessian_step_kernel", "fp32", {"CURVATURE": "hessian"}),
     "step-hessian-bf16": (STEP, "adahessian_step_kernel", "bf16", {"CURVATURE": "hessian"}),
+    "step-shrink-fp32": (STEP, "adahessian_step_kernel", "fp32", {"CURVATURE": "hessian", "means": "*fp32"}),
     "step-none-fp32": (STEP, "adahessian_step_kernel", "fp32", {"CURVATURE": "none", "diag": None}),
     "step-hessian-fp32-rounded": (STEP, "adahessian_step_kernel", "fp32", {"CURVATURE": "hessian", **ROUNDED}),
     "step-hessian-bf16-rounded": (STEP, "adahessian_step_kernel", "bf16", {"CURVATURE": "hessian", **ROUNDED}),
@@ -80,6 +81,7 @@ def inspect_kernel(module: str, name: str, dtype: str, given: dict) -> dict:
     constants = {"DTYPE": {"fp32": tl.float32, "bf16": tl.bfloat16}[dtype], "STATE": tl.float32, "DRAW": True}
     arguments |= {n: kind for n, kind in given.items() if isinstance(kind, str) and kind.startswith("*")}
     given = {n: value for n, value in given.items() if n not in arguments or value is None}
+    constants |= {} if "means" in arguments else {"means": None}
     constants |= {"TILE": tile, "master": None, "grad_scale": None, "found_inf": None, **given}
     signature = {n: "constexpr" if n in constants else arguments[n] for n in kernel.arg_names}
     constants = {n: value for n, value in constants.items() if n in signature}
@@ -127,6 +129,7 @@ def test_nothing_spills_and_16_warps_fit(inspected: dict[str, dict], case: str) 
     [
         # 8 elements a thread: two accesses for each fp32 stream, one for each bf16 stream
         ("step-hessian-fp32", 2 * 5, 2 * 3),  # p, g, Hz, m, v -> p, m, v
+        ("step-shrink-fp32", 2 * 5, 2 * 3),
         ("step-hessian-bf16", 3 + 2 * 2, 1 + 2 * 2),
         ("step-hessian-fp32-rounded", 2 * 3 + 2, 2 + 2),
         ("step-hessian-bf16-rounded", 5, 3),
