@@ -15,11 +15,12 @@ from pathlib import Path
 import pytest
 
 ARGUMENTS = {
-    **dict.fromkeys(["table", "rows", "pairs", "steps"], "*i64"),
+    **dict.fromkeys(["table", "rows", "pairs", "steps", "missed"], "*i64"),
     **dict.fromkeys(["tiles", "parts", "blocks"], "*i32"),
     **dict.fromkeys(["diag", "exp_avg", "exp_hessian_diag_sq", "coefficients"], "*fp32"),
     **dict.fromkeys(["scale", "partials", "groups"], "*fp64"),
-    **dict.fromkeys(["stride", "column", "accumulate", "curvature", "seed_low", "seed_high", "sample"], "i32"),
+    **dict.fromkeys(["stride", "column", "accumulate", "curvature", "has_means", "sample"], "i32"),
+    **dict.fromkeys(["seed_low", "seed_high", "rounding_seed_low", "rounding_seed_high"], "i32"),
 }
 NORM_ARGUMENTS = {
     **dict.fromkeys(["v_weight", "v_bias", "weight", "mean", "invstd", "partials", "means", "d_weight"], "*fp32"),
