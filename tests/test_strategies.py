@@ -464,7 +464,8 @@ def test_signals(device):
     before, random_numbers = weights(model), random.Random(0)
 
     def step():
-        opt.zero_grad()  # an interrupted step may leave gradients whose curvature is not there yet
+        torch.set_grad_enabled(True)  # an interrupted exit from torch.no_grad() leaves it off
+        opt.zero_grad()  # and an interrupted step may leave gradients whose curvature is not there yet
         opt.backward(lambda: model(x).square().mean())
 
     def stop(*_):
@@ -484,6 +485,7 @@ def test_signals(device):
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, old)
+        torch.set_grad_enabled(True)
 
 
 # ---- losses that write to their parameters ---------------------------------------------------------------------------
