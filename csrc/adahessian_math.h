@@ -211,7 +211,8 @@ ADAHESSIAN_HD X denominator(X v, const Coefficients<S>& c) {
   using F = Functions<X>;
   if (kind == Power::kPlain) return F::square_root(c.scale * v) + c.eps;
   const X root = F::square_root(c.scale * v + c.pull);
-  return (kind == Power::kOne ? root : kind == Power::kHalf ? F::square_root(root) : F::power(root, c.power)) + c.eps;
+  if (kind == Power::kOne || (kind == Power::kGeneral && c.power == S(1))) return root + c.eps;
+  return (kind == Power::kHalf ? F::square_root(root) : F::power(root, c.power)) + c.eps;
 }
 
 // m / denominator, cut at +-clip

@@ -211,7 +211,7 @@ ADAHESSIAN_HD void move(Vec<S, n>& p, const Vec<S, n>& m, const Vec<S, n>& v, co
   for (int e = 0; e < n; ++e) {
     const S q = quotient<kind>(get(m, e), denominator<kind>(get(v, e), c), c);
     set(p, e, update_param(get(p, e), q, get(v, e), c));
-    if (kind != Power::kPlain) in_sequence();  // pow is long, and coefficients many: they would cost registers
+    if (kind == Power::kGeneral) in_sequence();  // pow is long; several at once would cost registers
   }
 }
 
@@ -221,8 +221,7 @@ ADAHESSIAN_HD void count_missed(const typename Body::Arguments& arguments, const
                                 const Slot& slot) {
   if (missed == 0 || arguments.missed == nullptr) return;
   int count = 0;
-  ADAHESSIAN_UNROLL
-  for (int e = 0; e < Body::kVector; ++e) count += (missed >> e & 1) != 0 && has(slot, e);
+  for (int e = slot.low; e < slot.high; ++e) count += missed >> e & 1;
   add_atomically(arguments.missed + row.probe.slot, count);
 }
 
@@ -263,10 +262,6 @@ ADAHESSIAN_HD void update_slot(const typename Body::Arguments& arguments, typena
   const Coefficients<S>& c = shared.coefficients;
   Vec<S, kVector> m = computed<S>(state.exp_avg[i]), v = computed<S>(state.exp_hessian_diag_sq[i]);
   Vec<S, kVector>& p = state.weight[i];
-  ADAHESSIAN_UNROLL
-  for (int e = 0; e < kVector; ++e) {
-    set(m, e, update_exp_avg(get(m, e), S(load_as(get(state.grad[i], e))), c));
-  }
   if (shared.row.curvature != Curvature::kNone) {
     uint32_t missed = 0;
     ADAHESSIAN_UNROLL
@@ -282,13 +277,17 @@ ADAHESSIAN_HD void update_slot(const typename Body::Arguments& arguments, typena
     }
     count_missed<Body>(arguments, shared.row, missed, slot);
   }
+  ADAHESSIAN_UNROLL
+  for (int e = 0; e < kVector; ++e) {
+    set(m, e, update_exp_avg(get(m, e), S(load_as(get(state.grad[i], e))), c));
+  }
   keep<Body>(arguments, shared, state, m, v, slot, i);
   if (arguments.master == nullptr) unpack<typename Body::Param>(p);
   if (c.moves) {
     switch (c.kind) {
       case Power::kPlain: move<Power::kPlain>(p, m, v, c); break;
-      case Power::kOne: move<Power::kOne>(p, m, v, c); break;
       case Power::kHalf: move<Power::kHalf>(p, m, v, c); break;
+      case Power::kOne:  // no instance of its own, which would cost registers
       case Power::kGeneral: move<Power::kGeneral>(p, m, v, c); break;
     }
   }
