@@ -6,13 +6,14 @@ import copy
 import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from plain import PlainAdaHessian
 from torch import Tensor, nn
 
-from adahessian_fused import AdaHessian
+from adahessian_fused import AdaHessian, curvature_friendly
 
 # Cost of AdaHessian relative to SGD: the paper's Table 6 (RTX Titan, CIFAR-10), by Hutchinson frequency.
 PAPER_COST = {
@@ -42,6 +43,7 @@ class Contestant:
         frequency: Hutchinson frequency, steps per Hessian step; 0 for first-order optimizers.
         make: parameters and settings to an optimizer.
         differentiate: what stands in the place of ``loss.backward()``.
+        told: whether the model is told that it will be differentiated twice.
     """
 
     name: str
@@ -49,6 +51,7 @@ class Contestant:
     frequency: int
     make: Callable[[Iterable[Tensor], Settings], torch.optim.Optimizer]
     differentiate: Callable[[torch.optim.Optimizer, Tensor], None]
+    told: bool = False
 
     @property
     def period(self) -> int:
@@ -114,7 +117,8 @@ def fused(frequency: int) -> Contestant:
     """Ours on the best backend there is."""
     name = "fused" if frequency == 1 else f"fused{frequency}"
     label = "AdaHessian, fused" if frequency == 1 else f"AdaHessian, fused, Hessian every {frequency} steps"
-    return Contestant(name, label, frequency, lambda p, s: make_ours(p, s, frequency=frequency), our_backward)
+    make = partial(make_ours, frequency=frequency)
+    return Contestant(name, label, frequency, make, our_backward, told=True)
 
 
 REFERENCE = Contestant(
@@ -140,6 +144,8 @@ class Run:
         self.contestant = contestant
         self.model = copy.deepcopy(model)
         self.optimizer = contestant.make(self.model.parameters(), settings)
+        if contestant.told:
+            curvature_friendly(self.model, self.optimizer)
 
     def step(self, x: Tensor, y: Tensor) -> Tensor:
         """One training step; returns the loss before it."""
