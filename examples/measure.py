@@ -10,13 +10,13 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from contestants import CONTESTANTS, REFERENCE, Contestant, Run, Settings
+from contestants import CONTESTANTS, Contestant, Run, Settings, reference
 from memory import meter
 from plain import PlainAdaHessian
 from resnet import MODELS
@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from adahessian_fused import hutchinson_diagonal
 from adahessian_fused.reference import rademacher_signs
 
-MEMORY_STEPS = 6  # enough for a Hessian step, off-steps and the next Hessian step at every frequency up to 5
+MEMORY_STEPS = 6  # enough for Hessian steps and, at every frequency up to 5, off-steps between
 
 
 # ---- agreement -------------------------------------------------------------------------------------------------------
@@ -65,7 +65,7 @@ def first_step(contestant: Contestant, model: nn.Module, settings: Settings, x: 
     return run
 
 
-def rounding_bounds(reference: Run, model: nn.Module, settings: Settings, x: Tensor, y: Tensor) -> list[Tensor]:
+def rounding_bounds(right: Run, model: nn.Module, settings: Settings, x: Tensor, y: Tensor) -> list[Tensor]:
     """How far two float32 evaluations of the first update may differ, for every element.
 
     With u the unit roundoff, one evaluation is off by at most (the counts are those of tests/tolerances.py)
@@ -73,7 +73,8 @@ def rounding_bounds(reference: Run, model: nn.Module, settings: Settings, x: Ten
         4 u |p|                                  decay and the rounding of p itself
         25 u |update|                            m, the root, the sum with eps, the quotient, the factor lr
         |update| e / (1 - e),                    the block mean, e = 4 sqrt(b) u mean|D| / (|Ds| + eps), which grows
-                                                 without bound where the terms of a mean cancel
+                                                 without bound where the terms of a mean cancel; and with shrinkage
+                                                 2 sqrt(n) u for the mean of the n numbers of v, which are positive
 
     and two evaluations by twice that. The gradient and Hz are the same numbers in both.
     """
@@ -83,13 +84,15 @@ def rounding_bounds(reference: Run, model: nn.Module, settings: Settings, x: Ten
     magnitudes = hutchinson_diagonal(
         loss, params, block_size="auto", averaging="abs", seed=settings.seed, backend="reference"
     )
-    eps = reference.optimizer.param_groups[0]["eps"]
+    group = right.optimizer.param_groups[0]
     bounds = []
-    for p0, p1, magnitude in zip(params, reference.model.parameters(), magnitudes, strict=True):
+    for p0, p1, magnitude in zip(params, right.model.parameters(), magnitudes, strict=True):
         update = (p1 - p0).detach().double().abs()
         block = p0.shape[2:].numel() if p0.dim() > 2 else 1
-        root = reference.optimizer.hessian_diag(p1).double()
-        e = (4 * block**0.5 * u * magnitude.double() / (root + eps)) * (block > 1)
+        root = right.optimizer.hessian_diag(p1).double()
+        e = (4 * block**0.5 * u * magnitude.double() / (root + group["eps"])) * (block > 1)
+        if group["shrink"]:  # half of the mean's error: its root is taken
+            e = e + 2 * p0.numel() ** 0.5 * u
         mean_error = torch.where(e < 1, update * e / (1 - e), torch.inf)
         bounds.append(2 * (4 * u * p1.detach().double().abs() + 25 * u * update + mean_error))
     return bounds
@@ -100,19 +103,19 @@ def agreement(
 ) -> list[Agreement]:
     """Compare the first update of every AdaHessian with that of the reference backend.
 
-    Both have the same weights, batch and seed, and the same operators: a told model's Hz is rounded in other places.
+    Both have the same weights, batch and seed, and the same operators: a told model's Hz is rounded in other places. A
+    contestant with options of its own is compared with the reference of these options.
     """
     deterministic = torch.backends.cudnn.deterministic
     torch.backends.cudnn.deterministic = True  # otherwise two gradients of the same loss differ already
     try:
-        references = {told: first_step(replace(REFERENCE, told=told), model, settings, x, y) for told in (False, True)}
-        allowed = {told: rounding_bounds(references[told], model, settings, x, y) for told in references}
         results = []
         for contestant in contestants:
-            reference, bounds = references[contestant.told], allowed[contestant.told]
+            right = first_step(reference(told=contestant.told, **contestant.options), model, settings, x, y)
+            bounds = rounding_bounds(right, model, settings, x, y)
             run = first_step(contestant, model, settings, x, y)
             difference = of_tolerance = 0.0
-            for p0, p, expected, bound in zip(*map(_weights, (model, run.model, reference.model)), bounds, strict=True):
+            for p0, p, expected, bound in zip(*map(_weights, (model, run.model, right.model)), bounds, strict=True):
                 error = (p - expected).abs()
                 difference = max(difference, float(error.max() / (expected - p0).abs().max()))
                 of_tolerance = max(of_tolerance, float((error / bound).max()))
@@ -148,7 +151,8 @@ def time_steps(
     """Milliseconds a step, interleaved: in every round each run makes one period of steps on the same batch.
 
     A period is one step, or with Hutchinson frequency f the Hessian step and its f - 1 off-steps. The order changes
-    from round to round, so that nobody always follows the same neighbour. One more round, the first, warms up.
+    from round to round, so that nobody always follows the same neighbour. One more round, the first, warms up until the
+    cost repeats itself.
     """
     times: dict[str, list[float]] = {run.contestant.name: [] for run in runs}
     for i in range(rounds + 1):
@@ -157,7 +161,7 @@ def time_steps(
             period = run.contestant.period
             synchronize(x.device)
             start = time.perf_counter()
-            for _ in range(period):
+            for _ in range(period if i else max(period, run.contestant.start)):
                 run.step(x, y)
             synchronize(x.device)
             if i > 0:
