@@ -19,6 +19,7 @@ class Graph(NamedTuple):
 
 
 _PLAIN, _LEAF, _FUNCTION = range(3)
+_OWN = f"{__package__.split('.')[0]}.friendly"  # whose Functions have derivatives of every order
 _roles: dict[type, int] = {}  # of nodes, by their type; those of Functions come and go
 
 
@@ -46,7 +47,8 @@ def explore(roots: Iterable[Tensor]) -> Graph:
 
 def _role(kind: type) -> int:
     if issubclass(kind, BackwardCFunction):
-        return _FUNCTION
+        own = kind._forward_cls.__module__.startswith(_OWN)  # type: ignore[attr-defined]
+        return _roles.setdefault(kind, _PLAIN) if own else _FUNCTION
     names = {"AccumulateGrad": _LEAF, "Error": _FUNCTION, "CppFunction": _FUNCTION}
     return _roles.setdefault(kind, names.get(kind.__name__, _PLAIN))
 
