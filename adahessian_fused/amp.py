@@ -88,6 +88,11 @@ class FollowsGradScaler(TakesClosures):
             self._average_local(None)
             self._ranks.averaged_late = too_late
 
+    def _drop_scale(self) -> None:
+        """Forget what GradScaler has left for a step that failed: it would multiply its scale by that of before."""
+        for name in ("grad_scale", "found_inf"):
+            vars(self).pop(name, None)
+
     def _scale_and_flag(self, curvature: Curvature | None) -> tuple[Tensor | None, Tensor | None]:
         """What GradScaler has left for this step: the scale the gradients still carry, and whether to skip."""
         grad_scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)

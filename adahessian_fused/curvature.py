@@ -288,9 +288,11 @@ class Curvature:
         return views
 
     def fold(self) -> None:
-        """Turn pending products into the compact diagonal."""
-        products, self.products = self.products, {}
-        self._fold(products, self.sample, self.draw, 1.0)
+        """Turn pending products into the compact diagonal; an error leaves those that it has not got."""
+        for members in by_bucket(list(self.products)).values():
+            products = {entry: self.products[entry] for entry in members}
+            self._fold(products, self.sample, self.draw, 1.0)
+            self.products = {entry: h for entry, h in self.products.items() if entry not in products}
 
     def _fold(self, products: dict[Entry, Tensor], sample: int, draw: bool, weight: float) -> None:
         for bucket, members in by_bucket(list(products)).items():

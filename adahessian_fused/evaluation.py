@@ -23,6 +23,7 @@ from .layout import Entry, make_buckets
 from .record import OtherLeaves, Record, is_zero
 from .segments import Segment, Steps
 from .state import PortableState
+from .update import Parts
 
 Differentiate = Callable[..., None]
 
@@ -37,6 +38,9 @@ class EvaluatesLosses(PortableState):
 
     _curvature: Curvature | None = None
     _record: Record | None = None  # of this step, from its first pass on
+    _unfinished: tuple[Parts, Any, list[tuple[Tensor | None, int]]] | None = (
+        None  # what has failed, its loss, gradients
+    )
     _uncertain: tuple[Tensor, tuple[int, ...]] | None = None  # whether the device has skipped a step of these groups
     _left: Record | None = None  # of the gradients after the last step, if the coming one has curvature
     _entries: dict[int, Entry]
@@ -71,8 +75,6 @@ class EvaluatesLosses(PortableState):
         for number in numbers:
             self.param_groups[number]["step"] += 1
         self._uncertain = None if found_inf is None else (found_inf, tuple(numbers))
-        if found_inf is not None and found_inf.device.type == "cpu":
-            self._settle_count()
 
     def _settle_count(self) -> None:
         """Take back the count of a step that GradScaler has skipped on the device, where the schedule depends on it."""
@@ -80,10 +82,10 @@ class EvaluatesLosses(PortableState):
         if self._uncertain is None or (not scheduled and self._uncertain[0].is_cuda) or _capturing():
             return
         found_inf, numbers = self._uncertain
+        skipped = found_inf.item() != 0
         self._uncertain = None
-        if found_inf.item() != 0:
-            for number in numbers:
-                self.param_groups[number]["step"] -= 1
+        for number in numbers if skipped else ():
+            self.param_groups[number]["step"] -= 1
 
     def _tell_of_missed(self) -> None:
         """Warn once of parameters whose gradients keep coming between the Hessian steps of their group."""
@@ -110,7 +112,7 @@ class EvaluatesLosses(PortableState):
                         f"{entry.name} has had {int(steps[row])} gradients but curvature {int(updates[row])} times: "
                         f"they come between the Hessian steps of its group, update_each={int(f[row])} apart; "
                         "expected a group of its own, which counts its own steps, or update_each=1",
-                        stacklevel=4,
+                        stacklevel=8,
                     )
 
     # ---- what a step has gathered ------------------------------------------------------------------------------------
@@ -124,7 +126,7 @@ class EvaluatesLosses(PortableState):
         """The step is done, or its gradients are dropped."""
         if self._record is not None:
             self._record.close()
-        self._curvature = self._record = None
+        self._curvature = self._record = self._unfinished = None
 
     def _leave(self) -> None:
         """Take down the gradients as they are, if the coming step has curvature: none of them is foreign to it."""

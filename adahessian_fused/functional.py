@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import chain
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from . import backends, hvp
 from .checks import CHOICES, check_block_size, check_choice, check_count, check_param, check_stabilisers
 from .curvature import Curvature, by_bucket, initial_seed
 from .layout import MEAN, Entry, make_buckets
-from .update import HyperTable, update_bucket
+from .update import HyperTable, Parts, prepared_update
 
 
 def _entries(
@@ -146,8 +147,8 @@ def adahessian(
     if hvps is not None:
         curvature = Curvature(tools, seed)
         curvature.add({e: e.stored(h) for e, h in zip(entries, hvps, strict=True)}, sample=sample, draw=draw)
-    for bucket, members in by_bucket(entries).items():
-        update_bucket(
+    updates = [
+        prepared_update(
             bucket,
             members,
             [grads[entry.param_id] for entry in members],
@@ -160,6 +161,9 @@ def adahessian(
             grad_scale=grad_scale,
             found_inf=None,
         )
+        for bucket, members in by_bucket(entries).items()
+    ]
+    Parts(chain.from_iterable(zip(*updates, strict=True))).do()
     for entry, values in zip(entries, given, strict=True):
         for key, tensor in zip(keys, values, strict=True):
             tensor.copy_(entry.views[key])

@@ -367,8 +367,8 @@ class Bucket:
         found = torch.zeros(len(entries), dtype=self.compute_dtype, device=self.device)
         backend.hessian_diag(flat, found, table, self.steps, seed=0, sample=0, draw=False, scale=1.0, accumulate=False)
         for entry, mean, beta2, h in zip(entries, found, beta2s, updates, strict=True):
-            view = entry.views.setdefault(MEAN, self.means[entry.row])
-            entry.state[MEAN] = view.copy_(mean.double() / (1 - beta2**h))
+            view = entry.views.get(MEAN, self.means[entry.row]).copy_(mean.double() / (1 - beta2**h))
+            entry.views[MEAN] = entry.state[MEAN] = view
 
     def refresh_master(self, entries: Iterable[Entry]) -> None:
         """Take over what was written to 16-bit parameters since the last step; other master weights stay."""

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from itertools import chain, repeat
 from operator import attrgetter, is_, is_not
 from typing import TYPE_CHECKING, Any
@@ -18,7 +20,7 @@ from .distributed import sharded
 from .distributed.ranks import Ranks, agreed, several_ranks
 from .layout import Entry, Found, block_length, kernels_of, make_buckets, stored_dtype
 from .statistics import Observable
-from .update import HyperTable, update_bucket
+from .update import HyperTable, Part, Parts, prepared_update
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -405,8 +407,22 @@ class AdaHessian(Observable, FollowsGradScaler):
 
         Returns:
             What the closure returned.
+
+        An error changes nothing. If it comes when some of the parameters are updated (of several dtypes or devices),
+        the others still are before it is raised, or else by the next call. So a call may be repeated, with the same
+        gradients, until it returns.
         """
         _check_graph_capture(self)
+        try:
+            return self._take(closure, hessian)
+        except BaseException:
+            self._drop_scale()
+            raise
+
+    def _take(self, closure: Callable[[], Any] | None, hessian: Sequence[Tensor | None] | None) -> Any:
+        unfinished, self._unfinished = self._unfinished, None
+        if unfinished is not None and self._has_still(unfinished[2]):
+            return self._finish(*unfinished[:2])
         loss = None if closure is None else self._evaluate(closure)
         if not self.state and closure is None and self._is_blank():
             return loss
@@ -422,14 +438,7 @@ class AdaHessian(Observable, FollowsGradScaler):
             due = [True] * len(due)
         hvp.release_graph(grads)
         self._average_curvature(due)
-        self._update(entries, grads, due, self._curvature)
-        self._forget()
-        self._leave()
-        if any(due):
-            self._tell_of_missed()
-        if self._ranks is not None:
-            self._ranks.stepped()
-        return loss
+        return self._finish(self._parts(entries, grads, due, self._curvature), loss)
 
     def _is_blank(self) -> bool:
         """Whether the first step has lr = 0 and gradients of zero, by which torch.distributed.checkpoint makes states.
@@ -443,26 +452,40 @@ class AdaHessian(Observable, FollowsGradScaler):
         self._ensure([p for p, _ in grads])
         return True
 
-    def _update(
+    def _parts(
         self, entries: Sequence[Entry], grads: list[Tensor], due: Sequence[bool], curvature: Curvature | None
-    ) -> None:
-        capturable = self.param_groups[0]["capturable"]
+    ) -> Parts:
+        """What there is to do now that gradients and curvature are known."""
         grad_scale, found_inf = self._scale_and_flag(curvature)
-        if found_inf is not None and not capturable:
+        end = partial(self._end, entries, due)
+        if found_inf is not None and not self.param_groups[0]["capturable"]:
             if found_inf.item() != 0:
-                return
+                return Parts([self._close, end])
             found_inf = None
         if curvature is not None:
             self._refuse_nonfinite(curvature, [entry for entry in entries if due[entry.group]])
-        self._before_update(entries, grads, due)
+        prepare = partial(self._prepare, entries, grads, due, curvature, grad_scale, found_inf)
+        return Parts([*self._before_update(entries, grads, due), prepare, self._close, end])
+
+    def _prepare(
+        self,
+        entries: Sequence[Entry],
+        grads: list[Tensor],
+        due: Sequence[bool],
+        curvature: Curvature | None,
+        grad_scale: Tensor | None,
+        found_inf: Tensor | None,
+    ) -> list[Part]:
+        """The updates of all buckets, after everything in them that needs memory or may fail."""
         rescaled = grad_scale is not None and curvature is not None and curvature.unscaled
         if curvature is not None and (rescaled or curvature.must_fold(self._entries.values())):
             curvature.fold()
         grad_of = dict(zip(entries, grads, strict=True))
+        updates = []
         for bucket, in_bucket in by_bucket(entries).items():
             groups = self._hyper.on(bucket.steps.device, self.param_groups)
             for kind, members in self._by_kind(in_bucket, due).items():
-                update_bucket(
+                update = prepared_update(
                     bucket,
                     members,
                     grads if len(members) == len(entries) else [grad_of[entry] for entry in members],
@@ -475,13 +498,56 @@ class AdaHessian(Observable, FollowsGradScaler):
                     grad_scale=None if grad_scale is None else grad_scale.to(bucket.device),
                     found_inf=None if found_inf is None else found_inf.to(bucket.device),
                 )
+                updates.append(update)
+        count = partial(self._count_step, set(map(_GROUP, entries)), found_inf)
+        return [*chain.from_iterable(zip(*updates, strict=True)), count, partial(self._settle, entries)]
+
+    def _before_update(self, entries: Sequence[Entry], grads: Sequence[Tensor], due: Sequence[bool]) -> Iterable[Part]:
+        """What a subclass does first in a step that is taken (with ``capturable``: that the device may still skip)."""
+        return ()
+
+    def _settle(self, entries: Sequence[Entry]) -> None:
+        if self._uncertain is not None and self._uncertain[0].device.type == "cpu":
+            self._settle_count()
         self._stepped = entries
-        self._count_step(set(map(_GROUP, entries)), found_inf)
+
+    def _close(self) -> None:
+        """Be ready for the gradients of the next step."""
+        self._forget()
+        self._leave()
+        if self._ranks is not None:
+            self._ranks.stepped()
+
+    def _end(self, entries: Sequence[Entry], due: Sequence[bool]) -> None:
+        """Tell of what was not as one expects; warnings may be errors."""
         if any(due):
             self._warn_of_missed(entries)
+            self._tell_of_missed()
 
-    def _before_update(self, entries: Sequence[Entry], grads: Sequence[Tensor], due: Sequence[bool]) -> None:
-        """What a subclass does first in a step that is taken (with ``capturable``: that the device may still skip)."""
+    def _finish(self, parts: Parts, loss: Any) -> Any:
+        """Do what is left of a step and return the loss.
+
+        An error that comes when something is updated is raised when all else is, if that can be done without another;
+        if not, the next :meth:`step` goes on from there.
+        """
+        try:
+            parts.do()
+        except BaseException:
+            if parts.begun:
+                try:
+                    with contextlib.suppress(Exception):
+                        parts.do()
+                finally:
+                    self._unfinished = parts, loss, self._grad_versions()
+            raise
+        return loss
+
+    def _has_still(self, grads: Sequence[tuple[Tensor | None, int]]) -> bool:
+        """Whether gradients are those of a step that has failed; GradScaler writes to them each time it looks."""
+        now, scaled = self._grad_versions(), getattr(self, "found_inf", None) is not None
+        return len(now) == len(grads) and all(
+            g is h and (scaled or v == w) for (g, v), (h, w) in zip(now, grads, strict=True)
+        )
 
     def _by_kind(self, entries: Sequence[Entry], due: Sequence[bool]) -> dict[str, list[Entry]]:
         """Split entries by where the curvature of this step comes from."""

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from operator import attrgetter
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
+from operator import attrgetter, methodcaller
 from typing import Any
 
 import torch
@@ -15,6 +17,32 @@ from .layout import MEAN, Bucket, Entry
 from .segments import Hyper, Steps
 
 _PARAM = attrgetter("param")
+_CALL = methodcaller("__call__")
+Part = Callable[[], Any]  # returns None, or the parts that are to be done in its place
+
+
+class Parts:
+    """What is left to do of a step, in this order.
+
+    A part that raises is left, with those after it, to be done again: what it cannot do twice is the last it does.
+    """
+
+    def __init__(self, parts: Iterable[Part]) -> None:
+        self._left = deque(parts)
+        self.begun = False
+
+    def do(self) -> None:
+        """Do what is left."""
+        while self._left:
+            results: list[Any] = []
+            try:
+                # Called and noted with no Python code between, where Ctrl-C would come after an op that goes unnoticed.
+                results.extend(map(_CALL, (self._left[0],)))
+            finally:
+                if results:
+                    self._left.popleft()
+                    self._left.extendleft(reversed(results[0] or ()))
+                    self.begun |= results[0] is None
 
 
 class HyperTable:
@@ -50,7 +78,7 @@ class HyperTable:
         return [*map(float, (*numbers, group["unmeasured"] == "hold", clip, group["shrink"]))]
 
 
-def update_bucket(
+def prepared_update(
     bucket: Bucket,
     members: Sequence[Entry],
     grads: Sequence[Tensor],
@@ -63,8 +91,10 @@ def update_bucket(
     rounding_seed: int,
     grad_scale: Tensor | None,
     found_inf: Tensor | None,
-) -> None:
-    """Update some parameters of a bucket and their step counts.
+) -> tuple[Part, ...]:
+    """Prepare the update of some parameters of a bucket and their step counts.
+
+    Nothing is changed that a second call would not find or make the same.
 
     Args:
         bucket: where their states are.
@@ -78,9 +108,12 @@ def update_bucket(
         rounding_seed: Philox key of what all ranks draw alike.
         grad_scale: factor the gradients carry, and the curvature too unless it is marked as unscaled.
         found_inf: scalar on the device; nothing changes unless it is zero.
+
+    Returns:
+        The parts of the update: the op, what it leaves to be written, the counts, and what is kept for later steps.
     """
     grads = bucket.stored(members, grads)
-    hessians, diag, draw, sample = [], None, False, 0
+    hessians, diag, kept, draw, sample = [], None, None, False, 0
     if kind == "fresh" and bucket.diag is None and not curvature.folded:
         hessians, draw, sample = curvature.hessians(members), curvature.draw, curvature.sample
     elif kind == "fresh":
@@ -89,8 +122,8 @@ def update_bucket(
         diag = bucket.diag
     if kind == "fresh" and bucket.diag is not None:
         if grad_scale is not None and not curvature.unscaled:
-            diag.div_(grad_scale)
-        bucket.keep_diag(diag, members)
+            diag = diag / grad_scale
+        kept = diag
     diag_is_unscaled = kind == "stale" or bucket.diag is not None or (curvature is not None and curvature.unscaled)
     if grad_scale is not None and diag is not None and diag_is_unscaled:
         diag = diag * grad_scale  # the op divides both by it; gradients in 16 bits could not be divided here
@@ -122,21 +155,33 @@ def update_bucket(
     }
     if bucket.means is not None:
         _first_means(bucket, members, kind, arguments, backend)
-    backend.adahessian_step(**arguments)
-    if bucket.has_copied:
-        for entry, updated in zip(members, params, strict=True):
-            if entry.copied:
-                entry.param.copy_(updated)
-    torch.autograd.graph.increment_version(own)
-    if bucket.master is not None:
-        for entry in members:
-            entry.version = entry.param._version
-    bucket.count_step(members, with_curvature=kind != "hold", found_inf=found_inf)
-    if bucket.means is not None:
-        for entry in members:
-            entry.used_mean = bucket.means[entry.row].clone()
-        if kind != "hold":
+
+    def write() -> None:
+        if bucket.has_copied:
+            for entry, updated in zip(members, params, strict=True):
+                if entry.copied:
+                    entry.param.copy_(updated)
+        torch.autograd.graph.increment_version(own)
+        if bucket.master is not None:
+            for entry in members:
+                entry.version = entry.param._version
+        if bucket.means is not None:
+            for entry in members:
+                entry.used_mean = bucket.means[entry.row].clone()
+
+    def keep() -> None:
+        if kept is not None:
+            bucket.keep_diag(kept, members)
+        if bucket.means is not None and kind != "hold":
             _measure_means(bucket, members, bucket.exp_hessian_diag_sq, 0, groups, backend)
+
+    op = backend.adahessian_step
+    return (
+        partial(getattr(op, "_op", op), **arguments),  # a native op without the Python code around it
+        write,
+        partial(bucket.count_step, members, with_curvature=kind != "hold", found_inf=found_inf),
+        keep,
+    )
 
 
 def _first_means(

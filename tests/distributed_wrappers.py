@@ -208,6 +208,9 @@ def check_what_sharded_parameters_do_not_allow(ranks):
     model, opt = _sharded(ranks, block_size="tensor")
     with pytest.raises(ValueError, match=r"a cut after every . rows, .* goes through averaging blocks of 27"):
         closure(model, opt, x, y)
+    model, opt = _sharded(ranks, block_size="row")  # the row of a vector is all of it
+    with pytest.raises(ValueError, match=r'goes through .* expected block_size="auto" or 1 for it, in a group'):
+        closure(model, opt, x, y)
     for hvp in ("autograd", "forward_over_reverse"):
         exact = AdaHessian(model.parameters(), hvp=hvp)
         with pytest.raises(RuntimeError, match=rf'hvp="{hvp}" with sharded parameters .* expected hvp="finite_diff'):

@@ -299,6 +299,14 @@ def test_gradients_and_hooks_are_the_optimizers(device):
     assert called == [True, True]
 
 
+def test_a_loss_of_none_of_the_parameters_is_an_error():
+    """Nothing would be trained."""
+    mine, another = nn.Linear(3, 1), nn.Linear(3, 1)
+    step = TrainStep(mine, nn.functional.mse_loss, AdaHessian(another.parameters()), compile=False)
+    with pytest.raises(RuntimeError, match=r"shape \(1, 3\), \(1,\) are the optimizer's, but not in model or loss_fn"):
+        step(torch.ones(8, 3), torch.ones(8, 1))
+
+
 @pytest.mark.parametrize(
     ("change", "error", "match"),
     [

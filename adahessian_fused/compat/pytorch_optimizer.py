@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor
 from ..checks import CHOICES, check_choice, check_count
 from ..layout import Entry
 from ..state import ADAM, source_of
-from ..update import HyperTable
+from ..update import HyperTable, Part
 from .base import DropIn, Option
 
 
@@ -167,17 +168,20 @@ class AdaHessian(DropIn):
         step = int(group["step"])
         return step, step if group["faithful"] else math.ceil(step / group["update_each"])
 
-    def _before_update(self, entries: Sequence[Entry], grads: Sequence[Tensor], due: Sequence[bool]) -> None:
+    def _before_update(self, entries: Sequence[Entry], grads: Sequence[Tensor], due: Sequence[bool]) -> Iterator[Part]:
         for number, group in enumerate(self.param_groups):
             members = [i for i, entry in enumerate(entries) if entry.group == number]
             if members and group["weight_decay"] and not _in_kernel(group):
-                self._decay(group, [entries[i].param for i in members], [grads[i] for i in members])
+                yield partial(self._decay, group, [entries[i].param for i in members], [grads[i] for i in members])
         if self.param_groups[0]["faithful"]:
-            for entry in entries:
-                # The kernels correct by the Hessian updates so far, this step's included.
-                step = self.param_groups[entry.group]["step"]
-                entry.state["step"].fill_(step)
-                entry.state["hessian_step"].fill_(step if due[entry.group] else step + 1)
+            yield partial(self._as_counted, entries, due)
+
+    def _as_counted(self, entries: Sequence[Entry], due: Sequence[bool]) -> None:
+        for entry in entries:
+            # The kernels correct by the Hessian updates so far, this step's included.
+            step = self.param_groups[entry.group]["step"]
+            entry.state["step"].fill_(step)
+            entry.state["hessian_step"].fill_(step if due[entry.group] else step + 1)
 
     def _decay(self, group: Mapping[str, Any], params: list[Tensor], grads: list[Tensor]) -> None:
         """The decays of the original that the kernels do not know."""

@@ -152,11 +152,12 @@ def check_blocks(param: Tensor, block: int, name: str) -> None:
     if not is_sharded(param):
         return
     rows, _ = _cut(param)
+    otherwise = '"auto" or 1' if param.ndim == 1 else '"auto", "row" or 1'
     if param.ndim and rows < param.shape[0] and rows * math.prod(param.shape[1:]) % block:
         raise ValueError(
             f"a cut after every {rows} rows, or {rows * math.prod(param.shape[1:])} elements, of {name}, of shape "
-            f'{tuple(param.shape)}, goes through averaging blocks of {block}; expected block_size="auto" or "row", '
-            "whose blocks are parts of rows, or 1 for this parameter"
+            f"{tuple(param.shape)}, goes through averaging blocks of {block}; expected block_size={otherwise} for it, "
+            "in a group of its own"
         )
 
 

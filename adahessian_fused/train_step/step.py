@@ -91,7 +91,8 @@ class TrainStep:
         TypeError: ``optimizer`` is not an AdaHessian.
         ValueError: an argument is out of its range, ``hessian_fraction`` is not the optimizer's, or ``optimizer`` does
             not differentiate twice (``hvp``).
-        RuntimeError: from a call, with ``cuda_graph=True``: the step cannot be captured.
+        RuntimeError: from a call: the loss depends on no parameter of the optimizer; or, with ``cuda_graph=True``, the
+            step cannot be captured.
 
     Warns:
         UserWarning: from a call: a graph cannot be made, and this kind of step runs eagerly from now on.
@@ -208,6 +209,12 @@ class TrainStep:
             before = self._looked_at() if graphs else {}
             found = kind.differentiate(self._whole, [p for _, p in params], batch, draw, scale)
             self._written |= written_since(before, self._looked_at()) if graphs else set()
+        if all(grad is None for grad in found.grads):
+            shapes = ", ".join(str(tuple(p.shape)) for _, p in params[:3])
+            raise RuntimeError(
+                f"parameters of shape {shapes}{', ...' if params[3:] else ''} are the optimizer's, but not in model or "
+                "loss_fn, and nothing would be trained; expected an optimizer of parameters that the loss depends on"
+            )
         with torch.no_grad():
             self._hand_over(params, found, draw)
         if scale is None:
