@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import re
+import threading
 
 import pytest
 import strategies
@@ -178,3 +179,17 @@ def test_once_differentiable_functions_do_not_pass_as_linear(device):
     p = nn.Parameter(torch.ones(3, device=device))
     with pytest.raises(RuntimeError, match="once_differentiable cannot be differentiated twice"):
         AdaHessian([p]).backward(Once.apply(p).square().sum())
+
+
+@pytest.mark.filterwarnings("ignore:.*global hooks")
+@pytest.mark.parametrize("name", ["compiled", "mse_loss"])
+def test_forward_mode_beside_other_threads(name):
+    """Whose random numbers are told from this one's by a dispatch mode, which forward mode does not stand."""
+    done = threading.Event()
+    other = threading.Thread(target=done.wait)
+    other.start()
+    try:
+        test_operators_without_a_derivative_are_named(name, "forward_over_reverse")
+    finally:
+        done.set()
+        other.join()

@@ -77,7 +77,7 @@ class ForwardOverReverse:
     ) -> None:
         self._params, self._entries, self._backends, self._evaluate = params, entries, backends, evaluate
         self._probe: dict[str, Any] = {"probe": probe, "seed": seed}
-        self._replay = Replay()
+        self._replay = Replay(watch=False)
         self._products: list[Tensor | None] = []
 
     def __enter__(self) -> ForwardOverReverse:

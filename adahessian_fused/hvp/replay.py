@@ -74,11 +74,16 @@ class Replay:
     Weights that FSDP2 still has gathered from an earlier pass are dropped before a call, so that it sees what has been
     written to its parts since.
 
+    Args:
+        watch: where there are other threads, tell this one's random numbers from theirs. Not under forward-mode
+            differentiation: PyTorch crashes where a mode passes on an operator without a derivative.
+
     Attributes:
         precision: the 16-bit dtype that modules computed in, under autocast or FSDP2's policy; None if there was none.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, watch: bool = True) -> None:
+        self._watch = watch
         self._cpu = torch.get_rng_state()
         self._cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else None
         self._buffers: list[_Buffer] = []
@@ -99,11 +104,8 @@ class Replay:
         self._computes_in(_autocast())
         self.forget_gathered()
         # Only where other threads may draw from the same generators does it matter who has; looking takes time.
-        draws = (
-            _Draws()
-            if any(not t.daemon for t in threading.enumerate() if t is not threading.current_thread())
-            else None
-        )
+        others = any(not t.daemon for t in threading.enumerate() if t is not threading.current_thread())
+        draws = _Draws() if self._watch and others else None
         thread = threading.get_ident()
         handle = nn.modules.module.register_module_forward_pre_hook(
             lambda module, _: self._see(module, handle) if threading.get_ident() == thread else None
