@@ -24,12 +24,12 @@ def write(results: Path, pages: Path, extent: Extent) -> list[Path]:
         return []
     plots = pages / "paper"
     for stem, o in outcomes.items():
-        draw(o, plots / f"{stem}.svg")
+        draw(o, plots / f"{stem}.png")
         if "lr_scaling" in o.tables:
-            draw_sensitivity(o, plots / f"{stem}-sensitivity.svg")
+            draw_sensitivity(o, plots / f"{stem}-sensitivity.png")
     timed = [o for o in outcomes.values() if "cheap" in o.tables and o.results.step_times]
     if timed:
-        draw_time(timed, plots / "time.svg")
+        draw_time(timed, plots / "time.png")
     written = []
     for name, text in (("paper", paper_page.page(outcomes)), ("when_does_it_pay", pays_page.page(timed))):
         path = pages / f"{name}.md"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import re
 from pathlib import Path
 
@@ -11,13 +12,13 @@ HEAD = """<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewp
 <title>{title}</title><style>
 body {{ font: 16px/1.5 system-ui, sans-serif; max-width: 70rem; margin: 2rem auto; padding: 0 1rem; color: #222 }}
 table {{ border-collapse: collapse; display: block; overflow-x: auto; font-size: 0.9rem }}
-th, td {{ border: 1px solid #ccc; padding: 0.3rem 0.6rem }} svg {{ max-width: 100%; height: auto }}
+th, td {{ border: 1px solid #ccc; padding: 0.3rem 0.6rem }} img {{ max-width: 100%; height: auto }}
 </style>
 """
 
 
 def to_html(text: str, folder: Path) -> str:
-    """The page with the SVG files it shows, which are relative to ``folder``, inside."""
+    """The page with the plots it shows, which are relative to ``folder``, inside."""
     title = next(line[2:] for line in text.splitlines() if line.startswith("# "))
     body = MarkdownIt("commonmark").enable("table").render(text)
 
@@ -25,8 +26,6 @@ def to_html(text: str, folder: Path) -> str:
         path = folder / match[1]
         if not path.exists():
             return match[0]
-        svg = path.read_text()
-        # Names within a picture must differ from those of the others.
-        return re.sub(r'(id="|url\(#|href="#)', rf"\g<1>{path.stem}-", svg[svg.index("<svg") :])
+        return f'<img src="data:image/png;base64,{base64.b64encode(path.read_bytes()).decode()}"'
 
-    return HEAD.format(title=title) + re.sub(r'<img src="([^"]+\.svg)"[^>]*>', inline, body)
+    return HEAD.format(title=title) + re.sub(r'<img src="([^"]+\.png)"', inline, body)

@@ -80,7 +80,7 @@ def section(name: str, chosen: Sequence[Outcome]) -> str:
     for o in chosen:
         parts += [f"{o.task.title}, {o.task.metric}; {o.task.data}.", table(o), effects.listed(judge(o))]
         if name == "lr_scaling":
-            parts.append(f"![Scaled learning rates and block sizes](paper/{o.stem}-sensitivity.svg)")
+            parts.append(f"![Scaled learning rates and block sizes](paper/{o.stem}-sensitivity.png)")
     return "\n\n".join(part.strip() for part in parts)
 
 
@@ -96,7 +96,7 @@ def optimizers(chosen: Sequence[Outcome]) -> list[str]:
             parts.append("\n".join(f"* {about(o)}" for o in there))
             parts.append(tables.optimizers(there))
             parts.append(effects.listed([sentence for o in there for sentence in effects.optimizers(o)]))
-            parts += [f"![{o.task.title}: training curves](paper/{o.stem}.svg)" for o in there]
+            parts += [f"![{o.task.title}: training curves](paper/{o.stem}.png)" for o in there]
     return parts
 
 

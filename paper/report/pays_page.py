@@ -19,7 +19,7 @@ count, into AdamW's time. *Better* and *worse* are differences to AdamW in the t
 interval leaves out zero; *even* is all else. A setting is "in AdamW's time" if its measured time is at most
 {SLACK:g} times AdamW's.
 """
-PLOT = """![Validation loss over time](paper/time.svg)
+PLOT = """![Validation loss over time](paper/time.png)
 
 *Mean over the seeds, with the range. Dashed: fewer steps.*"""
 

@@ -11,6 +11,7 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # after the choice of the backend
 from matplotlib.axes import Axes
+from PIL import Image
 
 from bench.plots import COLOURS, STYLE
 
@@ -118,5 +119,6 @@ def _scores(panel: Axes, o: Outcome, table: Comparison) -> None:
 
 def _save(figure: plt.Figure, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, metadata={"Date": None})
+    figure.savefig(path, dpi=100)
+    Image.open(path).quantize(64).save(path, optimize=True)  # a quarter of the size
     plt.close(figure)
