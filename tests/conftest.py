@@ -20,6 +20,8 @@ sys.path.append(str(Path(__file__).parents[1]))  # for bench; behind an installe
 
 OPS = ("rademacher", "perturb", "hessian_diag", "adahessian_step")
 BACKENDS = {"cpu": ("reference", "native", "emulated", "triton"), "cuda": ("reference", "native", "triton")}
+# Of tests of the optimizer: every backend that is fast enough to run all of them, and interpreted Triton as well.
+ENGINES = {"engine": ("reference", "native"), "every_engine": ("reference", "native", "triton")}
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -45,9 +47,11 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    device = metafunc.config.getoption("--device")
+    for argument in ENGINES.keys() & set(metafunc.fixturenames):
+        metafunc.parametrize(argument, ENGINES[argument] if device == "cpu" else BACKENDS[device], indirect=True)
     if "backend" not in metafunc.fixturenames:
         return
-    device = metafunc.config.getoption("--device")
     marker = metafunc.definition.get_closest_marker("cases")
     if marker is None:
         metafunc.parametrize("backend", BACKENDS[device], indirect=True)
@@ -96,6 +100,15 @@ def device(request: pytest.FixtureRequest) -> str:
 def backend(request: pytest.FixtureRequest) -> SimpleNamespace:
     """One backend: its name and its ops."""
     return _require(request.param, request)
+
+
+@pytest.fixture
+def engine(request: pytest.FixtureRequest) -> str:
+    """The name of a backend for the optimizer."""
+    return _require(request.param, request).name
+
+
+every_engine = engine
 
 
 @pytest.fixture(scope="session")

@@ -1,8 +1,4 @@
-"""Small models, ways of stepping and Algorithm 1 by hand, for the tests of the optimizer.
-
-Import ``pytest_generate_tests`` from here into a test module, and its tests may ask for ``engine`` (every backend that
-is fast enough to run all of them) or ``every_engine`` (interpreted Triton as well).
-"""
+"""Small models, ways of stepping and Algorithm 1 by hand, for the tests of the optimizer."""
 
 from __future__ import annotations
 
@@ -10,37 +6,13 @@ import copy
 import math
 from collections.abc import Callable, Sequence
 
-import pytest
 import torch
 from cases import PLAIN
 from tolerances import assert_within, mean_bound, unit, update_bounds
 from torch import Tensor, nn
 
-from adahessian_fused import AdaHessian, backends
+from adahessian_fused import AdaHessian
 from adahessian_fused.reference import block_mean, rademacher_signs
-
-ENGINES = {
-    ("engine", "cpu"): ("reference", "native"),
-    ("every_engine", "cpu"): ("reference", "native", "triton"),
-    ("engine", "cuda"): ("reference", "native", "triton"),
-    ("every_engine", "cuda"): ("reference", "native", "triton"),
-}
-
-
-def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    device = metafunc.config.getoption("--device")
-    required = metafunc.config.getoption("--require").split(",")
-    for argument in {"engine", "every_engine"}.intersection(metafunc.fixturenames):
-        reasons = {name: backends.unavailable_reason(name, device) for name in ENGINES[argument, device]}
-        skips = {
-            name: [pytest.mark.skip(reason=f"backend {name} cannot run here: {why}")] for name, why in reasons.items()
-        }
-        values = [
-            pytest.param(name, marks=[] if why is None or name in required else skips[name])
-            for name, why in reasons.items()
-        ]
-        metafunc.parametrize(argument, values)
-
 
 # ---- models and data ------------------------------------------------------------------------------------------------
 

@@ -6,16 +6,7 @@ import copy
 
 import pytest
 import torch
-from models import (
-    assert_same,
-    conv_net,
-    fresh,
-    loss_of,
-    mlp,
-    pytest_generate_tests,  # noqa: F401
-    train,
-    weights,
-)
+from models import assert_same, conv_net, fresh, loss_of, mlp, train, weights
 from torch import nn
 
 from adahessian_fused import AdaHessian

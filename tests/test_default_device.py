@@ -6,7 +6,7 @@ import contextlib
 
 import pytest
 import torch
-from models import assert_same, batch, conv_net, mlp, pytest_generate_tests  # noqa: F401
+from models import assert_same, batch, conv_net, mlp
 from torch import nn
 
 from adahessian_fused import AdaHessian, TrainStep, adahessian, check_hvp, hutchinson_diagonal

@@ -13,7 +13,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from models import pytest_generate_tests  # noqa: F401
 from torch import nn
 
 from adahessian_fused import AdaHessian

@@ -4,16 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from models import (
-    assert_same,
-    fresh,
-    loss_of,
-    mlp,
-    probe,
-    pytest_generate_tests,  # noqa: F401
-    train,
-    weights,
-)
+from models import assert_same, fresh, loss_of, mlp, probe, train, weights
 
 from adahessian_fused import AdaHessian, hutchinson_diagonal
 

@@ -4,12 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from models import (
-    assert_same,
-    fresh,
-    pytest_generate_tests,  # noqa: F401
-    weights,
-)
+from models import assert_same, fresh, weights
 from torch import nn
 
 from adahessian_fused import AdaHessian

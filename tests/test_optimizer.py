@@ -6,14 +6,7 @@ from typing import ClassVar
 
 import pytest
 import torch
-from models import (
-    assert_same,
-    fresh,
-    loss_of,
-    mlp,
-    pytest_generate_tests,  # noqa: F401
-    train,
-)
+from models import assert_same, fresh, loss_of, mlp, train
 from torch import nn
 
 from adahessian_fused import AdaHessian

@@ -4,13 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from models import (
-    assert_same,
-    fresh,
-    mlp,
-    pytest_generate_tests,  # noqa: F401
-    train,
-)
+from models import assert_same, fresh, mlp, train
 from torch import nn
 
 from adahessian_fused import AdaHessian

@@ -8,17 +8,7 @@ import pickle
 import numpy as np
 import pytest
 import torch
-from models import (
-    assert_same,
-    conv_net,
-    fresh,
-    loss_of,
-    mlp,
-    probe,
-    pytest_generate_tests,  # noqa: F401
-    train,
-    weights,
-)
+from models import assert_same, conv_net, fresh, loss_of, mlp, probe, train, weights
 from seeds import manual_seed
 from torch import nn
 

@@ -15,7 +15,6 @@ from models import (
     fresh,
     loss_of,
     mlp,
-    pytest_generate_tests,  # noqa: F401
     train,
     weights,
 )

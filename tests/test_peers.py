@@ -9,16 +9,7 @@ import itertools
 import originals
 import pytest
 import torch
-from models import (
-    conv_net,
-    fresh,
-    loss_of,
-    mlp,
-    probe,
-    pytest_generate_tests,  # noqa: F401
-    train,
-    weights,
-)
+from models import conv_net, fresh, loss_of, mlp, probe, train, weights
 from tolerances import assert_trajectory, growth, nudge
 
 from adahessian_fused import AdaHessian

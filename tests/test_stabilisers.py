@@ -7,14 +7,7 @@ import math
 
 import pytest
 import torch
-from models import (
-    conv_net,
-    fresh,
-    mlp,
-    pytest_generate_tests,  # noqa: F401
-    train,
-    weights,
-)
+from models import conv_net, fresh, mlp, train, weights
 from torch import nn
 
 from adahessian_fused import AdaHessian, adahessian

@@ -8,16 +8,7 @@ import pickle
 
 import pytest
 import torch
-from models import (
-    STYLES,
-    assert_same,
-    conv_net,
-    fresh,
-    mlp,
-    pytest_generate_tests,  # noqa: F401
-    train,
-    weights,
-)
+from models import STYLES, assert_same, conv_net, fresh, mlp, train, weights
 from tolerances import assert_within
 from torch import nn
 

@@ -10,15 +10,7 @@ import pickle
 
 import pytest
 import torch
-from models import (
-    assert_same,
-    fresh,
-    loss_of,
-    mlp,
-    pytest_generate_tests,  # noqa: F401
-    train,
-    weights,
-)
+from models import assert_same, fresh, loss_of, mlp, train, weights
 from test_state import moments, through_file
 from tolerances import assert_within, norm_bound
 from torch import nn

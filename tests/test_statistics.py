@@ -7,16 +7,7 @@ import math
 
 import pytest
 import torch
-from models import (
-    batch,
-    conv_net,
-    fresh,
-    loss_of,
-    mlp,
-    pytest_generate_tests,  # noqa: F401
-    train,
-    weights,
-)
+from models import batch, conv_net, fresh, loss_of, mlp, train, weights
 from torch import nn
 
 from adahessian_fused import AdaHessian

@@ -14,18 +14,7 @@ from pathlib import Path
 import pytest
 import strategies
 import torch
-from models import (
-    STYLES,
-    assert_same,
-    conv_net,
-    fresh,
-    loss_of,
-    mlp,
-    probe,
-    pytest_generate_tests,  # noqa: F401
-    train,
-    weights,
-)
+from models import STYLES, assert_same, conv_net, fresh, loss_of, mlp, probe, train, weights
 from strategies import BOUND, CASES, compare, exact, found, optimizer, step
 from tolerances import assert_error, relative_error
 from torch import nn

@@ -6,17 +6,7 @@ from contextlib import nullcontext
 
 import pytest
 import torch
-from models import (
-    STYLES,
-    assert_same,
-    conv_net,
-    fresh,
-    loss_of,
-    mlp,
-    pytest_generate_tests,  # noqa: F401
-    train,
-    weights,
-)
+from models import STYLES, assert_same, conv_net, fresh, loss_of, mlp, train, weights
 
 from adahessian_fused import curvature_friendly
 

@@ -8,7 +8,6 @@ import warnings
 
 import pytest
 import torch
-from models import pytest_generate_tests  # noqa: F401
 from torch import nn
 
 from adahessian_fused import AdaHessian, adahessian, compat
