@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from . import hvp
-from .layout import Bucket, Entry
+from .bucket import Bucket, Entry
 from .reference import block_mean, rademacher_signs
 from .segments import Segment, Steps
 
@@ -337,21 +337,33 @@ class Curvature:
         )
         return compact
 
-    def settle(self) -> None:
+    def follow(self, pairs: Sequence[tuple[Entry, Entry]]) -> Callable[[], None]:
+        """Prepare for parameters that are laid out anew; what is returned completes it.
+
+        Args:
+            pairs: old and new entry of each parameter; the old ones will become what the new ones are.
+
+        Raises:
+            RuntimeError: a parameter's diagonal has been averaged in another way than its new entry asks for.
+        """
+        if any(old.probe_words() != new.probe_words() for old, new in pairs if old in self.products):
+            self._settle()
+        diags, entries = self._moved(pairs), {old for old, _ in pairs}
+
+        def move() -> None:
+            self.diags = diags
+            self.products = {entry: h for entry, h in self.products.items() if entry in entries}
+
+        return move
+
+    def _settle(self) -> None:
         """Multiply pending products by their probe, while it can be drawn: its words are about to change."""
         if self.products and self.draw:
             z = draw_probe(list(self.products), self._backends, probe="rademacher", seed=self._seed, sample=self.sample)
             self.products, self.draw = {entry: h * z[entry] for entry, h in self.products.items()}, False
 
-    def moved(self, pairs: Sequence[tuple[Entry, Entry]]) -> dict[Bucket, Tensor]:
-        """The folded diagonals in the buckets of parameters that are laid out anew.
-
-        Args:
-            pairs: old and new entry of each parameter.
-
-        Raises:
-            RuntimeError: a parameter's diagonal has been averaged in another way than its new entry asks for.
-        """
+    def _moved(self, pairs: Sequence[tuple[Entry, Entry]]) -> dict[Bucket, Tensor]:
+        """Return the folded diagonals in the buckets of parameters that are laid out anew."""
         diags: dict[Bucket, Tensor] = {}
         for old, new in pairs:
             if old.bucket not in self.diags:

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from . import backends, hvp
+from .bucket import MEAN, Entry, make_buckets
 from .checks import CHOICES, check_block_size, check_choice, check_count, check_param, check_stabilisers
 from .curvature import Curvature, by_bucket, initial_seed
-from .layout import MEAN, Entry, make_buckets
+from .layout import block_length
 from .update import HyperTable, Parts, prepared_update
 
 
@@ -30,7 +31,7 @@ def _entries(
     for i, p in enumerate(params):
         check_param(p, f"params[{i}]")
         entry = Entry(p, f"params[{i}]", i, 0, {} if states is None else states[i])
-        entry.describe(block_size, averaging)
+        entry.describe(block_length(p.shape, block_size), averaging)
         entries.append(entry)
     make_buckets(entries, with_states=states is not None, state_dtype=state_dtype, keep_means=keep_means)
     return entries

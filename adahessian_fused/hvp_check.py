@@ -279,7 +279,7 @@ class _Run:
     def gathered(self, seed: int) -> tuple[Tensor, Tensor]:
         """Gradient and Hz, all parameters in one vector each."""
         opt = self.once(seed)
-        products = {id(entry.param): h for entry, h in opt._curvature.products.items()}
+        products = {id(entry.param): h for entry, h in opt.coming_step.curvature.products.items()}
         return _flat([p.grad for p in self.params], self.params), _flat(
             [products.get(id(p)) for p in self.params], self.params
         )

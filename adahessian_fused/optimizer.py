@@ -1,32 +1,34 @@
-"""The optimizer: schedules, styles of stepping and state; no arithmetic (that is the backends')."""
+"""The optimizer: what it is given, who gives g and D, who updates; no arithmetic (that is the backends')."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
-from itertools import chain, repeat
-from operator import attrgetter, is_, is_not
-from typing import TYPE_CHECKING, Any
+from operator import attrgetter
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from . import backends, hvp
-from .amp import FollowsGradScaler
-from .checks import check_grad, check_group, check_hvp_dtype, check_param, check_state_dtype
-from .curvature import Curvature, by_bucket, initial_seed
+from . import amp, backends, closures, hooks, state, statistics
+from .backward import backward, backward_split
+from .bucket import Entry
+from .checks import check_given_diagonal, check_state_dtype
+from .curvature import initial_seed
 from .distributed import sharded
 from .distributed.ranks import Ranks, agreed, several_ranks
-from .layout import Entry, Found, block_length, kernels_of, make_buckets, stored_dtype
-from .statistics import Observable
-from .update import HyperTable, Part, Parts, prepared_update
+from .hessian_step import Gathered, HessianStep, NoCurvatureError
+from .layout import ParameterLayout, kernels_of
+from .profiling import profiled
+from .record import Versions, versions
+from .update import HyperTable, Part, Parts, prepared_updates
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
     from torch.nn.parallel import DistributedDataParallel
 
-_LAYOUT, _GRAD, _GROUP = attrgetter("layout"), attrgetter("grad"), attrgetter("group")
+_GROUP = attrgetter("group")
 # Its name differs between versions of torch, which have one or the other or both.
 _check_graph_capture = next(
     vars(torch.optim.Optimizer)[name]
@@ -34,26 +36,8 @@ _check_graph_capture = next(
     if name in vars(torch.optim.Optimizer)
 )
 
-# Options that hold for the whole optimizer although they are stored in every parameter group.
-_OPTIMIZER_WIDE = (
-    *("n_samples", "probe", "seed", "hvp", "hvp_dtype", "hessian_fraction", "fd_epsilon"),
-    *("capturable", "master_weights", "probe_per_rank"),
-)
 
-
-def _keeps_diag(group: dict[str, Any]) -> bool:
-    """Whether the diagonal of a Hessian step is used on the steps after it."""
-    return group["off_step"] == "stale" and group["update_each"] > 1
-
-
-def _names(group: dict[str, Any], number: int) -> Sequence[str]:
-    """What to call the parameters of a group; the names it was made with do not tell once its list was edited."""
-    names: Sequence[str] = group.get("param_names", ())
-    count = len(group["params"])
-    return names if len(names) == count else [f"parameter {i} of group {number}" for i in range(count)]
-
-
-class AdaHessian(Observable, FollowsGradScaler):
+class AdaHessian(torch.optim.Optimizer):
     """AdaHessian (Yao et al. 2021, Algorithm 1) on fused kernels.
 
     ::
@@ -148,6 +132,11 @@ class AdaHessian(Observable, FollowsGradScaler):
         torch.Size([1, 3])
     """
 
+    layout_type: ClassVar[type[ParameterLayout]] = ParameterLayout
+    table_type: ClassVar[type[HyperTable]] = HyperTable
+    state_dtype: torch.dtype | None = None  # of what was pickled before there was such an option
+    _ranks: Ranks | None = None
+
     def __init__(
         self,
         params: Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]] | nn.Module,
@@ -218,178 +207,48 @@ class AdaHessian(Observable, FollowsGradScaler):
 
     def _agree_on_seed(self, *, given: bool) -> None:
         """Take the first rank's seed, where ranks train one model together: they draw alike, or apart on purpose."""
-        groups = sharded.groups_of(self._params()) if self._ranks is None else [self._ranks.group]
+        groups = sharded.groups_of(self.layout.params()) if self._ranks is None else [self._ranks.group]
         seed = self.param_groups[0]["seed"]
         if groups:
-            seed = agreed(seed, groups, next(self._params()).device)
+            seed = agreed(seed, groups, next(self.layout.params()).device)
         elif not given and several_ranks():  # nobody to ask; what averages gradients needs the same probe everywhere
             seed = 0
         for options in (self.defaults, *self.param_groups):
             options["seed"] = seed
 
-    # ---- parameters and their layout ---------------------------------------------------------------------------------
-
     def _reset(self) -> None:
         """Forget everything that can be derived from ``state`` and ``param_groups``."""
-        super()._reset()
-        self._entries: dict[int, Entry] = {}  # by id of the parameter, whose own hash is slow
-        self._seen: tuple[list[dict[str, Any]], list[Any]] = [], []
-        self._hyper = HyperTable()
-        self._tools = backends.ByDevice(self.backend)
-        self._options: list[tuple[int | str, str, bool, bool, int]] = []
-        self._placed: list[Tensor] = []
-        self._found = Found()
+        self.layout = self.layout_type(
+            self,
+            backends.ByDevice(self.backend),
+            self._kernels,
+            self.state_dtype,
+            on_all_ranks=self._ranks is not None,
+        )
+        self.coming_step = HessianStep(self.layout, self._ranks)
+        self._table = self.table_type()
+        self._warned: set[str] = set()  # names of parameters whose curvature was not finite
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a parameter group; checked as a whole, and not added if anything is wrong with it."""
         if isinstance(param_group["params"], nn.Module):
-            self._kernels = {**self._kernels, **kernels_of(param_group["params"])}
+            self._kernels.update(kernels_of(param_group["params"]))
             param_group["params"] = param_group["params"].parameters()
         super().add_param_group(param_group)
-        group = self.param_groups[-1]
         try:
-            check_group(group)
-            for name in _OPTIMIZER_WIDE:
-                first = self.param_groups[0][name]
-                if group[name] != first:
-                    raise ValueError(f"{name}={group[name]!r}; expected {first!r}, it is the same for all groups")
-            sharded.check_options(group, has_group=self._ranks is not None)
-            number = len(self.param_groups) - 1
-            if len(set(map(id, group["params"]))) < len(group["params"]):
-                raise ValueError(f"group {number} has a parameter more than once; expected it in one place")
-            for i, p in enumerate(group["params"]):
-                if p.requires_grad:
-                    check_param(p, f"parameter {i} of group {number}")
-                    stored_dtype(p.dtype, self.state_dtype)
-                    check_hvp_dtype(group["hvp_dtype"], group["hvp"], p.dtype)
-                    backends.choose(self.backend, p.device.type)
+            self.layout.check_added()
         except (TypeError, ValueError, RuntimeError):
             self.param_groups.pop()
             raise
+        group = self.param_groups[-1]
         group["step"] = 0  # whatever another optimizer has counted in this dict
         if self._ranks is not None:
             self._ranks.watch([p for p in group["params"] if p.requires_grad])
-        self._leave()
-
-    def _ensure(self, params: Sequence[Tensor]) -> list[Entry]:
-        """The entries of parameters; the buckets are rebuilt if anything about them or the groups changed."""
-        options = [
-            (group["block_size"], group["averaging"], _keeps_diag(group), group["shrink"] > 0, len(group["params"]))
-            for group in self.param_groups
-        ]
-        parts = [sharded.local(p) for p in params] if sharded.any_sharded(params) else params
-        as_before = options == self._options and all(map(is_, self._params(), self._placed))
-        found = self._found.entries(params, parts, self._entries) if as_before and not self._state_replaced() else None
-        if found is None:
-            self._rebuild(params)
-            self._options, self._placed, self._found = options, list(self._params()), Found()
-            found = [self._entries[id(p)] for p in params]
-        return found
-
-    def _params(self) -> Iterator[Tensor]:
-        return chain.from_iterable(group["params"] for group in self.param_groups)
-
-    def _state_contents(self) -> tuple[list[dict[str, Any]], list[Any]]:
-        states = list(self.state.values())
-        return states, list(chain.from_iterable(map(dict.values, states)))
-
-    def _state_replaced(self) -> bool:
-        """Whether ``state``, or anything in it, is another object than after the last rebuild."""
-        now, (states, contents) = self.state.values(), self._seen
-        return not (
-            len(now) == len(states)
-            and sum(map(len, now)) == len(contents)
-            and all(map(is_, now, states))
-            and all(map(is_, chain.from_iterable(map(dict.values, now)), contents))
-        )
-
-    @torch.no_grad()
-    def _rebuild(self, params: Iterable[Tensor]) -> None:
-        """Sort all parameters that have had a gradient, before a checkpoint too, into new buckets with their state.
-
-        An error leaves everything as it was.
-        """
-        wanted = set(params).union(p for p, state in self.state.items() if "exp_avg" in state)
-        if self._ranks is not None:  # the same layout on all of them, whatever each has used
-            wanted.update(p for _, p in self._trained())
-        new = self._described(wanted)
-        first = self.param_groups[0]
-        make_buckets(
-            new.values(),
-            capturable=first["capturable"],
-            master_weights=first["master_weights"],
-            keep_diag=any(_keeps_diag(group) for group in self.param_groups),
-            keep_means=any(group["shrink"] > 0 for group in self.param_groups),
-            state_dtype=self.state_dtype,
-        )
-        pairs = [(entry, new[key]) for key, entry in self._entries.items() if key in new]
-        for old, fresh in pairs:
-            fresh.missed.copy_(old.missed)
-            fresh.used_mean = old.used_mean
-        curvature, diags = self._curvature, {}
-        if curvature is not None:
-            if any(old.probe_words() != fresh.probe_words() for old, fresh in pairs if old in curvature.products):
-                curvature.settle()
-            diags = curvature.moved(pairs)
-        self._lay_out(new, pairs)
-        if curvature is not None:
-            curvature.diags = diags
-            curvature.products = {e: h for e, h in curvature.products.items() if self._entries.get(id(e.owner)) is e}
-
-    def _described(self, wanted: set[Tensor]) -> dict[int, Entry]:
-        """New entries of parameters, as the groups are now; everything about them is checked."""
-        entries: dict[int, Entry] = {}
-        param_id = 0
-        for number, group in enumerate(self.param_groups):
-            check_group(group)
-            for name, p in zip(_names(group, number), group["params"], strict=True):
-                if p in wanted:
-                    if id(p) in entries:
-                        raise ValueError(f"{name} is {entries[id(p)].name}, too; expected it in one place")
-                    check_param(p, name)
-                    self._tools[p.device.type]  # raises where no backend can run
-                    entry = entries[id(p)] = Entry(p, name, param_id, number, self.state.get(p, {}))
-                    entry.describe(group["block_size"], group["averaging"], self._kernel_of(p))
-                param_id += 1
-        return entries
-
-    def _lay_out(self, new: dict[int, Entry], pairs: Sequence[tuple[Entry, Entry]]) -> None:
-        """Put new entries in the place of the old ones, which stay the same objects, and their views into ``state``."""
-        if len(pairs) < len(self._entries) or any(old.group != fresh.group for old, fresh in pairs):
-            self._stepped = []  # by other hyperparameters than those of their groups now
-        for entry in self._entries.values():
-            if id(entry.owner) not in new:  # not in any group; its state shall not keep all buffers alive
-                entry.state.update({k: x.clone() for k, x in entry.state.items() if isinstance(x, Tensor)})
-        for old, fresh in pairs:
-            old.become(fresh)
-            new[id(old.owner)] = old
-        for entry in new.values():
-            entry.publish()
-            self.state[entry.owner] = entry.state
-        self._entries, self._seen = new, self._state_contents()
-
-    def _with_gradients(self) -> tuple[list[Entry], list[Tensor]]:
-        """The parameters that have a gradient, and their gradients."""
-        params = list(self._params())
-        grads = list(map(_GRAD, params))
-        if not all(map(is_not, grads, repeat(None))):
-            params = [p for p, grad in zip(params, grads, strict=True) if grad is not None]
-            grads = [grad for grad in grads if grad is not None]
-        entries = self._ensure(params) if params else []
-        if not set(map(_LAYOUT, grads)) <= {torch.strided}:
-            for entry, grad in zip(entries, grads, strict=True):
-                check_grad(grad, entry.name)
-        if sharded.any_sharded(params):
-            grads = [sharded.part_of(grad, p) for grad, p in zip(grads, params, strict=True)]
-        return entries, grads
+        self.coming_step.begin()
 
     def __repr__(self) -> str:
         """As ``torch.optim.Optimizer``'s, and what is averaged over blocks."""
-        averaged = []
-        for number, group in enumerate(self.param_groups):
-            for name, p in zip(_names(group, number), group["params"], strict=True):
-                b = min(block_length(p.shape, group["block_size"], self._kernel_of(p)), p.numel())
-                averaged += [f"{name} ({b})"] if b > 1 else []
+        averaged = self.layout.blocks()
         more = f" and {len(averaged) - 8} more" if len(averaged) > 8 else ""
         text = super().__repr__().removesuffix(")")
         return f"{text}Averaged over blocks: {', '.join(averaged[:8]) or 'nothing'}{more}\n)"
@@ -413,153 +272,349 @@ class AdaHessian(Observable, FollowsGradScaler):
         gradients, until it returns.
         """
         _check_graph_capture(self)
+        coming = self.coming_step
         try:
-            return self._take(closure, hessian)
-        except BaseException:
-            self._drop_scale()
+            if coming.unfinished is not None:
+                (parts, loss, grads), coming.unfinished = coming.unfinished, None
+                if self._are_still(grads):
+                    return self._do(parts, loss)
+            loss = None if closure is None else closures.run(self, closure)
+            if hessian is not None:
+                self._check_given_diagonal()
+            gathered = coming.finish(hessian)  # g and D
+            return self._do(self._update(gathered), loss) if gathered.entries else loss
+        except BaseException as error:
+            if isinstance(error, NoCurvatureError) and closure is None and state.is_blank_step(self.layout):
+                return None  # the states are made, and nothing is counted
+            amp.drop_scale(self)
             raise
 
-    def _take(self, closure: Callable[[], Any] | None, hessian: Sequence[Tensor | None] | None) -> Any:
-        unfinished, self._unfinished = self._unfinished, None
-        if unfinished is not None and self._has_still(unfinished[2]):
-            return self._finish(*unfinished[:2])
-        loss = None if closure is None else self._evaluate(closure)
-        if not self.state and closure is None and self._is_blank():
-            return loss
-        self._average_local(hessian)
-        entries, grads = self._with_gradients()
-        if not entries:
-            return loss
-        due = self._due()
-        if hessian is None:
-            self._from_backward(entries, grads, due)
-        else:
-            self._from_user(hessian, entries)
-            due = [True] * len(due)
-        hvp.release_graph(grads)
-        self._average_curvature(due)
-        return self._finish(self._parts(entries, grads, due, self._curvature), loss)
-
-    def _is_blank(self) -> bool:
-        """Whether the first step has lr = 0 and gradients of zero, by which torch.distributed.checkpoint makes states.
-
-        They are made, and nothing is counted.
-        """
-        grads = [(p, p.grad) for _, p in self._trained() if p.grad is not None]
-        still = all(float(group["lr"]) == 0 for group in self.param_groups)
-        if not still or not grads or any(g.requires_grad or bool(sharded.part_of(g, p).any()) for p, g in grads):
-            return False
-        self._ensure([p for p, _ in grads])
-        return True
-
-    def _parts(
-        self, entries: Sequence[Entry], grads: list[Tensor], due: Sequence[bool], curvature: Curvature | None
-    ) -> Parts:
-        """What there is to do now that gradients and curvature are known."""
-        grad_scale, found_inf = self._scale_and_flag(curvature)
-        end = partial(self._end, entries, due)
+    def _update(self, gathered: Gathered) -> Parts:
+        """Return what is to be done to parameters and states, now that gradients and curvature are known."""
+        entries, grads, due, curvature = gathered
+        grad_scale, found_inf = amp.scale_and_flag(self, self.coming_step, curvature)
+        end = partial(self._warn, entries, due)
         if found_inf is not None and not self.param_groups[0]["capturable"]:
             if found_inf.item() != 0:
-                return Parts([self._close, end])
+                return Parts([self.coming_step.close, end])
             found_inf = None
         if curvature is not None:
-            self._refuse_nonfinite(curvature, [entry for entry in entries if due[entry.group]])
-        prepare = partial(self._prepare, entries, grads, due, curvature, grad_scale, found_inf)
-        return Parts([*self._before_update(entries, grads, due), prepare, self._close, end])
-
-    def _prepare(
-        self,
-        entries: Sequence[Entry],
-        grads: list[Tensor],
-        due: Sequence[bool],
-        curvature: Curvature | None,
-        grad_scale: Tensor | None,
-        found_inf: Tensor | None,
-    ) -> list[Part]:
-        """The updates of all buckets, after everything in them that needs memory or may fail."""
-        rescaled = grad_scale is not None and curvature is not None and curvature.unscaled
-        if curvature is not None and (rescaled or curvature.must_fold(self._entries.values())):
-            curvature.fold()
-        grad_of = dict(zip(entries, grads, strict=True))
-        updates = []
-        for bucket, in_bucket in by_bucket(entries).items():
-            groups = self._hyper.on(bucket.steps.device, self.param_groups)
-            for kind, members in self._by_kind(in_bucket, due).items():
-                update = prepared_update(
-                    bucket,
-                    members,
-                    grads if len(members) == len(entries) else [grad_of[entry] for entry in members],
-                    kind,
-                    curvature,
-                    groups,
-                    self._tools[bucket.device.type],
-                    seed=self._probe_seed,
-                    rounding_seed=self.param_groups[0]["seed"],
-                    grad_scale=None if grad_scale is None else grad_scale.to(bucket.device),
-                    found_inf=None if found_inf is None else found_inf.to(bucket.device),
-                )
-                updates.append(update)
-        count = partial(self._count_step, set(map(_GROUP, entries)), found_inf)
-        return [*chain.from_iterable(zip(*updates, strict=True)), count, partial(self._settle, entries)]
+            fresh = [entry for entry in entries if due[entry.group]]
+            statistics.refuse_nonfinite(curvature, fresh, self.param_groups)
+        updates = partial(
+            prepared_updates,
+            *gathered,
+            self.layout,
+            self._table,
+            seed=self.coming_step.probe_seed,
+            grad_scale=grad_scale,
+            found_inf=found_inf,
+        )
+        count = partial(self.coming_step.schedule.count, set(map(_GROUP, entries)), found_inf)
+        settle = partial(self._settle, entries)
+        return Parts([*self._before_update(entries, grads, due), updates, count, settle, self.coming_step.close, end])
 
     def _before_update(self, entries: Sequence[Entry], grads: Sequence[Tensor], due: Sequence[bool]) -> Iterable[Part]:
-        """What a subclass does first in a step that is taken (with ``capturable``: that the device may still skip)."""
+        """Return what a subclass does first in a step that is taken, or with ``capturable`` may still be skipped."""
         return ()
 
+    def _check_given_diagonal(self) -> None:
+        """Raise if there are options that a diagonal of the user's would leave without effect."""
+        check_given_diagonal(self.param_groups[0])
+
     def _settle(self, entries: Sequence[Entry]) -> None:
-        if self._uncertain is not None and self._uncertain[0].device.type == "cpu":
-            self._settle_count()
-        self._stepped = entries
+        self.coming_step.schedule.settle_on_host()
+        self.layout.stepped = entries
 
-    def _close(self) -> None:
-        """Be ready for the gradients of the next step."""
-        self._forget()
-        self._leave()
-        if self._ranks is not None:
-            self._ranks.stepped()
-
-    def _end(self, entries: Sequence[Entry], due: Sequence[bool]) -> None:
+    def _warn(self, entries: Sequence[Entry], due: Sequence[bool]) -> None:
         """Tell of what was not as one expects; warnings may be errors."""
         if any(due):
-            self._warn_of_missed(entries)
-            self._tell_of_missed()
+            statistics.warn_of_nonfinite(entries, self._warned)
+            self.coming_step.schedule.warn_of_missed()
 
-    def _finish(self, parts: Parts, loss: Any) -> Any:
-        """Do what is left of a step and return the loss.
-
-        An error that comes when something is updated is raised when all else is, if that can be done without another;
-        if not, the next :meth:`step` goes on from there.
-        """
+    def _do(self, parts: Parts, loss: Any) -> Any:
+        """Do what is left of a step and return the loss; if that fails half-way, the next :meth:`step` goes on."""
         try:
-            parts.do()
+            parts.finish()
         except BaseException:
             if parts.begun:
-                try:
-                    with contextlib.suppress(Exception):
-                        parts.do()
-                finally:
-                    self._unfinished = parts, loss, self._grad_versions()
+                self.coming_step.unfinished = parts, loss, versions(self.layout.params())
             raise
         return loss
 
-    def _has_still(self, grads: Sequence[tuple[Tensor | None, int]]) -> bool:
+    def _are_still(self, grads: Versions) -> bool:
         """Whether gradients are those of a step that has failed; GradScaler writes to them each time it looks."""
-        now, scaled = self._grad_versions(), getattr(self, "found_inf", None) is not None
+        now, scaled = versions(self.layout.params()), getattr(self, "found_inf", None) is not None
         return len(now) == len(grads) and all(
             g is h and (scaled or v == w) for (g, v), (h, w) in zip(now, grads, strict=True)
         )
 
-    def _by_kind(self, entries: Sequence[Entry], due: Sequence[bool]) -> dict[str, list[Entry]]:
-        """Split entries by where the curvature of this step comes from."""
-        if all(due):
-            return {"fresh": list(entries)}
-        kinds: dict[str, list[Entry]] = {}
-        for entry in entries:
-            if due[entry.group]:
-                kind = "fresh"
-            elif self.param_groups[entry.group]["off_step"] == "stale" and "hessian_diag" in entry.views:
-                kind = "stale"
-            else:
-                kind = "hold"
-            kinds.setdefault(kind, []).append(entry)
-        return kinds
+    # ---- gradients and curvature -------------------------------------------------------------------------------------
+
+    @property
+    def needs_hessian(self) -> bool:
+        """Whether the coming step uses new curvature: ``loss.backward(create_graph=opt.needs_hessian)``."""
+        return self.coming_step.is_due
+
+    @profiled(lambda opt: f"Optimizer.backward#{type(opt).__name__}.backward")
+    def backward(
+        self,
+        loss: Tensor | Callable[[], Tensor],
+        *,
+        gradient: Tensor | None = None,
+        retain_graph: bool = False,
+        grad_scaler: torch.amp.GradScaler | None = None,
+        curvature: float | None = None,
+        batch_size: int | None = None,
+    ) -> Tensor | None:
+        """Differentiate the loss: adds to ``p.grad`` like ``loss.backward()`` and gathers curvature if it is due.
+
+        May be called for several micro-batches before :meth:`step`; all of them see the same probe, so the sum of their
+        curvature is that of the summed loss. Off-steps cost what ``loss.backward()`` costs. Every leaf gets the
+        gradient that ``loss.backward()`` gives it, parameters of other optimizers too.
+
+        Curvature from one of m micro-batches is an unbiased estimate at a fraction of the cost::
+
+            for i, (x, y) in enumerate(micro_batches):
+                opt.backward(lambda: loss_fn(model(x), y) / m, curvature=m if i == 0 else 0)
+
+        Args:
+            loss: scalar, or with ``gradient`` a tensor of its shape; or a function that computes and returns it. Where
+                curvature is due, double backward runs the function inside :class:`curvature_friendly`, and
+                ``hvp="finite_difference"`` and ``"forward_over_reverse"`` need one. Finite differences call it twice
+                for each sample; it has to do the same each time (random numbers of torch and buffers of modules are
+                taken care of).
+            gradient: as in ``Tensor.backward``.
+            retain_graph: keep the graph of the loss.
+            grad_scaler: scales the loss (pass it unscaled). Needed only where other code calls
+                ``grad_scaler.unscale_(opt)``; otherwise ``opt.backward(grad_scaler.scale(loss))`` does as well, with
+                ``opt.unscale_(grad_scaler)`` if gradients are to be clipped.
+            curvature: weight of this loss's curvature, 1 unless given; 0 computes the gradient only.
+            batch_size: with a process group, the number of examples of which ``loss`` is the mean on this rank, if not
+                all ranks have the same number of them; every rank has to give it. A rank without any calls
+                ``opt.backward(None, batch_size=0)``.
+
+        Returns:
+            The loss that a function computed, detached; with finite differences the mean over the evaluations.
+
+        Raises:
+            RuntimeError: the loss cannot be differentiated as ``hvp`` asks for; the message says what to do.
+        """
+        return backward(
+            _unwrapped(self).coming_step,
+            loss,
+            gradient=gradient,
+            retain_graph=retain_graph,
+            grad_scaler=grad_scaler,
+            curvature=curvature,
+            batch_size=batch_size,
+        )
+
+    def backward_split(
+        self,
+        loss_fn: Callable[..., Tensor],
+        *batch: Any,
+        grad_scaler: torch.amp.GradScaler | None = None,
+    ) -> Tensor:
+        """Differentiate ``loss_fn(*batch)`` with curvature from the first ``hessian_fraction`` of the mini-batch.
+
+        The batch is cut in two; both parts contribute their share of the gradient, the first one curvature as well, so
+        a step costs 1 + 2r first-order ones with double backward. For a loss that is the mean over examples the
+        gradient is that of the whole batch, and so is the expected curvature. What looks across examples sees a part at
+        a time: batch normalisation normalises, and updates its running statistics, with each. Off-steps, and
+        ``hessian_fraction=1``, take the batch in one::
+
+            opt.zero_grad()
+            loss = opt.backward_split(lambda x, y: loss_fn(model(x), y), x, y)
+            opt.step()
+
+        Args:
+            loss_fn: computes the mean loss of a batch.
+            batch: its arguments; every tensor in them, in tuples, lists and dicts too, has the examples along its first
+                axis.
+            grad_scaler: as for :meth:`backward`.
+
+        Returns:
+            The loss of the whole batch, detached.
+        """
+        return backward_split(self, loss_fn, batch, grad_scaler)
+
+    def hook_backward(self) -> hooks.BackwardHook:
+        """From now on ``loss.backward()`` gathers this optimizer's curvature when it is due, wherever it is called.
+
+        For trainers that call ``loss.backward()`` and ``opt.step()`` themselves. One call is enough, before or after
+        the trainer wraps the optimizer::
+
+            opt = AdaHessian(model.parameters(), lr=0.15)
+            opt.hook_backward()
+            curvature_friendly(model, opt)  # optional: cheap second derivatives, and those of attention
+
+        On steps with curvature, a loss that depends on parameters of this optimizer is differentiated as by
+        ``opt.backward(loss)``, once for all optimizers that are hooked. Off-steps, other losses and calls
+        with ``create_graph=True`` or ``inputs=...`` stay PyTorch's. What is hooked is ``Tensor.backward``;
+        ``torch.autograd.backward`` is not.
+
+        Returns:
+            A handle like those of PyTorch's hooks: ``handle.remove()``, or ``with opt.hook_backward(): ...``. The hook
+            ends with the optimizer, and when another optimizer of any of its parameters is hooked. Copies of the
+            optimizer have none.
+
+        Raises:
+            ValueError: ``hvp`` is a strategy that evaluates the loss itself.
+        """
+        return hooks.hook_backward(_unwrapped(self))
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Reset the gradients, and drop curvature that was gathered with them."""
+        with self.coming_step.zeroing(to_none=set_to_none):
+            super().zero_grad(set_to_none)
+
+    def batch_weight(self, batch_size: int) -> Tensor:
+        """Factor on this rank's mean loss of ``batch_size`` examples, for ranks with different numbers of them.
+
+        What ``opt.backward(loss, batch_size=n)`` does, for closures, ``opt.backward_split`` and ``loss.backward()``::
+
+            loss = loss_fn(model(x), y) * opt.batch_weight(len(x))
+
+        Every rank has to call it. It is 1 without a process group.
+        """
+        return self.coming_step.batch_weight(batch_size)
+
+    def no_sync(self) -> contextlib.AbstractContextManager[None]:
+        """Inside it :meth:`backward` leaves gradients and curvature on their rank, as DDP's ``no_sync`` does.
+
+        For all but the last of several micro-batches, forward passes included::
+
+            with opt.no_sync():
+                opt.backward(loss_fn(model(x1), y1) / 2)
+            opt.backward(loss_fn(model(x2), y2) / 2)
+
+        Without a process group it does nothing.
+        """
+        return contextlib.nullcontext() if self._ranks is None else self._ranks.no_sync()
+
+    # ---- GradScaler --------------------------------------------------------------------------------------------------
+
+    @property
+    def _step_supports_amp_scaling(self) -> bool:
+        """True: the update divides by the loss scale.
+
+        ``GradScaler.step`` asks for this right before it looks for infinities in the gradients: the moment to compute
+        curvature that only :meth:`step` would have computed. Asking again changes nothing.
+
+        False inside closures: GradScaler does not take them, so gradients carry no scale there and may be clipped,
+        which is what Lightning wants to know.
+        """
+        if self.coming_step.before_closure is not None or self.coming_step.evaluation is not None:
+            return False
+        amp.complete_curvature(self.coming_step)
+        return True
+
+    def unscale_(self, grad_scaler: torch.amp.GradScaler) -> None:
+        """Divide the gradients by the loss scale, and the curvature too: ``scaler.unscale_(opt)`` for this optimizer.
+
+        Works with every way to get gradients of a scaled loss, once all of the step's backward passes are done::
+
+            scaler.scale(loss).backward(create_graph=opt.needs_hessian)
+            opt.unscale_(scaler)
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            scaler.step(opt)
+            scaler.update()
+
+        After ``opt.backward(loss, grad_scaler=scaler)``, which divides the curvature at once, ``scaler.unscale_(opt)``
+        does as well.
+
+        Args:
+            grad_scaler: what has scaled the loss.
+
+        Raises:
+            RuntimeError: gradients of this step are unscaled already.
+            ValueError: a gradient is float16, which GradScaler does not unscale.
+        """
+        if grad_scaler.is_enabled():
+            amp.complete_curvature(self.coming_step, grad_scaler)
+            grad_scaler.unscale_(self)
+
+    # ---- looking at it -----------------------------------------------------------------------------------------------
+
+    def hessian_diag(self, param: Tensor) -> Tensor:
+        """The root-mean-square Hessian diagonal, sqrt(v / (1 - beta2^h)): a new tensor of the parameter's shape.
+
+        Raises:
+            RuntimeError: the parameter has not seen any curvature yet.
+            ValueError: it is not a parameter of this optimizer.
+        """
+        return statistics.hessian_diag(self, param)
+
+    @torch.no_grad()
+    def statistics(self) -> statistics.Statistics:
+        """Norms of parameters, gradients, last update and diagonal, in all and for each group.
+
+        Call it after :meth:`step`, and before ``zero_grad()`` if the gradients matter. Everything is computed here,
+        from the state; a step that nobody asks about costs nothing more. This does not wait for the device (reading
+        the result does), and meanwhile needs memory for a few copies of the largest parameter. With sharded parameters
+        every rank has to call it, and all get the same.
+
+        Example:
+            >>> import torch, adahessian_fused
+            >>> model = torch.nn.Linear(3, 1)
+            >>> opt = adahessian_fused.AdaHessian(model.parameters(), lr=0.1)
+            >>> opt.backward(model(torch.ones(8, 3)).square().mean())
+            >>> opt.step()
+            >>> opt.statistics().as_dict()["hessian_step"]
+            1.0
+        """
+        return statistics.statistics(self.layout, self._table)
+
+    # ---- states ------------------------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """As ``torch.optim.Optimizer.state_dict``; every tensor owns its memory.
+
+        The state of parameters that are in no group any more, which PyTorch cannot number, is left out.
+        """
+        with state.without_removed(self):
+            return state.portable(super().state_dict())
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load a state dict of this class, of another AdaHessian, or of Adam, AdamW or Adamax.
+
+        Of another AdaHessian its options come along, and where this optimizer has left ``block_size`` and ``averaging``
+        at their defaults, the averaging of its code as well. Of Adam's family ``exp_avg`` and the count of steps are
+        taken, no options, and curvature is due at once. A warning tells what was taken and what is unknown.
+
+        ``state_dtype`` stays as it is: float32 moving averages are rounded to nearest, bfloat16 ones widened.
+
+        Raises:
+            ValueError: the state dict has other groups or parameters than this optimizer, or is of another one.
+
+        Warns:
+            UserWarning: it is not from this class.
+        """
+        source = state.source_of(state_dict)
+        super().load_state_dict(state.with_own_options(state_dict, self.param_groups, source))
+        state.take_states(self, state_dict, source, self.state_dtype)
+        self._reset()
+        state.warn_of_source(source, self.param_groups[0])
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What deepcopy and pickle keep: the state dict's content with the parameters themselves."""
+        result = super().__getstate__()
+        result["state"] = type(self.state)(self.state.default_factory, state.own_memory(self.state))
+        result |= {"backend": self.backend, "state_dtype": self.state_dtype, "_kernels": self._kernels}
+        return result if self._ranks is None else {**result, "_ranks": self._ranks}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Restore, and give groups that another optimizer saved the options they lack."""
+        super().__setstate__(state)
+        self.__dict__.setdefault("_kernels", {})
+        self._reset()
+        self.defaults.setdefault("hvp_dtype", None)  # pickled before there was such an option
+        for group in self.param_groups:
+            for name, value in self.defaults.items():
+                group.setdefault(name, value)
+
+
+def _unwrapped(opt: Any) -> Any:
+    """Return the optimizer in Lightning's wrapper, which has our methods as well, but old attributes."""
+    return vars(opt).get("_optimizer", opt)

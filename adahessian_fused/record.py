@@ -15,8 +15,16 @@ from torch import Tensor
 from . import hvp
 from .distributed.sharded import part_of
 
+Versions = list[tuple[Tensor | None, int]]  # gradients, and how often each had been written to
 
-class Record(hvp.Onlooker):
+
+def versions(params: Iterable[Tensor]) -> Versions:
+    """Return the gradients of parameters and how often each has been written to."""
+    grads = [p.grad for p in params]
+    return [(grad, -1 if grad is None else grad._version) for grad in grads]
+
+
+class GradientRecord(hvp.Onlooker):
     """Gradients as a pass or a step of the optimizer has left them.
 
     One that is another tensor now, or has been written to, may have been zeroed, clipped or added to by a backward pass
@@ -49,11 +57,11 @@ class Record(hvp.Onlooker):
         now = p.grad
         return version == -1 if now is None else now is grad() and now._version == version
 
-    def before(self, tensors: Any) -> Record | None:
+    def before(self, tensors: Any) -> GradientRecord | None:
         """The gradients before a backward pass."""
-        return None if self.ours else Record(self._params)
+        return None if self.ours else GradientRecord(self._params)
 
-    def after(self, before: Record | None) -> None:
+    def after(self, before: GradientRecord | None) -> None:
         """Note which of them it has changed."""
         if before is not None:
             self.added.update(map(id, before.changed()))

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -12,11 +13,10 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from .bucket import MEAN, compute_dtype, stored_dtype
 from .checks import plain
-from .distributed.ranks import Ranks
-from .layout import MEAN, compute_dtype, stored_dtype
-
-_COUNTS = ("step", "hessian_step")
+from .distributed.sharded import part_of
+from .layout import ParameterLayout
 
 
 class Source(NamedTuple):
@@ -105,108 +105,76 @@ def _going_on(own: Mapping[str, Any], group: Mapping[str, Any], source: Source) 
     return {**own, **(source.rules if by_default else {}), **group}
 
 
-def _own(value: Any) -> Any:
-    return value.clone() if isinstance(value, Tensor) else value
+def own_memory(states: Mapping[Any, Mapping[str, Any]]) -> dict[Any, dict[str, Any]]:
+    """Return copies of states, none of which shares memory with the buffers."""
+    return {
+        key: {name: value.clone() if isinstance(value, Tensor) else value for name, value in state.items()}
+        for key, state in states.items()
+    }
 
 
-class PortableState(Optimizer):
-    """Optimizer whose state dict is independent of how the states are laid out in memory."""
+@contextlib.contextmanager
+def without_removed(opt: Optimizer) -> Iterator[None]:
+    """Inside it the optimizer has no state of parameters in no group, which PyTorch cannot number."""
+    placed = {id(p) for group in opt.param_groups for p in group["params"]}
+    removed = {p: opt.state.pop(p) for p in list(opt.state) if id(p) not in placed}
+    try:
+        yield
+    finally:
+        opt.state.update(removed)
 
-    backend: str
-    state_dtype: torch.dtype | None = None  # of what was pickled before there was such an option
-    _ranks: Ranks | None = None
-    _kernels: Mapping[Tensor, int] = MappingProxyType({})
 
-    def _reset(self) -> None:
-        raise NotImplementedError
+def portable(state_dict: dict[str, Any]) -> dict[str, Any]:
+    """Return a state dict of PyTorch's own as any checkpoint can hold it and anybody may keep it."""
+    groups = [{name: plain(value) for name, value in group.items()} for group in state_dict["param_groups"]]
+    return {**state_dict, "state": own_memory(state_dict["state"]), "param_groups": groups}
 
-    def _kernel_of(self, param: Tensor) -> int | None:
-        """Spatial size of the convolution kernel that a parameter is, as far as it is known."""
-        return self._kernels.get(param)
 
-    def state_dict(self) -> dict[str, Any]:
-        """As ``torch.optim.Optimizer.state_dict``; every tensor owns its memory.
+def with_own_options(
+    state_dict: Mapping[str, Any], groups: Sequence[Mapping[str, Any]], source: Source
+) -> dict[str, Any]:
+    """Return a state dict whose groups have the options that it does not know from an optimizer's own groups."""
+    own = [{k: v for k, v in group.items() if k not in ("params", "step")} for group in groups]
+    saved = [*state_dict["param_groups"]]
+    if len(saved) == len(own):  # or else PyTorch says what is wrong
+        saved = [_going_on(options, group, source) for options, group in zip(own, saved, strict=True)]
+    return {**state_dict, "param_groups": saved}
 
-        The state of parameters that are in no group any more, which PyTorch cannot number, is left out.
-        """
-        placed = {id(p) for group in self.param_groups for p in group["params"]}
-        removed = {p: self.state.pop(p) for p in list(self.state) if id(p) not in placed}
-        try:
-            result = super().state_dict()
-        finally:
-            self.state.update(removed)
-        result["state"] = {
-            key: {name: _own(value) for name, value in state.items()} for key, state in result["state"].items()
-        }
-        for group in result["param_groups"]:
-            group.update({name: plain(value) for name, value in group.items()})
-        return result
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load a state dict of this class, of another AdaHessian, or of Adam, AdamW or Adamax.
+def take_states(opt: Optimizer, state_dict: Mapping[str, Any], source: Source, state_dtype: torch.dtype | None) -> None:
+    """Put the states of a state dict, whose groups are loaded, into an optimizer as it keeps them."""
+    saved = state_dict["state"]
+    ids = [i for group in state_dict["param_groups"] for i in group["params"]]
+    placed = [(group, p) for group in opt.param_groups for p in group["params"]]
+    opt.state.clear()
+    for i, (group, p) in zip(ids, placed, strict=True):
+        loaded = normalized_state(saved[i], group, p, state_dtype) if i in saved else {}
+        if loaded:
+            opt.state[p] = loaded
+    for group in opt.param_groups:
+        steps = [opt.state[p]["step"] for p in group["params"] if p in opt.state]
+        group["step"] = 0 if source is ADAM else int(group.get("step", max(steps, default=0)))
 
-        Of another AdaHessian its options come along, and where this optimizer has left ``block_size`` and ``averaging``
-        at their defaults, the averaging of its code as well. Of Adam's family ``exp_avg`` and the count of steps are
-        taken, no options, and curvature is due at once. A warning tells what was taken and what is unknown.
 
-        ``state_dtype`` stays as it is: float32 moving averages are rounded to nearest, bfloat16 ones widened.
-
-        Raises:
-            ValueError: the state dict has other groups or parameters than this optimizer, or is of another one.
-
-        Warns:
-            UserWarning: it is not from this class.
-        """
-        source, saved = source_of(state_dict), state_dict["state"]
-        # Options that the state dict does not know keep the values they have here.
-        own = [{k: v for k, v in group.items() if k not in ("params", "step")} for group in self.param_groups]
-        groups = [*state_dict["param_groups"]]
-        if len(groups) == len(own):
-            groups = [_going_on(options, group, source) for options, group in zip(own, groups, strict=True)]
-        super().load_state_dict({**state_dict, "param_groups": groups})
-        ids = [i for group in state_dict["param_groups"] for i in group["params"]]
-        groups = [group for group in self.param_groups for _ in group["params"]]
-        params = [p for group in self.param_groups for p in group["params"]]
-        self.state.clear()
-        for i, group, p in zip(ids, groups, params, strict=True):
-            loaded = normalized_state(saved[i], group, p, self.state_dtype) if i in saved else {}
-            if loaded:
-                self.state[p] = loaded
-        for group in self.param_groups:
-            steps = [self.state[p]["step"] for p in group["params"] if p in self.state]
-            group["step"] = 0 if source is ADAM else int(group.get("step", max(steps, default=0)))
-        self._reset()
-        if source is ADAM:
-            warnings.warn(
-                "load_state_dict() took exp_avg and step of a state dict of Adam's family; exp_hessian_diag_sq begins "
-                "anew, and lr, eps and all other options stay as they are here, for they mean something else there",
-                stacklevel=2,
-            )
-        elif source.name:
-            kept = {name: self.param_groups[0][name] for name in (*_RULES, "update_each", "off_step", "n_samples")}
-            warnings.warn(
-                f"load_state_dict() took states and options of {source.name} and goes on with {kept}; its state dict "
-                f"does not tell {source.unknown or 'update_each and n_samples, which are 1 there'}",
-                stacklevel=2,
-            )
-
-    def __getstate__(self) -> dict[str, Any]:
-        """What deepcopy and pickle keep: the state dict's content with the parameters themselves."""
-        result = super().__getstate__()
-        result["state"] = type(self.state)(
-            self.state.default_factory,
-            {p: {name: _own(value) for name, value in state.items()} for p, state in self.state.items()},
+def warn_of_source(source: Source, options: Mapping[str, Any]) -> None:
+    """Warn that a state dict is not from this class, and tell what was taken."""
+    if source is ADAM:
+        warnings.warn(
+            "load_state_dict() took exp_avg and step of a state dict of Adam's family; exp_hessian_diag_sq begins "
+            "anew, and lr, eps and all other options stay as they are here, for they mean something else there",
+            stacklevel=3,
         )
-        result |= {"backend": self.backend, "state_dtype": self.state_dtype, "_kernels": self._kernels}
-        if self._ranks is not None:
-            result["_ranks"] = self._ranks
-        return result
+    elif source.name:
+        kept = {name: options[name] for name in (*_RULES, "update_each", "off_step", "n_samples")}
+        warnings.warn(
+            f"load_state_dict() took states and options of {source.name} and goes on with {kept}; its state dict "
+            f"does not tell {source.unknown or 'update_each and n_samples, which are 1 there'}",
+            stacklevel=3,
+        )
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        """Restore, and give groups that another optimizer saved the options they lack."""
-        super().__setstate__(state)
-        self._reset()
-        self.defaults.setdefault("hvp_dtype", None)  # pickled before there was such an option
-        for group in self.param_groups:
-            for name, value in self.defaults.items():
-                group.setdefault(name, value)
+
+def is_blank_step(layout: ParameterLayout) -> bool:
+    """Whether a step is the first, with lr = 0 and zero gradients: torch.distributed.checkpoint makes states by it."""
+    grads = [(p, p.grad) for _, p in layout.trained() if p.grad is not None]
+    first = all(group["step"] == 0 and float(group["lr"]) == 0 for group in layout.groups)
+    return first and not any(g.requires_grad or bool(part_of(g, p).any()) for p, g in grads)

@@ -11,10 +11,11 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from .bucket import Entry, compute_dtype
 from .checks import DTYPES
 from .curvature import Curvature, by_bucket
 from .distributed import sharded
-from .layout import Entry, compute_dtype
+from .layout import ParameterLayout
 from .segments import Hyper, Steps
 from .update import HyperTable
 
@@ -79,135 +80,114 @@ class Statistics:
         return ((name, x) for name, x in named if isinstance(x, Tensor))
 
 
-class Observable(Optimizer):
-    """Optimizer that tells what its state means."""
+def statistics(layout: ParameterLayout, table: HyperTable) -> Statistics:
+    """Return where an optimizer stands, see :meth:`AdaHessian.statistics`.
 
-    _hyper: HyperTable
+    Args:
+        layout: of its parameters.
+        table: the hyperparameters of its last step.
+    """
+    entries = layout.with_state()
+    groups = tuple(
+        _of_group(group, [e for e in entries if e.group == n], [e for e in layout.stepped if e.group == n], table)
+        for n, group in enumerate(layout.groups)
+    )
+    numel = sum(group.numel for group in groups)
+    return Statistics(
+        lr=groups[0].lr if len(groups) == 1 else None,
+        step=_largest(group.step for group in groups),
+        hessian_step=_largest(group.hessian_step for group in groups),
+        numel=numel,
+        param_norm=_joint(group.param_norm for group in groups),
+        grad_norm=_joint(group.grad_norm for group in groups),
+        update_norm=_joint(group.update_norm for group in groups),
+        hessian_diag_norm=_joint(group.hessian_diag_norm for group in groups),
+        nonfinite=_share([x.nonfinite * x.numel for x in groups if x.nonfinite is not None], numel),
+        clipped=_share([x.clipped * x.numel for x in groups if x.clipped is not None], numel),
+        missed=_sum(group.missed for group in groups),
+        missed_in={name: count for group in groups for name, count in group.missed_in.items()},
+        groups=groups,
+    )
 
-    def _ensure(self, params: Sequence[Tensor]) -> list[Entry]:
-        raise NotImplementedError
 
-    def _reset(self) -> None:
-        super()._reset()  # type: ignore[misc]
-        self._stepped: Sequence[Entry] = []  # the parameters of the last step that was not skipped
-        self._warned_of: set[str] = set()  # names of parameters whose curvature was not finite
+def _of_group(
+    group: Mapping[str, Any], entries: Sequence[Entry], stepped: Sequence[Entry], table: HyperTable
+) -> Statistics:
+    def row(entry: Entry) -> Tensor:
+        """Return the hyperparameters of a parameter's last step."""
+        return table.last(entry.bucket.steps.device)[entry.group]
 
-    def hessian_diag(self, param: Tensor) -> Tensor:
-        """The root-mean-square Hessian diagonal, sqrt(v / (1 - beta2^h)): a new tensor of the parameter's shape.
+    numel, cut = sum(p.numel() for p in group["params"]), stepped if group["clip"] is not None else []
+    return Statistics(
+        lr=row(stepped[0])[Hyper.LR].clone() if stepped else None,
+        step=_largest(entry.views["step"] for entry in entries),
+        hessian_step=_largest(entry.views["hessian_step"] for entry in entries),
+        numel=numel,
+        param_norm=_norm((_norm_of(p), p) for p in group["params"]),
+        grad_norm=_norm((_norm_of(p.grad), p) for p in group["params"] if p.grad is not None),
+        update_norm=_norm((_update_norm(entry, row(entry)), entry.owner) for entry in stepped),
+        hessian_diag_norm=_norm((_diag_norm(entry, group["betas"][1]), entry.owner) for entry in entries),
+        nonfinite=_share(sharded.whole([(_nonfinite(entry), entry.owner) for entry in entries]), numel),
+        clipped=_share(sharded.whole([(_clipped(entry, row(entry)), entry.owner) for entry in cut]), numel),
+        missed=_sum(sharded.whole([(entry.missed.clone(), entry.owner) for entry in entries])),
+        missed_in={entry.name: entry.missed.clone() for entry in entries},
+    )
 
-        Raises:
-            RuntimeError: the parameter has not seen any curvature yet.
-            ValueError: it is not a parameter of this optimizer.
-        """
-        group = next((group for group in self.param_groups if any(p is param for p in group["params"])), None)
-        if group is None:
-            raise ValueError(f"a tensor of shape {tuple(param.shape)}; it is not a parameter of this optimizer")
-        state = self.state.get(param, {})
-        h = int(state.get("hessian_step", 0))
-        if h == 0:
-            raise RuntimeError("this parameter has not seen any curvature yet; call step() first")
-        beta2 = group["betas"][1]
-        return (state["exp_hessian_diag_sq"].to(compute_dtype(param.dtype)) / (1 - beta2**h)).sqrt()
 
-    @torch.no_grad()
-    def statistics(self) -> Statistics:
-        """Norms of parameters, gradients, last update and diagonal, in all and for each group.
+def hessian_diag(opt: Optimizer, param: Tensor) -> Tensor:
+    """Return the root-mean-square Hessian diagonal of a parameter, see :meth:`AdaHessian.hessian_diag`."""
+    group = next((group for group in opt.param_groups if any(p is param for p in group["params"])), None)
+    if group is None:
+        raise ValueError(f"a tensor of shape {tuple(param.shape)}; it is not a parameter of this optimizer")
+    state = opt.state.get(param, {})
+    h = int(state.get("hessian_step", 0))
+    if h == 0:
+        raise RuntimeError("this parameter has not seen any curvature yet; call step() first")
+    beta2 = group["betas"][1]
+    return (state["exp_hessian_diag_sq"].to(compute_dtype(param.dtype)) / (1 - beta2**h)).sqrt()
 
-        Call it after :meth:`step`, and before ``zero_grad()`` if the gradients matter. Everything is computed here,
-        from the state; a step that nobody asks about costs nothing more. This does not wait for the device (reading
-        the result does), and meanwhile needs memory for a few copies of the largest parameter. With sharded parameters
-        every rank has to call it, and all get the same.
 
-        Example:
-            >>> import torch, adahessian_fused
-            >>> model = torch.nn.Linear(3, 1)
-            >>> opt = adahessian_fused.AdaHessian(model.parameters(), lr=0.1)
-            >>> opt.backward(model(torch.ones(8, 3)).square().mean())
-            >>> opt.step()
-            >>> opt.statistics().as_dict()["hessian_step"]
-            1.0
-        """
-        with_state = [p for group in self.param_groups for p in group["params"] if "exp_avg" in self.state.get(p, ())]
-        entries = self._ensure(with_state)
-        groups = tuple(
-            self._statistics_of(group, [e for e in entries if e.group == n], [e for e in self._stepped if e.group == n])
-            for n, group in enumerate(self.param_groups)
-        )
-        numel = sum(group.numel for group in groups)
-        return Statistics(
-            lr=groups[0].lr if len(groups) == 1 else None,
-            step=_largest(group.step for group in groups),
-            hessian_step=_largest(group.hessian_step for group in groups),
-            numel=numel,
-            param_norm=_joint(group.param_norm for group in groups),
-            grad_norm=_joint(group.grad_norm for group in groups),
-            update_norm=_joint(group.update_norm for group in groups),
-            hessian_diag_norm=_joint(group.hessian_diag_norm for group in groups),
-            nonfinite=_share([x.nonfinite * x.numel for x in groups if x.nonfinite is not None], numel),
-            clipped=_share([x.clipped * x.numel for x in groups if x.clipped is not None], numel),
-            missed=_sum(group.missed for group in groups),
-            missed_in={name: count for group in groups for name, count in group.missed_in.items()},
-            groups=groups,
-        )
+# ---- curvature that is not finite ------------------------------------------------------------------------------------
 
-    def _statistics_of(
-        self, group: Mapping[str, Any], entries: Sequence[Entry], stepped: Sequence[Entry]
-    ) -> Statistics:
-        numel, cut = sum(p.numel() for p in group["params"]), stepped if group["clip"] is not None else []
-        return Statistics(
-            lr=self._last_row(stepped[0])[Hyper.LR].clone() if stepped else None,
-            step=_largest(entry.views["step"] for entry in entries),
-            hessian_step=_largest(entry.views["hessian_step"] for entry in entries),
-            numel=numel,
-            param_norm=_norm((_norm_of(p), p) for p in group["params"]),
-            grad_norm=_norm((_norm_of(p.grad), p) for p in group["params"] if p.grad is not None),
-            update_norm=_norm((_update_norm(entry, self._last_row(entry)), entry.owner) for entry in stepped),
-            hessian_diag_norm=_norm((_diag_norm(entry, group["betas"][1]), entry.owner) for entry in entries),
-            nonfinite=_share(sharded.whole([(_nonfinite(entry), entry.owner) for entry in entries]), numel),
-            clipped=_share(sharded.whole([(_clipped(e, self._last_row(e)), e.owner) for e in cut]), numel),
-            missed=_sum(sharded.whole([(entry.missed.clone(), entry.owner) for entry in entries])),
-            missed_in={entry.name: entry.missed.clone() for entry in entries},
+
+def refuse_nonfinite(curvature: Curvature, entries: Sequence[Entry], groups: Sequence[Mapping[str, Any]]) -> None:
+    """Raise if the curvature of a parameter is not finite that is asked for with nonfinite="raise"."""
+    strict = [entry for entry in entries if groups[entry.group]["nonfinite"] == "raise"]
+    names = [entry.name for entry in curvature.nonfinite(strict)] if strict else []
+    if names:
+        raise RuntimeError(
+            f"the curvature of {_listed(names)} is infinite or NaN, and nothing has been changed; expected a loss "
+            'whose second derivative is finite (add eps inside roots and norms), or nonfinite="keep", which goes '
+            "on with the curvature of the steps before"
         )
 
-    # ---- curvature that is not finite --------------------------------------------------------------------------------
 
-    def _refuse_nonfinite(self, curvature: Curvature, entries: Sequence[Entry]) -> None:
-        """Raise if the curvature of a parameter is not finite that is asked for with nonfinite="raise"."""
-        strict = [entry for entry in entries if self.param_groups[entry.group]["nonfinite"] == "raise"]
-        names = [entry.name for entry in curvature.nonfinite(strict)] if strict else []
+def warn_of_nonfinite(entries: Sequence[Entry], warned: set[str]) -> None:
+    """Warn of parameters whose curvature was not finite for the first time.
+
+    What a GPU has counted is looked at in a parameter's Hessian steps number 1, 2, 4, 8 and so on, because looking
+    waits for it, and with ``capturable`` never.
+
+    Args:
+        entries: the parameters.
+        warned: the names of those that have been warned of; becomes more.
+    """
+    for bucket, members in by_bucket(entries).items():
+        counts_on_host = bucket.steps.device.type == "cpu"
+        is_due = bucket.device.type == "cpu" or (
+            counts_on_host and int(bucket.steps[members[0].row, Steps.HESSIAN_STEP]).bit_count() == 1
+        )
+        if not is_due or not bucket.missed.any():
+            continue
+        names = [entry.name for entry in members if entry.missed > 0 and entry.name not in warned]
         if names:
-            raise RuntimeError(
-                f"the curvature of {_listed(names)} is infinite or NaN, and nothing has been changed; expected a loss "
-                'whose second derivative is finite (add eps inside roots and norms), or nonfinite="keep", which goes '
-                "on with the curvature of the steps before"
+            warned.update(names)
+            warnings.warn(
+                f"the curvature of {_listed(names)} is infinite or NaN, though the gradient need not be; these "
+                "elements go on with the curvature of the steps before, see statistics().missed_in. Norms, roots "
+                "and divisions at zero are like that: add eps inside them",
+                stacklevel=2,
             )
-
-    def _warn_of_missed(self, entries: Sequence[Entry]) -> None:
-        """Warn of parameters whose curvature was not finite for the first time.
-
-        What a GPU has counted is looked at in a parameter's Hessian steps number 1, 2, 4, 8 and so on, because looking
-        waits for it, and with ``capturable`` never.
-        """
-        for bucket, members in by_bucket(entries).items():
-            counts_on_host = bucket.steps.device.type == "cpu"
-            is_due = bucket.device.type == "cpu" or (
-                counts_on_host and int(bucket.steps[members[0].row, Steps.HESSIAN_STEP]).bit_count() == 1
-            )
-            if not is_due or not bucket.missed.any():
-                continue
-            names = [entry.name for entry in members if entry.missed > 0 and entry.name not in self._warned_of]
-            if names:
-                self._warned_of.update(names)
-                warnings.warn(
-                    f"the curvature of {_listed(names)} is infinite or NaN, though the gradient need not be; these "
-                    "elements go on with the curvature of the steps before, see statistics().missed_in. Norms, roots "
-                    "and divisions at zero are like that: add eps inside them",
-                    stacklevel=2,
-                )
-
-    def _last_row(self, entry: Entry) -> Tensor:
-        """The hyperparameters of a parameter's last step."""
-        return self._hyper.last(entry.bucket.steps.device)[entry.group]
 
 
 def _listed(names: Sequence[str]) -> str:

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
+from itertools import chain
 from operator import attrgetter, methodcaller
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .curvature import Curvature
-from .layout import MEAN, Bucket, Entry
+from .bucket import MEAN, Bucket, Entry
+from .curvature import Curvature, by_bucket
+from .layout import ParameterLayout
 from .segments import Hyper, Steps
 
 _PARAM = attrgetter("param")
@@ -43,6 +46,16 @@ class Parts:
                     self._left.popleft()
                     self._left.extendleft(reversed(results[0] or ()))
                     self.begun |= results[0] is None
+
+    def finish(self) -> None:
+        """Do what is left; an error that comes when something is done is raised when the rest is, if that can be."""
+        try:
+            self.do()
+        except BaseException:
+            if self.begun:
+                with contextlib.suppress(Exception):
+                    self.do()
+            raise
 
 
 class HyperTable:
@@ -76,6 +89,77 @@ class HyperTable:
         numbers = (lr, beta1, beta2, group["eps"], group["weight_decay"], group["hessian_power"], group["maximize"])
         clip = math.inf if group["clip"] is None else group["clip"]
         return [*map(float, (*numbers, group["unmeasured"] == "hold", clip, group["shrink"]))]
+
+
+def prepared_updates(
+    entries: Sequence[Entry],
+    grads: Sequence[Tensor],
+    due: Sequence[bool],
+    curvature: Curvature | None,
+    layout: ParameterLayout,
+    table: HyperTable,
+    *,
+    seed: int,
+    grad_scale: Tensor | None,
+    found_inf: Tensor | None,
+) -> list[Part]:
+    """Prepare the updates of all buckets: everything in them that needs memory or may fail.
+
+    Args:
+        entries: the parameters that have a gradient.
+        grads: their gradients.
+        due: for each group, whether it uses new curvature.
+        curvature: what has been gathered of it.
+        layout: of the parameters.
+        table: takes the groups' hyperparameters.
+        seed: Philox key of the probe on this rank.
+        grad_scale: as of :func:`prepared_update`.
+        found_inf: likewise.
+
+    Returns:
+        The parts of all updates, those of the first kind first.
+    """
+    rescaled = grad_scale is not None and curvature is not None and curvature.unscaled
+    if curvature is not None and (rescaled or curvature.must_fold(layout.entries.values())):
+        curvature.fold()
+    grad_of = dict(zip(entries, grads, strict=True))
+    updates = []
+    for bucket, in_bucket in by_bucket(entries).items():
+        groups = table.on(bucket.steps.device, layout.groups)
+        for kind, members in _by_kind(in_bucket, due, layout.groups).items():
+            update = prepared_update(
+                bucket,
+                members,
+                grads if len(members) == len(entries) else [grad_of[entry] for entry in members],
+                kind,
+                curvature,
+                groups,
+                layout.backends[bucket.device.type],
+                seed=seed,
+                rounding_seed=layout.options["seed"],
+                grad_scale=None if grad_scale is None else grad_scale.to(bucket.device),
+                found_inf=None if found_inf is None else found_inf.to(bucket.device),
+            )
+            updates.append(update)
+    return [*chain.from_iterable(zip(*updates, strict=True))]
+
+
+def _by_kind(
+    entries: Sequence[Entry], due: Sequence[bool], groups: Sequence[Mapping[str, Any]]
+) -> dict[str, list[Entry]]:
+    """Split entries by where the curvature of this step comes from."""
+    if all(due):
+        return {"fresh": list(entries)}
+    kinds: dict[str, list[Entry]] = {}
+    for entry in entries:
+        if due[entry.group]:
+            kind = "fresh"
+        elif groups[entry.group]["off_step"] == "stale" and "hessian_diag" in entry.views:
+            kind = "stale"
+        else:
+            kind = "hold"
+        kinds.setdefault(kind, []).append(entry)
+    return kinds
 
 
 def prepared_update(

@@ -55,8 +55,8 @@ def check_gradients_travel_while_products_are_computed(ranks):
     model, (x, y) = make_model(), batch(0)
     opt = AdaHessian(model.parameters(), process_group=ranks.group)
     order = []
-    reduce, differentiate = dist.all_reduce, opt._products
-    opt._products = lambda *args, **kwargs: (order.append("Hz"), differentiate(*args, **kwargs))
+    reduce, differentiate = dist.all_reduce, opt.coming_step.products
+    opt.coming_step.products = lambda *args, **kwargs: (order.append("Hz"), differentiate(*args, **kwargs))
 
     def all_reduce(tensor, *args, async_op=False, **kwargs):
         order.append(f"{tensor.numel()} async={async_op}")

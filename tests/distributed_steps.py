@@ -137,8 +137,8 @@ def check_per_rank_probes_are_samples_of_their_own(ranks):
 
 
 def _check_mean_diagonal(ranks, model, opt, x, y, roundings):
-    entries = list(opt._entries.values())
-    own = draw_probe(entries, opt._tools, probe="rademacher", seed=opt._probe_seed, sample=0)
+    entries = list(opt.layout.entries.values())
+    own = draw_probe(entries, opt.layout.backends, probe="rademacher", seed=opt.coming_step.probe_seed, sample=0)
     probes = [None] * ranks.size
     dist.all_gather_object(probes, [own[entry].clone() for entry in entries], group=ranks.group)
     assert not all(torch.equal(a, b) for a, b in zip(probes[0], probes[1], strict=True))

@@ -116,7 +116,7 @@ def test_other_losses_are_left_alone():
         loss_of(other).backward()
         x = torch.ones(3, requires_grad=True)
         x.sum().backward()
-    assert opt._curvature is None
+    assert opt.coming_step.curvature is None
     assert x.grad is not None
     assert all(p.grad is not None for p in other.parameters())
 
@@ -131,7 +131,7 @@ def test_off_steps_are_plain():
         loss.register_hook(passes.append)
         loss.backward()
         assert len(passes) == 1
-        assert opt._curvature is None
+        assert opt.coming_step.curvature is None
         opt.step()
     assert int(opt.state[model[0].weight]["hessian_step"]) == 1
 
@@ -146,7 +146,7 @@ def test_create_graph_and_inputs_are_left_alone():
         opt_a.zero_grad()
         loss_of(a).backward(inputs=[a[0].weight])
     assert_same(weights(a), train(opt_b, b, 1))
-    assert opt_a._curvature is None
+    assert opt_a.coming_step.curvature is None
     assert a[2].weight.grad is None
 
 
@@ -229,7 +229,7 @@ def test_a_later_optimizer_of_the_same_parameters_takes_over():
             step(new, model, i)
         first.remove()  # does not end the new one
         step(new, model, 2)
-    assert old._curvature is None
+    assert old.coming_step.curvature is None
     assert_same(weights(model), train(other, expected, 3))
 
 
@@ -242,7 +242,7 @@ def test_copies_and_loaded_states():
         twin = copy.deepcopy(opt)
     assert Tensor.backward is PLAIN
     twin.param_groups[0]["params"][0].sum().backward()
-    assert twin._curvature is None
+    assert twin.coming_step.curvature is None
 
 
 # ---- what is refused -------------------------------------------------------------------------------------------------

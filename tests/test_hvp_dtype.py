@@ -254,7 +254,7 @@ def test_off_steps_are_untouched():
         opt.zero_grad()
         opt.backward(loss_of(model, 1))
         found.append([p.grad for p in model.parameters()])
-        assert opt._curvature is None
+        assert opt.coming_step.curvature is None
     assert_same(*found)
 
 

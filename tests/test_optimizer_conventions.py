@@ -88,9 +88,9 @@ def test_many_groups_are_one_call(device, monkeypatch):
     opt = AdaHessian(
         [{"params": [p], "lr": 0.1 / (i + 1), "block_size": i + 1} for i, p in enumerate(model.parameters())]
     )
-    ops = opt._tools[device]
+    ops = opt.layout.backends[device]
     spy = type("Spy", (), {n: staticmethod(_recorded(getattr(ops, n), n, calls)) for n in OPS})
-    opt._tools = {device: spy}
+    opt.layout.backends = {device: spy}
     train(opt, model, 1)
     assert sorted(calls) == ["adahessian_step", "rademacher"]
 

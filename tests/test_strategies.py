@@ -165,14 +165,14 @@ def test_parameters_are_put_back_bit_for_bit(engine, device, dtype, when, interr
 def test_one_launch_for_each_move_and_dtype(device, probe, monkeypatch):
     model = nn.ModuleList([nn.Linear(2, 2), nn.Linear(2, 2), nn.Linear(2, 2).double()]).to(device)
     opt = optimizer(model, "finite_difference", probe=probe, update_each=2)
-    launches, tools = [], opt._tools[device.split(":")[0]]
+    launches, tools = [], opt.layout.backends[device.split(":")[0]]
 
     class Counted:
         def __getattr__(self, name):
             launches.append(name)
             return getattr(tools, name)
 
-    opt._tools[device.split(":")[0]] = Counted()
+    opt.layout.backends[device.split(":")[0]] = Counted()
     x = torch.ones(1, 2, device=device)
     for _ in range(2):
         opt.step(lambda: sum(layer(x.to(layer.weight)).square().sum() for layer in model))

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from adahessian_fused import AdaHessian, adahessian, compat
+from adahessian_fused.hessian_step import HessianStep
 
 INF, NAN = math.inf, math.nan
 
@@ -265,7 +266,7 @@ def test_ranks_with_probes_of_their_own_round_states_alike(engine, device, monke
     for rank in range(2):
         p = nn.Parameter(torch.linspace(-1, 1, 301, device=device))
         opt = AdaHessian([p], state_dtype=torch.bfloat16, seed=5, backend=engine)
-        monkeypatch.setattr(type(opt), "_probe_seed", property(lambda opt, rank=rank: 5 + 17 * rank))
+        monkeypatch.setattr(HessianStep, "probe_seed", property(lambda step, rank=rank: 5 + 17 * rank))
         for i in range(3):
             p.grad = torch.sin((i + 2) * p.detach())
             opt.step(hessian=[torch.cos((i + 2) * p.detach())])

@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 from torch import Tensor
 from torch.optim import Optimizer
 
+from ..layout import ParameterLayout
 from ..optimizer import AdaHessian
 
 # Options every original has in its parameter groups; the seed has to be in a checkpoint that resumes exactly.
@@ -134,8 +135,14 @@ class DropIn(AdaHessian):
         return None
 
 
+class _KernelsByShape(ParameterLayout):
+    """Layout that takes every parameter of three or more axes for a kernel: whatever follows the first two."""
+
+    def kernel_of(self, param: Tensor) -> int:
+        return math.prod(param.shape[2:])
+
+
 class AveragesSpatialAxes(DropIn):
     """Drop-in for an original that knows kernels by their shape: whatever follows the first two axes is averaged."""
 
-    def _kernel_of(self, param: Tensor) -> int:
-        return math.prod(param.shape[2:])
+    layout_type = _KernelsByShape

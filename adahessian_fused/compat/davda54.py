@@ -93,7 +93,7 @@ class AdaHessian(DropIn):
 
     def zero_hessian(self) -> None:
         """Drop curvature that was gathered for the coming step."""
-        self._forget()
+        self.coming_step.forget()
 
     @torch.no_grad()
     def set_hessian(self) -> None:
@@ -106,9 +106,8 @@ class AdaHessian(DropIn):
             RuntimeError: no gradient has a graph.
         """
         params = [p for p in self.get_params() if p.grad is not None]
-        due = self._due()
-        if params and any(due):
-            self._from_graph(self._ensure(params))
+        if params and self.needs_hessian:
+            self.coming_step.take_graph(params)
         hvp.release_graph([p.grad for p in params])
 
     def state_dict(self) -> dict[str, Any]:

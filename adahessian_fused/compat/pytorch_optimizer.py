@@ -10,8 +10,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from ..bucket import Entry
 from ..checks import CHOICES, check_choice, check_count
-from ..layout import Entry
 from ..state import ADAM, source_of
 from ..update import HyperTable, Part
 from .base import DropIn, Option
@@ -68,6 +68,7 @@ class AdaHessian(DropIn):
     """
 
     step_in_group = True
+    table_type = _Table
     attributes: ClassVar[dict[str, str]] = {
         "update_period": "update_period",
         "num_samples": "num_samples",
@@ -133,10 +134,6 @@ class AdaHessian(DropIn):
             faithful=faithful,
             backend=backend,
         )
-
-    def _reset(self) -> None:
-        super()._reset()
-        self._hyper = _Table()
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a parameter group; checked as a whole, and not added if anything is wrong with it."""

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ..bucket import Entry
 from ..curvature import Curvature
-from ..layout import Entry
 from .buckets import FlatMean
 from .ranks import Ranks
 

@@ -13,9 +13,9 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakIdKeyDictionary
 
+from ..bucket import Bucket, Entry
 from ..curvature import by_bucket, draw_probe, drawable
 from ..distributed.sharded import part_of
-from ..layout import Bucket, Entry
 from .replay import Replay
 
 MOST_REPETITIONS = 4

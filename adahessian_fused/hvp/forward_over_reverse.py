@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from ..bucket import Entry
 from ..curvature import draw_probe
-from ..layout import Entry
 from .double_backward import accumulate_grads
 from .errors import naming_the_operator
 from .graph import explore

@@ -15,8 +15,6 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from .. import hvp
-from ..curvature import draw_probe
 from ..fraction import flatten
 from ..optimizer import AdaHessian
 from .compiled import Compiled
@@ -191,7 +189,7 @@ class TrainStep:
     def _step(self, batch: tuple[Any, ...], *, graphs: bool) -> Any:
         opt = self.optimizer
         opt.zero_grad()
-        params = [(n, p) for n, group in enumerate(opt.param_groups) for p in group["params"] if p.requires_grad]
+        params = opt.layout.trained()
         if not params:
             raise RuntimeError("no parameter of the optimizer requires grad")
         scale = None
@@ -216,7 +214,8 @@ class TrainStep:
                 "loss_fn, and nothing would be trained; expected an optimizer of parameters that the loss depends on"
             )
         with torch.no_grad():
-            self._hand_over(params, found, draw)
+            probed = [params[i][1] for i in found.probed]
+            opt.coming_step.take(found.grads, probed, draw.drawn, found.products)
         if scale is None:
             opt.step()
         else:
@@ -226,7 +225,7 @@ class TrainStep:
 
     def _kind(self, params: Sequence[tuple[int, Tensor]], batch: Any, *, scaled: bool) -> tuple[Kind, list[Tensor]]:
         """What kind of step is coming, its surroundings left out, and the tensors of its batch."""
-        due, device = self.optimizer._due(), params[0][1].device
+        due, device = self.optimizer.coming_step.schedule.due(), params[0][1].device
         leaves, structure = flatten(batch)
         constants = tuple(self._constant(i, leaf) for i, leaf in enumerate(leaves))
         tensors = _tensors(leaves, constants, device)
@@ -363,46 +362,20 @@ class TrainStep:
         logger.info("TrainStep made a graph for steps %s curvature in %.1f s", order, time.perf_counter() - begin)
         return graph
 
-    # ---- the optimizer -----------------------------------------------------------------------------------------------
-
-    def _hand_over(self, params: Sequence[tuple[int, Tensor]], found: Derivatives, draw: _Probes) -> None:
-        """Gradients to ``p.grad`` and products to the optimizer, as its own backward() leaves them."""
-        opt = self.optimizer
-        average = opt._start_average(found.grads)
-        hvp.accumulate_grads([p for _, p in params], found.grads)
-        hvp.run_post_accumulate_hooks([p for _, p in params], found.grads)
-        opt._finish_average(average)
-        if not opt.needs_hessian or not (found.probed or average):
-            return
-        curvature = opt._gathered()
-        entries = opt._ensure([params[i][1] for i in found.probed])
-        for sample, products in enumerate(found.products):
-            curvature.take(
-                dict(zip(entries, products, strict=True)),
-                probe=opt.param_groups[0]["probe"],
-                n_samples=opt.param_groups[0]["n_samples"],
-                sample=sample,
-                z=draw.drawn[sample],
-            )
-        opt._curvature = curvature
-
 
 class _Probes:
     """Draws the probes of the coming step."""
 
     def __init__(self, optimizer: AdaHessian, params: Sequence[tuple[int, Tensor]]) -> None:
         self._optimizer, self._params = optimizer, params
-        self.drawn: list[dict] = []
+        self.drawn: list[list[Tensor]] = []
 
     @torch.no_grad()
     def __call__(self, numbers: Sequence[int], sample: int) -> list[Tensor]:
         """Z of the parameters with these numbers."""
-        opt = self._optimizer
-        entries = opt._ensure([self._params[i][1] for i in numbers])
-        options = opt.param_groups[0]
-        z = draw_probe(entries, opt._tools, probe=options["probe"], seed=opt._probe_seed, sample=sample)
+        z = self._optimizer.coming_step.draw([self._params[i][1] for i in numbers], sample)
         self.drawn.append(z)
-        return [z[entry] for entry in entries]
+        return z
 
 
 def _is_constant(value: Any) -> bool:

@@ -1,0 +1,421 @@
+"""What the coming step gathers before its update: gradients, and curvature where it is due."""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from . import hvp
+from .bucket import Entry, compute_dtype
+from .checks import check_grad, integer
+from .curvature import Curvature, draw_probe
+from .distributed.average import GradientAverage, average_curvature
+from .distributed.ranks import Ranks, batch_weight
+from .distributed.sharded import EXACT_IS_REFUSED, any_sharded, part_of
+from .layout import ParameterLayout
+from .record import GradientRecord, Versions, is_zero, versions
+from .schedule import Schedule
+
+Differentiate = Callable[..., None]
+
+
+class NoCurvatureError(RuntimeError):
+    """A step needs curvature, and its gradients have no graph to take it from."""
+
+
+class Gathered(NamedTuple):
+    """What a step is made of.
+
+    Attributes:
+        entries: the parameters that have a gradient.
+        grads: their gradients.
+        due: for each group, whether it uses new curvature.
+        curvature: Hz, or D; None where nothing is due.
+    """
+
+    entries: Sequence[Entry]
+    grads: list[Tensor]
+    due: Sequence[bool]
+    curvature: Curvature | None
+
+
+class HessianStep:
+    """Gradients and curvature of the coming step, whichever way they come: one object for all steps, one by one.
+
+    Backward passes of ours run inside :meth:`passing`, average their gradients between :meth:`start_average` and
+    :meth:`finish_average`, and leave their Hz in :attr:`curvature`. :meth:`take` does all that with what was computed
+    elsewhere. :meth:`finish` completes both over backward passes and ranks, and :meth:`close` ends the step.
+
+    Args:
+        layout: of the optimizer's parameters.
+        ranks: those that train one model together; None if there is no process group.
+
+    Attributes:
+        schedule: when curvature is due.
+        evaluation: differentiates the losses of the closure that a strategy evaluates just now.
+        before_closure: all gradients as they were before the closure that runs just now.
+        unfinished: what is left of an update that has failed, for the gradients as they are.
+    """
+
+    def __init__(self, layout: ParameterLayout, ranks: Ranks | None) -> None:
+        self.layout, self.ranks, self.schedule = layout, ranks, Schedule(layout)
+        self.evaluation: Differentiate | None = None
+        self.before_closure: Versions | None = None
+        self.unfinished: Any = None
+        self._record: GradientRecord | None = None  # of this step, from its first pass on
+        self._left: GradientRecord | None = None  # of the gradients after the last step, if the coming one is due
+        self._warned_of_ranks = False
+
+    @property
+    def curvature(self) -> Curvature | None:
+        """What has been gathered so far; it follows the parameters when these are laid out anew."""
+        return self.layout.attached  # type: ignore[return-value]
+
+    @curvature.setter
+    def curvature(self, value: Curvature | None) -> None:
+        self.layout.attached = value
+
+    @property
+    def is_due(self) -> bool:
+        """Whether the coming step uses new curvature in any group."""
+        return any(self.schedule.due())
+
+    @property
+    def probe_seed(self) -> int:
+        """Key of the probe's generator on this rank."""
+        options = self.layout.options
+        per_rank = self.ranks is not None and options["probe_per_rank"]
+        return self.ranks.probe_seed(options["seed"]) if per_rank else options["seed"]
+
+    def new_curvature(self) -> Curvature:
+        """Return a place for the curvature of one backward pass."""
+        return Curvature(self.layout.backends, self.probe_seed)
+
+    def draw(self, params: Sequence[Tensor], sample: int) -> list[Tensor]:
+        """Draw this step's probe of some parameters."""
+        options, entries = self.layout.options, self.layout.ensure(params)
+        z = draw_probe(entries, self.layout.backends, probe=options["probe"], seed=self.probe_seed, sample=sample)
+        return [z[entry] for entry in entries]
+
+    # ---- checks ------------------------------------------------------------------------------------------------------
+
+    def check_whole_batch(self) -> None:
+        """Raise if the curvature is to come from a part of the mini-batch."""
+        fraction = self.layout.options["hessian_fraction"]
+        if fraction < 1:
+            raise RuntimeError(
+                f"hessian_fraction={fraction} needs the mini-batch, to take a part of it; write "
+                "opt.backward_split(loss_fn, *batch) instead of loss.backward(), opt.backward(loss) or a closure"
+            )
+
+    def check_not_sharded(self) -> None:
+        """Raise if parameters are sharded and curvature is to come from a graph."""
+        strategy = self.layout.options["hvp"]
+        if strategy != "finite_difference" and any_sharded([p for _, p in self.layout.trained()]):
+            raise RuntimeError(EXACT_IS_REFUSED.format(strategy))
+
+    def _check_graphs(self, grads: Sequence[Tensor]) -> None:
+        """Raise unless some gradients carry a graph that curvature can come from."""
+        strategy = self.layout.options["hvp"]
+        if strategy != "autograd":
+            raise NoCurvatureError(hvp.NEEDS_FUNCTION.format(strategy))
+        if not hvp.has_graph(grads):
+            raise NoCurvatureError(hvp.NO_CURVATURE)
+
+    def _warn_if_not_alone(self) -> None:
+        """Warn once if there are ranks that nobody has told about."""
+        if not self._warned_of_ranks and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+            self._warned_of_ranks = True
+            if self.layout.options["hvp"] != "finite_difference":
+                warnings.warn(
+                    f"torch.distributed has {dist.get_world_size()} ranks, but this optimizer has no process_group: "
+                    "its curvature, and the gradient of opt.backward(), are those of this rank's batch alone, and "
+                    "ranks drift apart; expected AdaHessian(..., process_group=torch.distributed.group.WORLD)",
+                    stacklevel=2,
+                )
+
+    # ---- backward passes ---------------------------------------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def passing(self) -> Iterator[None]:
+        """Surround a backward pass of ours: its gradients join those of the step that have their curvature."""
+        if not self.is_due:
+            yield
+            return
+        params = [p for _, p in self.layout.trained()]
+        self._drop_zeroed(params)
+        record = self._record or GradientRecord(())
+        if self._record is None:
+            record.added.update(id(p) for p in self._foreign(params))
+        if record.added:
+            raise RuntimeError(hvp.MIXED)
+        record.ours = True
+        try:
+            yield
+        except BaseException:
+            record.ours = False
+            raise
+        if self._record is not None:
+            self._record.close()
+        self._record = GradientRecord(params)
+        self._record.watch()
+
+    def _foreign(self, params: Sequence[Tensor]) -> list[Tensor]:
+        """Return parameters whose gradient has been written to since the last step, though by no pass of this one."""
+        return [] if self._left is None else [p for p in self._left.changed(params) if not is_zero(p)]
+
+    def _drop_zeroed(self, params: Sequence[Tensor]) -> None:
+        """Forget the curvature of gradients that were zeroed or dropped behind our back (``model.zero_grad()``)."""
+        if self._record is None:
+            return
+        zeroed = {id(p) for p in self._record.changed(params) if is_zero(p)}
+        self._record.added -= zeroed
+        if all(id(p) in zeroed or p.grad is None for p in params):
+            self.forget()
+        elif zeroed and self.curvature is not None:
+            gone = [entry for entry in self.layout.entries.values() if id(entry.owner) in zeroed]
+            self.curvature = self.curvature.without(gone)
+
+    def own(self, leaves: Sequence[Tensor], grads: Sequence[Tensor | None]) -> list[Tensor | None]:
+        """Return the gradients of what is trained here among those of all leaves."""
+        of = dict(zip(map(id, leaves), grads, strict=True))
+        return [of.get(id(p)) for _, p in self.layout.trained()]
+
+    def products(self, params: Sequence[Tensor], grads: Sequence[Tensor], **options: Any) -> Curvature:
+        """Differentiate gradients along this step's probes, those that are due.
+
+        Args:
+            params: parameters.
+            grads: their gradients, with their graph.
+            options: as of :meth:`Curvature.differentiate`.
+        """
+        due, group_of = self.schedule.due(), {id(p): n for n, p in self.layout.trained()}
+        entries = self.layout.ensure(params)
+        pairs = [
+            (entry, g)
+            for entry, p, g in zip(entries, params, grads, strict=True)
+            if due[group_of[id(p)]] and g.requires_grad
+        ]
+        for entry, g in zip(entries, grads, strict=True):
+            check_grad(g, entry.name)
+        wide, curvature = self.layout.options, self.new_curvature()
+        curvature.differentiate(
+            pairs, probe=wide["probe"], n_samples=wide["n_samples"], precision=wide["hvp_dtype"], **options
+        )
+        return curvature
+
+    def with_all(self, curvature: Curvature | None = None) -> Curvature:
+        """Return what has been gathered, with that of one more pass."""
+        if self.ranks is None:
+            self._warn_if_not_alone()
+        else:
+            self.ranks.curvature_averaged = False
+        curvature = curvature or self.new_curvature()
+        return curvature if self.curvature is None else self.curvature.plus(curvature)
+
+    @torch.no_grad()
+    def report_overflow(self, *, scaled: bool) -> None:
+        """Tell ``scaler.unscale_(opt)``, which may be the next call, if the unscaled curvature is not finite.
+
+        All ranks hear the same.
+        """
+        if scaled:
+            agree = None if self.ranks is None or self.ranks.silent else self.ranks.largest
+            self.curvature.report([p.grad for _, p in self.layout.trained() if p.grad is not None], agree)
+
+    def take(
+        self,
+        grads: Sequence[Tensor | None],
+        probed: Sequence[Tensor],
+        probes: Sequence[Sequence[Tensor]],
+        products: Sequence[Sequence[Tensor]],
+    ) -> None:
+        """Take in gradients and Hz that were computed elsewhere, as a backward pass of ours leaves them.
+
+        Args:
+            grads: of everything that is trained, in the order of :meth:`ParameterLayout.trained`.
+            probed: the parameters that have a product.
+            probes: for each sample, z of these.
+            products: for each sample, their Hz.
+        """
+        params = [p for _, p in self.layout.trained()]
+        average = self.start_average(grads)
+        hvp.accumulate_grads(params, grads)
+        hvp.run_post_accumulate_hooks(params, grads)
+        self.finish_average(average)
+        if not self.is_due or not (probed or average):
+            return
+        curvature, entries, options = self.with_all(), self.layout.ensure(probed), self.layout.options
+        for sample, (z, h) in enumerate(zip(probes, products, strict=True)):
+            curvature.take(
+                dict(zip(entries, h, strict=True)),
+                probe=options["probe"],
+                n_samples=options["n_samples"],
+                sample=sample,
+                z=dict(zip(entries, z, strict=True)),
+            )
+        self.curvature = curvature
+
+    def take_nothing(self, *, with_curvature: bool) -> None:
+        """Take part in the other ranks' backward pass without having any examples."""
+        with self.passing():
+            if with_curvature:
+                self.curvature = self.with_all()
+            self.finish_average(self.start_average())
+
+    def take_graph(self, params: Sequence[Tensor]) -> None:
+        """Take in the curvature of gradients that ``loss.backward(create_graph=True)`` left.
+
+        Raises:
+            RuntimeError: none of them has a graph, or a part of it is missing.
+        """
+        grads = [p.grad for p in params]
+        self._check_graphs(grads)
+        self.check_whole_batch()
+        self.check_not_sharded()
+        with_graph = hvp.differentiable(grads)
+        hvp.check_gradients(hvp.explore([grads[i] for i in with_graph]))
+        found = self.products([params[i] for i in with_graph], [grads[i] for i in with_graph])
+        self.curvature = self.with_all(found)
+
+    def _take_diagonal(self, hessian: Sequence[Tensor | None], entries: Sequence[Entry]) -> None:
+        """Take in curvature that the user brings: D for each parameter, in the order of the groups."""
+        params = list(self.layout.params())
+        if len(hessian) != len(params):
+            raise ValueError(f"hessian has {len(hessian)} entries; expected {len(params)}, one for each parameter")
+        given = {p: part_of(h, p) if isinstance(h, Tensor) else h for p, h in zip(params, hessian, strict=True)}
+        for entry in entries:
+            h = given[entry.owner]
+            if not isinstance(h, Tensor) or h.shape != entry.param.shape:
+                what = f"of shape {tuple(h.shape)}" if isinstance(h, Tensor) else repr(h)
+                raise ValueError(f"hessian of {entry.name} is {what}; expected shape {tuple(entry.param.shape)}")
+        same = all(given[entry.owner].dtype == entry.param.dtype for entry in entries)
+        d = {
+            entry: entry.stored(given[entry.owner].to(entry.param.device), None if same else entry.bucket.compute_dtype)
+            for entry in entries
+        }
+        if self.ranks is not None:
+            self.ranks.curvature_averaged = False
+        self.curvature = self.new_curvature()
+        self.curvature.unscaled = True
+        self.curvature.add(d, sample=0, draw=False)
+
+    # ---- several ranks -----------------------------------------------------------------------------------------------
+
+    def batch_weight(self, batch_size: int) -> Tensor:
+        """Return the factor on the mean loss of this rank's examples, see :meth:`AdaHessian.batch_weight`."""
+        _, first = self.layout.trained()[0]
+        like = torch.ones((), dtype=compute_dtype(first.dtype), device=first.device)
+        n = integer(batch_size)
+        if n is None or n < 0:
+            raise ValueError(f"batch_size={batch_size!r}; expected a number of examples")
+        return like if self.ranks is None else batch_weight(batch_size, self.ranks.group, like)
+
+    def start_average(self, grads: Sequence[Tensor | None] | None = None) -> GradientAverage | None:
+        """Begin to average ``p.grad`` plus ``grads`` over the ranks; None if there are none, or inside no_sync()."""
+        return None if self.ranks is None or self.ranks.silent else self._averaging(grads)
+
+    def _averaging(self, grads: Sequence[Tensor | None] | None = None) -> GradientAverage:
+        params = [p for _, p in self.layout.trained()]
+        self.ranks.watch(params)
+        return GradientAverage(self.ranks, params, grads)
+
+    def finish_average(self, average: GradientAverage | None) -> None:
+        """Wait for the means; with None the gradients are this rank's own from now on."""
+        if average is not None:
+            average.finish()
+        elif self.ranks is not None:
+            self.ranks.grads_averaged = False
+
+    def average_local(self, *, with_curvature: bool = True) -> None:
+        """Average what other backward passes than ours have left on this rank, and take in their curvature."""
+        if self.ranks is None or self.ranks.grads_averaged:
+            return
+        params = [p for _, p in self.layout.trained() if p.grad is not None]
+        wanted = with_curvature and self.curvature is None and self.is_due
+        if wanted and params:
+            self._check_graphs([p.grad for p in params])
+        average = self._averaging()
+        if wanted and params:
+            self.take_graph(params)
+        elif wanted:  # another rank may use these parameters
+            self.curvature = self.with_all()
+        average.finish()
+
+    def average_curvature(self, due: Sequence[bool]) -> None:
+        """Average the curvature of the groups that are due over the ranks, unless it is already."""
+        if self.ranks is not None and self.curvature is not None and not self.ranks.curvature_averaged:
+            entries = self.layout.ensure([p for n, p in self.layout.trained() if due[n]])
+            average_curvature(self.ranks, self.curvature, entries)
+
+    # ---- from the passes to the update -------------------------------------------------------------------------------
+
+    def finish(self, hessian: Sequence[Tensor | None] | None = None) -> Gathered:
+        """Complete gradients and curvature, over all backward passes and ranks.
+
+        Args:
+            hessian: D for each parameter, in place of the backward passes' curvature.
+
+        Raises:
+            NoCurvatureError: it is due, and there is none.
+            RuntimeError: some of the gradients have their curvature, and some not.
+        """
+        self.average_local(with_curvature=hessian is None)
+        entries, grads = self.layout.with_gradients()
+        if not entries:
+            return Gathered((), [], (), None)
+        due = self.schedule.due()
+        if hessian is None:
+            self.complete(entries, grads, due)
+        else:
+            self._take_diagonal(hessian, entries)
+            due = [True] * len(due)
+        hvp.release_graph(grads)
+        self.average_curvature(due)
+        return Gathered(entries, grads, due, self.curvature)
+
+    def complete(self, entries: Sequence[Entry], grads: Sequence[Tensor], due: Sequence[bool]) -> None:
+        """Take in what the gradients' graphs still hold of the curvature, whichever way the backward passes went."""
+        if self.curvature is None and any(due[entry.group] for entry in entries):
+            self.take_graph([entry.owner for entry in entries])
+        elif self.curvature is not None and hvp.has_graph(grads):
+            raise RuntimeError(hvp.TWO_WAYS)
+        elif self.curvature is not None and self._record is not None and self._record.added:
+            raise RuntimeError(hvp.MIXED)
+
+    # ---- one step after the other ------------------------------------------------------------------------------------
+
+    def forget(self) -> None:
+        """Drop what has been gathered: its gradients are gone, or their step is done."""
+        if self._record is not None:
+            self._record.close()
+        self.curvature = self._record = self.unfinished = None
+
+    @contextlib.contextmanager
+    def zeroing(self, *, to_none: bool) -> Iterator[None]:
+        """Surround what resets the gradients; ``to_none``: they do not become zeros."""
+        self.forget()
+        if self.ranks is not None:
+            self.ranks.reset()
+        yield
+        if not to_none:
+            self.begin()
+        if self.before_closure is not None:  # called by a closure: zeros are not what its backward() leaves
+            self.before_closure = versions(self.layout.params())
+
+    def begin(self) -> None:
+        """Note the gradients as they are, if the coming step is due: none of them is foreign to it."""
+        self._left = GradientRecord([p for _, p in self.layout.trained()]) if self.is_due else None
+
+    def close(self) -> None:
+        """End the step, and be ready for the gradients of the next one."""
+        self.forget()
+        self.begin()
+        if self.ranks is not None:
+            self.ranks.stepped()

@@ -1,0 +1,52 @@
+"""Imports go down the layers that docs/design.md lists, and never up."""
+
+from __future__ import annotations
+
+import ast
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGE = ROOT / "adahessian_fused"
+
+
+def layers() -> dict[str, int]:
+    """The number of each module's layer, or of its package's, from the top."""
+    section = (ROOT / "docs" / "design.md").read_text().partition("\n## Who imports whom\n")[2]
+    lines = re.search(r"```text\n(.*?)```", section, re.DOTALL)[1].splitlines()
+    return {module: number for number, line in enumerate(lines) for module in line.split()}
+
+
+def imports(path: Path) -> Iterator[list[str]]:
+    """Names of the modules of the package that a file imports, inside functions too, but not for types alone."""
+    waiting = [ast.parse(path.read_text())]
+    while waiting:
+        node = waiting.pop()
+        for_types = isinstance(node, ast.If) and getattr(node.test, "id", "") == "TYPE_CHECKING"
+        waiting += [] if for_types else ast.iter_child_nodes(node)
+        if isinstance(node, ast.ImportFrom) and node.level:
+            folder = [*path.parts, ""][: -node.level - 1]
+            names = [*folder[len(PACKAGE.parts) :], *(node.module or "").split(".")]
+            for alias in node.names:
+                yield [*filter(None, names), alias.name]
+
+
+def test_imports_go_down():
+    layer_of, wrong = layers(), []
+
+    def layer(parts: tuple[str, ...]) -> int | None:
+        names = (".".join(parts[:i]) for i in range(len(parts), 0, -1))
+        return next((layer_of[name] for name in names if name in layer_of), None)
+
+    files = [path.relative_to(PACKAGE) for path in PACKAGE.rglob("*.py")]
+    files = [path for path in files if path.parts[0] not in ("kernels", "__init__.py", "__main__.py")]
+    for path in files:
+        name = path.with_suffix("").parts
+        assert layer(name) is not None, f"{path} is in none of the layers in docs/design.md"
+        for imported in map(tuple, imports(PACKAGE / path)):
+            below = layer(imported)
+            if below is not None and below <= layer(name) and imported[0] != name[0]:
+                wrong.append(f"{path} imports {'.'.join(imported)}")
+    assert len(files) > 50
+    assert not wrong
