@@ -7,25 +7,16 @@ REQUIRE ?= native,emulated,reference,triton
 SANITIZE ?= address,undefined
 WORKERS ?= $(shell n=$$(nproc 2>/dev/null || echo 2); echo $$((n < 8 ? n : 8)))
 
-.PHONY: help build demo paper test test-everywhere cpp-test cpp-bench bench overhead docs lint format wheel sdist gpu gpu-build gpu-rehearsal clean
+.PHONY: help build demo paper test test-everywhere cpp-test bench overhead docs lint format wheel sdist gpu gpu-build gpu-rehearsal clean
 
 help:
-	@echo "make demo    train ResNet-20 on real images with SGD, AdamW, plain AdaHessian and ours; table, JSON and plot"
-	@echo "make paper   the paper's experiments in small and a report; within 40 minutes, goes on where it stopped, ARGS=--quick: 2"
-	@echo "make test    the whole test suite on this machine"
-	@echo "make test-everywhere   the numerical tests with the vector widths, libraries and threads of other machines, and with"
-	@echo "             other data: 12 times 3 minutes on 2 cores; ARGS=--quick: a minute; ARGS=avx2 or other names: these"
-	@echo "make cpp-test   csrc without Python, under AddressSanitizer and UBSan; part of make test"
-	@echo "make bench   the update against its floor and its peers"
-	@echo "make overhead  what second-order steps cost beside SGD's and AdamW's; half an hour, ARGS=--quick: minutes"
-	@echo "make cpp-bench  the launchers alone, from C++"
+	@echo "make build   .venv with everything, the native library, and what can run here"
+	@echo "make test    the whole suite; one file of it: .venv/bin/python -m pytest tests/test_NAME.py"
+	@echo "make lint    ruff, mypy and clang-format; make format lets them rewrite"
 	@echo "make docs    the documentation as a website, in build/docs; warnings are errors"
-	@echo "make lint    ruff, mypy and clang-format"
-	@echo "make format  let them rewrite"
-	@echo "make sdist   the source distribution, in dist; tried where there is no compiler"
-	@echo "make wheel   the wheel, in dist, from the source distribution; tried in a fresh environment"
-	@echo "make gpu     build, test and measure on a CUDA machine with its own $(PYTHON), offline, in stages of some eight"
-	@echo "             minutes in all; OUT=folder for the results, ARGS='--stages 0,1,2' for some of them"
+	@echo "make demo    ResNet-20 on real images with SGD, AdamW, plain AdaHessian and ours: table, JSON and plot"
+	@echo "make bench   the update against its floor and its peers; ARGS=--quick: within a minute"
+	@echo "docs/contributing.md has the others: overhead, paper, gpu, wheel, cpp-test, test-everywhere ..."
 
 # ---- environment and build -----------------------------------------------------------------------------------------
 $(VENV)/.ready: constraints.txt pyproject.toml
@@ -37,7 +28,7 @@ $(VENV)/.ready: constraints.txt pyproject.toml
 
 # What the tests, the checks of the source and the paper's experiments need beside it.
 $(VENV)/.tools: $(VENV)/.ready
-	$(PY) -m pip install -q -c constraints.txt sacrebleu markdown-it-py \
+	$(PY) -m pip install -q -c constraints.txt sacrebleu \
 	  pytest hypothesis pytest-timeout pytest-xdist ruff mypy clang-format
 	$(PY) -m pip install -q --no-compile -c constraints.txt lightning accelerate transformers tensorboard
 	$(PY) -m pip install -q -c constraints.txt --no-deps timm
@@ -68,7 +59,7 @@ test: $(VENV)/.tools $(VENV)/.built cpp-test
 test-everywhere: $(VENV)/.tools $(VENV)/.built
 	$(PY) tests/everywhere.py --jobs 2 $(ARGS)
 
-# csrc without Python and torch: its tests with sanitizers, and its benchmark without. BASELINE_ONLY=OFF compiles, and
+# csrc without Python and torch: its tests with sanitizers. BASELINE_ONLY=OFF compiles, and
 # tests, the kernels for every instruction set, which takes minutes; SANITIZE=thread looks for races.
 BASELINE_ONLY ?= ON
 CPP := PATH="$(abspath $(VENV))/bin:$$PATH" cmake -S . -G Ninja -DADAHESSIAN_CPP_TESTS=ON
@@ -76,11 +67,6 @@ cpp-test: $(VENV)/.ready
 	@$(CPP) -B build/cpp-test -DADAHESSIAN_SANITIZE=$(SANITIZE) -DADAHESSIAN_BASELINE_ONLY=$(BASELINE_ONLY) > /dev/null
 	@PATH="$(abspath $(VENV))/bin:$$PATH" cmake --build build/cpp-test
 	@PATH="$(abspath $(VENV))/bin:$$PATH" ctest --test-dir build/cpp-test --output-on-failure --parallel
-
-cpp-bench: $(VENV)/.ready
-	@$(CPP) -B build/cpp-bench > /dev/null
-	@PATH="$(abspath $(VENV))/bin:$$PATH" cmake --build build/cpp-bench --target csrc_bench
-	build/cpp-bench/tests/cpp/csrc_bench $(ARGS)
 
 bench: $(VENV)/.built
 	$(PY) -m bench.run --out $(OUT) $(ARGS)

@@ -72,6 +72,10 @@ GROUPS = (  # Hyper: lr, beta1, beta2, eps, weight_decay, hessian_power, maximiz
     (0.3, 0.95, 0.9, 1e-3, 0.01, 0.75, 0, 1, 0.3, 0.5),
     (0.05, 0.0, 0.98, 1e-2, 0.2, 0.0, 1, *PLAIN),
 )
+NOT_FINITE = (  # block, place of a value that is not finite, and that value
+    *((1, 150, math.nan), (1, 299, math.inf), (7, 0, math.nan), (7, 150, math.inf), (7, 299, math.nan)),
+    *((300, 0, math.inf), (300, 299, math.nan)),
+)
 MIXED_STEPS = ((0, 0), (9, 3), (4, 4), (5, 0))  # Steps: t - 1, h
 
 
@@ -141,7 +145,28 @@ LAYOUT_CASES = (
     Case("padded", specs(*_SHAPES, block=9), state_at=Place(64, 0, 1)),
     Case("blocks_differ", tuple(Spec((40 + i,), b, bool(i % 2)) for i, b in enumerate((*BLOCKS, 4)))),
 )
+# Block lengths around the ones that are treated in their own way: short, odd, a vector, a row, a tile and more; sizes
+# a little below and above a call of Philox and a tile; and other orders of storage, with whole kernels and cut ones.
+_EDGES = (1, 2, 3, 4, 5, 8, 9, 16, 17, 32, 49, 64, 127, 128, 1000, 1024, 2047, 2048, 2049, 5000)
+_RAGGED = [(n,) for n in (0, 1, 2, 127, 128, 129, 500, 2047, 2049, 6007)]
+_KERNELS = ((4, 5, 3, 3), (1, 300, 3, 3), (3, 64, 7, 7), (2, 130, 1, 1), (1, 1, 130, 1))
+_MATRICES = ((5, 7), (67, 65), (2051, 3))
+
+
+def _edge_cases(block: int, number: int) -> list[Case]:
+    kernels = specs(*_KERNELS, block=block, absolute=number % 2 == 0, order="channels_last")
+    matrices = specs(*_MATRICES, block=block, order="transposed")
+    options = {"dtype": DTYPES[number % 4], "groups": GROUPS, "steps": MIXED_STEPS}
+    options["stored"] = torch.bfloat16 if number % 8 < 3 else None
+    return [
+        Case(f"ragged_block_{block}", specs(*_RAGGED, block=block, absolute=number % 2 == 1), **options),
+        Case(f"permuted_block_{block}", kernels + matrices, **options),
+    ]
+
+
 LARGE_CASES = (
+    *(case for number, block in enumerate(_EDGES) for case in _edge_cases(block, number)),
+    Case("many_long_blocks", specs((66 * 4104 + 17,), block=4104)),  # so many that the step sums each as it comes to it
     Case("tiny_300", specs(*[(1 + i % 5,) for i in range(300)], block=2), groups=GROUPS, steps=MIXED_STEPS),
     Case("tiny_1200", specs(*[(i % 4,) for i in range(1200)]), groups=GROUPS, steps=MIXED_STEPS),
     *(Case(f"chunk_edges_block_{b}", specs((65535,), (65536,), (65537,), block=b)) for b in (1, 9, 32, 4095)),

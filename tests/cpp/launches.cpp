@@ -191,40 +191,6 @@ void test_counts_on_the_device() {
   }
 }
 
-// hessian_diag and then a step on its result is the step on Hz, bit for bit.
-void test_compact_diagonal() {
-  const std::vector<Shape> shapes = {{4096, 9},        {2048, 32},   {10000, 5000},
-                                     {5184, 9, 9, 64}, {1155, 1155}, {700, 7, 20, 5}};
-  Problem direct(shapes), twice(shapes);
-  direct.step();
-  direct.hessian_diag();
-  twice.hessian_diag();
-  for (size_t i = 0; i < shapes.size(); ++i) {
-    const Segment& s = twice.segments[i];
-    EmulatedDevice device(twice.context);
-    Segment without = s;
-    without.hessian = nullptr;
-    gpu::adahessian_step<float>({Dtype::kFloat32,
-                                 Dtype::kFloat32,
-                                 {without},
-                                 twice.diag.data(),
-                                 twice.exp_avg.data(),
-                                 twice.exp_hessian_diag_sq.data(),
-                                 nullptr,
-                                 {twice.steps.data(), false},
-                                 reinterpret_cast<const double*>(twice.groups.data()),
-                                 1,
-                                 {7, 0, true},
-                                 nullptr,
-                                 nullptr,
-                                 7,
-                                 nullptr,
-                                 nullptr},
-                                device);
-  }
-  check(direct.same_results(twice), "the compact diagonal gives the same step");
-}
-
 // The tiles of a parameter follow each other without a gap, and every place is inside it.
 template <gpu::Order kOrder>
 void check_tiles(const gpu::Geometry& g, const std::string& name) {
@@ -284,7 +250,6 @@ int main() {
   test_unchanged_tables_stay();
   test_upload_cache();
   test_counts_on_the_device();
-  test_compact_diagonal();
   test_many_elements();
   return test::report();
 }

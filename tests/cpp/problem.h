@@ -41,12 +41,6 @@ void for_each_storage(const F& f) {
   f(bfloat16{}, bfloat16{}, "bfloat16 rounded"), f(float16{}, bfloat16{}, "float16 rounded");
 }
 
-// Calls f with a value of each parameter type.
-template <typename F>
-void for_each_dtype(const F& f) {
-  f(float{}, "float32"), f(bfloat16{}, "bfloat16"), f(float16{}, "float16"), f(double{}, "float64");
-}
-
 // An array that ends where its memory does, so that AddressSanitizer sees every access behind it. `shift` elements in
 // front of it misalign it.
 template <typename E>
@@ -93,8 +87,6 @@ class Random {
   std::mt19937 engine_;  // whose numbers, unlike those of the distributions, are the same everywhere
 };
 
-constexpr double kUntouched = -77;  // what lies outside the segments
-
 // M: what m and v are stored in.
 template <typename T, typename M = StateOf<T>>
 struct Problem {
@@ -118,12 +110,6 @@ struct Problem {
     exp_avg = Array<M>(offset), exp_hessian_diag_sq = Array<M>(offset);
     master = Array<float>(options.master ? offset : 0);
     diag = Array<S>(diag_offset);
-    for (int64_t i = 0; i < offset; ++i) {
-      z.set(i, kUntouched), saved.set(i, kUntouched), exp_avg.set(i, kUntouched),
-          exp_hessian_diag_sq.set(i, kUntouched);
-      if (options.master) master.set(i, kUntouched);
-    }
-    for (int64_t i = 0; i < diag_offset; ++i) diag.set(i, kUntouched);
     for (size_t i = 0; i < segments.size(); ++i) fill_states(i, options.master, random);
     for (int i = 0; i < options.n_slots; ++i) steps.insert(steps.end(), {3 * i, i});  // slot 0: the first step
     const double powers[] = {1.0, 0.5, 0.75};
@@ -188,10 +174,10 @@ struct Problem {
   }
 
   // The ops one after the other.
-  void run_all(const Engine& engine) {
+  void run_all(const Engine& engine, Source source = Source::kHessian) {
     rademacher(engine);
     hessian_diag(engine);
-    adahessian_step(engine);
+    adahessian_step(engine, source);
     perturb(engine, 0.25, true);
   }
 

@@ -1,11 +1,14 @@
 // All 65,536 numbers of each 16-bit dtype, and the rounding between neighbours.
+#include "../../csrc/dtypes.h"
+
 #include <cmath>
 
 #include "check.h"
-#include "problem.h"
-#include "tests.h"
 
-namespace adahessian::test {
+using namespace adahessian;
+using test::check;
+using test::check_equal;
+
 namespace {
 
 // The value of a 16-bit number from the definition of its format.
@@ -28,7 +31,6 @@ uint32_t rounded(double x) {
 template <typename T>
 void test_format(const std::string& name, int exponent_bits, int mantissa_bits) {
   const uint32_t infinity = ((1u << exponent_bits) - 1) << mantissa_bits;
-  Elements loaded(name + " loaded"), stored(name + " stored"), ties(name + " tie"), above(name + " above a tie");
   for (uint32_t bits = 0; bits < 0x10000; ++bits) {
     const double value = decode(bits, exponent_bits, mantissa_bits), found = load_as(T{uint16_t(bits)});
     if (std::isnan(value)) {
@@ -37,14 +39,15 @@ void test_format(const std::string& name, int exponent_bits, int mantissa_bits) 
       check(std::isnan(again), name + ": a NaN is stored as a NaN");
       continue;
     }
-    if (found != value) loaded.equal(bits, found, value);
-    stored.equal(bits, rounded<T>(value), bits);
+    const std::string which = name + " " + std::to_string(bits);
+    check(found == value, which + " loaded");
+    check_equal(rounded<T>(value), bits, which + " stored");
     if ((bits & 0x7FFF) + 1 >= infinity) continue;  // the next one is no number
     const double next = decode(bits + 1, exponent_bits, mantissa_bits), middle = (value + next) / 2;
     if (double(float(middle)) != middle) continue;  // between two subnormal bfloat16 there is a float in any case
-    ties.equal(bits, rounded<T>(middle), bits + bits % 2);  // to even
+    check_equal(rounded<T>(middle), bits + bits % 2, which + ", a tie");  // to even
     const float beyond = std::nextafter(float(middle), float(next));
-    above.equal(bits, rounded<T>(beyond), bits + 1);
+    check_equal(rounded<T>(beyond), bits + 1, which + ", above a tie");
   }
   check_equal(rounded<T>(INFINITY), infinity, name + " of infinity");
   check_equal(rounded<T>(std::numeric_limits<float>::max()), infinity, name + " of the largest float");
@@ -52,9 +55,8 @@ void test_format(const std::string& name, int exponent_bits, int mantissa_bits) 
 
 }  // namespace
 
-void test_dtypes() {
+int main() {
   test_format<bfloat16>("bfloat16", 8, 7);
   test_format<float16>("float16", 5, 10);
+  return test::report();
 }
-
-}  // namespace adahessian::test
