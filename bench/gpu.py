@@ -29,7 +29,10 @@ from . import display, table
 from .cases import ADAMW
 
 ROOT = Path(__file__).resolve().parent.parent
-OP_TESTS = ("adahessian_step", "rademacher", "hessian_diag", "perturb", "optimizer_capture", "norm_double_backward")
+OP_TESTS = (
+    *("adahessian_step", "rademacher", "hessian_diag", "perturb", "op_properties"),
+    *("optimizer_capture", "norm_double_backward"),
+)
 # Files whose tests never touch a device, or that need what the machine of a benchmark does not have.
 ELSEWHERE = (
     *("docs", "packaging", "installation", "paper", "paper_data", "trainers", "migration", "mixed_precision_page"),

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import median
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -14,6 +15,8 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from .contestants import Contestant
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -73,6 +76,37 @@ def _timing(samples: list[tuple[float, float]], contestant: Contestant, device: 
         return Timing(*step, len(samples), median(host for _, host in samples), _kernels(contestant))
     calls, host = _calls(contestant) if contestant.watched else (0, 0.0)
     return Timing(*step, len(samples), host if calls else None, calls or None)
+
+
+def in_turns(
+    steps: Mapping[str, Callable[[], Any]], rounds: int, clock: Callable[[Callable[[], Any]], T],
+    on_round: Callable[[], None] = lambda: None,
+) -> dict[str, list[T]]:  # fmt: skip
+    """What a clock says of steps that take turns; one more round, the first, warms up.
+
+    The order changes from round to round, so that nobody always follows the same neighbour.
+    """
+    found: dict[str, list[T]] = {name: [] for name in steps}
+    order = list(steps)
+    for number in range(rounds + 1):
+        for name in order:
+            taken = clock(steps[name])
+            if number:
+                found[name].append(taken)
+        order.append(order.pop(0))
+        on_round()
+    return found
+
+
+def wall_clock(step: Callable[[], Any], device: str) -> float:
+    """Seconds that a step takes; on a GPU until the device has finished."""
+    if device != "cpu":
+        torch.cuda.synchronize()
+    start = time.perf_counter()
+    step()
+    if device != "cpu":
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
 
 
 class _CpuClock:

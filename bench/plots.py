@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # after the choice of the backend
 from matplotlib.axes import Axes
+from PIL import Image
 
 from .cases import EVERYBODY
 from .table import Result, against
@@ -20,21 +22,35 @@ COLOURS = ("#0072B2", "#D55E00", "#000000", "#56B4E9", "#E69F00", "#009E73", "#C
 STYLE = {"svg.hashsalt": "adahessian_fused", "svg.fonttype": "none", "font.size": 9, "axes.spines.top": False}
 
 
+@contextmanager
+def panels(path: Path, n: int, width: float, height: float, title: str = "") -> Iterator[Sequence[Axes]]:
+    """Axes side by side, with one legend below all of them; saved when they have been drawn on."""
+    with plt.rc_context(STYLE):
+        figure, axes = plt.subplots(1, n, figsize=(width * n, height), layout="constrained", squeeze=False)
+        yield axes[0]
+        handles = {label: h for panel in axes[0] for h, label in zip(*panel.get_legend_handles_labels(), strict=True)}
+        if handles:
+            figure.legend(handles.values(), handles, loc="outside lower center", frameon=False, ncols=4, fontsize=8)
+        figure.suptitle(title, fontsize=9)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None, dpi=100)
+        plt.close(figure)
+    if path.suffix == ".png":
+        Image.open(path).convert("RGB").quantize(256, Image.Quantize.FASTOCTREE).save(path, optimize=True)
+
+
 def draw(data: dict[str, Any], stem: Path, suffixes: Sequence[str] = ("svg", "png")) -> list[Path]:
     """Draw what the results allow into ``<stem>-roofline`` and ``<stem>-peers``; returns the files."""
-    where = data["machine"].get("gpu") or data["machine"]["cpu"]
-    written = []
-    with plt.rc_context(STYLE):
-        for name, plot in (("roofline", _roofline), ("peers", _peers)):
-            figure, axes = plt.subplots(figsize=(8, 4), layout="constrained")
-            if plot(axes, data["results"]):
+    where, written = data["machine"].get("gpu") or data["machine"]["cpu"], []
+    for name, plot in (("roofline", _roofline), ("peers", _peers)):
+        for path in (stem.parent / f"{stem.name}-{name}.{suffix}" for suffix in suffixes):
+            with panels(path, 1, 8, 4) as (axes,):
+                drawn = plot(axes, data["results"])
                 axes.set_title(f"{axes.get_title()}\n{where}", fontsize=9)
-                figure.legend(loc="outside lower center", frameon=False, ncols=4, fontsize=8)
-                for suffix in suffixes:
-                    path = stem.parent / f"{stem.name}-{name}.{suffix}"
-                    figure.savefig(path, metadata={"Date": None} if suffix == "svg" else None, dpi=120)
-                    written.append(path)
-            plt.close(figure)
+            if drawn:
+                written.append(path)
+            else:
+                path.unlink()
     return written
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from .overhead.table import HEADER, cells
-from .table import columns, notes, rows
+from .table import columns, markdown, notes, rows
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS, PAGE = ROOT / "bench" / "results", ROOT / "docs" / "benchmarks.md"
@@ -76,7 +76,7 @@ def page(
 
 def _section(name: str, data: dict[str, Any]) -> str:
     results = data["results"]
-    lines = [f"### {name}", "", _facts(data["machine"]), "", *_table(columns(results), rows(results), texts=2)]
+    lines = [f"### {name}", "", _facts(data["machine"]), "", markdown(columns(results), rows(results), texts=2)]
     lines += [f"\nNot measured: {note}." for note in notes(results)]
     return "\n".join(lines) + "\n"
 
@@ -84,23 +84,14 @@ def _section(name: str, data: dict[str, Any]) -> str:
 def _overhead(name: str, data: dict[str, Any]) -> str:
     lines = [f"### Whole training steps: {name}", "", _facts(data["machine"])]
     for model in data["models"]:
-        lines += [
-            "",
-            f"**{model['model']}**, {model['parameters']:,} parameters, batch {model['batch'][0]}; SGD takes ",
-        ]
-        lines[-1] += f"{1e3 * model['sgd_seconds']:.0f} ms a step."
-        lines += ["", *_table(HEADER, [cells(row) for row in model["rows"]])]
+        what = f"**{model['model']}**, {model['parameters']:,} parameters, batch {model['batch'][0]}"
+        lines += ["", f"{what}; SGD takes {1e3 * model['sgd_seconds']:.0f} ms a step."]
+        lines += ["", markdown(HEADER, [cells(row) for row in model["rows"]])]
     return "\n".join(lines) + "\n"
 
 
 def _facts(machine: dict[str, Any]) -> str:
     return ", ".join(f"{key} {_fact(machine[key])}" for key in FACTS if machine.get(key)) + "."
-
-
-def _table(header: list[str], body: list[list[str]], texts: int = 1) -> list[str]:
-    lines = ["| " + " | ".join(header) + " |"]
-    lines.append("|" + "|".join(["---"] * texts + ["---:"] * (len(header) - texts)) + "|")
-    return lines + ["| " + " | ".join(row + [""] * (len(header) - len(row))) + " |" for row in body]
 
 
 def _fact(value: Any) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from . import cases
@@ -77,6 +78,13 @@ def _row(result: Result, backend: str, peers: list[str]) -> list[str]:
         _ratio(per_byte(result, backend)),
         *(_ratio(against(result, backend, peer), "x") for peer in peers),
     ]
+
+
+def markdown(header: Sequence[str], body: Sequence[Sequence[str]], texts: int = 1) -> str:
+    """A Markdown table whose first ``texts`` columns are text; a row may be shorter."""
+    lines = [header, ["---"] * texts + ["---:"] * (len(header) - texts)]
+    lines += [[*row, *[""] * (len(header) - len(row))] for row in body]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 def _ratio(value: float | None, unit: str = "") -> str:

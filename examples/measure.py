@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -23,6 +22,7 @@ from resnet import MODELS
 from torch import Tensor, nn
 
 from adahessian_fused import hutchinson_diagonal
+from adahessian_fused.bench.measure import in_turns, wall_clock
 from adahessian_fused.reference import rademacher_signs
 
 MEMORY_STEPS = 6  # enough for Hessian steps and, at every frequency up to 5, off-steps between
@@ -132,12 +132,6 @@ def _weights(model: nn.Module) -> list[Tensor]:
 # ---- time ------------------------------------------------------------------------------------------------------------
 
 
-def synchronize(device: torch.device) -> None:
-    """Wait until the device has done what it was told."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
 def quantiles(values: Sequence[float]) -> dict[str, float]:
     """Median and the 20th and 80th percentile."""
     sample, levels = torch.tensor(values, dtype=torch.float64), torch.tensor([0.2, 0.5, 0.8], dtype=torch.float64)
@@ -150,24 +144,16 @@ def time_steps(
 ) -> dict[str, list[float]]:
     """Milliseconds a step, interleaved: in every round each run makes one period of steps on the same batch.
 
-    A period is one step, or with Hutchinson frequency f the Hessian step and its f - 1 off-steps. The order changes
-    from round to round, so that nobody always follows the same neighbour. One more round, the first, warms up until the
-    cost repeats itself.
+    A period is one step, or with Hutchinson frequency f the Hessian step and its f - 1 off-steps. What is done before
+    the cost repeats itself, and one more round, warm up.
     """
-    times: dict[str, list[float]] = {run.contestant.name: [] for run in runs}
-    for i in range(rounds + 1):
-        first = i % len(runs)
-        for run in (*runs[first:], *runs[:first]):
-            period = run.contestant.period
-            synchronize(x.device)
-            start = time.perf_counter()
-            for _ in range(period if i else max(period, run.contestant.start)):
-                run.step(x, y)
-            synchronize(x.device)
-            if i > 0:
-                times[run.contestant.name].append(1e3 * (time.perf_counter() - start) / period)
-        on_round()
-    return times
+    for run in runs:
+        for _ in range(run.contestant.start - run.contestant.period):
+            run.step(x, y)
+    periods = {run.contestant.name: run.contestant.period for run in runs}
+    steps = {r.contestant.name: lambda r=r: [r.step(x, y) for _ in range(r.contestant.period)] for r in runs}
+    times = in_turns(steps, rounds, lambda step: 1e3 * wall_clock(step, x.device.type), on_round)
+    return {name: [ms / periods[name] for ms in found] for name, found in times.items()}
 
 
 # ---- memory ----------------------------------------------------------------------------------------------------------

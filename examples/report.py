@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import platform
-import subprocess
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,6 +18,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 import adahessian_fused
+from adahessian_fused.bench import machine as bench_machine
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # after the choice of the backend
@@ -88,53 +86,12 @@ def progress_of(console: Console, what: str, total: int) -> Iterator[Any]:
 # ---- figures and where they come from --------------------------------------------------------------------------------
 
 
-def cpu_name() -> str:
-    """The processor's name as the system gives it."""
-    try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    except OSError:
-        pass
-    return platform.processor() or platform.machine()
-
-
-def git_commit() -> str | None:
-    """The commit of this checkout, with "+changes" if files differ from it; None outside a repository."""
-
-    def git(*args: str) -> str | None:
-        command = ["git", "-C", str(Path(__file__).resolve().parent), *args]
-        try:
-            return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-        except (OSError, subprocess.CalledProcessError):
-            return None
-
-    commit = git("rev-parse", "HEAD")
-    return commit and commit + ("+changes" if git("status", "--porcelain", "--untracked-files=no") else "")
-
-
-def load_average() -> float | None:
-    """Processes that wanted to run in the last minute."""
-    try:
-        return round(os.getloadavg()[0], 2)
-    except (AttributeError, OSError):
-        return None
-
-
 def machine(device: torch.device) -> dict[str, Any]:
     """What the figures were measured on."""
-    return {
-        "cpu": cpu_name(),
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "load_average_at_start": load_average(),
+    backends = adahessian_fused.available_backends(device.type)
+    return bench_machine.machine(device.type) | {
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
-        "backend": next(name for name, why in adahessian_fused.available_backends(device.type).items() if why is None),
-        "system": platform.platform(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "adahessian_fused": adahessian_fused.__version__,
-        "git_commit": git_commit(),
+        "backend": next(name for name, why in backends.items() if why is None),
     }
 
 

@@ -254,7 +254,6 @@ def compare(args: argparse.Namespace, console: Console) -> None:
     times = measure_times([Run(c, model, settings) for c in contestants], batch, args, console)
     memory = measure_memory(contestants, args, settings, batch[0].shape, device, console)
 
-    host["load_average_at_end"] = report.load_average()
     results = {
         "arguments": {key: str(v) if isinstance(v, Path) else v for key, v in vars(args).items()},
         "machine": host,

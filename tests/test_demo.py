@@ -19,21 +19,6 @@ from adahessian_fused import AdaHessian
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 RECORDS = 20  # a small stand-in for the 10,000 of a real CIFAR-10 file
-RESULT_KEYS = {"arguments", "machine", "parameters", "images", "check", "memory", "optimizers", "seconds"}
-MACHINE_KEYS = {"cpu", "cores", "threads", "device", "backend", "python", "torch", "adahessian_fused", "git_commit"}
-ROW_KEYS = {
-    "label",
-    "hutchinson_frequency",
-    "final_train_loss",
-    "test_accuracy",
-    "training_seconds",
-    "step_ms",
-    "step_ms_rounds",
-    "cost_x_sgd",
-    "paper_cost_x_sgd",
-    "peak_memory_mb",
-    "curves",
-}
 
 
 def load(name: str) -> ModuleType:
@@ -55,19 +40,6 @@ data, resnet = load("data"), load("resnet")
 @pytest.mark.parametrize(("model", "count"), [("resnet20", 269_722), ("resnet32", 464_154)])
 def test_parameter_count(model, count):
     assert sum(p.numel() for p in resnet.MODELS[model]().parameters()) == count
-
-
-@pytest.mark.parametrize("shape", [(2, 3, 32, 32), (2, 1, 8, 8)], ids=["cifar10", "digits"])
-def test_output_shape(shape):
-    model = resnet.resnet20(in_channels=shape[1])
-    assert model(torch.randn(shape)).shape == (2, 10)
-    assert all(p.grad_fn is None and p.requires_grad for p in model.parameters())
-
-
-def test_stages_halve_the_image_and_double_the_width():
-    x = torch.randn(2, 16, 32, 32)
-    shapes = [tuple((x := block(x)).shape[1:]) for block in resnet.resnet20().stages]
-    assert shapes == 3 * [(16, 32, 32)] + 3 * [(32, 16, 16)] + 3 * [(64, 8, 8)]
 
 
 def test_shortcut_has_no_parameters_and_pads_with_zero_channels():
@@ -253,32 +225,15 @@ def test_short_run(tmp_path):
     for module in ("sklearn", "matplotlib", "rich"):
         pytest.importorskip(module)
     names = ("sgd", "fused2")
-    short = (
-        "--epochs",
-        1,
-        "--batch-size",
-        32,
-        "--batches",
-        2,
-        "--rounds",
-        2,
-        "--threads",
-        1,
-        "--device",
-        "cpu",
-        "--seed",
-        3,
-    )
+    short = ("--epochs=1", "--batch-size=32", "--batches=2", "--rounds=2", "--threads=1", "--device=cpu", "--seed=3")
     done = demo(*short, "--out", tmp_path / "new" / "out", "--optimizers", *names)
     assert done.returncode == 0, done.stderr
     results = json.loads((tmp_path / "new" / "out" / "results.json").read_text())
-    assert set(results) == RESULT_KEYS
-    assert set(results["machine"]) >= MACHINE_KEYS
+    assert {"cpu", "cores", "threads", "device", "backend", "torch", "commit"} <= set(results["machine"])
     assert [check["name"] for check in results["check"]] == ["fused2"]
     assert all(check["of_tolerance"] <= 1 for check in results["check"])
     assert tuple(results["optimizers"]) == names
     for row in results["optimizers"].values():
-        assert set(row) == ROW_KEYS
         assert all(len(curve) == 1 for curve in row["curves"].values())
         assert row["step_ms"]["p20"] <= row["step_ms"]["median"] <= row["step_ms"]["p80"]
         assert row["peak_memory_mb"] > 0

@@ -27,7 +27,7 @@ NEEDED = {  # for building, testing and reading
     "adahessian_fused": "**/*.py py.typed",
     "bench": "**/*.py results/**/*.json",
     "tests": "*.py cpp/*",
-    "docs": "**/*.md **/*.svg **/*.py **/*.png",
+    "docs": "**/*.md **/*.svg **/*.png",
     "examples": "*",
 }
 

@@ -11,7 +11,6 @@ import argparse
 import gc
 import json
 import os
-import random
 import subprocess
 import sys
 import time
@@ -27,6 +26,7 @@ import torch
 from examples.memory import meter
 
 from ..machine import machine
+from ..measure import in_turns, wall_clock
 from .check import MOST, errors
 from .plot import draw
 from .problems import HALF, NAMES, Problem, describe, problem
@@ -34,17 +34,6 @@ from .table import FREQUENCIES, show
 from .ways import ADAMW, SGD, WAYS, Way
 
 Step = Callable[[], Any]
-
-
-def seconds(step: Step, device: str) -> float:
-    """Wall-clock time of a step; on a GPU until the device has finished."""
-    if device == "cuda":
-        torch.cuda.synchronize()
-    start = time.perf_counter()
-    step()
-    if device == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter() - start
 
 
 def start(problem: Problem, way: Way, device: str) -> tuple[dict[str, Any], Step | None]:
@@ -71,20 +60,15 @@ def start(problem: Problem, way: Way, device: str) -> tuple[dict[str, Any], Step
 
 def ratios(steps: dict[str, Step], alternating: set[str], device: str, rounds: int) -> dict[str, list[list[float]]]:
     """Times over SGD's, with curvature and (for rows that alternate) without."""
-    found: dict[str, list[list[float]]] = {name: [[], []] for name in steps}
-    base: list[float] = []
-    for number in range(rounds + 1):  # the first round warms up
-        order = list(steps)
-        random.Random(number).shuffle(order)
-        for name in order:
-            for kind in range(2 if name in alternating else 1):
-                before = seconds(steps[SGD], device)
-                taken = seconds(steps[name], device)
-                if number:
-                    found[name][kind].append(taken / before)
-                    base.append(before)
+
+    def after_sgd(step: Step) -> tuple[float, float]:
+        return wall_clock(steps[SGD], device), wall_clock(step, device)
+
+    kinds = {(name, kind): step for name, step in steps.items() for kind in range(1 + (name in alternating))}
+    pairs = in_turns(kinds, rounds, after_sgd)
+    found = {name: [[b / a for a, b in pairs.get((name, kind), [])] for kind in range(2)] for name in steps}
     found[SGD] = [[1.0], []]
-    found[""] = [base, []]
+    found[""] = [[a for each in pairs.values() for a, _ in each], []]
     return found
 
 

@@ -10,67 +10,45 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator
 
+
+def _table(text: str) -> tuple[tuple[str, ...], ...]:
+    return tuple(tuple(row.split()) for row in text.split(";"))
+
+
 # English singular and plural, German singular, plural and gender.
-NOUNS = (
-    ("dog", "dogs", "hund", "hunde", "m"),
-    ("cat", "cats", "katze", "katzen", "f"),
-    ("child", "children", "kind", "kinder", "n"),
-    ("teacher", "teachers", "lehrer", "lehrer", "m"),
-    ("friend", "friends", "freund", "freunde", "m"),
-    ("doctor", "doctors", "arzt", "ärzte", "m"),
-    ("woman", "women", "frau", "frauen", "f"),
-    ("girl", "girls", "mädchen", "mädchen", "n"),
-    ("house", "houses", "haus", "häuser", "n"),
-    ("car", "cars", "auto", "autos", "n"),
-    ("tree", "trees", "baum", "bäume", "m"),
-    ("flower", "flowers", "blume", "blumen", "f"),
-    ("book", "books", "buch", "bücher", "n"),
-    ("letter", "letters", "brief", "briefe", "m"),
-    ("picture", "pictures", "bild", "bilder", "n"),
-    ("lamp", "lamps", "lampe", "lampen", "f"),
-    ("bridge", "bridges", "brücke", "brücken", "f"),
-    ("ship", "ships", "schiff", "schiffe", "n"),
-    ("garden", "gardens", "garten", "gärten", "m"),
-    ("church", "churches", "kirche", "kirchen", "f"),
-)
+NOUNS = _table("""
+    dog dogs hund hunde m; cat cats katze katzen f; child children kind kinder n;
+    teacher teachers lehrer lehrer m; friend friends freund freunde m; doctor doctors arzt ärzte m;
+    woman women frau frauen f; girl girls mädchen mädchen n; house houses haus häuser n; car cars auto autos n;
+    tree trees baum bäume m; flower flowers blume blumen f; book books buch bücher n;
+    letter letters brief briefe m; picture pictures bild bilder n; lamp lamps lampe lampen f;
+    bridge bridges brücke brücken f; ship ships schiff schiffe n; garden gardens garten gärten m;
+    church churches kirche kirchen f
+""")
 PEOPLE, PLACES = NOUNS[:8], NOUNS[8:]
-ADJECTIVES = (
-    ("old", "alt"),
-    ("small", "klein"),
-    ("big", "groß"),
-    ("new", "neu"),
-    ("red", "rot"),
-    ("green", "grün"),
-    ("quiet", "still"),
-    ("strange", "seltsam"),
-    ("famous", "berühmt"),
-    ("cheap", "billig"),
-    ("young", "jung"),
-    ("beautiful", "schön"),
-)
+ADJECTIVES = _table("""
+    old alt; small klein; big groß; new neu; red rot; green grün; quiet still; strange seltsam; famous berühmt;
+    cheap billig; young jung; beautiful schön
+""")
 # English third person, plural, participle; German singular, plural, participle.
-VERBS = (
-    ("sees", "see", "seen", "sieht", "sehen", "gesehen"),
-    ("finds", "find", "found", "findet", "finden", "gefunden"),
-    ("buys", "buy", "bought", "kauft", "kaufen", "gekauft"),
-    ("paints", "paint", "painted", "malt", "malen", "gemalt"),
-    ("sells", "sell", "sold", "verkauft", "verkaufen", "verkauft"),
-    ("loves", "love", "loved", "liebt", "lieben", "geliebt"),
-    ("seeks", "seek", "sought", "sucht", "suchen", "gesucht"),
-    ("shows", "show", "shown", "zeigt", "zeigen", "gezeigt"),
-    ("forgets", "forget", "forgotten", "vergisst", "vergessen", "vergessen"),
-    ("describes", "describe", "described", "beschreibt", "beschreiben", "beschrieben"),
-)
-PREPOSITIONS = (("near", "bei"), ("behind", "hinter"), ("with", "mit"), ("under", "unter"))
+VERBS = _table("""
+    sees see seen sieht sehen gesehen; finds find found findet finden gefunden;
+    buys buy bought kauft kaufen gekauft; paints paint painted malt malen gemalt;
+    sells sell sold verkauft verkaufen verkauft; loves love loved liebt lieben geliebt;
+    seeks seek sought sucht suchen gesucht; shows show shown zeigt zeigen gezeigt;
+    forgets forget forgotten vergisst vergessen vergessen;
+    describes describe described beschreibt beschreiben beschrieben
+""")
+PREPOSITIONS = _table("near bei; behind hinter; with mit; under unter")
 TIMES = (("today", "heute"), ("yesterday", "gestern"), ("often", "oft"), ("in winter", "im winter"))
 UNITS = (
-    *(("", ""), ("one", "ein"), ("two", "zwei"), ("three", "drei"), ("four", "vier"), ("five", "fünf")),
-    *(("six", "sechs"), ("seven", "sieben"), ("eight", "acht"), ("nine", "neun")),
+    ("", ""),
+    *_table("one ein; two zwei; three drei; four vier; five fünf; six sechs; seven sieben; eight acht; nine neun"),
 )
-TENS = (
-    *(("twenty", "zwanzig"), ("thirty", "dreißig"), ("forty", "vierzig"), ("fifty", "fünfzig")),
-    *(("sixty", "sechzig"), ("seventy", "siebzig"), ("eighty", "achtzig"), ("ninety", "neunzig")),
-)
+TENS = _table("""
+    twenty zwanzig; thirty dreißig; forty vierzig; fifty fünfzig; sixty sechzig; seventy siebzig; eighty achtzig;
+    ninety neunzig
+""")
 ARTICLES = {  # by definiteness and case: gender to article; plural "p"
     ("the", "nominative"): {"m": "der", "f": "die", "n": "das", "p": "die"},
     ("the", "accusative"): {"m": "den", "f": "die", "n": "das", "p": "die"},

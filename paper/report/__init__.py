@@ -1,4 +1,4 @@
-"""Writes the report: Markdown with plots beside it, and the same as one HTML file."""
+"""Writes the report: Markdown with plots beside it."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ from pathlib import Path
 
 from ..plan import Extent
 from . import paper_page, pays_page
-from .html import to_html
 from .outcome import load
 from .plots import draw, draw_sensitivity, draw_time
 
@@ -15,7 +14,7 @@ def write(results: Path, pages: Path, extent: Extent) -> list[Path]:
     """The pages from all results of a folder; returns what was written.
 
     Args:
-        results: folder of the JSON files; ``paper.html`` goes there too.
+        results: folder of the JSON files.
         pages: folder of ``paper.md``, ``when_does_it_pay.md`` and the plots, in ``paper/``.
         extent: what the runs were to be.
     """
@@ -35,7 +34,5 @@ def write(results: Path, pages: Path, extent: Extent) -> list[Path]:
         path = pages / f"{name}.md"
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text)
-        html = results / f"{name}.html"
-        html.write_text(to_html(text, pages))
-        written += [path, html]
+        written.append(path)
     return written

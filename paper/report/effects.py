@@ -2,55 +2,44 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from ..optimizers import OURS
 from .outcome import Outcome
 from .statistics import Difference, mean
 
 SHOWN, NOT_SHOWN, OPPOSITE = "**shown**", "**not shown**", "**the opposite**"
-TOO_FEW = "not decided: fewer than two seeds have a score for both."
+BETTER = {"better": SHOWN, "even": f"{NOT_SHOWN}, the interval contains zero", "worse": OPPOSITE}
+NO_WORSE = dict.fromkeys(("better", "even"), f"{SHOWN}, as far as so few seeds can tell") | {"worse": NOT_SHOWN}
+ALIKE = {"better": NOT_SHOWN, "even": SHOWN, "worse": NOT_SHOWN}
 
 
-def against(d: Difference | None, claim: str) -> str:
-    """A claim that something is better."""
+def judged(claim: str, d: Difference | None, words: Mapping[str, str]) -> str:
+    """A claim about a difference, and whether that shows it."""
     if d is None:
-        return f"{claim}: {TOO_FEW}"
-    found = {"better": SHOWN, "even": NOT_SHOWN, "worse": OPPOSITE}[d.verdict]
-    reason = ", the interval contains zero" if d.verdict == "even" else ""
-    return f"{claim}: {found}; difference {d}{reason}."
+        return f"{claim}: not decided: fewer than two seeds have a score for both."
+    return f"{claim}: {words[d.verdict]}; difference {d}."
 
 
 def optimizers(o: Outcome) -> list[str]:
     """AdaHessian against AdamW (and Adagrad), AdamW against SGD."""
     cells = {name: runs for (name, _), runs in o.tables["optimizers"].cells.items()}
-    where = f"{o.task.title}: "
-    said = [against(o.difference(cells[OURS], cells["AdamW"]), f"{where}AdaHessian is better than AdamW")]
+    claims = [(OURS, "AdamW", "AdaHessian is better than AdamW", BETTER)]
     if "AdaGrad" in cells:
-        said.append(against(o.difference(cells[OURS], cells["AdaGrad"]), f"{where}AdaHessian is better than Adagrad"))
+        claims.append((OURS, "AdaGrad", "AdaHessian is better than Adagrad", BETTER))
     if o.stem in ("nmt", "lm"):
-        said.append(against(o.difference(cells["AdamW"], cells["SGD"]), f"{where}SGD is behind AdamW"))
+        claims.append(("AdamW", "SGD", "SGD is behind AdamW", BETTER))
     if o.stem.startswith("resnet"):
-        d = o.difference(cells[OURS], cells["SGD"])
-        said.append(no_loss(d, f"{where}AdaHessian is no worse than SGD"))
-    return said
-
-
-def no_loss(d: Difference | None, claim: str) -> str:
-    """A claim that nothing is lost."""
-    if d is None:
-        return f"{claim}: {TOO_FEW}"
-    if d.verdict == "worse":
-        return f"{claim}: {NOT_SHOWN}; difference {d}."
-    return f"{claim}: {SHOWN}, as far as so few seeds can tell; difference {d}."
+        claims.append((OURS, "SGD", "AdaHessian is no worse than SGD", NO_WORSE))
+    return [judged(f"{o.task.title}: {text}", o.difference(cells[a], cells[b]), w) for a, b, text, w in claims]
 
 
 def frequencies(o: Outcome) -> list[str]:
     """The largest frequency against curvature at every step."""
     cells = o.tables["frequency"].cells
     (_, first), (_, last) = next(iter(cells)), list(cells)[-1]
-    d = o.difference(cells["", last], cells["", first])
-    return [no_loss(d, f"{o.task.title}: curvature every {last} steps costs no accuracy")]
+    claim = f"{o.task.title}: curvature every {last} steps costs no accuracy"
+    return [judged(claim, o.difference(cells["", last], cells["", first]), NO_WORSE)]
 
 
 def holds_up_to(o: Outcome, name: str) -> float | None:
@@ -104,13 +93,7 @@ def bags(o: Outcome) -> list[str]:
     """The ways against each other, where they should give the same."""
     cells = {label: runs for (label, _), runs in o.tables["bags"].cells.items()}
     pairs = (("curvature_friendly", "dense embeddings"), ("curvature_friendly, GELU", "finite differences"))
-    said = []
-    for a, b in pairs:
-        d = o.difference(cells[a], cells[b])
-        claim = f"{a} and {b} train alike"
-        found = TOO_FEW if d is None else f"{SHOWN if d.verdict == 'even' else NOT_SHOWN}; difference {d}."
-        said.append(f"{claim}: {found}")
-    return said
+    return [judged(f"{a} and {b} train alike", o.difference(cells[a], cells[b]), ALIKE) for a, b in pairs]
 
 
 def listed(sentences: Sequence[str]) -> str:

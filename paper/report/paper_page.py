@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+from bench.table import markdown
+
 from ..tasks import BUILT_IN, MAKERS
 from . import effects, tables
 from .outcome import Outcome
@@ -144,4 +146,4 @@ def machine(outcomes: Mapping[str, Outcome]) -> str:
         minutes = f"{sum(record['cpu_seconds'] for record in runs) / 60:.1f}"
         where = m.get("gpu") or m.get("cpu", "")
         rows.append([o.task.title, where, str(m.get("torch")), str(m.get("commit"))[:7], str(len(runs)), minutes])
-    return tables.markdown(["", "machine", "torch", "commit", "runs in the file", "CPU minutes"], rows)
+    return markdown(["", "machine", "torch", "commit", "runs in the file", "CPU minutes"], rows)

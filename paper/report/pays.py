@@ -6,12 +6,13 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from bench.table import markdown
+
 from ..optimizers import OURS
 from ..run import Run
 from .outcome import Outcome
 from .plots import curve
 from .statistics import Difference
-from .tables import markdown
 
 SLACK = 1.1  # a run counts as one in AdamW's time if it takes at most this much longer
 KINDS = {

@@ -6,14 +6,9 @@ import statistics
 from collections.abc import Sequence
 from pathlib import Path
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # after the choice of the backend
 from matplotlib.axes import Axes
-from PIL import Image
 
-from bench.plots import COLOURS, STYLE
+from bench.plots import COLOURS, panels
 
 from ..optimizers import OURS
 from ..plan import Comparison
@@ -38,8 +33,7 @@ def curve(o: Outcome, runs: Sequence[Run], kind: str) -> list[tuple[int, float, 
 
 def draw(o: Outcome, path: Path) -> None:
     """Training loss over steps, validation loss over steps and over time, for the optimizers of a task."""
-    with plt.rc_context(STYLE):
-        figure, axes = plt.subplots(1, 3, figsize=(11, 3.4), layout="constrained")
+    with panels(path, 3, 11 / 3, 3.6, f"{o.task.title}: {o.task.data}") as axes:
         for (name, _), runs in o.tables["optimizers"].cells.items():
             colour = COLOURS[NAMES.index(name)]
             _line(axes[0], curve(o, runs, "train"), name, colour)
@@ -49,41 +43,28 @@ def draw(o: Outcome, path: Path) -> None:
         axes[1].set(xlabel="step", ylabel="validation loss")
         axes[2].set(xlabel="seconds: steps x time of a step", ylabel="validation loss")
         _limit(axes)
-        if axes[0].lines:
-            axes[0].legend(frameon=False)
-        figure.suptitle(f"{o.task.title}: {o.task.data}", fontsize=9)
-        _save(figure, path)
 
 
 def draw_sensitivity(o: Outcome, path: Path) -> None:
     """Test score over the factor of the learning rate and over the block size."""
     names = [name for name in ("lr_scaling", "block_size") if name in o.tables]
-    with plt.rc_context(STYLE):
-        figure, axes = plt.subplots(1, len(names), figsize=(4.5 * len(names), 3.4), layout="constrained", squeeze=False)
-        for panel, name in zip(axes[0], names, strict=True):
+    with panels(path, len(names), 4.5, 3.6) as axes:
+        for panel, name in zip(axes, names, strict=True):
             _scores(panel, o, o.tables[name])
             panel.set(xscale="log", ylabel=o.task.metric)
             panel.set_xlabel("learning rate x" if name == "lr_scaling" else "block size")
-            panel.legend(frameon=False)
-        _save(figure, path)
 
 
 def draw_time(outcomes: Sequence[Outcome], path: Path) -> None:
     """Validation loss over time for AdaHessian's cheaper settings, a panel for each task."""
-    with plt.rc_context(STYLE):
-        figure, axes = plt.subplots(
-            1, len(outcomes), figsize=(4 * len(outcomes), 4.2), layout="constrained", squeeze=False
-        )
-        for panel, o in zip(axes[0], outcomes, strict=True):
+    with panels(path, len(outcomes), 4, 4.2) as axes:
+        for panel, o in zip(axes, outcomes, strict=True):
             for number, ((label, _), runs) in enumerate(o.tables["cheap"].cells.items()):
                 colour, dash = COLOURS[number % len(COLOURS)], "--" if "fewer steps" in label else "-"
                 _line(panel, curve(o, runs, "validation"), label, colour, o.step_time(runs[0].setup), dash)
             panel.set(title=o.task.title, xlabel="seconds: steps x time of a step")
-        _limit(axes[0])
-        axes[0][0].set_ylabel("validation loss")
-        handles = {label: h for ax in axes[0] for h, label in zip(*ax.get_legend_handles_labels(), strict=True)}
-        figure.legend(handles.values(), handles, loc="outside lower center", frameon=False, ncols=3, fontsize=8)
-        _save(figure, path)
+        _limit(axes)
+        axes[0].set_ylabel("validation loss")
 
 
 def _line(panel: Axes, points: list, label: str, colour: str, seconds: float | None = 1, dash: str = "-") -> None:
@@ -115,10 +96,3 @@ def _scores(panel: Axes, o: Outcome, table: Comparison) -> None:
         panel.errorbar(
             xs, [mean(finite[x]) for x in xs], spread, marker="o", capsize=3, label=row, color=COLOURS[NAMES.index(row)]
         )
-
-
-def _save(figure: plt.Figure, path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=100)
-    Image.open(path).quantize(64).save(path, optimize=True)  # a quarter of the size
-    plt.close(figure)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from bench.table import markdown
+
 from ..optimizers import OURS
 from ..plan import frequency, nominal_cost
 from ..run import Setup
@@ -27,12 +29,6 @@ PAPER_SCALING = {
 }
 BLOCKS = ("1", "2", "4", "8", "16", "32", "64", "128")
 PAPER_BLOCKS = dict(zip(BLOCKS, ("35.67", "35.66", "35.78", "35.77", "35.67", "35.79", "35.72", "35.67"), strict=True))
-
-
-def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A table."""
-    lines = [header, ["---"] + ["---:"] * (len(header) - 1), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 def optimizers(outcomes: Sequence[Outcome]) -> str:
