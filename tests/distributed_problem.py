@@ -11,6 +11,7 @@ from tolerances import GROWS, ROUNDINGS, assert_trajectory, growth, nudge
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
+from ways import WAYS
 
 from adahessian_fused import AdaHessian
 
@@ -89,31 +90,18 @@ def snapshot(model: nn.Module, opt: AdaHessian) -> tuple:
 # ---- ways to take a step ---------------------------------------------------------------------------------------------
 
 
-def backward(model, opt, x, y):
-    opt.zero_grad()
-    opt.backward(loss_of(model, x, y))
-    opt.step()
+def taking(name: str) -> Callable:
+    """A way to take a step with a model and a rank's part of the batch."""
+
+    def way(model, opt, x, y):
+        WAYS[name](opt, lambda x, y: loss_of(model, x, y), x, y)
+
+    way.__name__ = name
+    return way
 
 
-def closure(model, opt, x, y):
-    opt.step(lambda: loss_of(model, x, y))
-
-
-def standard_closure(model, opt, x, y):
-    def evaluate():
-        opt.zero_grad()
-        loss = loss_of(model, x, y)
-        loss.backward()
-        return loss
-
-    opt.step(evaluate)
-
-
-def hooked(model, opt, x, y):
-    opt.zero_grad()
-    with opt.hook_backward():
-        loss_of(model, x, y).backward()
-    opt.step()
+backward, closure, standard_closure = map(taking, ("backward", "closure_returns_loss", "closure_standard"))
+hooked, create_graph, train_step = map(taking, ("hook_backward", "needs_hessian", "train_step"))
 
 
 # ---- traffic ---------------------------------------------------------------------------------------------------------

@@ -14,21 +14,22 @@ from distributed_problem import (
     backward,
     batch,
     closure,
+    create_graph,
     everything,
     hooked,
     loss_of,
     make_model,
     same_bits,
     standard_closure,
+    train_step,
 )
 from ranks import Ranks
 from seeds import manual_seed
 from tolerances import ROUNDINGS, assert_within, unit
 from torch import nn
-from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
-from adahessian_fused import AdaHessian, TrainStep
+from adahessian_fused import AdaHessian
 from adahessian_fused.curvature import draw_probe
 from adahessian_fused.distributed.buckets import FlatMean
 
@@ -42,12 +43,6 @@ def together(ranks: Ranks, step, **options):
         step(model, opt, inputs[ranks.share(N)], targets[ranks.share(N)])
     assert same_bits(everything(model, opt), ranks.group)
     return model
-
-
-def create_graph(model, opt, x, y):
-    opt.zero_grad()
-    loss_of(model, x, y).backward(create_graph=opt.needs_hessian)
-    opt.step()
 
 
 def two_micro_batches(model, opt, x, y):
@@ -75,17 +70,6 @@ def never_in_sync(model, opt, x, y):
     with opt.no_sync():
         opt.backward(loss_of(model, x, y))
         opt.step()
-
-
-def train_step(model, opt, x, y):
-    TrainStep(model, F.cross_entropy, opt, compile=False)(x, y)
-
-
-def user_diagonal(model, opt, x, y):
-    params = list(model.parameters())
-    opt.zero_grad()
-    loss_of(model, x, y).backward()
-    opt.step(hessian=[torch.full_like(p, 1.0 + len(x)) for p in params])
 
 
 WAYS = (

@@ -20,7 +20,8 @@ from typing import NamedTuple
 HERE = Path(__file__).parent
 # Where numbers are compared: of the kernels, and of models and their derivatives.
 FILES = [
-    *("adahessian_step", "hessian_diag", "norm_double_backward", "perturb", "rademacher", "reference", "rounding"),
+    *("adahessian_step", "hessian_diag", "norm_double_backward", "op_properties", "perturb", "rademacher", "reference"),
+    "rounding",
     *("amp", "clipping", "compat", "compat_state", "complete_graph", "default_device", "distributed", "fraction"),
     *("friendly", "friendly_models", "groups", "hook_backward", "hutchinson", "hvp_check", "hvp_dtype"),
     *("master_weights", "optimizer", "optimizer_capture", "optimizer_conventions", "optimizer_layout"),

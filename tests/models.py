@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from functools import partial
 
 import torch
 from cases import PLAIN
 from tolerances import assert_within, mean_bound, unit, update_bounds
 from torch import Tensor, nn
+from ways import WAYS
 
 from adahessian_fused import AdaHessian
 from adahessian_fused.reference import block_mean, rademacher_signs
@@ -45,101 +47,13 @@ def loss_of(model: nn.Module, i: int = 0, size: int = 8) -> Tensor:
     return (model(x) - y).square().mean()
 
 
-# ---- ways of stepping -----------------------------------------------------------------------------------------------
-
-
-def _create_graph(opt, model, i):
-    opt.zero_grad()
-    loss_of(model, i).backward(create_graph=True)
-    opt.step()
-
-
-def _needs_hessian(opt, model, i):
-    opt.zero_grad()
-    loss_of(model, i).backward(create_graph=opt.needs_hessian)
-    opt.step()
-
-
-def _backward(opt, model, i):
-    opt.zero_grad()
-    opt.backward(loss_of(model, i))
-    opt.step()
-
-
-def _closure_returns_loss(opt, model, i):
-    opt.step(lambda: loss_of(model, i))
-
-
-def _closure_zeroes_returns_loss(opt, model, i, **options):
-    def closure():
-        opt.zero_grad(**options)
-        return loss_of(model, i)
-
-    opt.step(closure)
-
-
-def _closure_zeroes_in_place(opt, model, i):
-    _closure_zeroes_returns_loss(opt, model, i, set_to_none=False)
-
-
-def _closure_standard(opt, model, i, **options):
-    def closure():
-        opt.zero_grad()
-        loss = loss_of(model, i)
-        loss.backward(**options)
-        return loss
-
-    opt.step(closure)
-
-
-def _closure_retains_graph(opt, model, i):
-    _closure_standard(opt, model, i, retain_graph=True)
-
-
-def _closure_create_graph(opt, model, i):
-    _closure_standard(opt, model, i, create_graph=True)
-
-
-def _closure_opt_backward(opt, model, i):
-    def closure():
-        opt.zero_grad()
-        loss = loss_of(model, i)
-        opt.backward(loss)
-        return loss
-
-    opt.step(closure)
-
-
-def _closure_returns_nothing(opt, model, i):
-    def closure():
-        model.zero_grad()
-        loss_of(model, i).backward()
-
-    opt.step(closure)
-
-
-STYLES: dict[str, Callable[[AdaHessian, nn.Module, int], None]] = {
-    style.__name__[1:]: style
-    for style in (
-        _create_graph,
-        _needs_hessian,
-        _backward,
-        _closure_returns_loss,
-        _closure_zeroes_returns_loss,
-        _closure_zeroes_in_place,
-        _closure_standard,
-        _closure_retains_graph,
-        _closure_create_graph,
-        _closure_opt_backward,
-        _closure_returns_nothing,
-    )
-}
+# ---- training -------------------------------------------------------------------------------------------------------
 
 
 def train(opt: AdaHessian, model: nn.Module, steps: Sequence[int] | int = 5, style: str = "backward") -> list[Tensor]:
     """Step on batches 0, 1, ... or those listed; the weights afterwards."""
     for i in range(steps) if isinstance(steps, int) else steps:
-        STYLES[style](opt, model, i)
+        WAYS[style](opt, partial(loss_of, model, i))
     return weights(model)
 
 

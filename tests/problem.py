@@ -1,4 +1,4 @@
-"""The tensors of a test case, and the three ops on them.
+"""The tensors of a test case, and the four ops on them.
 
 All tensors of one kind (parameters, gradients, m, ...) are windows of one flat arena that holds NaN everywhere else, so
 that a stray read or write shows.
@@ -58,7 +58,7 @@ class Problem:
         tables = {name: getattr(self, name).clone() for name in ("steps", "groups", "means", "missed")}
         return dataclasses.replace(self, arenas=arenas, **tables)
 
-    # The three ops on these tensors, in place; ``only`` picks parameters.
+    # The four ops on these tensors, in place; ``only`` picks parameters.
 
     def _lists(self, kinds: tuple[str, ...], only: list[int] | None) -> tuple[list[list[Tensor]], Tensor]:
         chosen = list(range(len(self.case.specs))) if only is None else only
@@ -67,6 +67,11 @@ class Problem:
 
     def run_rademacher(self, backend, only: list[int] | None = None, seed: int = SEED, sample: int = 0) -> None:
         backend.rademacher(self.arenas["z"], self._lists((), only)[1], self.steps, seed, sample)
+
+    def run_perturb(self, backend, only: list[int] | None = None, scale: float = 0.25, save: bool = True, **options):
+        (params,), segments = self._lists(("param",), only)
+        options = {"seed": SEED, "sample": 0, "scale": scale, "save": save} | options
+        backend.perturb(params, self.arenas["saved"], segments, self.steps, **options)
 
     def run_hessian_diag(self, backend, only: list[int] | None = None, **options) -> None:
         (hessians,), segments = self._lists(("hessian",), only)
@@ -123,6 +128,8 @@ def build(case: Case, device: str = "cpu") -> Problem:
         for begin, end, window in zip(begins[kind], ends, windows, strict=True):
             arena[begin:end] = window
         arenas[kind] = arena.to(device)
+    arenas["saved"] = torch.full_like(arenas["z"], torch.nan, dtype=case.dtype)
+    begins["saved"] = begins["z"]
     rows = []
     for i, spec in enumerate(case.specs):
         row = dict.fromkeys(Segment, 0)

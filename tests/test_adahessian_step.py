@@ -12,10 +12,10 @@ from cases import (
     DTYPES,
     GROUPS,
     MIXED_STEPS,
+    NOT_FINITE,
     ROUNDED_CASES,
     SMALL_CASES,
     Case,
-    Place,
     Spec,
     any_case,
     examples,
@@ -40,7 +40,6 @@ MIXED = Case(
 STATES = ("exp_avg", "exp_hessian_diag_sq", "master", "param")
 STORED = (None, torch.bfloat16)
 INF, NAN = torch.inf, torch.nan
-NOT_FINITE = ((1, 150, NAN), (1, 299, INF), (7, 0, NAN), (7, 150, INF), (7, 299, NAN), (300, 0, INF), (300, 299, NAN))
 
 
 def check_step(backend, problem: Problem, curvature: str = "hessian", grad_scale: float = 1.0, **options) -> None:
@@ -347,49 +346,3 @@ def test_a_gradient_that_is_not_finite_stays_in_its_element(backend, place, valu
     assert outputs_that_differ(clean, dirty, "exp_hessian_diag_sq") == []
     for kind in ("exp_avg", "param"):
         assert outputs_that_differ(clean, dirty, kind) == [place], kind
-
-
-SPLITS = {"one_by_one": [[0], [1], [2], [3], [4], [5]], "halves_unsorted": [[3, 0, 5], [4, 1, 2]]}
-
-
-@pytest.mark.parametrize("stored", STORED, ids=str)
-@pytest.mark.parametrize("split", SPLITS.values(), ids=SPLITS)
-def test_the_grouping_does_not_matter(backend, split, stored, device):
-    case = dataclasses.replace(MIXED, gaussian=True, stored=stored)
-    together, apart = build(case, device), build(case, device)
-    together.run_step(backend)
-    for only in split:
-        apart.run_step(backend, only=only)
-    for kind in together.arenas:
-        assert torch.equal(bits(together.arenas[kind]), bits(apart.arenas[kind])), kind
-
-
-PLACEMENTS = {
-    "padded": {"state_at": Place(64, 0, 1)},
-    "states_misaligned": {"state_at": Place(64, 3, 1)},
-    "all_misaligned": {f"{kind}_at": Place(64, 1, 1) for kind in ("param", "grad", "hessian", "state")},
-}
-
-
-@pytest.mark.parametrize("stored", STORED, ids=str)
-@pytest.mark.parametrize("places", PLACEMENTS.values(), ids=PLACEMENTS)
-def test_the_places_do_not_matter(backend, places, stored, device):
-    case = dataclasses.replace(MIXED, gaussian=True, stored=stored)
-    packed, placed = build(case, device), build(dataclasses.replace(case, **places), device)
-    packed.run_step(backend), placed.run_step(backend)
-    for kind in packed.arenas:
-        for a, b in zip(packed.windows(kind), placed.windows(kind), strict=True):
-            assert torch.equal(a, b), kind
-
-
-@pytest.mark.parametrize("stored", STORED, ids=str)
-@pytest.mark.parametrize("block", [1, 9, 4095, "tensor"])
-def test_the_threads_do_not_matter(native, block, stored, set_threads, device):
-    case = Case("threads", specs((300_001,), (3,), (65_537,), block=block), groups=GROUPS, gaussian=True, stored=stored)
-    results = []
-    for threads in (1, 2):
-        set_threads(threads)
-        problem = build(case, device)
-        problem.run_step(native)
-        results.append([bits(problem.arenas[kind]) for kind in ("param", "exp_avg", "exp_hessian_diag_sq")])
-    assert all(map(torch.equal, *results))

@@ -43,7 +43,12 @@ def unscaled(way):
     return way_and_unscale
 
 
-SCALED = {f.__name__: f for f in (create_graph, backward_of_scaled, backward_with_scaler)}
+def hooked(opt, loss, scaler):
+    with opt.hook_backward():
+        scaler.scale(loss).backward()
+
+
+SCALED = {f.__name__: f for f in (create_graph, backward_of_scaled, backward_with_scaler, hooked)}
 WAYS = {**SCALED, **{f"{name}_unscale": unscaled(f) for name, f in SCALED.items()}}
 WAYS["backward_with_scaler_unscale_of_torch"] = backward_and_unscale
 OPTIONS = {
@@ -161,12 +166,12 @@ OVERFLOWS = {
 }
 
 
-@pytest.mark.parametrize("capturable", [False, True], ids=["", "capturable"])
+@pytest.mark.parametrize("options", [{}, {"capturable": True}, {"state_dtype": torch.bfloat16}], ids=str)
 @pytest.mark.parametrize("overflow", OVERFLOWS.values(), ids=OVERFLOWS)
 @pytest.mark.parametrize("way", WAYS.values(), ids=WAYS)
-def test_an_infinity_skips_the_whole_step(device, way, overflow, capturable):
+def test_an_infinity_skips_the_whole_step(device, way, overflow, options):
     """Neither weights nor states nor counts change, and the next probe is the one the skipped step would have used."""
-    (a, opt_a), (b, opt_b) = (fresh(mlp(torch.float32, device), capturable=capturable) for _ in range(2))
+    (a, opt_a), (b, opt_b) = (fresh(mlp(torch.float32, device), **options) for _ in range(2))
     scaler = scaler_for(device, 2.0**16)
     scaled_training(way, opt_a, a, scaler, 1)
     before = copy.deepcopy([dict(s) for s in opt_a.state_dict()["state"].values()])
@@ -240,10 +245,11 @@ def test_external_curvature_that_is_not_finite_skips_the_step(device, capturable
     assert scaler.get_scale() == 1024.0  # which it has nothing to do with
 
 
+@pytest.mark.parametrize("capturable", [False, True], ids=["", "capturable"])
 @pytest.mark.parametrize("update_each", [2, 3])
-def test_skipped_steps_do_not_count_for_the_schedule(device, update_each):
+def test_skipped_steps_do_not_count_for_the_schedule(device, update_each, capturable):
     p, due = nn.Parameter(torch.ones(3, device=device)), []
-    opt, scaler = AdaHessian([p], update_each=update_each), scaler_for(device)
+    opt, scaler = AdaHessian([p], update_each=update_each, capturable=capturable), scaler_for(device)
     for bad in (False, True, True, False, False):
         opt.zero_grad()
         due.append(opt.needs_hessian)

@@ -7,6 +7,7 @@ import torch
 from models import assert_same, batch, fresh, loss_of, mlp
 from tolerances import assert_within, unit
 from torch import nn
+from ways import WAYS
 
 from adahessian_fused import AdaHessian
 
@@ -32,16 +33,12 @@ def clip_out_of_place(model):
 # ---- the styles; ``change`` is what happens to the gradients ---------------------------------------------------------
 
 
-def create_graph(opt, model, change):
-    loss_of(model).backward(create_graph=opt.needs_hessian)
-    change(model)
-    opt.step()
+def stepping(name):
+    def style(opt, model, change):
+        loss = lambda x, y: (model(x) - y).square().mean()  # noqa: E731
+        WAYS[name](opt, loss, *batch(0, model), then=lambda: change(model))
 
-
-def backward(opt, model, change):
-    opt.backward(loss_of(model))
-    change(model)
-    opt.step()
+    return style
 
 
 def micro_batches(opt, model, change):
@@ -51,53 +48,17 @@ def micro_batches(opt, model, change):
     opt.step()
 
 
-def backward_of_a_function(opt, model, change):
-    opt.backward(lambda: loss_of(model))
-    change(model)
-    opt.step()
-
-
-def backward_split(opt, model, change):
-    x, y = batch(0, model)
-    opt.backward_split(lambda x, y: (model(x) - y).square().mean(), x, y)
-    change(model)
-    opt.step()
-
-
-def closure(opt, model, change):
-    def evaluate():
-        opt.zero_grad()
-        loss = loss_of(model)
-        loss.backward()
-        change(model)
-        return loss
-
-    opt.step(evaluate)
-
-
-def closure_create_graph(opt, model, change):
-    def evaluate():
-        opt.zero_grad()
-        loss = loss_of(model)
-        loss.backward(create_graph=True)
-        change(model)
-        return loss
-
-    opt.step(evaluate)
-
-
 def pre_hook(opt, model, change):
     handle = opt.register_step_pre_hook(lambda *unused: change(model))
-    opt.backward(loss_of(model))
-    opt.step()
+    WAYS["backward"](opt, lambda: loss_of(model))
     handle.remove()
 
 
-GIVEN = (create_graph, backward, micro_batches, backward_of_a_function, backward_split, closure, closure_create_graph)
-STYLES = {f.__name__: (f, {}) for f in (*GIVEN, pre_hook)}
-STYLES |= {f"{f.__name__}-forward": (f, {"hvp": "forward_over_reverse"}) for f in (backward_of_a_function, closure)}
-STYLES["backward_of_a_function-differences"] = backward_of_a_function, {"hvp": "finite_difference"}
-STYLES["backward_split-quarter"] = backward_split, {"hessian_fraction": 0.25}
+GIVEN = ("needs_hessian", "backward", "function", "backward_split", "closure_standard", "closure_create_graph")
+STYLES = {"micro_batches": (micro_batches, {}), "pre_hook": (pre_hook, {})} | {n: (stepping(n), {}) for n in GIVEN}
+STYLES |= {f"{n}-forward": (stepping(n), {"hvp": "forward_over_reverse"}) for n in ("function", "closure_standard")}
+STYLES["function-differences"] = stepping("function"), {"hvp": "finite_difference"}
+STYLES["backward_split-quarter"] = stepping("backward_split"), {"hessian_fraction": 0.25}
 CHANGES = {f.__name__: f for f in (clip, clip_value, clip_out_of_place)}
 
 
@@ -149,11 +110,15 @@ SCALED = {
     f.__name__: f for f in (scaled_create_graph, scaled_backward, scaled_function, with_scaler, with_scaler_function)
 }
 PLAIN, STALE = {}, {"update_each": 2, "off_step": "stale"}
-WAYS = {f"{name}-{label}": (f, o) for name, f in SCALED.items() for label, o in (("plain", PLAIN), ("stale", STALE))}
-WAYS |= {f"{f.__name__}-forward": (f, {"hvp": "forward_over_reverse"}) for f in (scaled_function, with_scaler_function)}
+SCALED_WAYS = {
+    f"{name}-{label}": (f, o) for name, f in SCALED.items() for label, o in (("plain", PLAIN), ("stale", STALE))
+}
+SCALED_WAYS |= {
+    f"{f.__name__}-forward": (f, {"hvp": "forward_over_reverse"}) for f in (scaled_function, with_scaler_function)
+}
 
 
-@pytest.mark.parametrize(("way", "options"), WAYS.values(), ids=WAYS)
+@pytest.mark.parametrize(("way", "options"), SCALED_WAYS.values(), ids=SCALED_WAYS)
 def test_scaling_does_not_change_a_clipped_step(device, way, options):
     """The scale is a power of two and doubles at every step."""
     (model, opt), (other, other_opt) = (fresh(mlp(torch.float32, device), **options) for _ in range(2))

@@ -6,6 +6,7 @@ import warnings
 
 import pytest
 import torch
+import ways
 from torch import nn
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
@@ -128,33 +129,12 @@ def gradients_of_linear(ctx, g):
 Linear = function(linear_by_hand, gradients_of_linear)
 
 
-def closure_step(opt, loss):
-    def closure():
-        opt.zero_grad()
-        value = loss()
-        value.backward()
-        return value
-
-    opt.step(closure)
-
-
-def hooked_step(opt, loss):
-    with opt.hook_backward():
-        loss().backward()
-    opt.step()
-
-
-def create_graph_step(opt, loss):
-    loss().backward(create_graph=True)
-    opt.step()
-
-
 WAYS = {
-    "given": lambda opt, loss: (opt.backward(loss()), opt.step()),
-    "function": lambda opt, loss: (opt.backward(loss), opt.step()),
-    "closure": closure_step,
-    "hooked": hooked_step,
-    "create_graph": create_graph_step,
+    "given": ways.WAYS["backward"],
+    "function": ways.WAYS["function"],
+    "closure": ways.WAYS["closure_standard"],
+    "hooked": ways.WAYS["hook_backward"],
+    "create_graph": ways.WAYS["create_graph"],
     "estimate": lambda opt, loss: hutchinson_diagonal(loss, opt.param_groups[0]["params"]),
 }
 TAILS = {

@@ -8,6 +8,7 @@ import pytest
 import torch
 from models import assert_same, batch, conv_net, mlp
 from torch import nn
+from ways import WAYS
 
 from adahessian_fused import AdaHessian, TrainStep, adahessian, check_hvp, hutchinson_diagonal
 
@@ -46,55 +47,18 @@ DEFAULTS = {
 # ---- ways of stepping: (model, optimizer, loss function of the model, inputs and targets) ----------------------------
 
 
-def create_graph(model, opt, loss_of, x, y):
-    opt.zero_grad()
-    loss_of(model(x), y).backward(create_graph=opt.needs_hessian)
-    opt.step()
+def plain(name):
+    def way(model, opt, loss_of, x, y):
+        WAYS[name](opt, lambda x, y: loss_of(model(x), y), x, y)
 
-
-def backward(model, opt, loss_of, x, y):
-    opt.zero_grad()
-    opt.backward(loss_of(model(x), y))
-    opt.step()
-
-
-def closure(model, opt, loss_of, x, y):
-    opt.step(lambda: loss_of(model(x), y))
-
-
-def standard_closure(model, opt, loss_of, x, y):
-    def evaluate():
-        opt.zero_grad()
-        loss = loss_of(model(x), y)
-        loss.backward()
-        return loss
-
-    opt.step(evaluate)
-
-
-def function(model, opt, loss_of, x, y):
-    opt.zero_grad()
-    opt.backward(lambda: loss_of(model(x), y))
-    opt.step()
-
-
-def split(model, opt, loss_of, x, y):
-    opt.zero_grad()
-    opt.backward_split(lambda x, y: loss_of(model(x), y), x, y)
-    opt.step()
+    way.__name__ = name
+    return way
 
 
 def micro_batches(model, opt, loss_of, x, y):
     opt.zero_grad()
     for part in (slice(0, 3), slice(3, 8)):
         opt.backward(loss_of(model(x[part]), y[part]), batch_size=3)
-    opt.step()
-
-
-def hooked(model, opt, loss_of, x, y):
-    opt.zero_grad()
-    with opt.hook_backward():
-        loss_of(model(x), y).backward()
     opt.step()
 
 
@@ -122,17 +86,15 @@ def diagonal(model, opt, loss_of, x, y):
     opt.step(hessian=[p.detach() for p in model.parameters()])
 
 
-def train_step(model, opt, loss_of, x, y):
-    TrainStep(model, loss_of, opt, compile=False, cuda_graph=False)(x, y)
-
-
 def train_step_scaled(model, opt, loss_of, x, y):
     scaler = torch.amp.GradScaler("cpu", init_scale=256.0)
     TrainStep(model, loss_of, opt, compile=False, cuda_graph=False, grad_scaler=scaler)(x, y)
 
 
-WAYS = [create_graph, backward, closure, standard_closure, function, split, micro_batches, hooked, scaled, scaler_given]
-WAYS += [diagonal, train_step, train_step_scaled]
+PLAIN = ("needs_hessian", "closure_standard", "hook_backward", "train_step")
+backward, closure, function, split = map(plain, ("backward", "closure_returns_loss", "function", "backward_split"))
+EVERY = [*map(plain, PLAIN), backward, closure, function, split, micro_batches, scaled, scaler_given, diagonal]
+EVERY += [train_step_scaled]
 OPTIONS = {
     "defaults": {},
     "averages": {"block_size": 4, "averaging": "abs", "n_samples": 2},
@@ -143,7 +105,7 @@ OPTIONS = {
     "finite_difference": {"hvp": "finite_difference"},
     "forward_over_reverse": {"hvp": "forward_over_reverse"},
 }
-CASES = [(way, {"hessian_fraction": 0.5} if way in (split, train_step_scaled) else {}) for way in WAYS]
+CASES = [(way, {"hessian_fraction": 0.5} if way in (split, train_step_scaled) else {}) for way in EVERY]
 CASES += [(backward, OPTIONS[name]) for name in ("averages", "stale", "gaussian", "rounded", "capturable")]
 CASES += [(way, OPTIONS[name]) for way in (closure, function, scaler_given) for name in [*OPTIONS][-2:]]
 CASES += [(function, OPTIONS["finite_difference"] | {"probe": "gaussian"})]

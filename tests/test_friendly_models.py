@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import copy
-import importlib.util
 from collections import Counter
 from contextlib import nullcontext
-from pathlib import Path
 
 import pytest
 import torch
@@ -17,16 +15,12 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from adahessian_fused import AdaHessian, available_backends, curvature_friendly
-
-EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
+from examples.resnet import ResNet
 
 
 def resnet20() -> nn.Module:
-    spec = importlib.util.spec_from_file_location("adahessian_resnet", EXAMPLES / "resnet.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
     torch.manual_seed(0)
-    return module.resnet20()
+    return ResNet(3)
 
 
 class Transformer(nn.Module):

@@ -6,7 +6,7 @@ import dataclasses
 
 import pytest
 import torch
-from cases import CASES, GROUPS, Case, Place, Spec, any_case, examples, specs
+from cases import CASES, NOT_FINITE, Case, Spec, any_case, examples, specs
 from hypothesis import given, settings
 from problem import Problem, bits, build
 from tolerances import assert_within, diag_bound, unit
@@ -18,8 +18,6 @@ MIXED = Case(
     "mixed", (Spec((300,), 7), Spec((0,)), Spec((7, 40), "row", True), Spec((6, 5, 3, 3), 9, order="channels_last"))
 )
 ODD = dataclasses.replace(MIXED, name="mixed_gaussian", gaussian=True)
-INF, NAN = torch.inf, torch.nan
-NOT_FINITE = ((1, 150, NAN), (1, 299, INF), (7, 0, NAN), (7, 150, INF), (7, 299, NAN), (300, 0, INF), (300, 299, NAN))
 
 
 def check_diag(backend, problem: Problem, scale: float = 1.0, accumulate: bool = False, **options) -> None:
@@ -96,35 +94,3 @@ def test_what_is_not_finite_stays_in_its_block(backend, block, place, value, dev
     differs = bits(dirty.arenas["diag"]) != bits(clean.arenas["diag"])
     assert differs.nonzero().tolist() == [[clean.begins["diag"][1] + place // block]]
     assert not dirty.window("diag", 1)[place // block].isfinite()
-
-
-SPLITS = {"one_by_one": [[0], [1], [2], [3]], "halves_unsorted": [[3, 0], [2, 1]]}
-
-
-@pytest.mark.parametrize("split", SPLITS.values(), ids=SPLITS)
-def test_the_grouping_does_not_matter(backend, split, device):
-    together, apart = build(ODD, device), build(ODD, device)
-    together.run_hessian_diag(backend)
-    for only in split:
-        apart.run_hessian_diag(backend, only=only)
-    assert torch.equal(bits(together.arenas["diag"]), bits(apart.arenas["diag"]))
-
-
-@pytest.mark.parametrize("place", [Place(64, 0, 1), Place(128, 127)], ids=str)
-def test_the_place_of_the_diagonal_does_not_matter(backend, place, device):
-    packed, padded = build(ODD, device), build(dataclasses.replace(ODD, state_at=place), device)
-    packed.run_hessian_diag(backend), padded.run_hessian_diag(backend)
-    for a, b in zip(packed.windows("diag"), padded.windows("diag"), strict=True):
-        assert torch.equal(a, b)
-
-
-@pytest.mark.parametrize("block", [1, 9, 4095, "tensor"])
-def test_the_threads_do_not_matter(native, block, set_threads, device):
-    case = Case("threads", specs((300_001,), (3,), (65_537,), block=block), groups=GROUPS, gaussian=True)
-    results = []
-    for threads in (1, 2):
-        set_threads(threads)
-        problem = build(case, device)
-        problem.run_hessian_diag(native)
-        results.append(bits(problem.arenas["diag"]))
-    assert torch.equal(*results)

@@ -9,7 +9,7 @@ import re
 import pytest
 import torch
 from models import assert_same, batch, fresh, loss_of, mlp, train, weights
-from torch import Tensor, nn
+from torch import Tensor
 
 from adahessian_fused import AdaHessian, hooks
 
@@ -30,23 +30,6 @@ def step(opt, model, i, micro_batches=1, scale=lambda loss: loss, **options):
     opt.step()
 
 
-OPTIONS = {
-    "plain": {},
-    "every_second": {"update_each": 2},
-    "stale": {"update_each": 2, "off_step": "stale"},
-    "two_samples": {"n_samples": 2},
-}
-
-
-@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
-def test_same_trajectory_as_opt_backward(device, options):
-    (a, opt_a), (b, opt_b) = (fresh(mlp(device=device), **options) for _ in range(2))
-    with opt_a.hook_backward():
-        for i in range(4):
-            step(opt_a, a, i)
-    assert_same(weights(a), train(opt_b, b, 4))
-
-
 def test_micro_batches(device):
     (a, opt_a), (b, opt_b) = (fresh(mlp(device=device), update_each=2) for _ in range(2))
     with opt_a.hook_backward():
@@ -58,35 +41,6 @@ def test_micro_batches(device):
             opt_b.backward(loss_of(b, i + j) / 2)
         opt_b.step()
     assert_same(weights(a), weights(b))
-
-
-def test_loss_scale(device):
-    """GradScaler's factor is in gradients and curvature alike."""
-    (a, opt_a), (b, opt_b) = (fresh(mlp(device=device)) for _ in range(2))
-    scaler = torch.amp.GradScaler(device, init_scale=2.0**10)
-    with opt_a.hook_backward():
-        for i in range(3):
-            opt_a.zero_grad()
-            scaler.scale(loss_of(a, i)).backward()
-            scaler.step(opt_a)
-            scaler.update()
-    assert_same(weights(a), train(opt_b, b, 3))
-
-
-def test_leaves_of_others_get_their_gradient():
-    """A loss of two halves of a model, one of them another optimizer's, and an input that wants a gradient."""
-    model = mlp()
-    ours, others = model[:2], model[2:]
-    x, y = batch(0, model)
-    x.requires_grad_()
-    expected = torch.autograd.grad((model(x) - y).square().mean(), [*model.parameters(), x])
-    opt = AdaHessian(ours.parameters())
-    with opt.hook_backward():
-        (model(x) - y).square().mean().backward()
-    assert_same([p.grad for p in [*model.parameters(), x]], expected)
-    assert not any(p.grad.requires_grad for p in others.parameters())
-    opt.step()
-    assert [int(opt.state[p]["hessian_step"]) for p in ours.parameters()] == [1, 1]
 
 
 def test_two_optimizers_share_a_loss():
@@ -327,20 +281,3 @@ def test_a_closure_that_does_nothing():
     opt_a.zero_grad()
     with pytest.raises(RuntimeError, match="the closure returned NoneType"):
         opt_a.step(lambda: None)
-
-
-def test_lightning_may_clip_gradients_in_a_closure():
-    """It asks whether gradients carry a loss scale; GradScaler asks too, and refuses closures."""
-    model, opt = fresh(mlp())
-    asked = []
-
-    def closure():
-        loss = loss_of(model)
-        loss.backward()
-        asked.append(opt._step_supports_amp_scaling)
-        nn.utils.clip_grad_norm_(model.parameters(), 1e-3)
-        return loss
-
-    opt.step(closure)
-    assert asked == [False]
-    assert opt._step_supports_amp_scaling

@@ -11,7 +11,8 @@ pytest.importorskip("adahessian_fused._C", reason="the native library is not bui
 from adahessian_fused import _native
 
 OP_TESTS = [
-    Path(__file__).with_name(f"test_{op}.py") for op in ("rademacher", "hessian_diag", "adahessian_step", "rounding")
+    Path(__file__).with_name(f"test_{op}.py")
+    for op in ("rademacher", "hessian_diag", "adahessian_step", "op_properties", "rounding")
 ]
 
 

@@ -7,6 +7,7 @@ import contextlib
 
 import pytest
 import torch
+import ways
 from models import batch, mlp
 from torch import Tensor, nn
 
@@ -15,33 +16,17 @@ from adahessian_fused.compat import pytorch_optimizer
 from adahessian_fused.update import Parts
 
 
-def closure_of(opt, loss, others=()):
-    def closure():
-        for other in (opt, *others):
-            other.zero_grad()
-        value = loss()
-        value.backward()
-        return value
-
-    return closure
-
-
-def hooked(opt, loss):
-    with opt.hook_backward():
-        loss().backward()
-
-
 def split(opt, loss):
     opt.param_groups[0]["hessian_fraction"] = 0.5
     opt.backward_split(lambda x: loss() * x.mean(), torch.ones(2, dtype=torch.float64))
 
 
 WAYS = {
-    "given": lambda opt, loss: opt.backward(loss()),
-    "function": lambda opt, loss: opt.backward(loss),
-    "closure": lambda opt, loss: opt.step(closure_of(opt, loss)),
-    "closure_of_the_loss": lambda opt, loss: opt.step(loss),
-    "hooked": hooked,
+    "given": ways.WAYS["backward"],
+    "function": ways.WAYS["function"],
+    "closure": ways.WAYS["closure_standard"],
+    "closure_of_the_loss": ways.WAYS["closure_returns_loss"],
+    "hooked": ways.WAYS["hook_backward"],
     "split": split,
 }
 EVALUATED = {"function", "closure", "closure_of_the_loss"}
@@ -353,20 +338,3 @@ def test_a_closure_that_raises_leaves_nothing_behind():
         results.append([p.detach(), opt.hessian_diag(p)])
     for a, b in zip(*results, strict=True):
         torch.testing.assert_close(a, b)
-
-
-@pytest.mark.parametrize("default", [torch.float64, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("way", ["scaled", "given", "unscaled"])
-def test_the_default_dtype_does_not_matter_to_grad_scaler(default, way):
-    torch.set_default_dtype(default)
-    try:
-        p = nn.Parameter(torch.ones(2, dtype=torch.float32))
-        opt, scaler = AdaHessian([p], lr=0.1), torch.amp.GradScaler("cpu", init_scale=3.0e5)
-        loss = (p**3).sum()
-        opt.backward(loss, grad_scaler=scaler) if way == "given" else opt.backward(scaler.scale(loss))
-        if way == "unscaled":
-            opt.unscale_(scaler)
-        scaler.step(opt)
-    finally:
-        torch.set_default_dtype(torch.float32)
-    torch.testing.assert_close(opt.hessian_diag(p), torch.full((2,), 6.0))

@@ -9,7 +9,8 @@ from typing import ClassVar
 
 import pytest
 import torch
-from models import STYLES, conv_net, fresh, loss_of, mlp, train
+from models import conv_net, fresh, loss_of, mlp, train
+from ways import STYLES
 
 from adahessian_fused import adahessian, hutchinson_diagonal
 

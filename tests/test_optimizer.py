@@ -6,8 +6,9 @@ from typing import ClassVar
 
 import pytest
 import torch
-from models import assert_same, fresh, loss_of, mlp, train
+from models import assert_same
 from torch import nn
+from ways import WAYS
 
 from adahessian_fused import AdaHessian
 from adahessian_fused.reference import rademacher_signs
@@ -95,45 +96,17 @@ class CountedAgain(torch.autograd.Function):
         return 3 * h * x**2, 6 * h * g * x
 
 
-def _closure(opt, p):
-    def closure():
-        opt.zero_grad()
-        loss = Counted.apply(p).sum()
-        loss.backward()
-        return loss
-
-    opt.step(closure)
-
-
-def _backward(opt, p):
-    opt.zero_grad()
-    opt.backward(Counted.apply(p).sum())
-    opt.step()
-
-
-def _returns_loss(opt, p):
-    opt.step(lambda: Counted.apply(p).sum())
-
-
 @pytest.mark.parametrize("off_step", ["hold", "stale"])
-@pytest.mark.parametrize("step", [_backward, _closure, _returns_loss])
+@pytest.mark.parametrize("step", ["backward", "closure_standard", "closure_returns_loss"])
 def test_off_steps_cost_a_first_order_step(device, step, off_step):
     p = nn.Parameter(torch.rand(4, device=device) + 1)
     opt, calls = AdaHessian([p], lr=0.01, update_each=3, off_step=off_step, n_samples=2), []
     for _ in range(4):
         Counted.calls.clear()
-        step(opt, p)
+        WAYS[step](opt, lambda: Counted.apply(p).sum())
         calls.append(list(Counted.calls))
     hessian_step, off_step = ["graph", "second order", "second order"], ["first order"]
     assert calls == [hessian_step, off_step, off_step, hessian_step]
-
-
-def test_off_steps_need_no_graph(device):
-    model, opt = fresh(mlp(device=device), update_each=2)
-    train(opt, model, 1)
-    loss_of(model, 1).backward()
-    opt.step()
-    assert [int(opt.state[p]["step"]) for p in model.parameters()] == [2] * 6
 
 
 # ---- parameters that come and go -------------------------------------------------------------------------------------

@@ -300,6 +300,39 @@ def test_functional_form_equals_the_optimizer(engine, device):
     assert [(int(a), int(b)) for a, b in zip(t, h, strict=True)] == [(4, 2)] * len(params)
 
 
+FUNCTIONAL = {
+    "stabilised": {"clip": 0.4, "shrink": 2.0},
+    "rounded": {"state_dtype": torch.bfloat16, "seed": 5},
+    "move": {"unmeasured": "move", "maximize": True},
+}
+
+
+@pytest.mark.parametrize("options", FUNCTIONAL.values(), ids=FUNCTIONAL)
+def test_functional_form_with_options_and_a_diagonal(engine, device, options):
+    p = nn.Parameter(torch.linspace(-1, 1, 300, device=device))
+    q, opt = p.detach().clone(), AdaHessian([p], lr=0.1, backend=engine, **options)
+    options = {name: value for name, value in options.items() if name != "state_dtype"}
+    m, v = (torch.zeros_like(q, dtype=opt.state_dtype) for _ in range(2))
+    mean = torch.zeros((), dtype=torch.float64, device=device)
+    counts = [torch.zeros((), dtype=torch.int64) for _ in range(2)]
+    hyper = {"lr": 0.1, "beta1": 0.9, "beta2": 0.999, "eps": 1e-4, "weight_decay": 0.0, "draw": False}
+    for i in range(3):
+        g, d = torch.sin((i + 7) * q), torch.cos((i + 5) * q) * (q > -0.5)  # some have none
+        p.grad = g.clone()
+        opt.step(hessian=[d])
+        adahessian([q], [g], [d], [m], [v], counts[:1], counts[1:], [mean], **hyper, **options, backend=engine)
+    assert_same([q, m, v], [p.detach(), opt.state[p]["exp_avg"], opt.state[p]["exp_hessian_diag_sq"]])
+    assert "shrink" not in options or mean == opt.state[p]["hessian_diag_sq_mean"]
+    for wrong, message in (
+        ({"unmeasured": 1}, 'unmeasured=1; expected "hold" or "move"'),
+        ({"shrink": 2.0}, r"shrink=2\.0 without hessian_diag_sq_means"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            adahessian([q], [g], [d], [m], [v], counts[:1], counts[1:], **hyper, **(options | wrong), backend=engine)
+    with pytest.raises(ValueError, match="expected all of them in torch"):
+        adahessian([q], [g], [d], [m.bfloat16()], [v.float()], counts[:1], counts[1:], **hyper, backend=engine)
+
+
 def test_functional_form_with_a_diagonal_and_gradient_scaling(engine, device):
     p, g, d = (torch.tensor(x, device=device) for x in ([1.0, 2.0], [4.0, -8.0], [8.0, 16.0]))
     m, v, t, h = torch.zeros(2, device=device), torch.zeros(2, device=device), torch.tensor(0), torch.tensor(0)

@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 import torch
+import ways
 from models import assert_same, batch, fresh, mlp, weights
 
-from adahessian_fused import TrainStep
 from adahessian_fused.reference import rademacher_signs
 
 PAGE = Path(__file__).parents[1] / "docs" / "options.md"
@@ -20,67 +20,14 @@ STEPS = 4
 # ---- the ways --------------------------------------------------------------------------------------------------------
 
 
-def squares(outputs, targets):
-    return (outputs - targets).square().mean()
+def squares(model, x, y):
+    return (model(x) - y).square().mean()
 
 
-def whole(model, i):
-    x, y = batch(i, model)
-    return squares(model(x), y)
-
-
-def create_graph(opt, model, i):
-    opt.zero_grad()
-    whole(model, i).backward(create_graph=opt.needs_hessian)
-    opt.step()
-
-
-def backward_loss(opt, model, i):
-    opt.zero_grad()
-    opt.backward(whole(model, i))
-    opt.step()
-
-
-def backward_function(opt, model, i):
-    opt.zero_grad()
-    opt.backward(lambda: whole(model, i))
-    opt.step()
-
-
-def backward_split(opt, model, i):
-    opt.zero_grad()
-    opt.backward_split(lambda x, y: squares(model(x), y), *batch(i, model))
-    opt.step()
-
-
-def closure(opt, model, i):
-    opt.step(lambda: whole(model, i))
-
-
-def closure_with_backward(opt, model, i):
-    def evaluate():
-        opt.zero_grad()
-        loss = whole(model, i)
-        loss.backward()
-        return loss
-
-    opt.step(evaluate)
-
-
-def hook_backward(opt, model, i):
-    with opt.hook_backward():
-        opt.zero_grad()
-        whole(model, i).backward()
-        opt.step()
-
-
-def given_diagonal(opt, model, i):
+def given_diagonal(opt, loss, *batch):
     """D as the optimizer itself would compute it, by plain double backward."""
-    params = list(model.parameters())
-    opt.zero_grad()
-    loss = whole(model, i)
-    due = opt.needs_hessian
-    grads = torch.autograd.grad(loss, params, create_graph=True)
+    params, due = opt.param_groups[0]["params"], opt.needs_hessian
+    grads = torch.autograd.grad(loss(*batch), params, create_graph=True)
     h = torch.tensor(int(opt.state[params[0]].get("hessian_step", 0)))
     seed = opt.param_groups[0]["seed"]
     z = [rademacher_signs(p.numel(), n, h, seed, 0).view(p.shape).to(p) for n, p in enumerate(params)]
@@ -90,16 +37,16 @@ def given_diagonal(opt, model, i):
     opt.step(hessian=[a * b for a, b in zip(z, products, strict=True)] if due else None)
 
 
-def train_step(opt, model, i):
-    TrainStep(model, squares, opt, compile=False)(*batch(i, model))
-
-
 WAYS = {
-    function.__name__: function
-    for function in (
-        *(create_graph, backward_loss, backward_function, backward_split, closure, closure_with_backward),
-        *(hook_backward, given_diagonal, train_step),
-    )
+    "create_graph": ways.WAYS["needs_hessian"],
+    "backward_loss": ways.WAYS["backward"],
+    "backward_function": ways.WAYS["function"],
+    "backward_split": ways.WAYS["backward_split"],
+    "closure": ways.WAYS["closure_returns_loss"],
+    "closure_with_backward": ways.WAYS["closure_standard"],
+    "hook_backward": ways.WAYS["hook_backward"],
+    "given_diagonal": given_diagonal,
+    "train_step": ways.WAYS["train_step"],
 }
 NAMES = (
     *("`loss.backward(create_graph=True)`", "`opt.backward(loss)`", "`opt.backward(function)`", "`opt.backward_split`"),
@@ -183,7 +130,7 @@ OPTIONS = (
 def run(way, options, dtype=torch.float64):
     model, opt = fresh(mlp(dtype), lr=0.05, **options)
     for i in range(STEPS):
-        WAYS[way](opt, model, i)
+        WAYS[way](opt, functools.partial(squares, model), *batch(i, model))
     return weights(model)
 
 

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import copy
 import functools
 import itertools
 
 import originals
 import pytest
 import torch
-from models import conv_net, fresh, loss_of, mlp, probe, train, weights
+from models import conv_net, fresh, mlp, train, weights
 from tolerances import assert_trajectory, growth, nudge
 
 from adahessian_fused import AdaHessian
@@ -18,13 +17,6 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 
 STEPS = 10
 SAME = {"lr": 0.02, "betas": (0.9, 0.99), "eps": 1e-3, "weight_decay": 0.05}
-
-
-def step_theirs(opt, model, i, **options):
-    opt.zero_grad()
-    loss_of(model, i).backward(create_graph=not options)
-    opt.step(**options)
-    opt.zero_grad()
 
 
 @functools.cache
@@ -44,81 +36,6 @@ def test_errors_grow_little(device):
     """Otherwise the bound would allow anything."""
     for make, averaging in itertools.product((mlp, conv_net, originals.conv_net), ("abs", "signed")):
         assert grows(make, averaging) < 1e6
-
-
-@pytest.mark.parametrize(("make", "hessian_power"), [(mlp, 1.0), (mlp, 0.5), (conv_net, 1.0)], ids=["1", "0.5", "conv"])
-def test_torch_optimizer(engine, device, make, hessian_power, monkeypatch):
-    """Its probe is our probe; it averages magnitudes over the kernels of 4-D convolutions.
-
-    What has no curvature but for roundings, as a bias before batch normalisation, moves whether they cancel or not.
-    """
-    theirs = pytest.importorskip("torch_optimizer").Adahessian
-    model, opt = fresh(
-        make(device=device), backend=engine, averaging="abs", hessian_power=hessian_power, unmeasured="move", **SAME
-    )
-    other = copy.deepcopy(model)
-    their_opt = theirs(other.parameters(), hessian_power=hessian_power, **SAME)
-    ids = {p: i for i, p in enumerate(other.parameters())}
-    for i in range(STEPS):
-        bits = lambda p, high, memory_format, h=i: (probe(p, ids[p], h) + 1) / 2  # noqa: E731
-        with monkeypatch.context() as patch:
-            patch.setattr(torch, "randint_like", bits)
-            step_theirs(their_opt, other, i)
-        train(opt, model, [i])
-    assert_close(weights(model), weights(other))
-
-
-@pytest.mark.parametrize("hessian_power", [1.0, 0.5])
-def test_pytorch_optimizer_with_external_curvature(engine, device, hessian_power):
-    theirs = pytest.importorskip("pytorch_optimizer").AdaHessian
-    options = {"hessian_power": hessian_power, **SAME}
-    model, opt = fresh(mlp(device=device), backend=engine, **options)
-    other = copy.deepcopy(model)
-    their_opt = theirs(other.parameters(), **options)
-    for i in range(STEPS):
-        d = [torch.cos(p.detach() * (i + 1)) for p in model.parameters()]
-        step_theirs(their_opt, other, i, hessian=[x.clone() for x in d])
-        opt.zero_grad()
-        loss_of(model, i).backward()
-        opt.step(hessian=d)
-    assert_close(weights(model), weights(other))
-
-
-def test_pytorch_optimizer_with_its_own_probes(engine, device, monkeypatch):
-    theirs = pytest.importorskip("pytorch_optimizer").AdaHessian
-    model, opt = fresh(mlp(device=device), backend=engine, n_samples=2, **SAME)
-    other = copy.deepcopy(model)
-    their_opt = theirs(other.parameters(), num_samples=2, **SAME)
-    ids = {p: i for i, p in enumerate(other.parameters())}
-    for i in range(STEPS):
-        drawn = []
-
-        def bits(p, low, high, h=i, drawn=drawn):
-            drawn.append(p)
-            return (probe(p, ids[p], h, sample=(len(drawn) - 1) // len(ids)) + 1) / 2
-
-        with monkeypatch.context() as patch:
-            patch.setattr(torch, "randint_like", bits)
-            step_theirs(their_opt, other, i)
-        train(opt, model, [i])
-    assert_close(weights(model), weights(other))
-
-
-def test_torch_optimizers_state_goes_on_as_it_would_have(engine, device, monkeypatch):
-    """Five steps of theirs, then ours from their state dict, against ten of theirs."""
-    theirs = pytest.importorskip("torch_optimizer").Adahessian
-    other = mlp(device=device)
-    their_opt = theirs(other.parameters(), hessian_power=1.0, **SAME)
-    ids = {p: i for i, p in enumerate(other.parameters())}
-    for i in range(STEPS):
-        if i == 5:
-            model = copy.deepcopy(other)
-            opt = AdaHessian(model.parameters(), backend=engine, averaging="abs")
-            opt.load_state_dict(copy.deepcopy(their_opt.state_dict()))
-        with monkeypatch.context() as patch:
-            patch.setattr(torch, "randint_like", lambda p, high, memory_format, h=i: (probe(p, ids[p], h) + 1) / 2)
-            step_theirs(their_opt, other, i)
-    assert_close(train(opt, model, range(5, STEPS)), weights(other))
 
 
 # ---- AdaHessians under GradScaler ------------------------------------------------------------------------------------

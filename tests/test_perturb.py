@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import dataclasses
-
 import pytest
 import torch
-from cases import DTYPES, MISALIGNED, SMALL_CASES, Case, Place, Spec, any_case, examples, specs
+from cases import DTYPES, SMALL_CASES, Case, Spec, any_case, examples, specs
 from hypothesis import given, settings
-from problem import SEED, Problem, bits, build
+from problem import bits, build
 
 from adahessian_fused import reference
 
@@ -16,27 +14,13 @@ MIXED = Case("mixed", (*specs((300,), (0,), (7, 40), (1000,)), Spec((6, 5, 3, 3)
 SCALES = {"up": 2.0**-5, "down": -0.1, "back": 0.0}
 
 
-def problem_of(case: Case, device: str) -> Problem:
-    """The tensors of a case with a buffer for the saved values, in the parameters' dtype."""
-    problem = build(case, device)
-    problem.begins["saved"] = problem.begins["z"]
-    problem.arenas["saved"] = torch.full_like(problem.arenas["z"], torch.nan, dtype=case.dtype)
-    return problem
-
-
-def move(backend, problem: Problem, scale: float, save: bool, **options) -> None:
-    tables = problem.segments, problem.steps
-    options = {"seed": SEED, "sample": 0} | options
-    backend.perturb(problem.tensors("param"), problem.arenas["saved"], *tables, scale=scale, save=save, **options)
-
-
 def check(backend, case: Case, device: str, **options) -> None:
     """There, to the other side and back: the reference's bits each time, and nothing written beside it."""
-    found, expected = problem_of(case, device), problem_of(case, device)
+    found, expected = build(case, device), build(case, device)
     start = bits(found.arenas["param"]).clone()
     for name, scale in SCALES.items():
-        move(backend, found, scale, save=name == "up", **options)
-        move(reference, expected, scale, save=name == "up", **options)
+        found.run_perturb(backend, scale=scale, save=name == "up", **options)
+        expected.run_perturb(reference, scale=scale, save=name == "up", **options)
         for arena in ("param", "saved"):
             same = torch.equal(bits(found.arenas[arena]), bits(expected.arenas[arena]))
             assert same, f"{case}: {arena} differs after the move {name}"
@@ -49,10 +33,10 @@ def test_moves_and_returns_like_the_reference(backend, case, device):
 
 
 def test_moves_by_the_probe(backend, device):
-    problem = problem_of(MIXED, device)
+    problem = build(MIXED, device)
     before = [p.clone() for p in problem.windows("param")]
     problem.run_rademacher(reference)
-    move(backend, problem, 0.25, save=True)
+    problem.run_perturb(backend)
     for p, old, z in zip(problem.windows("param"), before, problem.windows("z"), strict=True):
         assert torch.equal(p, old + 0.25 * z)
 
@@ -68,19 +52,13 @@ SPECIAL = (0.0, -0.0, torch.inf, -torch.inf, torch.nan, 1e-40, -1e-40)
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_special_values_return_bit_for_bit(backend, dtype, device):
-    problem = problem_of(Case("special", specs((len(SPECIAL),), (129,)), dtype), device)
+    problem = build(Case("special", specs((len(SPECIAL),), (129,)), dtype), device)
     problem.window("param", 0).copy_(torch.tensor(SPECIAL))
     start = bits(problem.arenas["param"]).clone()
-    move(backend, problem, 2.0**-8, save=True)
+    problem.run_perturb(backend, scale=2.0**-8)
     assert not torch.equal(bits(problem.arenas["param"]), start)
-    move(backend, problem, 0.0, save=False)
+    problem.run_perturb(backend, scale=0.0, save=False)
     assert torch.equal(bits(problem.arenas["param"]), start)
-
-
-@pytest.mark.parametrize("place", [Place(64, 0, 1), MISALIGNED, Place(128, 127)], ids=str)
-def test_any_alignment(backend, place, device):
-    check(backend, dataclasses.replace(MIXED, state_at=place), device)
-    check(backend, dataclasses.replace(MIXED, param_at=place), device)
 
 
 def test_any_layout(backend, device):
@@ -90,13 +68,3 @@ def test_any_layout(backend, device):
         check(backend, case, device)
 
     check_case()
-
-
-def test_does_not_depend_on_the_threads(native, set_threads, device):
-    results = []
-    for threads in (1, 2):
-        set_threads(threads)
-        problem = problem_of(Case("threads", specs((300_001,), (3,), (65_537,))), device)
-        move(native, problem, 0.1, save=True)
-        results.append(bits(problem.arenas["param"]))
-    assert torch.equal(*results)

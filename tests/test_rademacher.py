@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import dataclasses
-
 import pytest
 import torch
-from cases import CASES, DTYPES, MISALIGNED, Case, Place, Spec, any_case, examples, specs
+from cases import CASES, DTYPES, Case, Spec, any_case, examples, specs
 from hypothesis import given, settings
 from problem import Problem, bits, build
 
@@ -72,33 +70,3 @@ def test_any_layout(backend, device):
         check_z(backend, build(case, device))
 
     check()
-
-
-SPLITS = {"one_by_one": [[0], [1], [2], [3], [4]], "halves_unsorted": [[3, 0], [4, 1, 2]]}
-
-
-@pytest.mark.parametrize("split", SPLITS.values(), ids=SPLITS)
-def test_z_does_not_depend_on_the_grouping(backend, split, device):
-    together, apart = build(MIXED, device), build(MIXED, device)
-    together.run_rademacher(backend)
-    for only in split:
-        apart.run_rademacher(backend, only=only)
-    assert torch.equal(bits(together.arenas["z"]), bits(apart.arenas["z"]))
-
-
-@pytest.mark.parametrize("place", [Place(64, 0, 1), MISALIGNED, Place(128, 127)], ids=str)
-def test_z_does_not_depend_on_the_padding(backend, place, device):
-    packed, padded = build(MIXED, device), build(dataclasses.replace(MIXED, state_at=place), device)
-    packed.run_rademacher(backend), padded.run_rademacher(backend)
-    for a, b in zip(packed.windows("z"), padded.windows("z"), strict=True):
-        assert torch.equal(a, b)
-
-
-def test_z_does_not_depend_on_the_threads(native, set_threads, device):
-    results = []
-    for threads in (1, 2):
-        set_threads(threads)
-        problem = build(Case("threads", specs((300_001,), (3,), (65_537,))), device)
-        problem.run_rademacher(native)
-        results.append(bits(problem.arenas["z"]))
-    assert torch.equal(*results)

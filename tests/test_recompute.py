@@ -12,9 +12,10 @@ from models import assert_same, fresh, weights
 from test_friendly import CASES
 from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+from ways import WAYS
 from zoo import Encoder
 
-from adahessian_fused import AdaHessian, TrainStep, curvature_friendly
+from adahessian_fused import AdaHessian, curvature_friendly
 
 
 def products(run, tensors, inside=True) -> list[Tensor]:
@@ -95,30 +96,16 @@ class Model(nn.Module):
         return x
 
 
-def step(way: str, opt: AdaHessian, model: nn.Module, x: Tensor) -> None:
-    def loss():
-        return model(x).float().square().mean()
-
-    opt.zero_grad()
-    if way == "closure":
-        opt.step(loss)
-    elif way == "train step":
-        TrainStep(model, lambda y, _: y.float().square().mean(), opt, compile=False)(x, x)
-    else:
-        opt.backward(loss())
-        opt.step()
-
-
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("way", ["told", "closure", "train step"])
+@pytest.mark.parametrize("way", ["backward", "closure_returns_loss", "train_step"])
 def test_training(device, way, dtype):
     """Steps with curvature and without, as the same model without checkpoints takes them."""
     x, found = torch.randn(4, 6, 8, device=device), []
     for often in (True, False):
         model, opt = fresh(Model(often).to(device), lr=0.01, update_each=2)
-        with curvature_friendly(model, opt) if way == "told" else nullcontext():
+        with curvature_friendly(model, opt) if way == "backward" else nullcontext():
             for _ in range(4):
                 with torch.autocast(device, dtype) if dtype else nullcontext():
-                    step(way, opt, model, x)
+                    WAYS[way](opt, lambda x, m=model: m(x).float().square().mean(), x)
         found.append(weights(model))
     assert_same(*found)

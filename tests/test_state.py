@@ -8,9 +8,10 @@ import pickle
 
 import pytest
 import torch
-from models import STYLES, assert_same, conv_net, fresh, mlp, train, weights
+from models import assert_same, conv_net, fresh, mlp, train, weights
 from tolerances import assert_within
 from torch import nn
+from ways import STYLES
 
 from adahessian_fused import AdaHessian
 
@@ -31,8 +32,15 @@ OPTIONS = {
         "seed": 77,
     },
     "maximize": {"maximize": True, "lr": 0.001},
+    "stabilised": {"shrink": 3.0, "clip": 0.2, "update_each": 2, "lr": 0.01},
+    "low_products": {"hvp_dtype": torch.bfloat16},
+    "rounded": {"state_dtype": torch.bfloat16},
+    "rounded_stale": {"state_dtype": torch.bfloat16, "update_each": 3, "off_step": "stale", "block_size": 4},
+    "rounded_shrunk": {"state_dtype": torch.bfloat16, "shrink": 3.0},
+    "rounded_masters": {"state_dtype": torch.bfloat16, "master_weights": True, "lr": 1e-3},
 }
-DTYPES = {"float64": torch.float64, "bfloat16": torch.bfloat16}
+COPIED = ("defaults", "stale", "stabilised", "rounded")
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 def through_file(state):
@@ -48,10 +56,11 @@ def uninterrupted_and_resumed(model, between=through_file, at=2, steps=6, **opti
     (a, opt_a), (b, opt_b) = (fresh(model, **options) for _ in range(2))
     train(opt_a, a, steps)
     train(opt_b, b, at)
-    c, opt_c = fresh(model, backend=opt_b.backend)
+    c, opt_c = fresh(model, backend=opt_b.backend, state_dtype=opt_b.state_dtype)
     c.load_state_dict(through_file(b.state_dict()))
     opt_c.load_state_dict(between(opt_b.state_dict()))
     train(opt_c, c, range(at, steps))
+    assert all(opt_c.param_groups[0][name] == value for name, value in options.items() if name in opt_c.param_groups[0])
     return [*weights(a), *moments(opt_a, a)], [*weights(c), *moments(opt_c, c)]
 
 
@@ -59,10 +68,12 @@ def moments(opt, model):
     return [
         opt.state[p][key]
         for p in model.parameters()
-        for key in ("exp_avg", "exp_hessian_diag_sq", "step", "hessian_step")
+        for key in ("exp_avg", "exp_hessian_diag_sq", "step", "hessian_step", "hessian_diag_sq_mean")
+        if key in opt.state[p]
     ]
 
 
+@pytest.mark.filterwarnings("ignore:hvp_dtype")
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
 def test_resumed_training_is_bit_identical(device, dtype, options):
@@ -187,9 +198,9 @@ def test_state_dict_is_a_copy(device):
 
 
 @pytest.mark.parametrize("clone", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))], ids=["deepcopy", "pickle"])
-@pytest.mark.parametrize("options", [{}, {"update_each": 3, "off_step": "stale"}], ids=["defaults", "stale"])
+@pytest.mark.parametrize("options", [OPTIONS[name] for name in COPIED], ids=COPIED)
 def test_copies_are_independent_and_go_on_identically(engine, device, clone, options):
-    model, opt = fresh(mlp(device=device), backend=engine, **options)
+    model, opt = fresh(mlp(torch.float32, device), backend=engine, **options)
     train(opt, model, 2)
     twin, twin_opt = clone((model, opt))
     before = [x.clone() for x in moments(twin_opt, twin)]

@@ -5,17 +5,13 @@ How the ops round is in test_rounding.py.
 
 from __future__ import annotations
 
-import copy
-import pickle
-
 import pytest
 import torch
-from models import assert_same, fresh, loss_of, mlp, train, weights
-from test_state import moments, through_file
+from models import assert_same, fresh, mlp, train
 from tolerances import assert_within, norm_bound
 from torch import nn
 
-from adahessian_fused import AdaHessian, adahessian
+from adahessian_fused import AdaHessian
 
 HALF = torch.bfloat16
 MOMENTS = ("exp_avg", "exp_hessian_diag_sq")
@@ -43,12 +39,6 @@ def test_moments_are_bfloat16_and_take_half_the_memory(every_engine, device, dty
     assert sizes[0] == [2 * size for size in sizes[1]]
 
 
-@pytest.mark.parametrize("wanted", [torch.float32, torch.float16, "bfloat16", 16])
-def test_other_dtypes_are_refused(wanted):
-    with pytest.raises(ValueError, match=r"state_dtype=.*expected None .*or torch.bfloat16"):
-        AdaHessian([nn.Parameter(torch.ones(2))], state_dtype=wanted)
-
-
 def test_float64_parameters_are_refused():
     opt = AdaHessian([nn.Parameter(torch.ones(2))], state_dtype=HALF)
     with pytest.raises(ValueError, match=r"state_dtype=torch.bfloat16 with torch.float64 parameters; expected None"):
@@ -73,53 +63,7 @@ def test_statistics_are_summed_in_float32(engine, device):
     assert_within(opt.statistics().hessian_diag_norm, norm, norm_bound(diag), "norm")
 
 
-def test_the_functional_form_takes_states_in_bfloat16(engine, device):
-    """As the optimizer does with the same states, seed and step counts."""
-    p = nn.Parameter(torch.linspace(-1, 1, 300, device=device))
-    q, g, d = p.detach().clone(), torch.sin(7 * p.detach()), torch.cos(5 * p.detach())
-    opt = AdaHessian([p], lr=0.1, seed=5, state_dtype=HALF, backend=engine)
-    m, v = (torch.zeros_like(q, dtype=HALF) for _ in range(2))
-    counts = [torch.zeros((), dtype=torch.int64) for _ in range(2)]
-    options = {"lr": 0.1, "beta1": 0.9, "beta2": 0.999, "eps": 1e-4, "weight_decay": 0.0, "seed": 5, "draw": False}
-    for _ in range(3):
-        p.grad = g.clone()
-        opt.step(hessian=[d])
-        adahessian([q], [g], [d], [m], [v], counts[:1], counts[1:], **options, backend=engine)
-    assert_same([q, m, v], [p.detach(), *(opt.state[p][key] for key in MOMENTS)])
-    with pytest.raises(ValueError, match="expected all of them in torch"):
-        adahessian([q], [g], [d], [m], [v.float()], counts[:1], counts[1:], **options, backend=engine)
-
-
 # ---- checkpoints -----------------------------------------------------------------------------------------------------
-
-OPTIONS = {
-    "defaults": {},
-    "stale": {"update_each": 3, "off_step": "stale", "block_size": 4},
-    "capturable": {"capturable": True, "update_each": 2},
-    "samples": {"n_samples": 2, "block_size": "row", "seed": 9},
-}
-
-
-@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_resumed_training_is_bit_identical(device, dtype, options):
-    options = {**options, "master_weights": dtype == torch.bfloat16}
-    (a, opt_a), (b, opt_b) = (reduced(mlp(dtype, device), **options) for _ in range(2))
-    train(opt_a, a, 6), train(opt_b, b, 2)
-    c, opt_c = reduced(b)
-    opt_c.load_state_dict(through_file(opt_b.state_dict()))
-    assert {t.dtype for key in MOMENTS for t in of(opt_c, key)} == {HALF}
-    train(opt_c, c, range(2, 6))
-    assert_same([*weights(c), *moments(opt_c, c)], [*weights(a), *moments(opt_a, a)])
-
-
-@pytest.mark.parametrize("way", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))], ids=["deepcopy", "pickle"])
-def test_copies_keep_the_option(device, way):
-    a, opt_a = reduced(mlp(torch.float32, device))
-    train(opt_a, a, 2)
-    b, opt_b = way((a, opt_a))
-    assert opt_b.state_dtype == HALF
-    assert_same(train(opt_b, b, [2, 3]), train(opt_a, a, [2, 3]))
 
 
 def test_float32_states_are_rounded_to_nearest_and_bfloat16_ones_widened(device):
@@ -139,20 +83,6 @@ def test_float32_states_are_rounded_to_nearest_and_bfloat16_ones_widened(device)
 
 
 # ---- conventions -----------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("capturable", [False, True], ids=["", "capturable"])
-def test_a_skipped_step_changes_neither_states_nor_the_bits_of_the_next(device, capturable):
-    (a, opt_a), (b, opt_b) = (reduced(mlp(torch.float32, device), capturable=capturable) for _ in range(2))
-    scaler = torch.amp.GradScaler(device, init_scale=2.0**10)
-    for model, opt, batches in ((a, opt_a, (0, None, 1)), (b, opt_b, (0, 1))):
-        for i in batches:
-            opt.zero_grad()
-            loss = loss_of(model, i or 0) * (1 if i is not None else torch.inf)
-            opt.backward(loss, grad_scaler=scaler)
-            scaler.step(opt)
-            scaler.update(2.0**10)
-    assert_same([*weights(a), *moments(opt_a, a)], [*weights(b), *moments(opt_b, b)])
 
 
 def test_off_steps_round_m_by_other_bits(device):

@@ -7,7 +7,7 @@ import math
 
 import pytest
 import torch
-from models import assert_same, conv_net, fresh, loss_of, mlp, train, weights
+from models import assert_same, conv_net, fresh, mlp, train, weights
 from tolerances import assert_within
 from torch import nn
 
@@ -18,23 +18,15 @@ from adahessian_fused import AdaHessian, compat
 SAME = {"lr": 0.05, "betas": (0.9, 0.99), "eps": 1e-4, "weight_decay": 0.01, "hessian_power": 1.0}
 
 
-def stepped(opt, model, steps):
-    for i in range(steps):
-        opt.zero_grad()
-        loss_of(model, i).backward(create_graph=True)
-        opt.step()
-    opt.zero_grad()
-
-
 def torch_optimizer(model, steps):
     opt = pytest.importorskip("torch_optimizer").Adahessian(model.parameters(), **SAME, seed=1)
-    stepped(opt, model, steps)
+    train(opt, model, steps, "create_graph")
     return opt.state_dict()
 
 
 def pytorch_optimizer(model, steps, **options):
     opt = pytest.importorskip("pytorch_optimizer").AdaHessian(model.parameters(), **SAME, **options)
-    stepped(opt, model, steps)
+    train(opt, model, steps, "create_graph")
     return opt.state_dict()
 
 

@@ -65,15 +65,6 @@ def test_norms(engine, device, make, options):
             assert_agree(group.as_dict(), expected(params[part], before[part], opt) | {"lr": lr, "step": i + 1})
 
 
-def test_counts_of_a_schedule(device):
-    model, opt = fresh(mlp(device=device), update_each=2)
-    counts = []
-    for i in range(4):
-        train(opt, model, [i])
-        counts.append([int(opt.statistics().step), int(opt.statistics().hessian_step)])
-    assert counts == [[1, 1], [2, 1], [3, 2], [4, 2]]
-
-
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_16_bit_parameters_have_norms_in_float32(device, dtype):
     p = nn.Parameter(torch.full((300,), 3e4, dtype=dtype, device=device))  # their norm is beyond float16

@@ -14,11 +14,12 @@ from pathlib import Path
 import pytest
 import strategies
 import torch
-from models import STYLES, assert_same, conv_net, fresh, loss_of, mlp, probe, train, weights
+from models import assert_same, conv_net, fresh, loss_of, mlp, probe, train, weights
 from strategies import BOUND, CASES, compare, exact, found, optimizer, step
 from tolerances import assert_error, relative_error
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from ways import STYLES
 
 import adahessian_fused.hvp.finite_difference as fd
 from adahessian_fused import AdaHessian
@@ -44,7 +45,7 @@ def test_gradient_and_product(hvp, case, device):
 def test_every_closure_does_what_a_function_does(hvp, style, make, device):
     (a, opt_a), (b, opt_b) = (fresh(make(device=device), hvp=hvp, update_each=2, lr=0.01) for _ in range(2))
     for i in range(3):
-        STYLES[style](opt_a, a, i)
+        train(opt_a, a, [i], style)
         opt_b.zero_grad()
         opt_b.backward(lambda i=i: loss_of(b, i))
         opt_b.step()

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from adahessian_fused import AdaHessian, adahessian, compat
+from adahessian_fused import AdaHessian, compat
 from adahessian_fused.hessian_step import HessianStep
 
 INF, NAN = math.inf, math.nan
@@ -130,17 +130,6 @@ def test_drop_ins_divide_by_eps_as_their_originals_only_if_faithful(cls):
         assert p.item() == pytest.approx(expected)
 
 
-@pytest.mark.parametrize(("options", "expected"), [({}, 1.0), ({"unmeasured": "move"}, 0.0)])
-def test_the_functional_form(engine, device, options, expected):
-    p, m, v = (torch.full((1,), x, device=device) for x in (1.0, 0.0, 0.0))
-    t, h = (torch.zeros((), dtype=torch.int64) for _ in range(2))
-    hyper = {"lr": 0.1, "beta1": 0.9, "beta2": 0.999, "eps": 0.1, "weight_decay": 0.0, "backend": engine}
-    adahessian([p], [torch.ones_like(p)], [torch.zeros_like(p)], [m], [v], [t], [h], draw=False, **hyper, **options)
-    assert p.item() == pytest.approx(expected, abs=1e-6)
-    with pytest.raises(ValueError, match='unmeasured=1; expected "hold" or "move"'):
-        adahessian([p], [p], None, [m], [v], [t], [h], unmeasured=1, **hyper)
-
-
 # ---- not finite ------------------------------------------------------------------------------------------------------
 
 
@@ -246,15 +235,6 @@ def test_samples_and_micro_batches(engine, device):
     opt.step()
     assert {name: int(n) for name, n in opt.statistics().missed_in.items()} == {"first": 0, "second": 1}
     assert all(x.isfinite().all() for x in (p, q, opt.state[q]["exp_hessian_diag_sq"]))
-
-
-def test_options_are_checked():
-    p = leaf(1.0)
-    for name, wrong, choices in (("unmeasured", "stay", "hold.*move"), ("nonfinite", "ignore", "keep.*raise")):
-        with pytest.raises(ValueError, match=f"{name}='{wrong}'; expected \"{choices}"):
-            AdaHessian([p], **{name: wrong})
-    with pytest.raises(ValueError, match='capturable=True with nonfinite="raise"'):
-        AdaHessian([p], nonfinite="raise", capturable=True)
 
 
 # ---- rounding --------------------------------------------------------------------------------------------------------

@@ -10,9 +10,10 @@ import torch
 from models import ByHand
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from ways import WAYS
 from zoo import ZOO, Animal
 
-from adahessian_fused import AdaHessian, TrainStep, curvature_friendly, split_batch
+from adahessian_fused import AdaHessian, curvature_friendly, split_batch
 
 OPTIONS = {"lr": 0.0, "betas": (0.9, 0.0)}  # v is the square of this step's D
 
@@ -38,66 +39,8 @@ def expected(animal: Animal, batch, h: int = 0) -> list[Tensor | None]:
     return [found.get(i, zero) for i, zero in enumerate(zeros)]
 
 
-# ---- ways of stepping ------------------------------------------------------------------------------------------------
-
-
-def create_graph(opt, loss, whole, batch):
-    loss(*batch).backward(create_graph=True)
-    opt.step()
-
-
-def backward_loss(opt, loss, whole, batch):
-    opt.backward(loss(*batch))
-    opt.step()
-
-
-def backward_function(opt, loss, whole, batch):
-    opt.backward(lambda: loss(*batch))
-    opt.step()
-
-
-def closure(opt, loss, whole, batch):
-    opt.step(lambda: loss(*batch))
-
-
-def closure_backward(opt, loss, whole, batch):
-    def closure():
-        opt.zero_grad()
-        value = loss(*batch)
-        value.backward()
-        return value
-
-    opt.step(closure)
-
-
-def hook_backward(opt, loss, whole, batch):
-    with opt.hook_backward():
-        loss(*batch).backward()
-    opt.step()
-
-
-def backward_split(opt, loss, whole, batch):
-    opt.backward_split(loss, *batch)
-    opt.step()
-
-
-def train_step(opt, loss, whole, batch):
-    TrainStep(whole, lambda value, _: value, opt, compile=False)(tuple(batch), batch[0])
-
-
-class Whole(nn.Module):
-    """Model and loss, as TrainStep and trainers want them."""
-
-    def __init__(self, animal: Animal):
-        super().__init__()
-        self.model, self.loss = animal.model, animal.loss
-
-    def forward(self, *batch):
-        return self.loss(self.model, *batch)
-
-
-FROM_LOSS = (create_graph, backward_loss, hook_backward)  # the model has to be told
-WAYS = (*FROM_LOSS, backward_function, closure, closure_backward, train_step, backward_split)
+FROM_LOSS = ("create_graph", "backward", "hook_backward")  # the model has to be told
+OTHERS = ("function", "closure_returns_loss", "closure_standard", "train_step", "backward_split")
 
 
 @pytest.mark.filterwarnings("ignore:Using backward\\(\\) with create_graph=True")
@@ -108,19 +51,21 @@ def test_every_way_of_stepping(name):
     animal.model.train()
     twin = animal._replace(model=copy.deepcopy(animal.model).double())
     half = copy.deepcopy(twin)
-    wanted = dict.fromkeys(WAYS, expected(twin, animal.batch))
+    wanted = dict.fromkeys((*FROM_LOSS, *OTHERS), expected(twin, animal.batch))
     if animal.mean:
-        wanted[backward_split] = expected(half, split_batch(animal.batch, 0.5)[0])
-    for way in WAYS if animal.mean else WAYS[:-1]:
+        wanted["backward_split"] = expected(half, split_batch(animal.batch, 0.5)[0])
+    else:
+        del wanted["backward_split"]
+    for way, d in wanted.items():
         model = copy.deepcopy(animal.model)
-        opt = AdaHessian(model.parameters(), **OPTIONS, hessian_fraction=0.5 if way is backward_split else 1.0)
+        opt = AdaHessian(model.parameters(), **OPTIONS, hessian_fraction=0.5 if way == "backward_split" else 1.0)
         with curvature_friendly(model, opt) if way in FROM_LOSS else nullcontext():
-            way(opt, lambda *batch, m=model: animal.loss(m, *batch), Whole(animal._replace(model=model)), animal.batch)
-        compare(way.__name__, opt, model, wanted[way])
+            WAYS[way](opt, lambda *batch, m=model: animal.loss(m, *batch), *animal.batch)
+        compare(way, opt, model, d)
 
 
 @pytest.mark.filterwarnings("ignore:Using backward\\(\\) with create_graph=True")
-@pytest.mark.parametrize("way", [*FROM_LOSS, closure, closure_backward], ids=lambda way: way.__name__)
+@pytest.mark.parametrize("way", [*FROM_LOSS, "closure_returns_loss", "closure_standard"])
 def test_a_penalty_now_and_then(way):
     """The first steps have no gradient in their loss, so their graphs are of another kind."""
     torch.manual_seed(0)
@@ -129,10 +74,9 @@ def test_a_penalty_now_and_then(way):
     opt = AdaHessian(model.parameters(), **OPTIONS)
     with curvature_friendly(model, opt) if way in FROM_LOSS else nullcontext():
         for h in range(3):
-            opt.zero_grad()
             loss = animal.loss if h == 2 else lambda m, real, fake, mix: m(fake).square().mean()
-            way(opt, lambda *batch, loss=loss: loss(model, *batch), None, animal.batch)
-    compare(way.__name__, opt, model, expected(animal._replace(model=twin), animal.batch, h=2))
+            WAYS[way](opt, lambda *batch, loss=loss: loss(model, *batch), *animal.batch)
+    compare(way, opt, model, expected(animal._replace(model=twin), animal.batch, h=2))
 
 
 def compare(way: str, opt: AdaHessian, model: nn.Module, wanted: list[Tensor | None]) -> None:
