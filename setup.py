@@ -180,6 +180,7 @@ class CMakeBuild(build_ext):
             "ADAHESSIAN_CUDA": CUDA,
             "ADAHESSIAN_CUDA_ARCHS": os.environ.get("ADAHESSIAN_CUDA_ARCHS", ""),
             "ADAHESSIAN_CUDA_FAILED": cuda_failed,
+            "ADAHESSIAN_BASELINE_ONLY": os.environ.get("ADAHESSIAN_BASELINE_ONLY", "OFF"),  # for who works on kernels
             "pybind11_DIR": pybind11.get_cmake_dir(),
             "Python_EXECUTABLE": sys.executable,
         }
