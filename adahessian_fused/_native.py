@@ -2,24 +2,18 @@
 
 from __future__ import annotations
 
-import functools
 import struct
 import sysconfig
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
-NAMESPACE = "adahessian_fused"
+from . import norm_operators
+from .norm_operators import NAMESPACE
+
 NAMESPACES = (NAMESPACE, "adahessian_fused_emulated")
 OPS = ("rademacher", "perturb", "hessian_diag", "adahessian_step")
-# The double backward of norms, and how many weights there are.
-NORM_OPS = {
-    "batch_norm_double_backward": lambda x, fixed: x.shape[1],
-    "row_norm_double_backward": lambda x, groups: groups * x.shape[1],
-}
 
 
 def _find() -> Path:
@@ -56,24 +50,7 @@ def _load() -> None:
     for namespace in NAMESPACES:
         for op in OPS:
             torch.library.register_fake(f"{namespace}::{op}")(lambda *args, **kwargs: None)
-    for op, n_weights in NORM_OPS.items():
-        torch.library.register_fake(f"{NAMESPACE}::{op}")(functools.partial(_norm_gradients, n_weights))
-
-
-def _norm_gradients(
-    n_weights: Callable,
-    v: Tensor | None,
-    v_weight: Tensor | None,
-    v_bias: Tensor | None,
-    grad: Tensor,
-    x: Tensor,
-    weight: Tensor | None,
-    mean: Tensor | None,
-    invstd: Tensor,
-    option: Any,
-) -> tuple[Tensor, Tensor, Tensor]:
-    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
-    return torch.empty_like(x), torch.empty_like(x), x.new_empty(n_weights(x, option), dtype=wide)
+    norm_operators.register_shapes()
 
 
 _load()

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from functools import partial
+from types import SimpleNamespace
+
 import pytest
 import torch
 from tolerances import assert_within
 from torch import Tensor
+from torch._subclasses import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 
-from adahessian_fused import backends
+from adahessian_fused import backends, norm_operators
 from adahessian_fused.friendly import double_backward, formulas
 
 BATCH, ROW = "batch_norm_double_backward", "row_norm_double_backward"
@@ -116,6 +121,61 @@ def test_interpreted_triton(device, case, dtype):
         pytest.skip(reason or "not interpreted")
     without = "v_weight v_bias weight" if dtype == torch.bfloat16 else ""
     check(backends.get("triton"), arguments(case, dtype, device, without), INTERPRETED[case][0])
+
+
+# ---- CUDA tensors, without a GPU -------------------------------------------------------------------------------------
+
+
+@pytest.fixture(params=[True, False], ids=["native", "no_native"])
+def on_cuda(request, monkeypatch):
+    """The operators as they are where there is a GPU, with the native library and without."""
+    if backends.unavailable_reason("triton", "cpu") is not None:
+        pytest.skip("Triton is not interpreted")
+    native = request.param and backends.unavailable_reason("native") is None
+    monkeypatch.setattr(
+        backends, "unavailable_reason", lambda name, _="cpu": None if native or name != "native" else "-"
+    )
+    if not native:
+        monkeypatch.setattr(norm_operators, "NAMESPACE", "adahessian_fused_without_native")
+    double_backward._kernels.cache_clear()
+    yield double_backward._kernels("cuda")
+    double_backward._kernels.cache_clear()
+
+
+@pytest.mark.parametrize("case", ["small_images", "small_group"])
+def test_cuda_takes_triton(on_cuda, case):
+    """The operator's CUDA part, called with tensors that the interpreter can read."""
+    op = getattr(on_cuda, INTERPRETED[case][0])
+    given = arguments(case, torch.float32, "cpu")
+    check(SimpleNamespace(**{op._opname: partial(op._op_dk, torch._C.DispatchKey.CUDA)}), given, op._opname)
+
+
+@pytest.mark.parametrize("case", ["images", "channels_last", "fixed", "layer", "rms", "group"])
+def test_traced_on_cuda(on_cuda, case):
+    """As TrainStep traces it: with tensors that have no data, which no kernel can be launched with."""
+    op, shape, option = CASES[case]
+    v, v_weight, v_bias, grad, x, weight, mean, invstd, _ = arguments(case, torch.bfloat16, "cpu")
+
+    def double_backward_of(v, v_weight, v_bias, grad, x, weight, mean, invstd):
+        if op == BATCH:
+            return double_backward.batch_norm(v, v_weight, v_bias, grad, x, weight, mean, invstd, fixed=option)
+        return double_backward.row_norm(v, v_weight, v_bias, grad, x, weight, mean, invstd, shape=shape, groups=option)
+
+    with FakeTensorMode() as mode, torch.no_grad():
+        tensors = (v, v_weight, v_bias, grad, x, weight, mean, invstd)
+        fake = [t if t is None else torch.empty_like(mode.from_tensor(t), device="cuda") for t in tensors]
+        graph = make_fx(double_backward_of)(*fake)
+        results = graph(*fake)
+    assert getattr(on_cuda, op) in {node.target for node in graph.graph.nodes}
+    for result, tensor in zip(results, (grad, x, weight), strict=True):
+        assert (result.shape, result.dtype, result.device.type) == (tensor.shape, tensor.dtype, "cuda")
+
+
+def test_the_library_and_python_define_the_same_operators():
+    if (reason := backends.unavailable_reason("native")) is not None:
+        pytest.skip(reason)
+    for name, schema in norm_operators.SCHEMAS.items():
+        assert str(getattr(torch.ops.adahessian_fused, name).default._schema) == f"adahessian_fused::{name}{schema}"
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import backends
+from .. import backends, norm_operators
 from . import formulas
 
 Gradients = tuple[Tensor | None, ...]
@@ -75,16 +75,14 @@ def _run(name: str, v: Tensor, grad: Tensor, x: Tensor, *others: Any) -> Gradien
 
 @functools.cache
 def _kernels(device_type: str) -> Any:
-    """What has the two functions for this kind of device."""
-    if device_type == "cpu" and backends.unavailable_reason("native") is None:
-        ops = torch.ops.adahessian_fused
-        return SimpleNamespace(
-            batch_norm_double_backward=ops.batch_norm_double_backward.default,
-            row_norm_double_backward=ops.row_norm_double_backward.default,
-        )
+    """What has the two functions for this kind of device: operators, for only they can be traced, or the formulas."""
+    native = backends.unavailable_reason("native") is None
     if device_type == "cuda" and backends.unavailable_reason("triton", device_type) is None:
-        return backends.get("triton")
-    return formulas
+        norm_operators.register_triton(native)
+    elif device_type != "cpu" or not native:
+        return formulas
+    ops = getattr(torch.ops, norm_operators.NAMESPACE)
+    return SimpleNamespace(**{name: getattr(ops, name).default for name in norm_operators.SCHEMAS})
 
 
 def _or_zeros(v: Tensor | None, x: Tensor) -> Tensor:
