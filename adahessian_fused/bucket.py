@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .capture import capturing
 from .distributed import sharded
 from .segments import Segment, Steps, n_blocks, segment_table
 
@@ -23,6 +24,7 @@ _DTYPE, _STRIDES = attrgetter("dtype"), attrgetter("strides")
 
 _LIKE_PARAM = ("exp_avg", "exp_hessian_diag_sq", "master_param")  # states of the parameter's shape
 MEAN = "hessian_diag_sq_mean"  # state, where v_hat is drawn to its mean
+MAX_SUBSETS = 64  # of a bucket's parameters, whose tables are remembered
 ALIGNMENT = 64  # elements between segment starts: whole cache lines, and any vector width
 
 
@@ -199,7 +201,8 @@ class Bucket:
         self.steps = torch.zeros(len(entries), len(Steps), dtype=torch.int64, device=count_device)
         # How many elements of each parameter had no finite curvature in Hessian steps so far.
         self.missed = torch.zeros(len(entries), dtype=torch.int64, device=self.device)
-        self._subset: tuple[tuple[int, ...], Tensor, Tensor] | None = None
+        self._subsets: dict[tuple[int, ...], tuple[Tensor, Tensor]] = {}  # least recently used first
+        self._captured: list[Any] = []  # what CUDA graphs read
         if not with_states:
             return
         stored = stored_dtype(first.dtype, state_dtype)
@@ -334,12 +337,18 @@ class Bucket:
 
     def _select(self, entries: Sequence[Entry]) -> tuple[Tensor, Tensor]:
         rows = tuple(entry.row for entry in entries)
-        if self._subset is None or self._subset[0] != rows:
-            self._subset = rows, self.segments[list(rows)], torch.tensor(rows, device=self.steps.device)
-        return self._subset[1:]
+        found = self._subsets.pop(rows, None)
+        if found is None:
+            found = self.segments[list(rows)], torch.tensor(rows, device=self.steps.device)
+        self._subsets[rows] = found
+        if len(self._subsets) > MAX_SUBSETS:
+            del self._subsets[next(iter(self._subsets))]
+        if capturing(self.steps.device):
+            self._captured.append(found)
+        return found
 
     def table_of(self, entries: Sequence[Entry]) -> Tensor:
-        """Segment table of some of the bucket's entries, in their order; the last one asked for is remembered."""
+        """Segment table of some of the bucket's entries, in their order; those asked for last are remembered."""
         return self.segments if len(entries) == self.count else self._select(entries)[0]
 
     def count_step(self, entries: Sequence[Entry], *, with_curvature: bool, found_inf: Tensor | None) -> None:

@@ -8,6 +8,7 @@ from collections.abc import Collection
 import torch
 from torch import Tensor
 
+from .capture import capturing
 from .layout import ParameterLayout
 from .segments import Segment, Steps
 
@@ -49,7 +50,7 @@ class Schedule:
         if self._uncertain is None:
             return
         scheduled = any(group["update_each"] > 1 for group in self._layout.groups)
-        if (not scheduled and self._uncertain[0].is_cuda) or _capturing():
+        if (not scheduled and self._uncertain[0].is_cuda) or capturing(self._uncertain[0].device):
             return
         found_inf, numbers = self._uncertain
         skipped = found_inf.item() != 0
@@ -85,7 +86,3 @@ class Schedule:
                         "expected a group of its own, which counts its own steps, or update_each=1",
                         stacklevel=8,
                     )
-
-
-def _capturing() -> bool:
-    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()

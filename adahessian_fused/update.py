@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from .bucket import MEAN, Bucket, Entry
+from .capture import capturing
 from .curvature import Curvature, by_bucket
 from .layout import ParameterLayout
 from .segments import Hyper, Steps
@@ -63,21 +64,44 @@ class HyperTable:
 
     def __init__(self) -> None:
         self._cached: dict[torch.device, tuple[list[list[float]], Tensor]] = {}
+        self._captured: list[Tensor] = []  # older tables, which CUDA graphs may read
 
     def on(self, device: torch.device, groups: Sequence[Mapping[str, Any]]) -> Tensor:
-        """The table on ``device``. On a GPU it is uploaded when a number changed; lr tensors are copied there."""
-        on_gpu = device.type != "cpu"
-        lrs = [0.0 if on_gpu and isinstance(group["lr"], Tensor) else group["lr"] for group in groups]
-        rows = [self._row(group, lr) for group, lr in zip(groups, lrs, strict=True)]
+        """The table on ``device``.
+
+        On a GPU it stays where it is, since CUDA graphs read it: a number that changed is written to it, and so is in
+        every step an lr that is a tensor on a GPU.
+
+        Raises:
+            RuntimeError: a number changed while a CUDA graph is captured, where it cannot be copied.
+        """
+        lrs = [group["lr"] for group in groups]
+        on_gpu = [device.type != "cpu" and isinstance(lr, Tensor) and lr.device.type != "cpu" for lr in lrs]
+        rows = [self._row(group, 0.0 if there else group["lr"]) for group, there in zip(groups, on_gpu, strict=True)]
         old = self._cached.get(device)
         if old is None or old[0] != rows:
-            table = torch.tensor(rows, dtype=torch.float64, device=device)
-            self._cached[device] = rows, table
+            self._cached[device] = rows, self._written(rows, device, None if old is None else old[1])
         table = self._cached[device][1]
-        for number, group in enumerate(groups):
-            if on_gpu and isinstance(group["lr"], Tensor):
-                table[number, Hyper.LR].copy_(group["lr"].reshape(()))
+        for number, (lr, there) in enumerate(zip(lrs, on_gpu, strict=True)):
+            if there:
+                table[number, Hyper.LR].copy_(lr.reshape(()))
         return table
+
+    def _written(self, rows: list[list[float]], device: torch.device, old: Tensor | None) -> Tensor:
+        """The table with these numbers: a new one on a CPU, and the old one on a GPU, if it is as large."""
+        if capturing(device):
+            raise RuntimeError(
+                "a hyperparameter changed while a CUDA graph is captured, or before; expected a step outside the graph "
+                "after the change, and an lr that keeps changing as a tensor on the GPU"
+            )
+        host = torch.tensor(rows, dtype=torch.float64, device="cpu", pin_memory=device.type == "cuda")
+        if device.type == "cpu":
+            return host
+        if old is not None and old.shape == host.shape:
+            return old.copy_(host, non_blocking=True)
+        if old is not None:
+            self._captured.append(old)
+        return host.to(device, non_blocking=True)
 
     def last(self, device: torch.device) -> Tensor:
         """The table of the last step on ``device``."""

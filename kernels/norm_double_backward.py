@@ -14,7 +14,9 @@ from .table import INTERPRETED, on
 from .tile import kernel
 
 TILE = 4096 if INTERPRETED else 1024  # elements of a tile
-MAX_SPLITS = 2 if INTERPRETED else 32  # programs that share a channel's sums
+PROGRAMS = 2 if INTERPRETED else 1024  # that sums take, so that there are several for each multiprocessor
+MAX_SPLITS = 32  # partial sums of a channel that each program of the next kernel adds up again
+MAX_GRID = 65535  # of a launch, but for its first dimension
 N_SUMS = tl.constexpr(5)
 
 
@@ -155,6 +157,17 @@ def batch_norm_gradients_kernel(
         begin += BLOCK_I
 
 
+def _splits(count: int, groups: int, block: int) -> int:
+    """How many programs share the sums of each of ``groups`` groups of channels, ``block`` elements at a time."""
+    return min(triton.cdiv(PROGRAMS, groups), triton.cdiv(count, block), MAX_GRID)
+
+
+def _length(count: int, block: int) -> int:
+    """Elements of a channel for each program that writes them: some blocks, and as many as the grid makes it."""
+    least = (1 << 20 if INTERPRETED else 8) * block
+    return max(least, triton.cdiv(triton.cdiv(count, MAX_GRID), block) * block)
+
+
 def batch_norm_double_backward(v, v_weight, v_bias, grad, x, weight, mean, invstd, fixed: bool):
     """As :func:`adahessian_fused.friendly.formulas.batch_norm_double_backward`."""
     last = not x.is_contiguous() or x.numel() == x.shape[0] * x.shape[1]
@@ -162,16 +175,18 @@ def batch_norm_double_backward(v, v_weight, v_bias, grad, x, weight, mean, invst
     count = x.numel() // channels
     block_c = min(triton.next_power_of_2(channels), 32) if last else 1
     blocks = {"LAST": last, "BLOCK_I": TILE // block_c, "BLOCK_C": block_c}
-    splits = min(MAX_SPLITS, triton.cdiv(count, blocks["BLOCK_I"]))
+    grid = triton.cdiv(channels, block_c)
+    splits = _splits(count, grid, blocks["BLOCK_I"])
     sizes = count, channels, 1 if last else count // x.shape[0]
     results = torch.empty_like(x), torch.empty_like(x), torch.empty_like(invstd)
     partials = torch.empty(splits, N_SUMS.value, channels, dtype=invstd.dtype, device=x.device)
-    grid = triton.cdiv(channels, block_c)
     with on("batch_norm_double_backward", x.device):
         batch_norm_sums_kernel[(grid, splits)](
             v, grad, x, mean, partials, *sizes, triton.cdiv(count, splits), num_warps=4, **blocks
         )
-        length = (1 << 20 if INTERPRETED else 8) * blocks["BLOCK_I"]
+        if splits > MAX_SPLITS:
+            partials, splits = partials.sum(0, keepdim=True, dtype=torch.float64), 1
+        length = _length(count, blocks["BLOCK_I"])
         batch_norm_gradients_kernel[(grid, triton.cdiv(count, length))](
             *(v, v_weight, v_bias, grad, x, weight, mean, invstd, partials),
             *results,
@@ -327,7 +342,8 @@ def row_norm_double_backward(v, v_weight, v_bias, grad, x, weight, mean, invstd,
     means = torch.empty(2, rows, dtype=invstd.dtype, device=x.device)
     block_c = min(triton.next_power_of_2(weights), 32) if inner == 1 else 1
     blocks = {"LAST": inner == 1, "BLOCK_I": TILE // block_c, "BLOCK_C": block_c}
-    splits = min(MAX_SPLITS, triton.cdiv(count, blocks["BLOCK_I"]))
+    grid = triton.cdiv(weights, block_c)
+    splits = _splits(count, grid, blocks["BLOCK_I"])
     partials = torch.empty(splits, weights, dtype=invstd.dtype, device=x.device)
     with on("row_norm_double_backward", x.device):
         row_norm_gradients_kernel[(rows,)](
@@ -336,7 +352,7 @@ def row_norm_double_backward(v, v_weight, v_bias, grad, x, weight, mean, invstd,
             BLOCK=min(triton.next_power_of_2(channels * inner), TILE),
             num_warps=4,
         )
-        row_norm_weight_kernel[(triton.cdiv(weights, block_c), splits)](
+        row_norm_weight_kernel[(grid, splits)](
             *(v, grad, x, mean, invstd, means, partials),
             *(count, weights, inner, triton.cdiv(count, splits), rows, channels, groups),
             num_warps=4,

@@ -95,10 +95,10 @@ def perturb(
         return
     dtype = common_dtype("perturb", "params", params, segments)
     tile, num_warps = TILES[dtype.itemsize]
-    plan = plan_of(segments, Mode.PROBE, tile, saved.device)
-    if len(plan.tiles) == 0:
-        return
     with on("perturb", saved.device):
+        plan = plan_of(segments, Mode.PROBE, tile, saved.device)
+        if len(plan.tiles) == 0:
+            return
         length = np.array([scale], dtype=np.float64)
         table, length, steps = send(plan, saved.device, addresses(params), length, steps)
         perturb_kernel[(len(plan.tiles),)](

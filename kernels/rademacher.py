@@ -43,10 +43,10 @@ def rademacher(z: Tensor, segments: Tensor, steps: Tensor, seed: int, sample: in
         sample: number of the probe within the step.
     """
     tile, num_warps = TILES[z.element_size()]
-    plan = plan_of(segments, Mode.PROBE, tile, z.device)
-    if len(plan.tiles) == 0:
-        return
     with on("rademacher", z.device):
+        plan = plan_of(segments, Mode.PROBE, tile, z.device)
+        if len(plan.tiles) == 0:
+            return
         (steps,) = send(plan, z.device, steps)
         rademacher_kernel[(len(plan.tiles),)](
             z, plan.rows, plan.tiles, steps, *seed_words(seed, sample), TILE=tile, num_warps=num_warps, **LAUNCH

@@ -23,6 +23,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
+from adahessian_fused.capture import capturing
 from adahessian_fused.segments import Segment, n_blocks
 
 # (elements of a tile, warps), by the size of the parameters' dtype. 8 elements a thread are what 16-bit parameters need
@@ -205,11 +206,6 @@ def addresses(*lists: list[Tensor]) -> np.ndarray:
 _ARENA_BYTES = 1 << 20
 _arena: Tensor | None = None  # pinned memory for copies under capture, where none can be allocated; handed out once
 _arena_used = 0
-
-
-def capturing(device: torch.device) -> bool:
-    """Whether a CUDA graph is being captured."""
-    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
 def _pinned(n_bytes: int, device: torch.device) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from functools import partial
 from types import SimpleNamespace
 
@@ -169,6 +170,39 @@ def test_traced_on_cuda(on_cuda, case):
     assert getattr(on_cuda, op) in {node.target for node in graph.graph.nodes}
     for result, tensor in zip(results, (grad, x, weight), strict=True):
         assert (result.shape, result.dtype, result.device.type) == (tensor.shape, tensor.dtype, "cuda")
+
+
+@pytest.mark.parametrize(
+    ("op", "shape", "layout"),
+    [
+        (BATCH, (64, 64, 512, 512), torch.channels_last),
+        (BATCH, (64, 64, 512, 512), torch.contiguous_format),
+        (BATCH, (8192, 8, 128, 128), torch.channels_last),
+        (ROW, (1 << 24, 24, 1), torch.contiguous_format),
+    ],
+)
+def test_grids_that_cuda_takes(monkeypatch, op, shape, layout):
+    """Up to 65,535 in the second dimension, with as many programs as a GPU needs, and no element left out."""
+    module = pytest.importorskip("adahessian_fused.kernels.norm_double_backward", reason="Triton is not installed")
+    launches = []
+
+    class Kernel:
+        def __getitem__(self, grid):
+            return lambda *arguments, **constants: launches.append((grid, arguments, constants))
+
+    for name in ("batch_norm_sums", "batch_norm_gradients", "row_norm_gradients", "row_norm_weight"):
+        monkeypatch.setattr(module, f"{name}_kernel", Kernel())
+    for name, value in {"on": lambda *_: nullcontext(), "TILE": 1024, "PROGRAMS": 1024, "INTERPRETED": False}.items():
+        monkeypatch.setattr(module, name, value)
+    x = torch.empty(shape, dtype=torch.bfloat16, device="meta", memory_format=layout)
+    of_channel = torch.empty(shape[1], device="meta")
+    getattr(module, op)(x, None, None, x, x, None, of_channel, of_channel, op == ROW)
+    for grid, arguments, constants in launches:
+        assert grid[1:] <= (65535,)
+        if "BLOCK_I" in constants:
+            count, _, _, length = [n for n in arguments if isinstance(n, int)][:4]
+            assert grid[1] * length >= count > (grid[1] - 1) * length
+            assert grid[0] * grid[1] >= 512
 
 
 def test_the_library_and_python_define_the_same_operators():

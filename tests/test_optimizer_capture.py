@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from models import assert_same, fresh, mlp, train
+from tolerances import assert_within, unit
 from torch import nn
 
 from adahessian_fused import AdaHessian
@@ -21,7 +22,12 @@ OPTIONS = {
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 def test_capturable_changes_nothing(engine, device, options):
     (a, opt_a), (b, opt_b) = (fresh(mlp(device=device), backend=engine, capturable=c, **options) for c in (True, False))
-    assert_same(train(opt_a, a, 4), train(opt_b, b, 4))
+    found, expected = train(opt_a, a, 4), train(opt_b, b, 4)
+    if device == "cpu":
+        assert_same(found, expected)
+    else:  # beta^t is the device's in one and the host's in the other
+        for x, y in zip(found, expected, strict=True):
+            assert_within(x, y, 32 * unit(x.dtype) * float(y.abs().max()), "parameter")
     counts = [[int(opt.state[p]["hessian_step"]) for p in m.parameters()] for opt, m in ((opt_a, a), (opt_b, b))]
     assert counts[0] == counts[1]
     assert {opt_a.state[p]["step"].device.type for p in a.parameters()} == {device}

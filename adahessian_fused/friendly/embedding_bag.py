@@ -109,7 +109,8 @@ class EmbeddingBag(Operator):
             if self.mode == MAX:
                 _, bag_size, maximum_indices = bags
                 picked = v.gather(0, maximum_indices.clamp_min(0))
-                d_grad = picked.masked_fill_((bag_size == 0).unsqueeze(1), 0)
+                # On CUDA the last offset has a size too.
+                d_grad = picked.masked_fill_((bag_size[: len(picked)] == 0).unsqueeze(1), 0)
             else:
                 d_grad = self._output(v, per_sample_weights)
             if mask[2]:

@@ -60,13 +60,18 @@ class LayerNorm(Operator):
 
 @dataclass(frozen=True)
 class RmsNorm(Operator):
-    """Layer norm without mean and bias. On a CPU, PyTorch has no kernels for it, and its backward pass is ours."""
+    """Layer norm without mean and bias. Where PyTorch has no kernels for it, its backward pass is ours."""
 
     shape: Sequence[int]
     eps: float
 
+    @staticmethod
+    def _is_fused(x: Tensor, weight: Tensor | None) -> bool:
+        """Whether PyTorch has kernels: on a GPU, for a weight of the dtype of x."""
+        return x.is_cuda and (weight is None or weight.dtype == x.dtype)
+
     def forward(self, x: Tensor, weight: Tensor | None) -> tuple[Tensor, Tensors]:
-        if x.is_cuda:
+        if self._is_fused(x, weight):
             y, invstd = aten._fused_rms_norm.default(x, self.shape, weight, self.eps)
         else:
             y = torch.rms_norm(x, self.shape, weight, self.eps)
@@ -78,7 +83,7 @@ class RmsNorm(Operator):
     def backward(
         self, grad: Tensor, x: Tensor, weight: Tensor | None, invstd: Tensor, *, mask: Sequence[bool]
     ) -> Tensors:
-        if x.is_cuda:
+        if self._is_fused(x, weight):
             return aten._fused_rms_norm_backward.default(grad, x, self.shape, invstd, weight, list(mask))
         g, x_hat = grad.to(invstd.dtype), x * invstd
         u = g if weight is None else g * weight

@@ -45,7 +45,8 @@ class Captured:
             torch._foreach_copy_(list(tensors[:n_fixed]), before)
         torch.cuda.set_rng_state(random, device)
         self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.device(device), torch.cuda.graph(self._graph):
+        # Other threads may go on using CUDA meanwhile: a loader that pins its batches does.
+        with torch.cuda.device(device), torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
             self._outputs = list(function(*self._inputs))
 
     def __call__(self, *tensors: Tensor) -> list[Tensor]:
