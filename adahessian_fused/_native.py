@@ -10,8 +10,8 @@ from typing import Any
 import torch
 
 from . import norm_operators
-from .norm_operators import NAMESPACE
 
+NAMESPACE = norm_operators.NAMESPACE
 NAMESPACES = (NAMESPACE, "adahessian_fused_emulated")
 OPS = ("rademacher", "perturb", "hessian_diag", "adahessian_step")
 
