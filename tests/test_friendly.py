@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -11,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from tolerances import assert_within, unit
 from torch import Tensor
+from torch.nn.attention.bias import causal_lower_right, causal_upper_left
 
 from adahessian_fused import curvature_friendly
 
@@ -72,7 +74,29 @@ def flat_bag(weight, samples=None):
     return F.embedding_bag(indices, weight, mode="sum", per_sample_weights=samples, padding_idx=3)
 
 
-W2, W4, IMAGES = (2,), (4,), (2, 4, 3, 2)
+def attention(mask=None, **options):
+    """Of query, key and value; ``mask`` makes one of the shape that broadcasts to the scores'."""
+
+    def run(q, k, v):
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask and mask(q), **options)
+
+    return run
+
+
+def seen(*shape):
+    """Which keys may be seen: all but some, and one row none at all."""
+    return lambda q: (
+        (torch.arange(math.prod(shape)).view(shape) % 3 != 1).to(q.device)
+        & (torch.arange(shape[-2])[:, None] != 3).to(q.device)
+    )
+
+
+def added(*shape):
+    return lambda q: torch.arange(math.prod(shape)).view(shape).sin().to(q)
+
+
+W2, W4, IMAGES, HEADS = (2,), (4,), (2, 4, 3, 2), [(1, 2, 4, 2)] * 3
+WIDE = [(1, 2, 3, 2), (1, 2, 5, 2), (1, 2, 5, 2)]
 CASES = {
     "batch_norm_1d": Case(batch_norm, [(5, 2), W2, W2]),
     "batch_norm_2d": Case(batch_norm, [(3, 2, 2, 2), W2, W2]),
@@ -111,6 +135,21 @@ CASES = {
     "conv_transpose3d": Case(transposed(3), [(1, 2, 2, 1, 2), (2, 1, 2, 2, 1)]),
     "relu": Case(F.relu, [(4, 3)]),
     "relu_in_place": Case(lambda x: F.relu(x * 2, inplace=True), [(4, 3)]),
+    "attention": Case(attention(), HEADS),
+    "attention_causal": Case(attention(is_causal=True), HEADS),
+    "attention_causal_wide": Case(attention(is_causal=True), WIDE),
+    "attention_causal_tall": Case(attention(is_causal=True, scale=0.7), [(1, 2, 5, 2), (1, 2, 3, 2), (1, 2, 3, 2)]),
+    "attention_lower_right": Case(attention(lambda q: causal_lower_right(3, 5)), WIDE),
+    "attention_upper_left": Case(attention(lambda q: causal_upper_left(3, 5)), WIDE),
+    "attention_seen": Case(attention(seen(4, 4)), HEADS),
+    "attention_seen_of_a_batch": Case(attention(seen(1, 1, 1, 4)), HEADS),
+    "attention_causal_seen": Case(attention(seen(4, 4), is_causal=True), HEADS),
+    "attention_added": Case(attention(added(1, 2, 4, 4)), HEADS),
+    "attention_added_to_rows": Case(attention(added(1, 2, 4, 1)), HEADS),
+    "attention_grouped": Case(attention(is_causal=True, enable_gqa=True), [(1, 4, 3, 2), (1, 2, 3, 2), (1, 2, 3, 2)]),
+    "attention_permuted": Case(
+        lambda q, k, v: attention(is_causal=True)(*(t.transpose(1, 2) for t in (q, k, v))), [(1, 4, 2, 2)] * 3
+    ),
     "embedding_bag_sum": Case(bag("sum"), [(5, 3)]),
     "embedding_bag_sum_weighted": Case(bag("sum", padding_idx=3), [(5, 3), (6,)]),
     "embedding_bag_mean": Case(bag("mean"), [(5, 3)]),

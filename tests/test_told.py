@@ -229,7 +229,7 @@ def test_replicas():
 
 
 def test_threads():
-    """The attention's backend is the process's: it is back when the last of them has left."""
+    """The stance of compiled code is the process's: it is back when the last of them has left."""
     barrier, failures = threading.Barrier(4), []
 
     def work():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import sys
 import threading
 from collections.abc import Callable, Iterator
@@ -13,10 +14,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd import forward_ad
-from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention.bias import CausalBias
 from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 from torch.utils import checkpoint
 
+from .attention import attention, math_kernel, with_attention
 from .batch_norm import batch_norm, torch_batch_norm
 from .convolution import convolution
 from .embedding_bag import embedding_bag
@@ -45,7 +47,9 @@ OPERATORS: dict[Callable, Callable[..., Tensor]] = {
     Tensor.relu: relu,
     Tensor.relu_: relu_,
     F.embedding_bag: embedding_bag,
+    F.scaled_dot_product_attention: attention,
 }
+OTHERWISE = {F.scaled_dot_product_attention: math_kernel}  # for what ours are not for
 DEVICES = ("cpu", "cuda")
 PLAIN = (Tensor, torch.nn.Parameter, FakeTensor)  # fake ones stand for plain ones while a graph is traced
 
@@ -53,14 +57,13 @@ PLAIN = (Tensor, torch.nn.Parameter, FakeTensor)  # fake ones stand for plain on
 class _Settings:
     """What is the process's, not the thread's: kept as the mode needs it while any thread is inside it.
 
-    Attention is computed by its math kernel, and what ``torch.compile`` has compiled runs as it was written.
+    What ``torch.compile`` has compiled runs as it was written.
     """
 
     def __init__(self) -> None:
         self._lock, self._users, self._changes = threading.RLock(), 0, ExitStack()
 
     def _change(self) -> None:
-        self._changes.enter_context(sdpa_kernel(SDPBackend.MATH))
         if "torch._dynamo" in sys.modules and not torch.compiler.is_compiling():
             self._changes.enter_context(torch.compiler.set_stance("force_eager"))
 
@@ -108,9 +111,16 @@ class Mode(TorchFunctionMode):
 
     def __torch_function__(self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if func is F.multi_head_attention_forward and not off():
+            func = with_attention(functools.partial(self._run, F.scaled_dot_product_attention), func)
+        return self._run(func, *args, **kwargs)
+
+    def _run(self, func: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         ours = OPERATORS.get(func)
-        if ours is None or off() or not _differentiable([*args, *kwargs.values()]):
+        if ours is None or off():
             return func(*args, **kwargs)
+        if not _differentiable([*args, *kwargs.values()]):
+            ours = OTHERWISE.get(func, func) if _recorded([*args, *kwargs.values()]) else func
         return ours(*args, **kwargs)
 
 
@@ -154,13 +164,21 @@ checkpoint._CheckpointFrame = _Checkpoint  # type: ignore[misc]
 
 
 def _differentiable(arguments: list) -> bool:
-    """Whether these are ordinary tensors whose operator autograd is about to record."""
-    if not torch.is_grad_enabled() or torch.compiler.is_dynamo_compiling():
+    """Whether these are ordinary tensors whose operator autograd, and nothing else, is about to record."""
+    tensors = [a for a in arguments if isinstance(a, Tensor) and type(a) is not CausalBias]
+    return _recorded(arguments) and not _transformed() and all(map(_ordinary, tensors))
+
+
+def _recorded(arguments: list) -> bool:
+    """Whether the operator of these is about to be recorded."""
+    if torch.compiler.is_dynamo_compiling():
         return False
-    if torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0:
-        return False
-    tensors = [a for a in arguments if isinstance(a, Tensor)]
-    return any(t.requires_grad for t in tensors) and all(map(_ordinary, tensors))
+    records = torch.is_grad_enabled() and any(a.requires_grad for a in arguments if isinstance(a, Tensor))
+    return records or _transformed()
+
+
+def _transformed() -> bool:
+    return torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
 
 
 def _ordinary(t: Tensor) -> bool:

@@ -141,7 +141,10 @@ def curvature_friendly(
       convolutions' for a convolution. Forward and first backward are PyTorch's own kernels, with the same results and
       the same running statistics.
     * ``embedding_bag`` gets a double backward, for dense gradients.
-    * ``scaled_dot_product_attention`` runs on its math backend; the fused ones cannot be differentiated twice.
+    * ``scaled_dot_product_attention``, by itself or in ``nn.MultiheadAttention``, runs on the fused kernels that
+      PyTorch chooses and gets a double backward that keeps a few rows of the scores at a time
+      (:mod:`.attention_double_backward` has the formula). With dropout inside, or a mask that needs a gradient, it
+      runs on the math backend, which keeps all of them; that of nested tensors is refused.
     * Activation checkpoints (``use_reentrant=False``) are recomputed with the operators of their forward pass.
 
     Everything else stays PyTorch's: operators without a gradient, functorch transforms and forward-mode AD, tensor

@@ -1,0 +1,215 @@
+"""Scaled dot-product attention: PyTorch's fused kernels, with the double backward that they lack."""
+
+from __future__ import annotations
+
+import math
+import threading
+import types
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
+from torch.backends.cuda import SDPAParams, can_use_efficient_attention, can_use_flash_attention
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention.bias import CausalBias, CausalVariant
+
+from .attention_double_backward import run as double_backward
+from .precision import lower
+from .twice import Operator, Tensors, call
+
+aten = torch.ops.aten
+FLASH, EFFICIENT = SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION
+ALIGNMENT = 8  # of heads in the flash kernel, and of a mask's rows in the other
+
+
+@dataclass
+class Attention(Operator):
+    """softmax(scale Q K^T + bias) V by one of PyTorch's fused kernels, forward and backward.
+
+    ``diagonal``: query i sees the keys up to i + diagonal; None: all.
+    """
+
+    backend: SDPBackend
+    bias: Tensor | None
+    is_causal: bool
+    scale: float
+    diagonal: int | None
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensors]:
+        qkv = query, key, value
+        if not query.is_cuda:
+            y, logsumexp = aten._scaled_dot_product_flash_attention_for_cpu.default(
+                *qkv, 0.0, self.is_causal, attn_mask=self.bias, scale=self.scale
+            )
+            return y, (*qkv, y, logsumexp)
+        if self.backend is FLASH:
+            y, logsumexp, _, _, _, _, seed, offset, _ = aten._scaled_dot_product_flash_attention.default(
+                *qkv, 0.0, self.is_causal, scale=self.scale
+            )
+        else:
+            y, logsumexp, seed, offset = aten._scaled_dot_product_efficient_attention.default(
+                *qkv, self.bias, True, 0.0, self.is_causal, scale=self.scale
+            )
+        return y, (*qkv, y, logsumexp, seed, offset)
+
+    def backward(
+        self,
+        grad: Tensor,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        y: Tensor,
+        logsumexp: Tensor,
+        *random: Tensor,
+        mask: Sequence[bool],
+    ) -> Tensors:
+        qkv = query, key, value
+        if not query.is_cuda:
+            return aten._scaled_dot_product_flash_attention_for_cpu_backward.default(
+                grad, *qkv, y, logsumexp, 0.0, self.is_causal, attn_mask=self.bias, scale=self.scale
+            )
+        if self.backend is FLASH:
+            lengths = None, None, query.shape[2], key.shape[2]
+            return aten._scaled_dot_product_flash_attention_backward.default(
+                grad, *qkv, y, logsumexp, *lengths, 0.0, self.is_causal, *random, scale=self.scale
+            )
+        needed = [*mask[:3], False]
+        return aten._scaled_dot_product_efficient_attention_backward.default(
+            grad, *qkv, self.bias, y, logsumexp, *random, 0.0, needed, self.is_causal, scale=self.scale
+        )
+
+    def double_backward(
+        self,
+        cotangents: Tensors,
+        grad: Tensor,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        y: Tensor,
+        logsumexp: Tensor,
+        *random: Tensor,
+        mask: Sequence[bool],
+    ) -> Tensors:
+        qkv = query, key, value
+        if torch.is_grad_enabled():
+            return self._by_autograd(cotangents, grad, *qkv, mask=mask)
+        v = [torch.zeros_like(x) if v is None else v.to(x.dtype) for v, x in zip(cotangents, qkv, strict=True)]
+        wide = torch.promote_types(query.dtype, torch.float32)
+        bias = None if self.bias is None else self.bias.to(wide)
+        logsumexp = logsumexp[..., : query.shape[2]].to(wide)
+        return double_backward(*v, grad.to(query.dtype), *qkv, logsumexp, bias, self.scale, self.diagonal)
+
+    def _by_autograd(self, cotangents: Tensors, *tensors: Tensor, mask: Sequence[bool]) -> Tensors:
+        """The same, to be differentiated once more: two derivatives of the math kernel."""
+        # What a tensor was made of is not to be followed: it may have been made of another one of them.
+        grad, *qkv = (t.view_as(t) for t in tensors)
+        bias = self.bias
+        if self.diagonal is not None:
+            seen = grad.new_ones(grad.shape[2], qkv[1].shape[2], dtype=torch.bool).tril(self.diagonal)
+            bias = seen if bias is None else bias.masked_fill(~seen, -math.inf)
+        given = [(x, v) for x, v in zip(qkv, cotangents, strict=True) if v is not None]
+        inputs, v = zip(*given, strict=True)
+        y = aten._scaled_dot_product_attention_math.default(*qkv, bias, scale=self.scale, enable_gqa=True)[0]
+        grads = torch.autograd.grad(y, inputs, grad, create_graph=True)
+        needed = [t for t, wanted in zip((grad, *qkv), mask, strict=False) if wanted]
+        found = iter(torch.autograd.grad(grads, needed, v, create_graph=True, allow_unused=True))
+        return tuple(next(found) if wanted else None for wanted in mask[:4])
+
+
+def math_kernel(*args: Any, **kwargs: Any) -> Tensor:
+    """As torch.nn.functional.scaled_dot_product_attention, of operators that have derivatives of every order."""
+    if any(isinstance(t, Tensor) and t.is_nested for t in (*args, *kwargs.values())):
+        raise RuntimeError(
+            "scaled_dot_product_attention of nested tensors cannot be differentiated twice; expected padded tensors "
+            'and attn_mask, or hvp="finite_difference"'
+        )
+    with _switches, sdpa_kernel(SDPBackend.MATH):
+        return F.scaled_dot_product_attention(*args, **kwargs)
+
+
+_switches = threading.RLock()  # sdpa_kernel's are the process's
+
+
+def attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    *,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    """As torch.nn.functional.scaled_dot_product_attention.
+
+    Ours is what PyTorch would run one of its fused kernels for, except with dropout, whose mask they keep to
+    themselves. What is not for them (dropout on a CPU, a mask with a gradient) is the math kernel's anyway.
+    """
+    options: dict[str, Any] = {"scale": scale, "enable_gqa": enable_gqa}
+    arguments = (query, key, value, attn_mask, dropout_p, is_causal)
+    query, key, value = qkv = lower(query, key, value)
+    if any(t.dim() != 4 for t in qkv):
+        return math_kernel(*arguments, **options)
+    diagonal, bias = (0 if is_causal else None), attn_mask
+    if isinstance(attn_mask, CausalBias):
+        square = attn_mask.seq_len_q == attn_mask.seq_len_kv
+        is_causal = square or attn_mask.variant == CausalVariant.UPPER_LEFT
+        diagonal = 0 if is_causal else attn_mask.seq_len_kv - attn_mask.seq_len_q
+        bias = None if is_causal else attn_mask._materialize(query.device)
+    backend = _chosen(*qkv, bias, dropout_p, is_causal, **options)
+    if backend is None or dropout_p > 0:
+        return math_kernel(*arguments, **options)
+    if bias is not None:
+        bias = lower(bias)[0] if bias.is_floating_point() else _additive(bias, query.dtype)
+    scale = 1 / math.sqrt(query.shape[3]) if scale is None else scale
+    if not query.is_cuda:
+        return call(Attention(backend, bias, is_causal, scale, diagonal), *qkv)
+    if backend is EFFICIENT:
+        if bias is not None:
+            bias = F.pad(bias, (0, -bias.shape[-1] % ALIGNMENT))[..., : bias.shape[-1]]
+            bias = bias.expand(*query.shape[:3], key.shape[2])
+        return call(Attention(backend, bias, is_causal, scale, diagonal), *qkv)
+    padded = [F.pad(t, (0, -t.shape[3] % ALIGNMENT)) if t.shape[3] % ALIGNMENT else t for t in qkv]
+    return call(Attention(backend, None, is_causal, scale, diagonal), *padded)[..., : value.shape[3]]
+
+
+def _chosen(*arguments: Any, scale: float | None, enable_gqa: bool) -> SDPBackend | None:
+    """The fused kernel that PyTorch would take; None for its math kernel, or one that ours does not stand for."""
+    if any(isinstance(t, FakeTensor) for t in arguments):  # for which it gives the answer of another device
+        with unset_fake_temporarily():
+            return _chosen(*map(_real, arguments), scale=scale, enable_gqa=enable_gqa)
+    choice = SDPBackend(torch._fused_sdp_choice(*arguments, scale=scale, enable_gqa=enable_gqa))
+    if choice is SDPBackend.CUDNN_ATTENTION:
+        parameters = SDPAParams(*arguments, enable_gqa)  # type: ignore[call-arg]
+        choice = next((b for b, can in _CAN.items() if can(parameters)), SDPBackend.MATH)
+    return choice if choice in _CAN else None
+
+
+_CAN = {FLASH: can_use_flash_attention, EFFICIENT: can_use_efficient_attention}
+
+
+def _real(value: Any) -> Any:
+    """A tensor of the same geometry for a fake one."""
+    if not isinstance(value, FakeTensor):
+        return value
+    real = torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=value.device)
+    return real.requires_grad_(value.requires_grad)
+
+
+def _additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """What a mask of those that may be seen adds to the scores."""
+    return torch.zeros_like(mask, dtype=dtype).masked_fill_(~mask, -math.inf)
+
+
+def with_attention(run: Callable[..., Tensor], function: Any) -> Callable[..., Any]:
+    """A Python function of torch.nn.functional with this attention in it, where modes would not see PyTorch's."""
+    names = {**function.__globals__, "scaled_dot_product_attention": run}
+    twin = types.FunctionType(function.__code__, names, function.__name__, function.__defaults__, function.__closure__)
+    twin.__kwdefaults__ = function.__kwdefaults__
+    names[function.__name__] = twin  # what it hands to other modes
+    return twin

@@ -1,0 +1,135 @@
+r"""The double backward of scaled dot-product attention: an operator that graphs can hold and fused kernels implement.
+
+With scores :math:`S = s Q K^T + B`, their softmax P by rows and :math:`O = P V`, a gradient :math:`O'` of the output
+gives, with :math:`G = O' V^T` and :math:`D = \sum_j P G` for each row,
+
+.. math:: S' = P (G - D), \qquad Q' = s S' K, \quad K' = s S'^T Q, \quad V' = P^T O'
+
+(Dao et al. 2022, appendix B; products of matrices of the shape of S are elementwise). For cotangents a, b, c of the
+three, :math:`\dot S = s (a K^T + Q b^T)` is the tangent of the scores in the direction (a, b), and
+:math:`\dot P = P (\dot S - \mu)` with :math:`\mu = \sum_j P \dot S` that of P. The inner product
+:math:`\langle a, Q' \rangle + \langle b, K' \rangle + \langle c, V' \rangle = \sum P (\dot S (G - D) + H)`, with
+:math:`H = O' c^T`, has the gradients
+
+.. math::
+    O' &: \quad \dot P V + P c \\
+    Q  &: \quad s (S' b + \bar S K) \\
+    K  &: \quad s (S'^T a + \bar S^T Q) \\
+    V  &: \quad \dot P^T O' \\
+    \bar S &= P \big(W - \textstyle\sum_j P W\big), \qquad W = \dot S G - \mu G - D \dot S + H.
+
+These are twelve products of matrices (a first-order step has seven), and no more than some rows of S are there at a
+time: P comes from the logsumexp of the rows, which the forward pass has left.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Gradients = tuple[Tensor, Tensor, Tensor, Tensor]
+NAME = "adahessian_fused::attention_double_backward"
+ROWS = 128  # queries at a time in the plain version
+
+# The native library has the CPU's kernel of it.
+_library = torch.library.Library("adahessian_fused", "FRAGMENT")
+_library.define(
+    "attention_double_backward(Tensor a, Tensor b, Tensor c, Tensor grad, Tensor query, Tensor key, Tensor value, "
+    "Tensor logsumexp, Tensor? bias, float scale, int? diagonal) -> (Tensor, Tensor, Tensor, Tensor)",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+
+
+def attention_double_backward(
+    a: Tensor,
+    b: Tensor,
+    c: Tensor,
+    grad: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    logsumexp: Tensor,
+    bias: Tensor | None,
+    scale: float,
+    diagonal: int | None,
+) -> Gradients:
+    """Gradients of ``grad``, query, key and value, in plain PyTorch: the specification of the kernels.
+
+    H heads of queries share Hk heads of keys and values; Hk divides H.
+
+    Args:
+        a: cotangent of the query's gradient, (N, H, T, E).
+        b: cotangent of the key's gradient, (N, Hk, U, E).
+        c: cotangent of the value's gradient, (N, Hk, U, V).
+        grad: gradient of the output, (N, H, T, V).
+        query: (N, H, T, E).
+        key: (N, Hk, U, E).
+        value: (N, Hk, U, V).
+        logsumexp: of the rows of the scores, (N, H, T), in the dtype of arithmetic.
+        bias: added to the scores, broadcasts to (N, H, T, U), in the dtype of arithmetic; minus infinity is masked.
+        scale: factor on the products of queries and keys.
+        diagonal: query i sees the keys up to i + ``diagonal``; None: all.
+    """
+    (batch, heads, length, _), (kv_heads, keys) = query.shape, key.shape[1:3]
+    wide, shared = logsumexp.dtype, (kv_heads, heads // max(kv_heads, 1))
+    a5, grad5, query5, lse = (t.unflatten(1, shared) for t in (a, grad, query, logsumexp.unsqueeze(-1)))
+    b5, c5, key5, value5 = (t.to(wide).unsqueeze(2) for t in (b, c, key, value))
+    if bias is not None:
+        bias = bias.expand(batch, heads, length, keys).unflatten(1, shared)
+    d_grad, d_query = (torch.empty_like(t, dtype=wide) for t in (grad5, query5))
+    d_key, d_value = (torch.zeros_like(t, dtype=wide) for t in (key, value))
+    for first in range(0, length, ROWS):
+        rows = slice(first, min(first + ROWS, length))
+        n = keys if diagonal is None else min(keys, max(0, rows.stop + diagonal))
+        k, v, bk, cv = (t[..., :n, :] for t in (key5, value5, b5, c5))
+        q, aq, go = (t[..., rows, :].to(wide) for t in (query5, a5, grad5))
+        s = scale * q @ k.mT
+        if bias is not None:
+            s = s + bias[..., rows, :n]
+        if diagonal is not None:
+            i, j = (torch.arange(*ends, device=s.device) for ends in ((first, rows.stop), (0, n)))
+            s = s.masked_fill(j > i[:, None] + diagonal, -math.inf)
+        p = (s - lse[..., rows, :]).exp().masked_fill(s == -math.inf, 0)
+        s_dot = scale * (aq @ k.mT + q @ bk.mT)
+        g = go @ v.mT
+        mu, d = ((p * t).sum(-1, keepdim=True) for t in (s_dot, g))
+        p_dot, s_grad = p * (s_dot - mu), p * (g - d)
+        w = (s_dot - mu) * g - d * s_dot + go @ cv.mT
+        s_bar = p * (w - (p * w).sum(-1, keepdim=True))
+        d_grad[..., rows, :] = p_dot @ v + p @ cv
+        d_query[..., rows, :] = scale * (s_grad @ bk + s_bar @ k)
+        d_key[..., :n, :] += scale * (s_grad.mT @ aq + s_bar.mT @ q).sum(2)
+        d_value[..., :n, :] += (p_dot.mT @ go).sum(2)
+    found = (d_grad.flatten(1, 2), d_query.flatten(1, 2), d_key, d_value)
+    return tuple(t.to(query.dtype) for t in found)  # type: ignore[return-value]
+
+
+@torch.library.register_fake(NAME, lib=_library)
+def _shapes(a: Tensor, b: Tensor, c: Tensor, grad: Tensor, query: Tensor, key: Tensor, *others: Any) -> Gradients:
+    return tuple(torch.empty_like(t, memory_format=torch.contiguous_format) for t in (grad, query, key, others[0]))  # type: ignore[return-value]
+
+
+@torch.library.register_vmap(NAME, lib=_library)
+def _batched(info: Any, dims: tuple, *arguments: Any) -> tuple[Gradients, tuple[int, ...]]:
+    """A batch of several is one long batch."""
+    *tensors, bias, scale, diagonal = arguments
+
+    def long(t: Tensor, dim: int | None) -> Tensor:
+        t = t.expand(info.batch_size, *t.shape) if dim is None else t.movedim(dim, 0)
+        return t.flatten(0, 1)
+
+    long_tensors = [long(t, dim) for t, dim in zip(tensors, dims, strict=False)]
+    if bias is not None:
+        bias = bias.unsqueeze(0) if dims[8] is None else bias.movedim(dims[8], 0)
+        bias = bias.reshape(len(bias), *[1] * (5 - bias.dim()), *bias.shape[1:])
+        n = long_tensors[4].shape[0] // info.batch_size
+        bias = bias.expand(info.batch_size, n, *bias.shape[2:]).flatten(0, 1)
+    found = run(*long_tensors, bias, scale, diagonal)
+    return tuple(t.unflatten(0, (info.batch_size, -1)) for t in found), (0,) * 4
+
+
+_library.impl("attention_double_backward", attention_double_backward, "CompositeExplicitAutograd")
+run = torch.ops.adahessian_fused.attention_double_backward.default
