@@ -62,7 +62,7 @@ def _place_lines() -> list[str]:
 
 
 def info() -> str:
-    """Versions, build and backends as text."""
+    """Return versions, build and backends as text."""
     warnings.simplefilter("ignore")  # of what the lines below say
     lines = [
         f"adahessian_fused {__version__} (Python {platform.python_version()}, torch {torch.__version__})",

@@ -29,12 +29,12 @@ ALIGNMENT = 64  # elements between segment starts: whole cache lines, and any ve
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Dtype of all arithmetic for parameters of ``dtype``, and of their states unless these are reduced."""
+    """Return the dtype of all arithmetic for parameters of ``dtype``, and of their states unless reduced."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def stored_dtype(dtype: torch.dtype, wanted: torch.dtype | None) -> torch.dtype:
-    """Dtype of exp_avg and exp_hessian_diag_sq of parameters of ``dtype``; ``wanted`` is AdaHessian's option.
+    """Return the dtype of exp_avg and exp_hessian_diag_sq of parameters; ``wanted`` is AdaHessian's option.
 
     Raises:
         ValueError: the parameters cannot have such states.
@@ -47,7 +47,7 @@ def stored_dtype(dtype: torch.dtype, wanted: torch.dtype | None) -> torch.dtype:
 
 
 def storage_order(shape: Sequence[int], strides: Sequence[int]) -> tuple[int, int] | None:
-    """(period, stride) of a dense tensor's storage order, see :class:`Segment`; None if no such pair describes it."""
+    """Return (period, stride) of a dense tensor's storage order, see :class:`Segment`; None if no pair describes it."""
     dims = [(size, stride) for size, stride in zip(shape, strides, strict=True) if size != 1]
     if 0 in shape:
         return 1, 1
@@ -121,7 +121,7 @@ class Entry:
         return torch.empty(self.param.shape, device="meta").stride()
 
     def fits(self) -> bool:
-        """Whether the parameter still is what this entry was made for (users rebind ``p.data``)."""
+        """Tell whether the parameter still is what this entry was made for (users rebind ``p.data``)."""
         p = self.param = sharded.local(self.owner)
         if (p.stride(), p.dtype, p.shape, p.device) != (self.strides, self.dtype, self.shape, self.bucket.device):
             return False
@@ -130,7 +130,7 @@ class Entry:
         return True
 
     def probe_words(self) -> tuple[int, int]:
-        """What tells this parameter's probe from others of the same seed and sample."""
+        """Return what tells this parameter's probe from others of the same seed and sample."""
         return self.param_id, int(self.bucket.steps[self.row, Steps.HESSIAN_STEP])
 
     def become(self, other: Entry) -> None:
@@ -146,7 +146,7 @@ class Entry:
             self.state[key] = sharded.joined(view, self.owner) if key in _LIKE_PARAM else view
 
     def stored(self, tensor: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-        """``tensor``, of the parameter's shape, in the storage order the ops expect and the given (or its) dtype.
+        """Return a tensor of the parameter's shape in the storage order the ops expect and the given (or its) dtype.
 
         The tensor itself, if it is like that already.
         """
@@ -157,7 +157,7 @@ class Entry:
         return out.copy_(tensor)
 
     def product(self, z: Tensor, h: Tensor) -> Tensor:
-        """D = z * Hz (Eq. 6) for a probe that the ops cannot draw again, in the precision of all arithmetic."""
+        """Compute D = z * Hz (Eq. 6) for a probe that the ops cannot draw again, in the precision of all arithmetic."""
         dtype = compute_dtype(self.param.dtype)
         return self.stored(z.to(dtype) * h.to(dtype), dtype)
 
@@ -233,36 +233,36 @@ class Bucket:
         self.segments = segment_table(rows)
 
     def new_flat(self, dtype: torch.dtype | None = None) -> Tensor:
-        """Zeros of the size of all parameters, padding included."""
+        """Return zeros of the size of all parameters, padding included."""
         return torch.zeros(self.numel, dtype=dtype or self.compute_dtype, device=self.device)
 
     def new_diag(self) -> Tensor:
-        """Zeros of the size of the compact diagonal."""
+        """Return zeros of the size of the compact diagonal."""
         return torch.zeros(self.diag_numel, dtype=self.compute_dtype, device=self.device)
 
     def view(self, flat: Tensor, entry: Entry) -> Tensor:
-        """The part of a flat buffer that belongs to a parameter, in its shape and storage order."""
+        """Return the part of a flat buffer that belongs to a parameter, in its shape and storage order."""
         return flat.as_strided(entry.param.shape, entry.dense_strides, self.rows[entry.row][Segment.OFFSET])
 
     def logical_view(self, flat: Tensor, entry: Entry) -> Tensor:
-        """The part of a flat buffer that belongs to a parameter, in its shape and row-major order."""
+        """Return the part of a flat buffer that belongs to a parameter, in its shape and row-major order."""
         begin = self.rows[entry.row][Segment.OFFSET]
         return flat[begin : begin + entry.param.numel()].view(entry.param.shape)
 
     def diag_view(self, diag: Tensor, entry: Entry) -> Tensor:
-        """The blocks of a compact diagonal that belong to a parameter, in logical order."""
+        """Return the blocks of a compact diagonal that belong to a parameter, in logical order."""
         begin = self.rows[entry.row][Segment.DIAG_OFFSET]
         return diag[begin : begin + n_blocks(entry.param.numel(), entry.block)]
 
     def stored(self, entries: Sequence[Entry], tensors: Sequence[Tensor]) -> list[Tensor]:
-        """Each tensor in its parameter's dtype and storage order; the very same tensors where they are like that."""
+        """Return each tensor in its parameter's dtype and storage order; itself where it is like that."""
         strided = all(map(Tensor.is_contiguous, tensors)) if self.is_row_major else _same_strides(entries, tensors)
         if strided and not self.has_copied and set(map(_DTYPE, tensors)) == {self.dtype}:
             return list(tensors)
         return [entry.stored(tensor) for entry, tensor in zip(entries, tensors, strict=True)]
 
     def spread(self, diag: Tensor, entry: Entry) -> Tensor:
-        """The diagonal of a parameter in its shape: every element has its block's mean."""
+        """Give every element of a parameter its block's mean, in the parameter's shape."""
         width = min(entry.block, entry.param.numel())  # a block may be longer than its parameter
         blocks = self.diag_view(diag, entry).repeat_interleave(width)
         return blocks[: entry.param.numel()].reshape(entry.param.shape)
@@ -348,7 +348,7 @@ class Bucket:
         return found
 
     def table_of(self, entries: Sequence[Entry]) -> Tensor:
-        """Segment table of some of the bucket's entries, in their order; those asked for last are remembered."""
+        """Return the segment table of some entries, in their order; those asked for last are remembered."""
         return self.segments if len(entries) == self.count else self._select(entries)[0]
 
     def count_step(self, entries: Sequence[Entry], *, with_curvature: bool, found_inf: Tensor | None) -> None:

@@ -29,13 +29,13 @@ def check_choice(name: str, value: Any, choices: Sequence[str]) -> None:
 
 
 def plain(value: Any) -> Any:
-    """A scalar of numpy's as Python's own, which every checkpoint can hold; anything else as it is."""
+    """Return a scalar of numpy's as Python's own, which every checkpoint can hold; anything else as it is."""
     is_scalar = getattr(value, "ndim", None) == 0 and not isinstance(value, Tensor)
     return value.item() if is_scalar and hasattr(value, "item") else value
 
 
 def integer(value: Any) -> int | None:
-    """The int that ``value`` is, numpy's and others that can be an index included; None for what is none."""
+    """Return the int that ``value`` is, numpy's and others that can be an index too; None for what is none."""
     try:
         return None if isinstance(value, bool) else operator.index(value)
     except TypeError:
@@ -170,7 +170,7 @@ def check_state_dtype(value: Any) -> None:
 
 
 def _overlaps(tensor: Tensor) -> bool:
-    """Whether elements of a tensor share memory, as those of an expanded one do."""
+    """Tell whether elements of a tensor share memory, as those of an expanded one do."""
     if 0 in tensor.shape:
         return False
     dims = sorted((stride, size) for stride, size in zip(tensor.stride(), tensor.shape, strict=True) if size > 1)

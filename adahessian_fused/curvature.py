@@ -20,7 +20,7 @@ _BUCKETS_DTYPE = attrgetter("bucket.dtype")
 
 
 def by_bucket(entries: Sequence[Entry]) -> dict[Bucket, list[Entry]]:
-    """Entries of each bucket, in the bucket's order."""
+    """Return the entries of each bucket, in the bucket's order."""
     groups: dict[Bucket, list[Entry]] = {}
     if len(set(map(_BUCKET, entries))) == 1:  # nearly always
         return {entries[0].bucket: list(entries)}
@@ -32,7 +32,7 @@ def by_bucket(entries: Sequence[Entry]) -> dict[Bucket, list[Entry]]:
 def draw_probe(
     entries: Sequence[Entry], backends: Mapping[str, Any], *, probe: str, seed: int, sample: int
 ) -> dict[Entry, Tensor]:
-    """The probe z of each parameter, in its shape and dtype."""
+    """Draw the probe z of each parameter, in its shape and dtype."""
     z = {}
     for bucket, members in by_bucket(entries).items():
         flat = torch.empty(bucket.numel, dtype=bucket.dtype, device=bucket.device)
@@ -57,17 +57,17 @@ def draw_probe(
 
 
 def drawable(entries: Iterable[Entry], probe: str) -> bool:
-    """Whether the ops can draw the probe of these parameters themselves."""
+    """Tell whether the ops can draw the probe of these parameters themselves."""
     return probe == "rademacher" and not any(map(_FIRST, entries))
 
 
 def initial_seed() -> int:
-    """Key of the probe's generator where none is given: the seed of PyTorch's generator, which is left alone."""
+    """Return the probe's key where none is given: the seed of PyTorch's generator, which is left alone."""
     return torch.initial_seed() % 2**63
 
 
 def mixed(*words: int) -> int:
-    """63 bits of which each, the low 32 that a CPU generator looks at too, depends on every word (splitmix64)."""
+    """Mix words to 63 bits, each of which, the low 32 of a CPU generator too, depends on every word (splitmix64)."""
     state, mask = 0, 2**64 - 1
     for word in words:
         state = (state + word + 0x9E3779B97F4A7C15) & mask
@@ -92,7 +92,7 @@ class Curvature:
         self._backends, self._seed = backends, seed
         self.products: dict[Entry, Tensor] = {}
         self.sample = 0
-        self.draw = True
+        self.is_hvp = True
         self.diags: dict[Bucket, Tensor] = {}
         self.unscaled = False  # of GradScaler's factor
         self.reported = False  # to GradScaler, if it is not finite
@@ -162,24 +162,24 @@ class Curvature:
             products, self.unscaled = _scaled(products, inverse_scale), True
         if weight != 1.0:  # not in place: autograd may have handed out one tensor twice
             products = dict(zip(products, torch._foreach_mul(list(products.values()), weight), strict=True))
-        draw = drawable(products, probe)
-        if not draw and z is None:
+        is_hvp = drawable(products, probe)
+        if not is_hvp and z is None:
             z = draw_probe(list(products), self._backends, probe=probe, seed=self._seed, sample=sample)
-        d = {entry: entry.stored(h, h.dtype) if draw else entry.product(z[entry], h) for entry, h in products.items()}
-        self.add(d, sample=sample, draw=draw, weight=1 / n_samples)
+        d = {entry: entry.stored(h, h.dtype) if is_hvp else entry.product(z[entry], h) for entry, h in products.items()}
+        self.add(d, sample=sample, is_hvp=is_hvp, weight=1 / n_samples)
 
-    def add(self, products: dict[Entry, Tensor], *, sample: int, draw: bool, weight: float = 1.0) -> None:
-        """Take in Hz (or D itself, if not ``draw``) of one backward pass and probe; ``weight`` is 1 / n_samples."""
+    def add(self, products: dict[Entry, Tensor], *, sample: int, is_hvp: bool, weight: float = 1.0) -> None:
+        """Take in Hz (or D itself, if not ``is_hvp``) of one backward pass and probe; ``weight`` is 1 / n_samples."""
         self.reported = False
         matches = all(map(eq, map(_DTYPE, products.values()), map(_BUCKETS_DTYPE, products)))
         if not self.products and not self.diags and weight == 1.0 and matches:
-            self.products, self.sample, self.draw = products, sample, draw
+            self.products, self.sample, self.is_hvp = products, sample, is_hvp
             return
         self.fold()
-        self._fold(products, sample, draw, weight)
+        self._fold(products, sample, is_hvp, weight)
 
     def plus(self, other: Curvature) -> Curvature:
-        """The sum of both; if anything goes wrong, both are as they were."""
+        """Add up both; if anything goes wrong, both are as they were."""
         if not (other.products or other.diags):
             return self
         if not (self.products or self.diags):
@@ -193,16 +193,16 @@ class Curvature:
         total.unscaled = self.unscaled
         total.diags = {bucket: diag.clone() for bucket, diag in self.diags.items()}
         for part in (self, other):
-            total._fold(part.products, part.sample, part.draw, 1.0)
+            total._fold(part.products, part.sample, part.is_hvp, 1.0)
         for bucket, diag in other.diags.items():
             total.diags[bucket] = total.diags[bucket].add_(diag) if bucket in total.diags else diag
         return total
 
     def without(self, entries: Iterable[Entry]) -> Curvature:
-        """The curvature of all other parameters."""
+        """Return the curvature of all other parameters."""
         gone = set(entries)
         rest = Curvature(self._backends, self._seed)
-        rest.sample, rest.draw, rest.unscaled = self.sample, self.draw, self.unscaled
+        rest.sample, rest.is_hvp, rest.unscaled = self.sample, self.is_hvp, self.unscaled
         rest.products = {entry: h for entry, h in self.products.items() if entry not in gone}
         rest.diags = {bucket: diag.clone() for bucket, diag in self.diags.items()}
         for entry in gone:
@@ -220,11 +220,11 @@ class Curvature:
         for diag in self.diags.values():
             diag.mul_(inverse_scale.to(diag.device))
         if products:
-            self.add(products, sample=self.sample, draw=self.draw)
+            self.add(products, sample=self.sample, is_hvp=self.is_hvp)
         self.unscaled = True
 
     def found_inf(self) -> Tensor:
-        """A float32 scalar that is 0 if all of the curvature is finite."""
+        """Return a float32 scalar that is 0 if all of the curvature is finite."""
         held: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
         for tensor in (*self.products.values(), *self.diags.values()):
             held.setdefault((tensor.device, tensor.dtype), []).append(tensor)
@@ -239,7 +239,7 @@ class Curvature:
         return total  # type: ignore[return-value]
 
     def nonfinite(self, entries: Sequence[Entry]) -> list[Entry]:
-        """Those of some parameters whose curvature is infinite or NaN anywhere."""
+        """Return those of some parameters whose curvature is infinite or NaN anywhere."""
         if self.found_inf() == 0:
             return []
         held = [(e, [self.products[e]] if e in self.products else []) for e in entries]
@@ -269,11 +269,11 @@ class Curvature:
         return bool(self.diags)
 
     def must_fold(self, entries: Iterable[Entry]) -> bool:
-        """Whether the update needs the compact diagonal: some of it is folded, or it is kept for stale steps."""
+        """Tell whether the update needs the compact diagonal: some of it is folded, or kept for stale steps."""
         return self.folded or any(bucket.diag is not None for bucket in set(map(_BUCKET, entries)))
 
     def numbers(self, entries: Sequence[Entry]) -> list[Tensor]:
-        """What of the folded curvature belongs to each parameter, as views; zeros if nothing has been taken in.
+        """Return views of each parameter's part of the folded curvature; zeros if nothing has been taken in.
 
         Its block means; or D itself, if magnitudes are to be averaged.
         """
@@ -291,10 +291,10 @@ class Curvature:
         """Turn pending products into the compact diagonal; an error leaves those that it has not got."""
         for members in by_bucket(list(self.products)).values():
             products = {entry: self.products[entry] for entry in members}
-            self._fold(products, self.sample, self.draw, 1.0)
+            self._fold(products, self.sample, self.is_hvp, 1.0)
             self.products = {entry: h for entry, h in self.products.items() if entry not in products}
 
-    def _fold(self, products: dict[Entry, Tensor], sample: int, draw: bool, weight: float) -> None:
+    def _fold(self, products: dict[Entry, Tensor], sample: int, is_hvp: bool, weight: float) -> None:
         for bucket, members in by_bucket(list(products)).items():
             fine = bucket.averages_magnitudes
             if bucket not in self.diags:
@@ -307,13 +307,13 @@ class Curvature:
                 bucket.steps,
                 seed=self._seed,
                 sample=sample,
-                draw=draw,
+                draw=is_hvp,
                 scale=weight,
                 accumulate=True,
             )
 
     def hessians(self, entries: Sequence[Entry]) -> list[Tensor]:
-        """Hz of some of a bucket's parameters; zeros for parameters that are linear in the loss."""
+        """Return Hz of some of a bucket's parameters; zeros for parameters that are linear in the loss."""
         products = list(map(self.products.get, entries))
         if any(map(is_, products, repeat(None))):
             products = [
@@ -322,7 +322,7 @@ class Curvature:
         return entries[0].bucket.stored(entries, products)
 
     def diag(self, bucket: Bucket) -> Tensor:
-        """The compact diagonal of a bucket, after :meth:`fold`."""
+        """Return the compact diagonal of a bucket, after :meth:`fold`."""
         folded = self.diags.get(bucket)
         if folded is None:
             return bucket.new_diag()
@@ -358,9 +358,9 @@ class Curvature:
 
     def _settle(self) -> None:
         """Multiply pending products by their probe, while it can be drawn: its words are about to change."""
-        if self.products and self.draw:
+        if self.products and self.is_hvp:
             z = draw_probe(list(self.products), self._backends, probe="rademacher", seed=self._seed, sample=self.sample)
-            self.products, self.draw = {entry: h * z[entry] for entry, h in self.products.items()}, False
+            self.products, self.is_hvp = {entry: h * z[entry] for entry, h in self.products.items()}, False
 
     def _moved(self, pairs: Sequence[tuple[Entry, Entry]]) -> dict[Bucket, Tensor]:
         """Return the folded diagonals in the buckets of parameters that are laid out anew."""
@@ -386,7 +386,7 @@ class Curvature:
 
 
 def _scaled(products: Mapping[Entry, Tensor], factor: Tensor) -> dict[Entry, Tensor]:
-    """Products times a scalar; float16 becomes float32, since it cannot hold what GradScaler's factor was for."""
+    """Multiply products by a scalar; float16 becomes float32, for it cannot hold what GradScaler's factor was for."""
     scaled: dict[Entry, Tensor] = {}
     for bucket, members in by_bucket(list(products)).items():
         wide = [products[e].float() if products[e].dtype == torch.float16 else products[e] for e in members]
@@ -396,7 +396,7 @@ def _scaled(products: Mapping[Entry, Tensor], factor: Tensor) -> dict[Entry, Ten
 
 
 def _fine(table: Tensor) -> Tensor:
-    """The table for a diagonal that is not averaged: signed blocks of one element, in logical order."""
+    """Return the table for a diagonal that is not averaged: signed blocks of one element, in logical order."""
     table = table.clone()
     table[:, Segment.BLOCK] = 1
     table[:, Segment.ABSOLUTE] = 0

@@ -118,7 +118,7 @@ def evaluate_repeatedly(
 
 @contextlib.contextmanager
 def _own_grads(params: Sequence[Tensor]) -> Iterator[None]:
-    """Inside it ``p.grad`` begins as None; afterwards it is again what it was."""
+    """Begin with ``p.grad`` as None, and put back at the end what it was."""
     before = [p.grad for p in params]
     for p in params:
         p.grad = None

@@ -22,7 +22,7 @@ class _Fields:
     empty: Any = field(compare=False, repr=False)  # not to keep a batch alive; whatever else it has comes along
 
     def filled(self, leaves: Sequence[Any]) -> Any:
-        """The object with these leaves in it."""
+        """Return the object with these leaves in it."""
         values = dict(zip(self.names, self.values.unflatten(leaves), strict=True))
         return _filled(self.empty, values) if _can_be_filled(self.kind) else self.kind(values)
 
@@ -40,7 +40,7 @@ class Structure:
     fields: tuple[_Fields | None, ...]
 
     def unflatten(self, leaves: Sequence[Any]) -> Any:
-        """The batch with these leaves."""
+        """Return the batch with these leaves."""
         rest = iter(leaves)
         return pytree.tree_unflatten(
             [
@@ -57,7 +57,7 @@ class Structure:
 
 
 def flatten(batch: Any) -> tuple[list[Any], Structure]:
-    """The leaves of tuples, named tuples, lists, mappings and dataclasses, nested at will, and what they are in."""
+    """Take apart tuples, lists, mappings and dataclasses, nested at will: return leaves, and what they are in."""
     outer, spec = pytree.tree_flatten(batch)
     leaves: list[Any] = []
     fields: list[_Fields | None] = []
@@ -75,13 +75,13 @@ def flatten(batch: Any) -> tuple[list[Any], Structure]:
 
 
 def _can_be_filled(kind: type) -> bool:
-    """Whether a copy has room for values of its own; otherwise a mapping is made from a dict."""
+    """Tell whether a copy has room for values of its own; otherwise a mapping is made from a dict."""
     copied = issubclass(kind, dict) or (hasattr(kind, "__copy__") and hasattr(kind, "__setitem__"))
     return copied or dataclasses.is_dataclass(kind)
 
 
 def _filled(container: Any, values: Mapping[Any, Any]) -> Any:
-    """A copy of the container with these values."""
+    """Return a copy of the container with these values."""
     filled = copy.copy(container)
     for name, value in values.items():
         if isinstance(filled, Mapping):
@@ -92,7 +92,7 @@ def _filled(container: Any, values: Mapping[Any, Any]) -> Any:
 
 
 def _items(leaf: Any) -> dict[Any, Any] | None:
-    """The values of a mapping or dataclass by their names; None for anything else."""
+    """Return the values of a mapping or dataclass by their names; None for anything else."""
     if isinstance(leaf, Mapping):
         return {name: leaf[name] for name in leaf}
     if dataclasses.is_dataclass(leaf) and not isinstance(leaf, type):

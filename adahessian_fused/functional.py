@@ -147,7 +147,7 @@ def adahessian(
     curvature = None
     if hvps is not None:
         curvature = Curvature(tools, seed)
-        curvature.add({e: e.stored(h) for e, h in zip(entries, hvps, strict=True)}, sample=sample, draw=draw)
+        curvature.add({e: e.stored(h) for e, h in zip(entries, hvps, strict=True)}, sample=sample, is_hvp=draw)
     updates = [
         prepared_update(
             bucket,

@@ -304,7 +304,7 @@ class HessianStep:
             self.ranks.curvature_averaged = False
         self.curvature = self.new_curvature()
         self.curvature.unscaled = True
-        self.curvature.add(d, sample=0, draw=False)
+        self.curvature.add(d, sample=0, is_hvp=False)
 
     # ---- several ranks -----------------------------------------------------------------------------------------------
 

@@ -79,7 +79,7 @@ def _backward(
 
 
 def _takers(loss: Tensor) -> list[AdaHessian]:
-    """The hooked optimizers that need this loss's curvature."""
+    """Return the hooked optimizers that need this loss's curvature."""
     optimizers = [ref() for ref in list(_hooked.values())]
     due = [opt for opt in optimizers if opt is not None and opt.needs_hessian]
     leaves = set(map(id, hvp.explore([loss]).leaves)) if due else set()

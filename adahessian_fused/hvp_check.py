@@ -92,11 +92,11 @@ class HvpCheck:
     seconds: float
 
     def __getitem__(self, strategy: str) -> StrategyCheck:
-        """The check of one strategy."""
+        """Return the check of one strategy."""
         return next(check for check in self.strategies if check.strategy == strategy)
 
     def rows(self) -> list[tuple[str, ...]]:
-        """The table, as text."""
+        """Return the table, as text."""
 
         def number(value: float | None, form: str) -> str:
             return "-" if value is None else format(value, form)
@@ -220,7 +220,7 @@ def _kinks(
     epsilon: float | None,
     exact: Callable[[int], tuple[Tensor, Tensor]],
 ) -> tuple[str, ...]:
-    """Why finite differences may be wrong on other batches: names of operators, or "fd_epsilon"."""
+    """Return why finite differences may be wrong on other batches: names of operators, or "fd_epsilon"."""
     eager = getattr(model, "_orig_mod", model)
     torch.manual_seed(0)
     found = kinks(_Run(eager, loss_fn, batch, "first order", epsilon).loss())
@@ -233,7 +233,7 @@ def _kinks(
 
 
 def _names(model: nn.Module) -> list[str]:
-    """The rows of a model: a lower precision where there is float32, and TF32 on CUDA."""
+    """Return the rows of a model: a lower precision where there is float32, and TF32 on CUDA."""
     params = [p for p in model.parameters() if p.requires_grad]
     if any(p.dtype == torch.float64 for p in params) or not any(p.dtype == torch.float32 for p in params):
         return [*CHOICES["hvp"]]
@@ -264,7 +264,7 @@ class _Run:
         self._options: dict[str, Any] = {"hvp": hvp, "hvp_dtype": low, "fd_epsilon": epsilon}
 
     def once(self, seed: int) -> AdaHessian:
-        """Gradients, and curvature for the probe of this seed, from the same state each time."""
+        """Compute gradients, and curvature for the probe of this seed, from the same state each time."""
         for buffer, value in self._buffers:
             buffer.copy_(value)
         for p in self.params:
@@ -277,7 +277,7 @@ class _Run:
         return opt
 
     def gathered(self, seed: int) -> tuple[Tensor, Tensor]:
-        """Gradient and Hz, all parameters in one vector each."""
+        """Return the gradient and Hz, all parameters in one vector each."""
         opt = self.once(seed)
         products = {id(entry.param): h for entry, h in opt.coming_step.curvature.products.items()}
         return _flat([p.grad for p in self.params], self.params), _flat(
@@ -285,7 +285,7 @@ class _Run:
         )
 
     def errors(self, exact: Callable[[int], tuple[Tensor, Tensor]]) -> tuple[float, float] | RuntimeError:
-        """Largest relative errors of Hz and gradient, or why there are none."""
+        """Return the largest relative errors of Hz and gradient, or why there are none."""
         found = []
         for seed in range(SAMPLES):
             try:
@@ -297,7 +297,7 @@ class _Run:
         return product, gradient
 
     def cost(self) -> tuple[float, int]:
-        """Seconds, and bytes of memory above what is held anyway (0 on a CPU)."""
+        """Measure seconds, and bytes of memory above what is held anyway (0 on a CPU)."""
         device = self.params[0].device
         on_gpu = device.type == "cuda"
         if on_gpu:
@@ -329,7 +329,7 @@ def _relative(found: Tensor, exact: Tensor) -> float:
 def _exact(
     model: nn.Module, loss_fn: LossFn, batch: Sequence[Any]
 ) -> tuple[str, Callable[[int], tuple[Tensor, Tensor]]]:
-    """The name of the reference, and a function that computes gradient and Hz for a probe's seed.
+    """Return the name of the reference, and a function that computes gradient and Hz for a probe's seed.
 
     Raises:
         RuntimeError: not even first-order gradients can be computed.
@@ -365,7 +365,7 @@ def _to_double(tensor: Tensor) -> Tensor:
 
 
 def _same_loss(a: _Run, b: _Run) -> bool:
-    """Whether two copies see the same random numbers: dropout on a GPU draws others in another precision."""
+    """Tell whether two copies see the same random numbers: dropout on a GPU draws others in another precision."""
     losses = []
     for run in (a, b):
         torch.manual_seed(0)

@@ -29,7 +29,7 @@ _OPTIMIZER_WIDE = (
 
 
 def block_length(shape: Sequence[int], block_size: int | str, kernel: int | None = None) -> int:
-    """Length b of the averaging blocks (Eq. 7) of a parameter of this shape.
+    """Return the length b of the averaging blocks (Eq. 7) of a parameter of this shape.
 
     "auto" is ``kernel``, or else the spatial size of what has four or five axes, and 1 for everything else: of three
     axes are stacks of matrices and embeddings of positions more often than kernels of one spatial axis. "conv2d" is the
@@ -54,7 +54,7 @@ def block_length(shape: Sequence[int], block_size: int | str, kernel: int | None
 
 
 def kernels_of(model: nn.Module) -> dict[Tensor, int]:
-    """Spatial size of the convolution kernel that a parameter is; 1 for all others.
+    """Return the spatial size of the convolution kernel that a parameter is; 1 for all others.
 
     Convolutions are modules with a ``kernel_size``, kernels their parameters with these sizes behind the first two
     axes, also where a parametrization has made several tensors of one.
@@ -134,23 +134,23 @@ class ParameterLayout:
         return self._optimizer().state
 
     def params(self) -> Iterator[Tensor]:
-        """All parameters, in the order of the groups."""
+        """Yield all parameters, in the order of the groups."""
         return chain.from_iterable(group["params"] for group in self.groups)
 
     def trained(self) -> list[tuple[int, Tensor]]:
-        """Group number and parameter of everything that wants a gradient."""
+        """Return the group number and the parameter of everything that wants a gradient."""
         return [(n, p) for n, group in enumerate(self.groups) for p in group["params"] if p.requires_grad]
 
     def kernel_of(self, param: Tensor) -> int | None:
-        """Spatial size of the convolution kernel that a parameter is, as far as it is known."""
+        """Return the spatial size of the convolution kernel that a parameter is, as far as it is known."""
         return self._kernels.get(param)
 
     def block_of(self, param: Tensor, group: Mapping[str, Any]) -> int:
-        """Length of a parameter's averaging blocks by the options of its group."""
+        """Return the length of a parameter's averaging blocks by the options of its group."""
         return block_length(param.shape, group["block_size"], self.kernel_of(param))
 
     def blocks(self) -> list[str]:
-        """The names of the parameters that are averaged, each with the length of its blocks."""
+        """Return the names of the parameters that are averaged, each with the length of its blocks."""
         lengths = [(name, min(self.block_of(p, self.groups[n]), p.numel())) for n, name, p in self._named()]
         return [f"{name} ({b})" for name, b in lengths if b > 1]
 
@@ -290,7 +290,7 @@ class ParameterLayout:
         return states, list(chain.from_iterable(map(dict.values, states)))
 
     def _state_replaced(self) -> bool:
-        """Whether the state, or anything in it, is another object than after the last rebuild."""
+        """Tell whether the state, or anything in it, is another object than after the last rebuild."""
         now, (states, contents) = self._state.values(), self._contents
         return not (
             len(now) == len(states)
@@ -301,12 +301,12 @@ class ParameterLayout:
 
 
 def _keeps_diag(group: Mapping[str, Any]) -> bool:
-    """Whether the diagonal of a Hessian step is used on the steps after it."""
+    """Tell whether the diagonal of a Hessian step is used on the steps after it."""
     return group["off_step"] == "stale" and group["update_each"] > 1
 
 
 def _names(group: Mapping[str, Any], number: int) -> Sequence[str]:
-    """What to call the parameters of a group; the names it was made with do not tell once its list was edited."""
+    """Return what to call a group's parameters; names it was made with do not tell once its list was edited."""
     names: Sequence[str] = group.get("param_names", ())
     count = len(group["params"])
     return names if len(names) == count else [f"parameter {i} of group {number}" for i in range(count)]
@@ -323,7 +323,7 @@ class _Lookup:
     def entries(
         self, params: Sequence[Tensor], parts: Sequence[Tensor], known: Mapping[int, Entry]
     ) -> list[Entry] | None:
-        """The entries of parameters; None if one has none, or is not what its entry was made for any more.
+        """Return the entries of parameters; None if one has none, or is not what its entry was made for any more.
 
         Args:
             params: the parameters.

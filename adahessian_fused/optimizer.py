@@ -247,7 +247,7 @@ class AdaHessian(torch.optim.Optimizer):
         self.coming_step.begin()
 
     def __repr__(self) -> str:
-        """As ``torch.optim.Optimizer``'s, and what is averaged over blocks."""
+        """Return ``torch.optim.Optimizer``'s text, and what is averaged over blocks."""
         averaged = self.layout.blocks()
         more = f" and {len(averaged) - 8} more" if len(averaged) > 8 else ""
         text = super().__repr__().removesuffix(")")
@@ -343,7 +343,7 @@ class AdaHessian(torch.optim.Optimizer):
         return loss
 
     def _are_still(self, grads: Versions) -> bool:
-        """Whether gradients are those of a step that has failed; GradScaler writes to them each time it looks."""
+        """Tell whether gradients are those of a failed step; GradScaler writes to them each time it looks."""
         now, scaled = versions(self.layout.params()), getattr(self, "found_inf", None) is not None
         return len(now) == len(grads) and all(
             g is h and (scaled or v == w) for (g, v), (h, w) in zip(now, grads, strict=True)
@@ -440,7 +440,7 @@ class AdaHessian(torch.optim.Optimizer):
         return backward_split(self, loss_fn, batch, grad_scaler)
 
     def hook_backward(self) -> hooks.BackwardHook:
-        """From now on ``loss.backward()`` gathers this optimizer's curvature when it is due, wherever it is called.
+        """Gather curvature in ``loss.backward()``, wherever it is called, from now on when it is due.
 
         For trainers that call ``loss.backward()`` and ``opt.step()`` themselves. One call is enough, before or after
         the trainer wraps the optimizer::
@@ -470,7 +470,7 @@ class AdaHessian(torch.optim.Optimizer):
             super().zero_grad(set_to_none)
 
     def batch_weight(self, batch_size: int) -> Tensor:
-        """Factor on this rank's mean loss of ``batch_size`` examples, for ranks with different numbers of them.
+        """Return the factor on this rank's mean loss of ``batch_size`` examples, if ranks differ in that number.
 
         What ``opt.backward(loss, batch_size=n)`` does, for closures, ``opt.backward_split`` and ``loss.backward()``::
 
@@ -481,7 +481,7 @@ class AdaHessian(torch.optim.Optimizer):
         return self.coming_step.batch_weight(batch_size)
 
     def no_sync(self) -> contextlib.AbstractContextManager[None]:
-        """Inside it :meth:`backward` leaves gradients and curvature on their rank, as DDP's ``no_sync`` does.
+        """Leave gradients and curvature of :meth:`backward` on their rank inside it, as DDP's ``no_sync`` does.
 
         For all but the last of several micro-batches, forward passes included::
 
@@ -538,7 +538,7 @@ class AdaHessian(torch.optim.Optimizer):
     # ---- looking at it -----------------------------------------------------------------------------------------------
 
     def hessian_diag(self, param: Tensor) -> Tensor:
-        """The root-mean-square Hessian diagonal, sqrt(v / (1 - beta2^h)): a new tensor of the parameter's shape.
+        """Return the root-mean-square Hessian diagonal, sqrt(v / (1 - beta2^h)): a new tensor like the parameter.
 
         Raises:
             RuntimeError: the parameter has not seen any curvature yet.
@@ -548,7 +548,7 @@ class AdaHessian(torch.optim.Optimizer):
 
     @torch.no_grad()
     def statistics(self) -> statistics.Statistics:
-        """Norms of parameters, gradients, last update and diagonal, in all and for each group.
+        """Return norms of parameters, gradients, last update and diagonal, in all and for each group.
 
         Call it after :meth:`step`, and before ``zero_grad()`` if the gradients matter. Everything is computed here,
         from the state; a step that nobody asks about costs nothing more. This does not wait for the device (reading
@@ -569,7 +569,7 @@ class AdaHessian(torch.optim.Optimizer):
     # ---- states ------------------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        """As ``torch.optim.Optimizer.state_dict``; every tensor owns its memory.
+        """Return the state dict, as ``torch.optim.Optimizer.state_dict``; every tensor owns its memory.
 
         The state of parameters that are in no group any more, which PyTorch cannot number, is left out.
         """
@@ -598,7 +598,7 @@ class AdaHessian(torch.optim.Optimizer):
         state.warn_of_source(source, self.param_groups[0])
 
     def __getstate__(self) -> dict[str, Any]:
-        """What deepcopy and pickle keep: the state dict's content with the parameters themselves."""
+        """Return what deepcopy and pickle keep: the state dict's content with the parameters themselves."""
         result = super().__getstate__()
         result["state"] = type(self.state)(self.state.default_factory, state.own_memory(self.state))
         result |= {"backend": self.backend, "state_dtype": self.state_dtype, "_kernels": self._kernels}

@@ -10,7 +10,7 @@ from torch.autograd import profiler
 
 
 def profiled(name: str | Callable[[Any], str]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Decorator: calls appear as a range in torch.profiler, NVTX and ITT traces; free while none of them runs.
+    """Make calls appear as a range in torch.profiler, NVTX and ITT traces; free while none of them runs.
 
     Args:
         name: the range's name, or a function from the call's first argument to it.

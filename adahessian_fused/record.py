@@ -24,7 +24,7 @@ def versions(params: Iterable[Tensor]) -> Versions:
     return [(grad, -1 if grad is None else grad._version) for grad in grads]
 
 
-class GradientRecord(hvp.Onlooker):
+class GradientRecord(hvp.BackwardObserver):
     """Gradients as a pass or a step of the optimizer has left them.
 
     One that is another tensor now, or has been written to, may have been zeroed, clipped or added to by a backward pass
@@ -49,7 +49,7 @@ class GradientRecord(hvp.Onlooker):
         return dict(zip(map(id, self._params), zip(self._grads, self._versions, strict=True), strict=True))
 
     def changed(self, params: Iterable[Tensor] | None = None) -> list[Tensor]:
-        """Those of some parameters, by default its own, whose gradient is not as it was left."""
+        """Return those of some parameters, by default its own, whose gradient is not as it was left."""
         return [p for p in (self._params if params is None else params) if not self._same(p)]
 
     def _same(self, p: Tensor) -> bool:
@@ -58,7 +58,7 @@ class GradientRecord(hvp.Onlooker):
         return version == -1 if now is None else now is grad() and now._version == version
 
     def before(self, tensors: Any) -> GradientRecord | None:
-        """The gradients before a backward pass."""
+        """Return the gradients before a backward pass."""
         return None if self.ours else GradientRecord(self._params)
 
     def after(self, before: GradientRecord | None) -> None:
@@ -68,7 +68,7 @@ class GradientRecord(hvp.Onlooker):
 
 
 def is_zero(p: Tensor) -> bool:
-    """Whether a parameter has no gradient, or one of zeros."""
+    """Tell whether a parameter has no gradient, or one of zeros."""
     return p.grad is None or not bool(part_of(p.grad, p).detach().any())
 
 
@@ -76,7 +76,7 @@ def _nothing() -> None:
     return None
 
 
-class OtherLeaves(hvp.Onlooker):
+class OtherLeaves(hvp.BackwardObserver):
     """Leaves that are not the optimizer's, while it evaluates a loss several times: they get the mean gradient, once.
 
     Args:
@@ -92,7 +92,7 @@ class OtherLeaves(hvp.Onlooker):
 
     @contextlib.contextmanager
     def evaluation(self) -> Iterator[None]:
-        """Around one evaluation; the gradients are afterwards what they were when its backward pass began."""
+        """Surround one evaluation; the gradients are afterwards what they were when its backward pass began."""
         self.watch()
         try:
             yield

@@ -17,14 +17,14 @@ _PHILOX_W0, _PHILOX_W1 = 0x9E3779B9, 0xBB67AE85
 
 
 def _mul_hi_lo(a: int, b: Tensor) -> tuple[Tensor, Tensor]:
-    """High and low 32 bits of the product of two uint32 numbers held in int64."""
+    """Return the high and the low 32 bits of the product of two uint32 numbers held in int64."""
     low = b * (a & 0xFFFF)
     high = b * (a >> 16) + (low >> 16)
     return high >> 16, ((high & 0xFFFF) << 16) | (low & 0xFFFF)
 
 
 def philox4x32(counter: tuple[Tensor, ...], seed: int, rounds: int = 10) -> tuple[Tensor, ...]:
-    """Philox4x32 (Salmon et al. 2011): four int64 tensors of uint32 words; the key is the 64-bit ``seed``."""
+    """Compute Philox4x32 (Salmon et al. 2011): four int64 tensors of uint32 words; the key is the 64-bit ``seed``."""
     c0, c1, c2, c3 = counter
     k0, k1 = seed & _MASK32, (seed >> 32) & _MASK32
     for _ in range(rounds):
@@ -36,7 +36,7 @@ def philox4x32(counter: tuple[Tensor, ...], seed: int, rounds: int = 10) -> tupl
 
 
 def rademacher_signs(numel: int, param_id: int, hessian_step: Tensor, seed: int, sample: int, first: int = 0) -> Tensor:
-    """The probe z of ``numel`` elements of a parameter, in logical order: +1 and -1, int64, where hessian_step is.
+    """Draw the probe z of ``numel`` elements of a parameter, in logical order: +1 and -1, int64, where hessian_step is.
 
     Philox call number l // 128 of the parameter gives the signs of elements 128 (l // 128) ... + 127: element l reads
     bit l % 32 of word (l // 32) % 4, and a set bit means -1. The elements begin with number ``first``.
@@ -50,7 +50,7 @@ def rademacher_signs(numel: int, param_id: int, hessian_step: Tensor, seed: int,
 
 
 def rounding_bits(numel: int, param_id: int, step: Tensor, seed: int) -> Tensor:
-    """16 random bits for each of a parameter's elements 0 ... numel - 1, in STORAGE order: int64, where ``step`` is.
+    """Draw 16 bits for each element 0 ... numel - 1 of a parameter, in STORAGE order: int64, where ``step`` is.
 
     Philox4x32-7 call number j // 8 of the parameter's step t gives the bits of elements 8 (j // 8) ... + 7: element j
     reads half j % 2 of word (j // 2) % 4. The last word of the counter is one that no sample of a probe has.
@@ -63,12 +63,12 @@ def rounding_bits(numel: int, param_id: int, step: Tensor, seed: int) -> Tensor:
 
 
 def swap_bytes(bits: Tensor) -> Tensor:
-    """16-bit numbers with their bytes exchanged: what rounds v where ``bits`` round m."""
+    """Exchange the bytes of 16-bit numbers: what rounds v where ``bits`` round m."""
     return (bits & 0xFF) << 8 | bits >> 8
 
 
 def round_stochastically(x: Tensor, bits: Tensor) -> Tensor:
-    """A float32 tensor in bfloat16: away from zero if the 16 bits that are cut off, plus 16 random ones, carry.
+    """Round a float32 tensor to bfloat16: away from zero if the 16 bits cut off, plus 16 random ones, carry.
 
     The mean over the random bits is x. A finite number stays finite: one beyond bfloat16's largest is cut off.
     """
@@ -79,7 +79,7 @@ def round_stochastically(x: Tensor, bits: Tensor) -> Tensor:
 
 
 def block_mean(values: Tensor, block: int) -> Tensor:
-    """Mean over each block of ``block`` consecutive elements (Eq. 7); the last block averages what it has.
+    """Average each block of ``block`` consecutive elements (Eq. 7); the last block averages what it has.
 
     Shapes: ``(n,)`` to ``(ceil(n / block),)``.
     """
@@ -100,7 +100,7 @@ def to_stored(logical: Tensor, period: int, stride: int) -> Tensor:
 
 
 def _storage(tensor: Tensor) -> Tensor:
-    """A dense tensor as the flat view of its storage order."""
+    """Return a dense tensor as the flat view of its storage order."""
     return tensor.as_strided((tensor.numel(),), (1,))
 
 
@@ -163,12 +163,12 @@ def perturb(
 def _averaged(
     hessian: Tensor, row: list[int], steps: Tensor, seed: int, sample: int, draw: bool, dtype: torch.dtype
 ) -> Tensor:
-    """D = z * Hz (Eq. 6), then its block means (Eq. 7): shape ``(n_blocks,)``, logical order."""
+    """Compute D = z * Hz (Eq. 6), then its block means (Eq. 7): shape ``(n_blocks,)``, logical order."""
     d = to_logical(_storage(hessian), row[Segment.PERIOD], row[Segment.STRIDE]).to(dtype)
     if draw:
         hessian_step = steps[row[Segment.SLOT], Steps.HESSIAN_STEP].to(d.device)
-        d = d * rademacher_signs(d.numel(), row[Segment.PARAM_ID], hessian_step, seed, sample)
-    return block_mean(d.abs() if row[Segment.ABSOLUTE] else d, row[Segment.BLOCK])
+        d = d * rademacher_signs(d.numel(), row[Segment.PARAM_ID], hessian_step, seed, sample)  # Eq. 6
+    return block_mean(d.abs() if row[Segment.ABSOLUTE] else d, row[Segment.BLOCK])  # Eq. 7
 
 
 def hessian_diag(
@@ -183,7 +183,7 @@ def hessian_diag(
     scale: float,
     accumulate: bool,
 ) -> None:
-    """Block-averaged Hutchinson diagonal Ds (Eq. 6 and 7) into the compact buffer ``diag``.
+    """Compute the block-averaged Hutchinson diagonal Ds (Eq. 6 and 7) into the compact buffer ``diag``.
 
     Args:
         hessians: Hz of every segment in its parameter's shape and storage order, or D itself if not ``draw``.
@@ -224,7 +224,7 @@ def adahessian_step(
     means: Tensor | None,
     missed: Tensor | None,
 ) -> None:
-    """One AdaHessian step (Algorithm 1, lines 6-9) on every segment, in place.
+    """Perform one AdaHessian step (Algorithm 1, lines 6-9) on every segment, in place.
 
     The curvature comes from ``hessians`` (Hz; z is drawn again) or, already averaged, from ``diag``. With neither this
     is an off-step: exp_hessian_diag_sq and its bias correction stay as they are. So does exp_hessian_diag_sq of an
@@ -268,7 +268,7 @@ def adahessian_step(
         param = _storage(params[i])
         p = (param if master is None else master[span]).to(dtype)
         g = _storage(grads[i]).to(dtype) * unscale
-        m = beta1 * m + (1 - beta1) * (torch.where(maximize != 0, -g, g))
+        m = beta1 * m + (1 - beta1) * (torch.where(maximize != 0, -g, g))  # Eq. 9
 
         ds = None
         if diag is not None:
@@ -282,16 +282,16 @@ def adahessian_step(
             spread = (ds * unscale).repeat_interleave(width)[: row[Segment.NUMEL]]
             square = to_stored(spread, row[Segment.PERIOD], row[Segment.STRIDE]) ** 2
             measured = square < torch.inf
-            v = torch.where(measured, beta2 * v + (1 - beta2) * square, v)
+            v = torch.where(measured, beta2 * v + (1 - beta2) * square, v)  # Eq. 8
             if missed is not None:
                 missed[row[Segment.SLOT]] += (~measured).sum()
 
         n, c = (1 - beta2**h) / (1 - beta2), shrink if means is not None else 0.0
         mean = means[row[Segment.SLOT]].to(dtype) if means is not None else 0.0
-        v_hat = (v / (1 - beta2) + c * mean) / (n + c)  # c = 0: v / (1 - beta2^h)
+        v_hat = (v / (1 - beta2) + c * mean) / (n + c)  # Eq. 8; with c = 0 it is v / (1 - beta2^h)
         denom = v_hat.sqrt() ** power + eps  # Eq. 8, 9
         bound = clip * (1 - beta1**t)
-        moved = p * (1 - lr * weight_decay) - lr / (1 - beta1**t) * (m / denom).clamp(-bound, bound)
+        moved = p * (1 - lr * weight_decay) - lr / (1 - beta1**t) * (m / denom).clamp(-bound, bound)  # Eq. 9
         stays = (h == 0) | ((holds != 0) & (power != 0) & (v == 0))
         p = torch.where(stays, p, moved)
         if rounds:

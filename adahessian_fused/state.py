@@ -50,7 +50,7 @@ _SOURCES = {
 
 
 def source_of(state_dict: Mapping[str, Any]) -> Source:
-    """Where a state dict comes from, by the keys of its states and groups.
+    """Return where a state dict comes from, by the keys of its states and groups.
 
     Raises:
         ValueError: none of the optimizers whose states could be gone on with here.
@@ -73,7 +73,7 @@ def source_of(state_dict: Mapping[str, Any]) -> Source:
 def normalized_state(
     state: Mapping[str, Any], group: Mapping[str, Any], param: Tensor, state_dtype: torch.dtype | None = None
 ) -> dict[str, Any]:
-    """State of one parameter as an optimizer with this ``state_dtype`` keeps it.
+    """Return the state of one parameter as an optimizer with this ``state_dtype`` keeps it.
 
     Understands its own state dicts and those of the official code, torch-optimizer, timm, davda54/ada-hessian (one
     ``step`` a parameter, v updated on every step) and pytorch-optimizer (``step`` in the group, v updated every
@@ -98,7 +98,7 @@ def normalized_state(
 
 
 def _going_on(own: Mapping[str, Any], group: Mapping[str, Any], source: Source) -> dict[str, Any]:
-    """Options of a group whose run comes from elsewhere."""
+    """Return the options of a group whose run comes from elsewhere."""
     if source is ADAM:
         return {**own, "params": group["params"]}
     by_default = own["block_size"] == "auto" and own["averaging"] == "signed"
@@ -115,7 +115,7 @@ def own_memory(states: Mapping[Any, Mapping[str, Any]]) -> dict[Any, dict[str, A
 
 @contextlib.contextmanager
 def without_removed(opt: Optimizer) -> Iterator[None]:
-    """Inside it the optimizer has no state of parameters in no group, which PyTorch cannot number."""
+    """Hide the state of parameters in no group, which PyTorch cannot number."""
     placed = {id(p) for group in opt.param_groups for p in group["params"]}
     removed = {p: opt.state.pop(p) for p in list(opt.state) if id(p) not in placed}
     try:
@@ -174,7 +174,7 @@ def warn_of_source(source: Source, options: Mapping[str, Any]) -> None:
 
 
 def is_blank_step(layout: ParameterLayout) -> bool:
-    """Whether a step is the first, with lr = 0 and zero gradients: torch.distributed.checkpoint makes states by it."""
+    """Tell whether a step only makes states, as torch.distributed.checkpoint's: the first, lr = 0, zero gradients."""
     grads = [(p, p.grad) for _, p in layout.trained() if p.grad is not None]
     first = all(group["step"] == 0 and float(group["lr"]) == 0 for group in layout.groups)
     return first and not any(g.requires_grad or bool(part_of(g, p).any()) for p, g in grads)

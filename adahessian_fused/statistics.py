@@ -65,7 +65,7 @@ class Statistics:
     groups: tuple[Statistics, ...] = ()
 
     def as_dict(self) -> dict[str, float]:
-        """Python numbers for ``wandb.log`` or TensorBoard's ``add_scalar``, read with one wait for the device.
+        """Return Python numbers for ``wandb.log`` or TensorBoard's ``add_scalar``, read with one wait for the device.
 
         Returns:
             All tensors among the attributes, by their names; those of several groups as ``"group0/lr"`` and so on.
@@ -195,13 +195,13 @@ def _listed(names: Sequence[str]) -> str:
 
 
 def _counts(entry: Entry) -> Any:
-    """The counts of a parameter: Python numbers, which go with tensors of any device, or a tensor on its own device."""
+    """Return a parameter's counts: Python numbers, which go with any device, or a tensor on its own device."""
     steps = entry.bucket.steps[entry.row]
     return steps.tolist() if steps.device.type == "cpu" else steps.double()
 
 
 def _quotient(entry: Entry, row: Any) -> Tensor:
-    """Quotient m / (1 - beta1^t) / denominator of a parameter's last step (Eq. 8, 9), not cut; 0 where it stayed."""
+    """Compute m / (1 - beta1^t) / denominator of a parameter's last step (Eq. 8, 9), not cut; 0 where it stayed."""
     counts, computed = _counts(entry), entry.bucket.compute_dtype  # the views may be bfloat16
     t, h = counts[Steps.STEP], counts[Steps.HESSIAN_STEP]
     m, v = (entry.views[key].to(computed) for key in ("exp_avg", "exp_hessian_diag_sq"))
@@ -214,36 +214,36 @@ def _quotient(entry: Entry, row: Any) -> Tensor:
 
 
 def _update_norm(entry: Entry, hyper: Tensor) -> Tensor:
-    """Norm of the last update of a parameter, from its state after it."""
+    """Return the norm of the last update of a parameter, from its state after it."""
     row = hyper.tolist() if hyper.device.type == "cpu" else hyper
     return torch.linalg.vector_norm(_quotient(entry, row).clamp(-row[Hyper.CLIP], row[Hyper.CLIP])) * row[Hyper.LR]
 
 
 def _clipped(entry: Entry, hyper: Tensor) -> Tensor:
-    """How many elements of the last update of a parameter were cut."""
+    """Return how many elements of the last update of a parameter were cut."""
     row = hyper.tolist() if hyper.device.type == "cpu" else hyper
     return (_quotient(entry, row).abs() > row[Hyper.CLIP]).sum()
 
 
 def _diag_norm(entry: Entry, beta2: float) -> Tensor:
-    """Norm of sqrt(v / (1 - beta2^h)); 0 before any curvature was seen."""
+    """Return the norm of sqrt(v / (1 - beta2^h)); 0 before any curvature was seen."""
     v = entry.views["exp_hessian_diag_sq"].sum(dtype=entry.bucket.compute_dtype)
     return (v / _bias_correction(beta2, _counts(entry)[Steps.HESSIAN_STEP])).sqrt()
 
 
 def _nonfinite(entry: Entry) -> Tensor:
-    """How many elements have a state that is infinite or NaN."""
+    """Return how many elements have a state that is infinite or NaN."""
     finite = entry.views["exp_avg"].isfinite() & entry.views["exp_hessian_diag_sq"].isfinite()
     return finite.logical_not_().sum()
 
 
 def _bias_correction(beta: Any, count: Any) -> Any:
-    """1 - beta^count, for numbers or tensors; 1 for a count of 0."""
+    """Return 1 - beta^count, for numbers or tensors; 1 for a count of 0."""
     return 1 - beta**count + (count == 0)
 
 
 def _norm_of(x: Any) -> Tensor | None:
-    """Norm of the part of a tensor that this rank has, of whatever dtype and layout; None on the meta device."""
+    """Return the norm of this rank's part of a tensor, of whatever dtype and layout; None on the meta device."""
     x = sharded.local(x)
     if x.layout is not torch.strided:
         x = x.coalesce().values() if x.is_sparse else x.values()
@@ -253,7 +253,7 @@ def _norm_of(x: Any) -> Tensor | None:
 
 
 def _norm(norms: Iterable[tuple[Tensor | None, Tensor]]) -> Tensor | None:
-    """Norm of all elements from this rank's norms, each with the parameter that it is of; None if there is none."""
+    """Return the norm of all elements from this rank's norms, each with its parameter; None if there is none."""
     norms = [(x, p) for x, p in norms if x is not None]
     if not sharded.any_sharded([p for _, p in norms]):
         return _joint(x for x, _ in norms)
@@ -261,7 +261,7 @@ def _norm(norms: Iterable[tuple[Tensor | None, Tensor]]) -> Tensor | None:
 
 
 def _joint(norms: Iterable[Tensor | None]) -> Tensor | None:
-    """Norm of several tensors' elements together, from their norms."""
+    """Return the norm of several tensors' elements together, from their norms."""
     norms = [x for x in norms if x is not None]
     return torch.linalg.vector_norm(_stacked(norms)) if norms else None
 
@@ -282,6 +282,6 @@ def _largest(counts: Iterable[Tensor | None]) -> Tensor | None:
 
 
 def _stacked(scalars: Sequence[Tensor]) -> Tensor:
-    """Scalars in one tensor, on an accelerator if any of them is there: no wait for one."""
+    """Put scalars in one tensor, on an accelerator if any of them is there: no wait for one."""
     device = next((x.device for x in scalars if x.device.type != "cpu"), scalars[0].device)
     return torch.stack([x.to(device) for x in scalars])

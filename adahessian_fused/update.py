@@ -223,7 +223,7 @@ def prepared_update(
     grads = bucket.stored(members, grads)
     hessians, diag, kept, draw, sample = [], None, None, False, 0
     if kind == "fresh" and bucket.diag is None and not curvature.folded:
-        hessians, draw, sample = curvature.hessians(members), curvature.draw, curvature.sample
+        hessians, draw, sample = curvature.hessians(members), curvature.is_hvp, curvature.sample
     elif kind == "fresh":
         diag = curvature.diag(bucket)
     elif kind == "stale":

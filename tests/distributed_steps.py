@@ -31,7 +31,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from adahessian_fused import AdaHessian
 from adahessian_fused.curvature import draw_probe
-from adahessian_fused.distributed.buckets import FlatMean
+from adahessian_fused.distributed.flat_mean import FlatMean
 
 
 def together(ranks: Ranks, step, **options):

@@ -136,9 +136,9 @@ def test_fraction(device, traced, how, name):
 
 def test_graphs_are_made_once_for_each_kind_of_step(device, traced, monkeypatch):
     made = []
-    graph = step_module._Graph
+    graph = step_module.Graph
     monkeypatch.setattr(
-        step_module, "_Graph", lambda whole, kind, *args, **k: made.append(kind) or graph(whole, kind, *args, **k)
+        step_module, "Graph", lambda loss, spec, *args, **k: made.append(spec) or graph(loss, spec, *args, **k)
     )
     model, opt = fresh(with_dropout(device), lr=0.01, update_each=2)
     step = TrainStep(model, F.mse_loss, opt, cuda_graph=False)

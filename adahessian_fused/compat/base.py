@@ -64,11 +64,11 @@ class DropIn(AdaHessian):
     # ---- state dicts -------------------------------------------------------------------------------------------------
 
     def _counts(self, state: Mapping[str, Any], group: Mapping[str, Any]) -> tuple[int, int]:
-        """The steps and the Hessian updates of a parameter, as far as the original's keys tell."""
+        """Return the steps and the Hessian updates of a parameter, as far as the original's keys tell."""
         return int(state["step"]), int(state["step"])
 
     def state_dict(self) -> dict[str, Any]:
-        """A state dict the original can load; where its keys cannot tell all, ``"adahessian_fused"`` has the rest."""
+        """Return a state dict for the original; where its keys cannot tell all, ``"adahessian_fused"`` has the rest."""
         result = super().state_dict()
         hidden = _OURS_ONLY | {"faithful"} | (set() if self.step_in_group else {"step"})
         groups = result["param_groups"]
@@ -115,7 +115,7 @@ class DropIn(AdaHessian):
 
     @classmethod
     def from_original(cls, original: Optimizer, **options: Any) -> DropIn:
-        """This class with the parameters, options and state of a live instance of the original."""
+        """Make one of this class with the parameters, options and state of a live instance of the original."""
         arguments = {name: getattr(original, a) for name, a in cls.attributes.items() if hasattr(original, a)}
         opt = cls([dict(group) for group in original.param_groups], **arguments, **options)
         state_dict = original.state_dict()
@@ -131,7 +131,7 @@ class DropIn(AdaHessian):
         return opt
 
     def _stale_diag(self, param: Tensor) -> Tensor | None:
-        """The block means of the last diagonal, if the original keeps them outside its state."""
+        """Return the block means of the last diagonal, if the original keeps them outside its state."""
         return None
 
 

@@ -88,7 +88,7 @@ class AdaHessian(DropIn):
         return self.param_groups[0]["averaging"] == "abs"
 
     def get_params(self) -> Iterator[Tensor]:
-        """All parameters that require a gradient."""
+        """Return all parameters that require a gradient."""
         return (p for group in self.param_groups for p in group["params"] if p.requires_grad)
 
     def zero_hessian(self) -> None:
@@ -111,7 +111,7 @@ class AdaHessian(DropIn):
         hvp.release_graph([p.grad for p in params])
 
     def state_dict(self) -> dict[str, Any]:
-        """A state dict the original can load; where its keys cannot tell all, ``"adahessian_fused"`` has the rest."""
+        """Return a state dict for the original; where its keys cannot tell all, ``"adahessian_fused"`` has the rest."""
         result = super().state_dict()
         for group in result["param_groups"]:
             for i in group["params"]:

@@ -18,7 +18,7 @@ from .base import DropIn, Option
 
 
 def _in_kernel(group: Mapping[str, Any]) -> bool:
-    """Whether the weight decay of a group is the one the kernels know."""
+    """Tell whether the weight decay of a group is the one the kernels know."""
     return group["weight_decouple"] and not group["fixed_decay"]
 
 
@@ -181,7 +181,7 @@ class AdaHessian(DropIn):
             entry.state["hessian_step"].fill_(step if due[entry.group] else step + 1)
 
     def _decay(self, group: Mapping[str, Any], params: list[Tensor], grads: list[Tensor]) -> None:
-        """The decays of the original that the kernels do not know."""
+        """Apply the decays of the original that the kernels do not know."""
         if group["weight_decouple"]:
             torch._foreach_mul_(params, 1 - group["weight_decay"])
             return

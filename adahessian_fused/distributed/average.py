@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..bucket import Entry
 from ..curvature import Curvature
-from .buckets import FlatMean
+from .flat_mean import FlatMean
 from .ranks import Ranks
 
 

@@ -21,7 +21,7 @@ DDP_WITHOUT_US = (
 
 
 def batch_weight(batch_size: int, group: dist.ProcessGroup, like: Tensor) -> Tensor:
-    """W n / (n_1 + ... + n_W) for the n examples of this rank; a factor on its mean loss.
+    """Return W n / (n_1 + ... + n_W) for the n examples of this rank: a factor on its mean loss.
 
     The mean over the W ranks of losses that are weighted so is the mean loss of all examples, also where the ranks have
     different numbers of them. Every rank of the group has to call it.
@@ -45,12 +45,12 @@ def batch_weight(batch_size: int, group: dist.ProcessGroup, like: Tensor) -> Ten
 
 
 def several_ranks() -> bool:
-    """Whether this is one of several processes of torch.distributed."""
+    """Tell whether this is one of several processes of torch.distributed."""
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
 def agreed(number: int, groups: Sequence[dist.ProcessGroup], device: torch.device) -> int:
-    """The first rank's number, on all ranks of a group; group after group, as along the axes of a mesh."""
+    """Return the first rank's number, on all ranks of a group; group after group, as along the axes of a mesh."""
     for group in groups:
         tensor = torch.tensor(number, dtype=torch.int64, device=device)
         dist.broadcast(tensor, group=group, group_src=0)
@@ -103,7 +103,7 @@ class Ranks:
         )
 
     def probe_seed(self, seed: int) -> int:
-        """Key of the probe's generator on this rank; rank 0 keeps the seed."""
+        """Return the key of the probe's generator on this rank; rank 0 keeps the seed."""
         return mixed(seed, self.rank) if self.rank else seed
 
     # ---- when to average ---------------------------------------------------------------------------------------------
@@ -120,7 +120,7 @@ class Ranks:
 
     @contextlib.contextmanager
     def no_sync(self) -> Iterator[None]:
-        """Inside it gradients and curvature stay this rank's own, DDP's hooks included."""
+        """Keep gradients and curvature inside it this rank's own, DDP's hooks included."""
         before, self._silent = self._silent, True
         try:
             with contextlib.nullcontext() if self.ddp is None else self.ddp.no_sync():
@@ -130,7 +130,7 @@ class Ranks:
 
     @contextlib.contextmanager
     def evaluating(self) -> Iterator[None]:
-        """No averaging by DDP while a strategy evaluates a closure: a rank's gradients belong to its own probe."""
+        """Keep DDP from averaging while a strategy evaluates a closure: a rank's gradients belong to its own probe."""
         if self.ddp is not None:
             with self.ddp.no_sync():
                 yield
@@ -153,11 +153,11 @@ class Ranks:
                 p.register_post_accumulate_grad_hook(accumulated)
 
     def reset(self) -> None:
-        """Nothing is averaged any more: gradients are dropped, or their step is done."""
+        """Note that nothing is averaged any more: gradients are dropped, or their step is done."""
         self.grads_averaged = self.curvature_averaged = self.averaged_late = False
 
     def stepped(self) -> None:
-        """The step is done. DDP has to be called once more before its hooks are relied on again."""
+        """End the step. DDP has to be called once more before its hooks are relied on again."""
         self.reset()
         self._ddp_reduces = False
 
@@ -165,7 +165,7 @@ class Ranks:
         self._ddp_reduces = torch.is_grad_enabled() and not self.silent
 
     def largest(self, flag: Tensor) -> Tensor:
-        """The largest of the ranks' values."""
+        """Return the largest of the ranks' values."""
         flag = flag.clone()
         dist.all_reduce(flag, op=dist.ReduceOp.MAX, group=self.group)
         return flag

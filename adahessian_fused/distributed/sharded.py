@@ -26,29 +26,29 @@ def _dtensor() -> Any:
 
 
 def any_sharded(tensors: Sequence[Any]) -> bool:
-    """Whether one of them is a DTensor."""
+    """Tell whether one of them is a DTensor."""
     kinds = set(map(type, tensors)) - _PLAIN
     return bool(kinds) and torch.distributed.is_available() and any(issubclass(kind, _dtensor()) for kind in kinds)
 
 
 def is_sharded(tensor: Any) -> bool:
-    """Whether it is a DTensor."""
+    """Tell whether it is a DTensor."""
     return any_sharded((tensor,))
 
 
 def gathering(modules: Iterable[Any]) -> list[Any]:
-    """Those of the modules for which FSDP2 gathers weights."""
+    """Return those of the modules for which FSDP2 gathers weights."""
     fsdp = sys.modules.get("torch.distributed.fsdp")  # nothing is sharded by what has not been imported
     return [] if fsdp is None else [module for module in modules if isinstance(module, fsdp.FSDPModule)]
 
 
 def param_dtype(module: Any) -> torch.dtype | None:
-    """The dtype in which FSDP2's policy has a module compute; None if it is the parameters' own."""
+    """Return the dtype in which FSDP2's policy has a module compute; None if it is the parameters' own."""
     return module._get_fsdp_state()._mp_policy.param_dtype
 
 
 def local(tensor: Any) -> Tensor:
-    """The part of a DTensor that is in this rank's memory, that memory itself; other tensors as they are."""
+    """Return the part of a DTensor that is in this rank's memory, that memory itself; other tensors as they are."""
     if not is_sharded(tensor):
         return tensor
     with torch.no_grad():
@@ -56,14 +56,14 @@ def local(tensor: Any) -> Tensor:
 
 
 def groups_of(params: Iterable[Any]) -> list[Any]:
-    """The process groups along every axis of the meshes that DTensors among the parameters are cut over."""
+    """Return the process groups along every axis of the meshes that DTensors among the parameters are cut over."""
     params = list(params)
     meshes = dict.fromkeys(p.device_mesh for p in params if is_sharded(p)) if any_sharded(params) else ()
     return [mesh.get_group(axis) for mesh in meshes for axis in range(mesh.ndim)]
 
 
 def part_of(tensor: Any, param: Any) -> Tensor:
-    """This rank's part of a tensor that belongs to a parameter, cut like the parameter's own.
+    """Return this rank's part of a tensor that belongs to a parameter, cut like the parameter's own.
 
     Args:
         tensor: a DTensor in any placement, or a plain tensor: that part already, or the whole.
@@ -82,7 +82,7 @@ def part_of(tensor: Any, param: Any) -> Tensor:
 
 
 def joined(tensor: Tensor, param: Any) -> Tensor:
-    """A DTensor like the parameter whose part on this rank is ``tensor``, of which it shares the memory."""
+    """Return a DTensor like the parameter whose part on this rank is ``tensor``, of which it shares the memory."""
     if not is_sharded(param) or is_sharded(tensor):
         return tensor
     options = {"run_check": False, "shape": param.shape, "stride": param.stride()}
@@ -90,7 +90,7 @@ def joined(tensor: Tensor, param: Any) -> Tensor:
 
 
 def whole(parts: Sequence[tuple[Tensor, Any]]) -> list[Tensor]:
-    """Numbers that are sums over this rank's part of a parameter, as sums over all ranks' parts.
+    """Turn numbers that are sums over this rank's part of a parameter into sums over all ranks' parts.
 
     Every rank has to call it. Numbers of sharded parameters are added up on the way.
 
@@ -118,7 +118,7 @@ def whole(parts: Sequence[tuple[Tensor, Any]]) -> list[Tensor]:
 
 
 def _cut(param: Any) -> tuple[int, int]:
-    """How many rows a full part of the parameter has, and this rank's number among the parts."""
+    """Return how many rows a full part of the parameter has, and this rank's number among the parts."""
     shards = [(i, placement) for i, placement in enumerate(param.placements) if not placement.is_replicate()]
     if not shards:
         return max(param.shape[0] if param.ndim else 1, 1), 0
@@ -132,7 +132,7 @@ def _cut(param: Any) -> tuple[int, int]:
 
 
 def first_element(param: Tensor) -> int:
-    """Index, in the whole parameter, of the first element that this rank has; 0 if it is not sharded.
+    """Return index, in the whole parameter, of the first element that this rank has; 0 if it is not sharded.
 
     Raises:
         ValueError: the parameter is cut in another way than by its rows.

@@ -23,7 +23,7 @@ from .double_backward import (
     without_hooks,
 )
 from .graph import explore
-from .intercept import InterceptBackward, Onlooker
+from .intercept import BackwardObserver, InterceptBackward
 from .precision import Precision, bfloat16_gain, second_pass
 
 __all__ = [
@@ -32,8 +32,8 @@ __all__ = [
     "NO_CURVATURE",
     "NO_LOSS",
     "TWO_WAYS",
+    "BackwardObserver",
     "InterceptBackward",
-    "Onlooker",
     "Precision",
     "accumulate_grads",
     "bfloat16_gain",

@@ -41,7 +41,7 @@ _helpers: set[type] = set()  # what their backward is made of, which nobody diff
 
 @contextlib.contextmanager
 def complete(graph: Graph) -> Iterator[None]:
-    """Around the backward pass of a loss that keeps its graph: raise at the end if second derivatives are missing.
+    """Surround the backward pass of a loss that keeps its graph; raise at the end if second derivatives are missing.
 
     Args:
         graph: that of the loss.
@@ -114,12 +114,12 @@ def _is_number(value: Any) -> bool:
 
 
 def _between(result: Tensor, graph: Graph, sources: set[Node]) -> Iterator[Node]:
-    """Nodes of a result, up to those of ``graph`` and to ``sources``."""
+    """Yield nodes of a result, up to those of ``graph`` and to ``sources``."""
     return nodes([] if result.grad_fn is None else [result.grad_fn], graph.nodes | sources)
 
 
 def _not_zero(tensor: Tensor) -> bool:
-    """Whether any element may differ from zero; numbers are not known while a graph is traced."""
+    """Tell whether any element may differ from zero; numbers are not known while a graph is traced."""
     return type(tensor) is not Tensor or tensor.is_meta or bool(tensor.detach().any())
 
 
@@ -127,7 +127,7 @@ def _not_zero(tensor: Tensor) -> bool:
 
 
 def _unseen(node: Any, graph: Graph, *, whole: bool) -> str | None:
-    """What is wrong with a Function, if it is one of a kind that has not been seen; ``whole``: with its results too."""
+    """Tell what is wrong with a Function of a kind that has not been seen; ``whole``: with its results too."""
     if not isinstance(node, BackwardCFunction):
         return None
     cls: Any = type(node)._forward_cls  # type: ignore[attr-defined]
@@ -149,7 +149,7 @@ def _saved(node: Any) -> list[Tensor | None]:
 
 
 def _kept(node: Any) -> Iterator[Any]:
-    """The tensors and arrays that a Function has kept for its backward."""
+    """Yield the tensors and arrays that a Function has kept for its backward."""
     waiting = [*_saved(node), *node.__dict__.values()]
     while waiting:
         value = waiting.pop()
@@ -162,7 +162,7 @@ def _kept(node: Any) -> Iterator[Any]:
 
 
 def _hides(node: Any, n_constants: int) -> str | None:
-    """Whether a Function uses more numbers without a graph than it has inputs without one."""
+    """Tell whether a Function uses more numbers without a graph than it has inputs without one."""
     inputs = {parent.variable.data_ptr() for parent, _ in node.next_functions if hasattr(parent, "variable")}
     numbers: set[int] = set()
     for value in _kept(node):
@@ -183,7 +183,7 @@ def _is_hidden(value: Any) -> bool:
 
 @torch.enable_grad()
 def _ignores_them(node: Any) -> bool:
-    """Whether a Function's results stay what they are when the numbers that it keeps without a graph change."""
+    """Tell whether a Function's results stay the same when numbers change that it keeps without a graph."""
     if dist.is_available() and dist.is_initialized():
         return False  # its backward may wait for other ranks
     attributes = {name: _changed(value) for name, value in node.__dict__.items() if _is_hidden(value)}
@@ -204,13 +204,13 @@ def _has_arrays(node: Any) -> bool:
 
 
 def _changed(tensor: Tensor) -> Tensor:
-    """Other numbers of about the same size."""
+    """Return other numbers of about the same size."""
     factors = torch.linspace(1.03, 1.1, tensor.numel(), dtype=torch.float64, device=tensor.device)
     return tensor * factors.to(tensor.dtype).view(tensor.shape)
 
 
 def _is_mask(tensor: Tensor) -> bool:
-    """Whether there are zeros and one other number."""
+    """Tell whether there are zeros and one other number."""
     if type(tensor) not in (Tensor, torch.nn.Parameter) or tensor.is_meta or tensor.numel() < 2:
         return False
     zero, size = tensor == 0, tensor.detach().abs()
@@ -219,7 +219,7 @@ def _is_mask(tensor: Tensor) -> bool:
 
 @torch.enable_grad()
 def _forgets(node: Any, graph: Graph, *, whole: bool) -> str | None:
-    """Whether a Function's results depend on what it keeps, or if ``whole`` on the gradient, but not by their graph.
+    """Tell whether results depend on what is kept, or if ``whole`` on the gradient, but not by their graph.
 
     Its backward is called once more with copies of both.
     """
@@ -256,7 +256,7 @@ def _forgets(node: Any, graph: Graph, *, whole: bool) -> str | None:
 def _call(
     node: Any, saved: Sequence[Tensor | None], grads: Sequence[Tensor], attributes: Mapping[str, Tensor] | None = None
 ) -> list[Tensor]:
-    """What a Function's backward returns, given these saved tensors, and attributes in the place of its own."""
+    """Call a Function's backward with these saved tensors, and attributes in the place of its own."""
     own = {**node.__dict__, **(attributes or {})}
     context = SimpleNamespace(**own, saved_tensors=tuple(saved), needs_input_grad=node.needs_input_grad)
     results = node._forward_cls.backward(context, *grads)

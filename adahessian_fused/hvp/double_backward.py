@@ -47,12 +47,12 @@ NEEDS_FUNCTION = (
 
 
 def differentiable(grads: Sequence[Tensor | None]) -> list[int]:
-    """Indices of the gradients that can be differentiated again; the others have a zero Hessian row or no graph."""
+    """Return indices of the gradients to differentiate again; others have a zero Hessian row or no graph."""
     return [i for i, grad in enumerate(grads) if grad is not None and grad.requires_grad]
 
 
 def has_graph(grads: Iterable[Tensor]) -> bool:
-    """Whether any of the gradients can be differentiated again."""
+    """Tell whether any of the gradients can be differentiated again."""
     return any(map(_REQUIRES_GRAD, grads))
 
 
@@ -64,7 +64,7 @@ def hessian_vector_product(
     retain_graph: bool = False,
     precision: Precision | None = None,
 ) -> tuple[Tensor | None, ...]:
-    """Hz for the probe z, as the gradient of <g, z>.
+    """Compute Hz for the probe z, as the gradient of <g, z>.
 
     Args:
         grads: gradients with their graph, for parameters that have one.
@@ -87,7 +87,7 @@ def hessian_vector_product(
 
 @contextlib.contextmanager
 def without_hooks(params: Sequence[Tensor]) -> Iterator[None]:
-    """Inside it the parameters' hooks do not run: they are about gradients, and have seen them."""
+    """Silence the parameters' hooks: they are about gradients, and have seen them."""
     silenced = [(p._backward_hooks, dict(p._backward_hooks)) for p in params if p._backward_hooks]
     for hooks, _ in silenced:
         hooks.clear()
@@ -101,7 +101,7 @@ def without_hooks(params: Sequence[Tensor]) -> Iterator[None]:
 def first_order(
     loss: Tensor, params: Sequence[Tensor], gradient: Tensor | None, graph: Graph | None = None
 ) -> list[Tensor | None]:
-    """Gradients of the loss with their graph; None for parameters the loss does not depend on.
+    """Compute gradients of the loss with their graph; None for parameters the loss does not depend on.
 
     Args:
         loss: what to differentiate.
@@ -176,7 +176,7 @@ def run_post_accumulate_hooks(params: Sequence[Tensor], grads: Sequence[Tensor |
 
 
 def _accumulate_parts(params: Sequence[Tensor], parts: Sequence[Tensor | None]) -> None:
-    """The same for sharded parameters and this rank's part of their gradients."""
+    """Do the same for sharded parameters and this rank's part of their gradients."""
     for p, part in zip(params, parts, strict=True):
         if part is not None and p.grad is not None:
             p.grad.add_(joined(part, p))

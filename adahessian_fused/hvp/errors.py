@@ -32,7 +32,7 @@ _FRIENDLY = ("scaled_dot_product", "embedding_bag", "torch.compile")
 
 
 def operator_in(message: str) -> str | None:
-    """The operator that an error of torch says cannot be differentiated; None if it says nothing of that kind."""
+    """Find the operator that an error of torch says cannot be differentiated; None if it says nothing of the kind."""
     for pattern in _NOT_IMPLEMENTED:
         found = re.search(pattern, message)
         if found is not None:
@@ -41,7 +41,7 @@ def operator_in(message: str) -> str | None:
 
 
 def explanation(operator: str, strategy: str) -> str:
-    """What the operator lacks for a strategy, and what to do about it."""
+    """Return what the operator lacks for a strategy, and what to do about it."""
     ways = [
         'AdaHessian(..., hvp="finite_difference"), which takes first-order gradients only, for a smooth model',
         f'hvp="{_OTHER[strategy]}", if that knows the operator',

@@ -35,14 +35,14 @@ off by 7e-11 (float64), 5e-5 (float32), 1e-2 (float16) and 4e-2 (bfloat16). A po
 
 
 def epsilon_of(dtypes: Iterable[torch.dtype]) -> float:
-    """Distance of the pair for parameters of these dtypes: one number for all, that of the coarsest dtype.
+    """Return the distance of the pair for parameters of these dtypes: one for all, that of the coarsest dtype.
 
     Different distances would not give the product with z, but with another vector.
     """
     return max(EPSILON[dtype] for dtype in dtypes)
 
 
-class Moves:
+class Perturbation:
     """Moves parameters along a probe, one launch of ``perturb`` for each device and dtype, and puts them back.
 
     Whatever interrupts a move, :meth:`put_back` finds the values that were there before: they are taken down before
@@ -102,7 +102,7 @@ class Moves:
         self._noted = False
 
     def by_kind(self) -> list[list[Tensor]]:
-        """The parameters, those of one device and dtype together."""
+        """Return the parameters, those of one device and dtype together."""
         return [[entry.param.detach() for entry in members] for _, members, _, _ in self._work]
 
     def _launch(
@@ -209,7 +209,7 @@ class FiniteDifference:
         self._params, self._evaluate, self._given = params, evaluate, epsilon
         self._dtypes = {entry.param.dtype for entry in entries}
         self._locals = [entry.param for entry in entries]
-        self._moves = Moves(entries, backends, probe=probe, seed=seed)
+        self._perturbation = Perturbation(entries, backends, probe=probe, seed=seed)
         self._replay = Replay()
         self._habits = _HABITS.setdefault(params[0], _Habits())
         self._written = False  # once, where the parameters are
@@ -218,7 +218,7 @@ class FiniteDifference:
         return self
 
     def __exit__(self, *error: object) -> None:
-        self._moves.put_back()
+        self._perturbation.put_back()
         self._replay.forget_gathered()
 
     @property
@@ -237,12 +237,12 @@ class FiniteDifference:
         for _ in range(MOST_REPETITIONS):
             if self._habits.writes and not self._written:
                 self._replay(self._gradients)
-                self._moves.note_anew()
+                self._perturbation.note_anew()
                 self._written = True
             epsilon = self._epsilon
             plus_point = self._at(epsilon, sample)
             minus_point = None if plus_point is None else self._at(-epsilon, sample)
-            self._moves.put_back()
+            self._perturbation.put_back()
             if plus_point is not None and minus_point is not None:
                 break
         else:
@@ -266,8 +266,8 @@ class FiniteDifference:
         return [first, second], grads, products
 
     def _at(self, distance: float, sample: int) -> tuple[Any, list[Tensor | None]] | None:
-        """Value and gradients at p + distance * z; None if it turned out to be something else."""
-        self._moves.to(distance, sample)
+        """Compute value and gradients at p + distance * z; return None if it turned out to be something else."""
+        self._perturbation.to(distance, sample)
         held = self._marks()
         with contextlib.ExitStack() as stack:
             if self._habits.writes:
@@ -283,8 +283,8 @@ class FiniteDifference:
         return (value, grads) if abs(distance) == self._epsilon else None
 
     def _marks(self) -> tuple[list[tuple[int, int]], list[Tensor]]:
-        """What changes if parameters are written to, as far as possible without reading all of them twice."""
-        norms = [torch.stack(torch._foreach_norm(params)) for params in self._moves.by_kind()]
+        """Return what changes if parameters are written to, as far as can be without reading all of them twice."""
+        norms = [torch.stack(torch._foreach_norm(params)) for params in self._perturbation.by_kind()]
         return [(p._version, p.data_ptr()) for p in self._locals], norms
 
     def _gradients(self) -> tuple[Any, list[Tensor | None]]:

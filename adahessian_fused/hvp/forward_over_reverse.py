@@ -20,7 +20,7 @@ from .replay import Replay
 
 @contextlib.contextmanager
 def tangents(params: Sequence[Tensor], z: Sequence[Tensor]) -> Iterator[None]:
-    """Inside it, the parameters themselves are dual numbers p + z * epsilon.
+    """Make dual numbers p + z * epsilon of the parameters themselves.
 
     The very tensors get the tangents, by a copy onto themselves, so every model, closure and tied weight sees them
     without being told; values stay, and the end of the dual level takes the tangents away.
@@ -39,7 +39,7 @@ def tangents(params: Sequence[Tensor], z: Sequence[Tensor]) -> Iterator[None]:
 def gradient_and_product(
     loss: Tensor, params: Sequence[Tensor], gradient: Tensor | None
 ) -> tuple[list[Tensor | None], list[Tensor | None]]:
-    """Gradients of a loss that was computed inside :func:`tangents`, and their tangents, which are Hz.
+    """Return the gradients of a loss computed inside :func:`tangents`, and their tangents, which are Hz.
 
     Some backward operators (SiLU's, group normalisation's) have a forward-mode derivative only in the form that
     autograd takes when it is to be differentiated again; they are tried in that form if the usual one fails.

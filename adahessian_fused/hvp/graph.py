@@ -24,7 +24,7 @@ _roles: dict[type, int] = {}  # of nodes, by their type; those of Functions come
 
 
 def explore(roots: Iterable[Tensor]) -> Graph:
-    """The graph that tensors have."""
+    """Return the graph that tensors have."""
     # A loss may be a parameter itself.
     graph = Graph(set(), [root for root in roots if root.grad_fn is None and root.requires_grad], [])
     seen, found = graph.nodes, [root.grad_fn for root in roots if root.grad_fn is not None]
@@ -54,7 +54,7 @@ def _role(kind: type) -> int:
 
 
 def nodes(roots: Sequence[Node], boundary: Collection[Node] = ()) -> Iterator[Node]:
-    """Every node that can be reached from ``roots``, once; of ``boundary`` only the first, and nothing behind it."""
+    """Yield every node that can be reached from ``roots``, once; of ``boundary`` the first only."""
     seen, found = set(roots), list(roots)
     while found:
         node = found.pop()

@@ -44,7 +44,7 @@ class InterceptBackward(TorchFunctionMode):
             self._backward(loss, gradient=gradient, retain_graph=bool(retain_graph))
 
 
-class Onlooker:
+class BackwardObserver:
     """Told about every call of ``torch.autograd.backward``, which ``Tensor.backward`` ends in, while it watches.
 
     That function is replaced as long as somebody watches.
@@ -53,31 +53,31 @@ class Onlooker:
     def watch(self) -> None:
         """Begin."""
         global _original
-        _onlookers.add(self)
+        _observers.add(self)
         if torch.autograd.backward is not _backward:
             _original, torch.autograd.backward = torch.autograd.backward, _backward
 
     def close(self) -> None:
         """End."""
-        _onlookers.discard(self)
-        if not _onlookers and torch.autograd.backward is _backward:
+        _observers.discard(self)
+        if not _observers and torch.autograd.backward is _backward:
             torch.autograd.backward = _original
 
     def before(self, tensors: Any) -> Any:
-        """Before a pass from these tensors; what is returned goes to :meth:`after`."""
+        """Look before a pass from these tensors; what is returned goes to :meth:`after`."""
 
     def after(self, before: Any) -> None:
-        """After a pass that has not failed."""
+        """Look after a pass that has not failed."""
 
 
-_onlookers: weakref.WeakSet[Onlooker] = weakref.WeakSet()
+_observers: weakref.WeakSet[BackwardObserver] = weakref.WeakSet()
 _original = torch.autograd.backward
 
 
 def _backward(tensors: Any, *args: Any, **kwargs: Any) -> None:
-    seen = [(onlooker, onlooker.before(tensors)) for onlooker in list(_onlookers)]
+    seen = [(observer, observer.before(tensors)) for observer in list(_observers)]
     _original(tensors, *args, **kwargs)
-    for onlooker, before in seen:
-        onlooker.after(before)
+    for observer, before in seen:
+        observer.after(before)
     if not seen and torch.autograd.backward is _backward:  # they are all gone, without a word
         torch.autograd.backward = _original

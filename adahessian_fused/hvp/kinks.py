@@ -25,7 +25,7 @@ _MAX = 2  # mode of embedding bags
 
 
 def kinks(loss: Tensor) -> list[str]:
-    """What in a loss has kinks, or may have since only its author knows: operators and functions, by their names."""
+    """Find what in a loss has kinks, or may have for all its author tells: operators and functions, by names."""
     graph = explore([loss])
     names = {name for node in graph.nodes if (name := _kinked(node)) is not None}
     names.update(_name(node) for node in graph.functions if not hasattr(node, "operator"))
@@ -37,7 +37,7 @@ def _name(node: Node) -> str:
 
 
 def _kinked(node: Any) -> str | None:
-    """Its name if the operator of a node has kinks."""
+    """Return the name of a node's operator if it has kinks."""
     operator = getattr(node, "operator", None)  # of curvature_friendly()
     if operator is not None:
         name = type(operator).__name__

@@ -27,7 +27,7 @@ _PLAIN = (Tensor, torch.nn.Parameter, FakeTensor)
 
 
 def second_pass(precision: Precision | None, grads: Sequence[Tensor]) -> contextlib.AbstractContextManager[Any]:
-    """Where ``grads`` are differentiated again: the context in which products of float32 numbers take this precision.
+    """Enter the context in which ``grads`` are differentiated again: products of float32 numbers in this precision.
 
     Args:
         precision: None, ``torch.bfloat16`` or "tf32", as ``hvp_dtype`` of :class:`~adahessian_fused.AdaHessian`.
@@ -101,7 +101,7 @@ class LowPrecisionProducts(TorchDispatchMode):
         return compute(self, func, *args, **(kwargs or {}))
 
     def low(self, t: Tensor, memory_format: torch.memory_format | None = None) -> Tensor:
-        """The tensor in the lower precision, from before if it has been rounded already."""
+        """Return the tensor in the lower precision, from before if it has been rounded already."""
         if type(t) not in _PLAIN or t._is_zerotensor():
             return _to(t, self.dtype, memory_format)
         shape, stride, storage = t.shape, t.stride(), t.untyped_storage()
@@ -118,7 +118,7 @@ class LowPrecisionProducts(TorchDispatchMode):
         return known[1].permute(sorted(range(len(order)), key=order.__getitem__))
 
     def wide(self, t: Tensor) -> Tensor:
-        """A result in float32, each column times a factor of its own in 1 -+ half a unit roundoff.
+        """Return a result in float32, each column times a factor of its own in 1 -+ half a unit roundoff.
 
         The factors are different for every product: multiples of the golden ratio, spread evenly and without state.
         """
@@ -144,7 +144,7 @@ def _product(mode: LowPrecisionProducts, func: Callable[..., Tensor], a: Tensor,
 def _added(
     product: Callable[..., Tensor], mode: LowPrecisionProducts, func: Callable[..., Tensor], *args: Any, **kw: Any
 ) -> Tensor:
-    """``beta * c + alpha * a @ b``; the sum is one of float32 numbers."""
+    """Return ``beta * c + alpha * a @ b``; the sum is one of float32 numbers."""
     c, a, b = args
     beta, alpha = kw.get("beta", 1), kw.get("alpha", 1)
     found = _product(mode, product, a, b)
@@ -183,7 +183,7 @@ def _like(found: Tensor, low: Tensor, outside: torch.memory_format) -> Tensor:
 
 
 def _formats(x: Tensor, weight: Tensor) -> tuple[torch.memory_format | None, torch.memory_format]:
-    """The memory formats in which a convolution is computed and returned.
+    """Return the memory formats in which a convolution is computed and returned.
 
     oneDNN's convolutions of 16-bit numbers are up to three times as fast in channels_last.
     """
@@ -214,7 +214,7 @@ _PRODUCTS: dict[Callable[..., Any], tuple[int, int, Callable[..., Any]]] = {
 
 @contextlib.contextmanager
 def tf32() -> Iterator[None]:
-    """Inside it, CUDA's products and convolutions of float32 numbers use TF32: factors of 10 bits, sums of 23."""
+    """Use TF32 for CUDA's products and convolutions of float32 numbers: factors of 10 bits, sums of 23."""
     switches = torch.backends.cuda.matmul, torch.backends.cudnn.conv  # type: ignore[attr-defined]
     before = [switch.fp32_precision for switch in switches]
     try:
@@ -228,7 +228,7 @@ def tf32() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _full_accumulation() -> Iterator[None]:
-    """Inside it, cuBLAS adds up parts of bfloat16 products in float32."""
+    """Have cuBLAS add up parts of bfloat16 products in float32."""
     matmul, name = torch.backends.cuda.matmul, "allow_bf16_reduced_precision_reduction"
     before = getattr(matmul, name)
     if hasattr(matmul, f"{name}_split_k"):
@@ -241,7 +241,7 @@ def _full_accumulation() -> Iterator[None]:
 
 
 def bfloat16_gain(n: int = 384, repeats: int = 7) -> float:
-    """How many times as fast as float32's this processor's products of bfloat16 numbers are; measured in milliseconds.
+    """Measure how many times as fast as float32's this processor's products of bfloat16 numbers are, in milliseconds.
 
     It is near 2 with instructions for them (AVX512_BF16), more with matrix units (AMX), and below 1 without.
     """

@@ -18,7 +18,7 @@ T = TypeVar("T")
 
 
 def mean_of(values: list[Any]) -> Any:
-    """The mean of what several evaluations returned: tensors and numbers; of anything else the first."""
+    """Average what several evaluations returned: tensors and numbers; of anything else return the first."""
     if all(isinstance(value, (Tensor, float)) for value in values):
         return sum(values[1:], start=values[0]) / len(values)
     return values[0]
@@ -93,7 +93,7 @@ class Replay:
         self.precision: torch.dtype | None = None
 
     def __call__(self, function: Callable[[], T]) -> T:
-        """What the function returns."""
+        """Return what the function returns."""
         if self._called:
             if self._drawn:
                 torch.set_rng_state(self._cpu)
@@ -123,7 +123,7 @@ class Replay:
             module.reshard()
 
     def _moved(self) -> bool:
-        """Whether a generator has moved on."""
+        """Tell whether a generator has moved on."""
         now = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
         before = [self._cpu, *(self._cuda or now)]
         return not all(map(torch.equal, before, [torch.get_rng_state(), *now]))

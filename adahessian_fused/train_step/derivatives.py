@@ -35,7 +35,7 @@ class OfModel:
         self.model, self.loss_fn = model, loss_fn
 
     def __call__(self, inputs: Any, targets: Any) -> Any:
-        """The loss; inputs may be one argument of the model, or a tuple or mapping of several."""
+        """Return the loss; inputs may be one argument of the model, or a tuple or mapping of several."""
         if isinstance(inputs, Mapping):
             outputs = self.model(**inputs)
         else:
@@ -43,7 +43,7 @@ class OfModel:
         return self.loss_fn(outputs, targets)
 
 
-class Whole(nn.Module):
+class LossModule(nn.Module):
     """A loss function and the modules it uses."""
 
     def __init__(self, loss_fn: Callable[..., Any], modules: Sequence[nn.Module]) -> None:
@@ -53,7 +53,7 @@ class Whole(nn.Module):
         self.tracing = False
 
     def forward(self, *batch: Any) -> Any:
-        """What the loss function returns."""
+        """Return what the loss function returns."""
         if not self.tracing:
             return self._loss_fn[0](*batch)
         # What torch.compile was told of is traced as it was before.
@@ -61,7 +61,7 @@ class Whole(nn.Module):
             return self._loss_fn[0](*batch)
 
     def places(self) -> dict[int, tuple[Tensor, list[str]]]:
-        """Each parameter and buffer, by its id, and the names of all places where it is."""
+        """Return each parameter and buffer, by its id, and the names of all places where it is."""
         found: dict[int, tuple[Tensor, list[str]]] = {}
         for prefix, module in self.named_modules():  # one that is registered twice comes once
             for name, tensor in (*module._parameters.items(), *module._buffers.items()):
@@ -78,7 +78,7 @@ class Constant(NamedTuple):
 
 
 def loss_in(value: Any) -> Tensor:
-    """The loss in what a loss function returned: a tensor, or the first of several, or the one called "loss"."""
+    """Find the loss in what a loss function returned: a tensor, the first of several, or the one called "loss"."""
     loss = value
     if isinstance(value, Mapping):
         loss = value.get("loss")
@@ -95,7 +95,7 @@ def loss_in(value: Any) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Kind:
+class StepSpec:
     """Everything but numbers that decides what a step computes: steps of one kind can share a graph.
 
     What :mod:`surroundings` does not see of what Python code looks at is not among it.
@@ -176,7 +176,7 @@ class Kind:
 
 
 def _joined(first: Any, rest: Any, share: float) -> Any:
-    """What the loss function returns for both parts: means of scalars, other tensors one after the other."""
+    """Join what the loss function returns for both parts: means of scalars, other tensors one after the other."""
     leaves, structure = flatten(first)
     both = zip(leaves, flatten(rest)[0], strict=True)
     return structure.unflatten([_both(a, b, share) if isinstance(a, Tensor) else a for a, b in both])
@@ -189,13 +189,13 @@ def _both(a: Tensor, b: Tensor, share: float) -> Tensor:
 
 
 def _mean(a: Tensor | None, b: Tensor | None, share: float) -> Tensor | None:
-    """Mean of two gradients, ``share`` the weight of the first; None is zero."""
+    """Average two gradients, ``share`` the weight of the first; None is zero."""
     if a is not None and b is not None:
         return a.lerp(b, 1 - share)
     return a * share if a is not None else None if b is None else b * (1 - share)
 
 
-class Flat:
+class FlatFunction:
     """A kind of step as a function from a list of tensors to a list of tensors, for tracing and capturing.
 
     Inputs: the parameters, the modules' other parameters and buffers (updated in place), the probes of each sample for
@@ -203,20 +203,20 @@ class Flat:
     the outputs are.
 
     Args:
-        kind: the kind of step.
-        whole: the loss function.
+        spec: what the step computes.
+        module: the loss function.
         params: the parameters to differentiate by; those that are in no module are taken as they are.
     """
 
-    def __init__(self, kind: Kind, whole: Whole, params: Sequence[Tensor]) -> None:
-        places = whole.places()
-        self.kind, self._whole = kind, whole
+    def __init__(self, spec: StepSpec, module: LossModule, params: Sequence[Tensor]) -> None:
+        places = module.places()
+        self.spec, self._module = spec, module
         self._params = [(p, places.pop(id(p), (p, []))[1]) for p in params]
         self._others = [names for _, names in places.values()]
         self.found: Derivatives | None = None  # with None or anything else in the place of tensors
 
     def __call__(self, *tensors: Tensor) -> list[Tensor]:
-        """What the loss function returned, gradients and products, those that there are."""
+        """Return what the loss function returned, gradients and products, those that there are."""
         rest = list(tensors)
 
         def take(n: int) -> list[Tensor]:
@@ -224,22 +224,22 @@ class Flat:
             del rest[:n]
             return taken
 
-        kind, params = self.kind, []
+        spec, params = self.spec, []
         state: dict[str, Tensor] = {}
         for (p, names), given in zip(self._params, take(len(self._params)), strict=True):
             params.append(given.detach().requires_grad_() if names else p)
             state |= dict.fromkeys(names, params[-1])
         for names, given in zip(self._others, take(len(self._others)), strict=True):
             state |= dict.fromkeys(names, given)
-        probes = [dict(zip(kind.due, take(len(kind.due)), strict=True)) for _ in range(kind.n_samples)]
-        scale = take(1)[0] if kind.scaled else None
+        probes = [dict(zip(spec.due, take(len(spec.due)), strict=True)) for _ in range(spec.n_samples)]
+        scale = take(1)[0] if spec.scaled else None
         # Each a leaf that requires grad if the batch's does.
-        leaves = iter(t.detach().requires_grad_(wanted) for t, (*_, wanted) in zip(rest, kind.tensors, strict=True))
-        batch = [c.value if isinstance(c, Constant) else next(leaves) for c in kind.constants]
-        d = kind.differentiate(
-            lambda *batch: functional_call(self._whole, state, batch, tie_weights=False),
+        leaves = iter(t.detach().requires_grad_(wanted) for t, (*_, wanted) in zip(rest, spec.tensors, strict=True))
+        batch = [c.value if isinstance(c, Constant) else next(leaves) for c in spec.constants]
+        d = spec.differentiate(
+            lambda *batch: functional_call(self._module, state, batch, tie_weights=False),
             params,
-            kind.structure.unflatten(batch),
+            spec.structure.unflatten(batch),
             lambda numbers, sample: [probes[sample][i] for i in numbers],
             scale,
         )
@@ -254,11 +254,11 @@ class Flat:
         ]
 
     def unpack(self, outputs: Sequence[Tensor]) -> Derivatives:
-        """The outputs in their places; the results are copies, since a captured graph overwrites its own."""
+        """Put the outputs in their places; the results are copies, since a captured graph overwrites its own."""
         rest = iter(outputs)
         template, structure = self.found.result
         result = structure.unflatten([x.value if isinstance(x, Constant) else next(rest).clone() for x in template])
         grads = [None if g is None else next(rest) for g in self.found.grads]
-        n_samples = self.kind.n_samples if self.found.probed else 0
+        n_samples = self.spec.n_samples if self.found.probed else 0
         products = [[next(rest) for _ in self.found.probed] for _ in range(n_samples)]
         return Derivatives(result, grads, self.found.probed, products)

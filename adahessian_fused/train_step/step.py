@@ -17,9 +17,8 @@ from torch.optim import Optimizer
 
 from ..fraction import flatten
 from ..optimizer import AdaHessian
-from .compiled import Compiled
-from .cuda_graph import Captured
-from .derivatives import Constant, Derivatives, Flat, Kind, OfModel, Whole
+from .derivatives import Constant, LossModule, OfModel, StepSpec
+from .graph import Graph
 from .surroundings import (
     CONSTANTS,
     attributes_kept,
@@ -141,25 +140,25 @@ class TrainStep:
             raise ValueError(f'cuda_graph={cuda_graph!r}; expected True, False or "auto"')
         self.model, self.loss_fn, self.optimizer = model, loss_fn, optimizer
         self.compile, self.cuda_graph, self.grad_scaler = compile, cuda_graph, grad_scaler
-        self._whole = self._put_together(modules)
-        self._graphs: dict[Kind, _Graph | None] = {}  # None: it cannot be made
-        self._seen: Counter[Kind] = Counter()
+        self._module = self._put_together(modules)
+        self._graphs: dict[StepSpec, Graph | None] = {}  # None: it cannot be made
+        self._seen: Counter[StepSpec] = Counter()
         self._numbers: dict[int, Any] = {}  # numbers among the leaves of a batch, as they were first
         self._as_constants = False  # the loss cannot do with tensors in their place
         self._written: set[Any] = set()  # attributes that Python code writes, and so no surroundings
         self._met: dict[int, Any] = {}  # surroundings by number
         self._failure, self._said = "", False
 
-    def _put_together(self, modules: Sequence[nn.Module] | None) -> Whole:
+    def _put_together(self, modules: Sequence[nn.Module] | None) -> LossModule:
         params = [p for group in self.optimizer.param_groups for p in group["params"]]
         if self.model is None:
             found = modules_around(self.loss_fn, params) if modules is None else modules
-            return Whole(self.loss_fn, outermost(found))
+            return LossModule(self.loss_fn, outermost(found))
         # A compiled model cannot be differentiated twice; what it was made of can.
         model = getattr(self.model, "_orig_mod", self.model)
         rest = set(map(id, params)).difference(map(id, model.parameters()))
         found = modules_around(self.loss_fn, [p for p in params if id(p) in rest]) if modules is None else modules
-        return Whole(OfModel(model, self.loss_fn), outermost([model, *found]))
+        return LossModule(OfModel(model, self.loss_fn), outermost([model, *found]))
 
     @property
     def hessian_fraction(self) -> float:
@@ -167,14 +166,14 @@ class TrainStep:
         return self.optimizer.param_groups[0]["hessian_fraction"]
 
     def __repr__(self) -> str:
-        made = ["with" if kind.due else "without" for kind, graph in self._graphs.items() if graph is not None]
+        made = ["with" if spec.due else "without" for spec, graph in self._graphs.items() if graph is not None]
         graphs = ", ".join(f"{count} {which} curvature" for which, count in Counter(made).items())
         name = getattr(self.loss_fn, "__qualname__", type(self.loss_fn).__name__)
         model = "" if self.model is None else f"{type(self.model).__name__}, "
         return f"TrainStep({model}{name}, {type(self.optimizer).__name__}; graphs: {graphs or 'none'})"
 
     def __getstate__(self) -> dict[str, Any]:
-        """Everything but the graphs, which are made anew."""
+        """Return everything but the graphs, which are made anew."""
         empty: dict[str, Any] = {"_graphs": {}, "_seen": Counter(), "_met": {}, "_written": set()}
         return self.__dict__ | empty
 
@@ -189,32 +188,32 @@ class TrainStep:
     def _step(self, batch: tuple[Any, ...], *, graphs: bool) -> Any:
         opt = self.optimizer
         opt.zero_grad()
-        params = opt.layout.trained()
+        params = [p for _, p in opt.layout.trained()]
         if not params:
             raise RuntimeError("no parameter of the optimizer requires grad")
         scale = None
         if self.grad_scaler is not None and self.grad_scaler.is_enabled():
-            scale = self.grad_scaler.scale(torch.ones((), device=params[0][1].device))
-        capture = params[0][1].is_cuda if self.cuda_graph == "auto" else bool(self.cuda_graph)
+            scale = self.grad_scaler.scale(torch.ones((), device=params[0].device))
+        capture = params[0].is_cuda if self.cuda_graph == "auto" else bool(self.cuda_graph)
         graphs = graphs and (capture or self.compile)
-        kind, tensors = self._kind(params, batch, scaled=scale is not None)
+        spec, tensors = self._spec(params, batch, scaled=scale is not None)
         graph, draw = None, _Probes(opt, params)
         if graphs:
-            graph, tensors = self._graph(params, batch, kind, tensors, scale, capture=capture)
+            graph, tensors = self._graph(params, batch, spec, tensors, scale, capture=capture)
         if graph is not None:
             found = graph(params, draw, scale, tensors)
         else:
             before = self._looked_at() if graphs else {}
-            found = kind.differentiate(self._whole, [p for _, p in params], batch, draw, scale)
+            found = spec.differentiate(self._module, params, batch, draw, scale)
             self._written |= written_since(before, self._looked_at()) if graphs else set()
         if all(grad is None for grad in found.grads):
-            shapes = ", ".join(str(tuple(p.shape)) for _, p in params[:3])
+            shapes = ", ".join(str(tuple(p.shape)) for p in params[:3])
             raise RuntimeError(
                 f"parameters of shape {shapes}{', ...' if params[3:] else ''} are the optimizer's, but not in model or "
                 "loss_fn, and nothing would be trained; expected an optimizer of parameters that the loss depends on"
             )
         with torch.no_grad():
-            probed = [params[i][1] for i in found.probed]
+            probed = [params[i] for i in found.probed]
             opt.coming_step.take(found.grads, probed, draw.drawn, found.products)
         if scale is None:
             opt.step()
@@ -223,14 +222,14 @@ class TrainStep:
             self.grad_scaler.update()
         return found.result
 
-    def _kind(self, params: Sequence[tuple[int, Tensor]], batch: Any, *, scaled: bool) -> tuple[Kind, list[Tensor]]:
-        """What kind of step is coming, its surroundings left out, and the tensors of its batch."""
-        due, device = self.optimizer.coming_step.schedule.due(), params[0][1].device
+    def _spec(self, params: Sequence[Tensor], batch: Any, *, scaled: bool) -> tuple[StepSpec, list[Tensor]]:
+        """Return what the coming step computes, its surroundings left out, and the tensors of its batch."""
+        due, device = self.optimizer.coming_step.schedule.due(), params[0].device
         leaves, structure = flatten(batch)
         constants = tuple(self._constant(i, leaf) for i, leaf in enumerate(leaves))
         tensors = _tensors(leaves, constants, device)
-        kind = Kind(
-            due=tuple(i for i, (n, _) in enumerate(params) if due[n]),
+        spec = StepSpec(
+            due=tuple(i for i, (n, _) in enumerate(self.optimizer.layout.trained()) if due[n]),
             n_samples=self.optimizer.param_groups[0]["n_samples"],
             hvp_dtype=self.optimizer.param_groups[0]["hvp_dtype"],
             fraction=self.hessian_fraction,
@@ -243,10 +242,10 @@ class TrainStep:
             constants=constants,
             tensors=tuple(map(described, tensors)),
         )
-        return kind, tensors
+        return spec, tensors
 
     def _constant(self, i: int, leaf: Any) -> Any:
-        """What leaf number i of the batch is to a graph: a tensor, a number given as one, or a constant."""
+        """Return what leaf number i of the batch is to a graph: a tensor, a number given as one, or a constant."""
         if isinstance(leaf, Tensor):
             return Tensor
         if type(leaf) not in (int, float) or self._as_constants:
@@ -256,12 +255,12 @@ class TrainStep:
 
     # ---- graphs ------------------------------------------------------------------------------------------------------
 
-    def _surroundings(self, params: Sequence[tuple[int, Tensor]]) -> int:
-        """The number of the present surroundings among those that have been met."""
-        trained, seen = [p for _, p in params], self._looked_at()
+    def _surroundings(self, params: Sequence[Tensor]) -> int:
+        """Return the number of the present surroundings among those that have been met."""
+        seen = self._looked_at()
         for owner, name in self._written:
             seen.get(owner, {}).pop(name, None)
-        now = (settings(), list(map(id, trained)), of_modules(walk(self._whole), trained), seen)
+        now = (settings(), list(map(id, params)), of_modules(walk(self._module), params), seen)
         for number, met in reversed(self._met.items()):
             if met == now:
                 return number
@@ -272,57 +271,57 @@ class TrainStep:
         return number
 
     def _looked_at(self) -> dict[Any, Any]:
-        return seen_by(walk(self._whole), self.loss_fn)
+        return seen_by(walk(self._module), self.loss_fn)
 
     def _graph(
         self,
-        params: Sequence[tuple[int, Tensor]],
+        params: Sequence[Tensor],
         batch: Any,
-        kind: Kind,
+        spec: StepSpec,
         tensors: list[Tensor],
         scale: Tensor | None,
         *,
         capture: bool,
-    ) -> tuple[_Graph | None, list[Tensor]]:
-        """The graph for a kind of step, None if it is to run eagerly, and the tensors of the batch for it."""
-        if not self._can_be_in_a_graph(kind, batch):
+    ) -> tuple[Graph | None, list[Tensor]]:
+        """Return the graph for a step, None if it is to run eagerly, and the tensors of the batch for it."""
+        if not self._can_be_in_a_graph(spec, batch):
             return None, tensors
-        kind = replace(kind, surroundings=self._surroundings(params))
-        if kind in self._graphs:
-            graph = self._graphs[kind]
+        spec = replace(spec, surroundings=self._surroundings(params))
+        if spec in self._graphs:
+            graph = self._graphs[spec]
             if graph is None or graph.fits(params):
                 return graph, tensors
-        self._seen[kind] += 1
-        first_of_its_order = not any(bool(k.due) == bool(kind.due) for k in self._graphs)
-        if not first_of_its_order and self._seen[kind] <= EAGER_BEFORE and kind not in self._graphs:
+        self._seen[spec] += 1
+        first_of_its_order = not any(bool(k.due) == bool(spec.due) for k in self._graphs)
+        if not first_of_its_order and self._seen[spec] <= EAGER_BEFORE and spec not in self._graphs:
             return None, tensors
-        if len(self._graphs) >= MAX_GRAPHS and kind not in self._graphs:
-            if self._seen[kind] == EAGER_BEFORE + 1:
+        if len(self._graphs) >= MAX_GRAPHS and spec not in self._graphs:
+            if self._seen[spec] == EAGER_BEFORE + 1:
                 warnings.warn(
                     f"TrainStep has made {MAX_GRAPHS} graphs, for as many kinds of steps (shapes of the batch, modes "
                     "of modules, groups that are due, numbers in Python); steps of further kinds run eagerly",
                     stacklevel=5,
                 )
             return None, tensors
-        graph = self._make(params, kind, tensors, scale, capture=capture)
-        if graph is None and not self._as_constants and {int, float}.intersection(kind.constants):
+        graph = self._make(params, spec, tensors, scale, capture=capture)
+        if graph is None and not self._as_constants and {int, float}.intersection(spec.constants):
             # Some of the loss is nothing for tensors: numbers are a part of the kind from now on.
             self._as_constants = True
             self._graphs = {k: g for k, g in self._graphs.items() if not {int, float}.intersection(k.constants)}
-            kind, tensors = self._kind(params, batch, scaled=scale is not None)
-            return self._graph(params, batch, kind, tensors, scale, capture=capture)
+            spec, tensors = self._spec(params, batch, scaled=scale is not None)
+            return self._graph(params, batch, spec, tensors, scale, capture=capture)
         if graph is None:
             warnings.warn(
                 f"TrainStep runs this kind of step eagerly, because it cannot be "
                 f"{'captured as a CUDA graph' if capture else 'compiled'}: {self._failure}",
                 stacklevel=5,
             )
-        self._graphs[replace(kind, surroundings=self._surroundings(params))] = graph
+        self._graphs[replace(spec, surroundings=self._surroundings(params))] = graph
         return graph, tensors
 
-    def _can_be_in_a_graph(self, kind: Kind, batch: Any) -> bool:
-        """Whether the batch is such that steps like this one are the same; warns once if not."""
-        others = [c.kind.__name__ for c in kind.constants if isinstance(c, Constant) and not _is_constant(c.value)]
+    def _can_be_in_a_graph(self, spec: StepSpec, batch: Any) -> bool:
+        """Tell whether steps with such a batch are alike; warn once if not."""
+        others = [c.kind.__name__ for c in spec.constants if isinstance(c, Constant) and not _is_constant(c.value)]
         derived = any(isinstance(leaf, Tensor) and leaf.grad_fn is not None for leaf in flatten(batch)[0])
         if not (others or derived):
             return True
@@ -338,27 +337,27 @@ class TrainStep:
 
     def _make(
         self,
-        params: Sequence[tuple[int, Tensor]],
-        kind: Kind,
+        params: Sequence[Tensor],
+        spec: StepSpec,
         tensors: Sequence[Tensor],
         scale: Tensor | None,
         *,
         capture: bool,
-    ) -> _Graph | None:
-        """A graph; None if there cannot be one, and then ``_failure`` says why."""
+    ) -> Graph | None:
+        """Make a graph; return None if there cannot be one, and then ``_failure`` says why."""
         begin = time.perf_counter()
         try:
-            with attributes_kept(walk(self._whole)) as written:
-                graph = _Graph(self._whole, kind, params, scale, tensors, compiled=self.compile, capture=capture)
+            with attributes_kept(walk(self._module)) as written:
+                graph = Graph(self._module, spec, params, scale, tensors, compiled=self.compile, capture=capture)
         except Exception as error:  # anything may go wrong in a compiler
             lines = str(error).strip().splitlines() or [""]
             self._failure = f"{type(error).__name__}: {lines[0]}"
-            if self.cuda_graph is True and (self._as_constants or not {int, float}.intersection(kind.constants)):
+            if self.cuda_graph is True and (self._as_constants or not {int, float}.intersection(spec.constants)):
                 raise RuntimeError(f"TrainStep cannot make a CUDA graph of this step: {error}") from error
             return None
         finally:
             self._written |= written
-        order = "with" if kind.due else "without"
+        order = "with" if spec.due else "without"
         logger.info("TrainStep made a graph for steps %s curvature in %.1f s", order, time.perf_counter() - begin)
         return graph
 
@@ -366,14 +365,14 @@ class TrainStep:
 class _Probes:
     """Draws the probes of the coming step."""
 
-    def __init__(self, optimizer: AdaHessian, params: Sequence[tuple[int, Tensor]]) -> None:
+    def __init__(self, optimizer: AdaHessian, params: Sequence[Tensor]) -> None:
         self._optimizer, self._params = optimizer, params
         self.drawn: list[list[Tensor]] = []
 
     @torch.no_grad()
     def __call__(self, numbers: Sequence[int], sample: int) -> list[Tensor]:
-        """Z of the parameters with these numbers."""
-        z = self._optimizer.coming_step.draw([self._params[i][1] for i in numbers], sample)
+        """Draw z of the parameters with these numbers."""
+        z = self._optimizer.coming_step.draw([self._params[i] for i in numbers], sample)
         self.drawn.append(z)
         return z
 
@@ -383,90 +382,10 @@ def _is_constant(value: Any) -> bool:
 
 
 def _tensors(leaves: Sequence[Any], constants: Sequence[Any], device: torch.device) -> list[Tensor]:
-    """The tensors of a batch, and the numbers that are given as tensors."""
+    """Return the tensors of a batch, and the numbers that are given as tensors."""
     dtypes = {float: torch.float64, int: torch.int64}
     return [
         leaf if isinstance(leaf, Tensor) else torch.tensor(leaf, dtype=dtypes[c], device=device)
         for leaf, c in zip(leaves, constants, strict=True)
         if not isinstance(c, Constant)
     ]
-
-
-class _Graph:
-    """A compiled or captured kind of step."""
-
-    def __init__(
-        self,
-        whole: Whole,
-        kind: Kind,
-        params: Sequence[tuple[int, Tensor]],
-        scale: Tensor | None,
-        tensors: Sequence[Tensor],
-        *,
-        compiled: bool,
-        capture: bool,
-    ) -> None:
-        self._whole = whole
-        self._addresses: list[int] | None = None
-        self._flat = Flat(kind, whole, [p for _, p in params])
-        inputs = self._inputs(params, [[p for _, p in params]] * kind.n_samples, scale, tensors)
-        whole.tracing = True
-        try:
-            self._run: Compiled | Flat | Captured = Compiled(self._flat, inputs) if compiled else self._flat
-            if capture:
-                fixed = self._fixed(params)
-                self._run = Captured(self._run, inputs, len(fixed))
-                self._addresses = list(map(Tensor.data_ptr, fixed))
-        finally:
-            whole.tracing = False
-
-    def _fixed(self, params: Sequence[tuple[int, Tensor]]) -> list[Tensor]:
-        """The parameters, and whatever else is in the modules, in the order of the flat function's inputs."""
-        state, trained = self._whole.places(), {id(p) for _, p in params}
-        others = [t for t, _ in state.values() if id(t) not in trained]
-        return [t.detach() for t in (*(p for _, p in params), *others)]
-
-    def _inputs(
-        self,
-        params: Sequence[tuple[int, Tensor]],
-        probes: Sequence[Sequence[Tensor]],
-        scale: Tensor | None,
-        tensors: Sequence[Tensor],
-    ) -> list[Tensor]:
-        """The flat function's inputs; ``probes``: for each sample one tensor a parameter."""
-        due = self._flat.kind.due
-        return [
-            *self._fixed(params),
-            *(sample[i].detach() for sample in probes for i in due),
-            *([] if scale is None else [scale]),
-            *(t.detach() for t in tensors),
-        ]
-
-    def fits(self, params: Sequence[tuple[int, Tensor]]) -> bool:
-        """Whether everything a CUDA graph has the address of is still there."""
-        return self._addresses is None or list(map(Tensor.data_ptr, self._fixed(params))) == self._addresses
-
-    def __call__(
-        self, params: Sequence[tuple[int, Tensor]], draw: _Probes, scale: Tensor | None, tensors: Sequence[Tensor]
-    ) -> Derivatives:
-        """Run with other numbers; gradients have been through the parameters' own hooks."""
-        probed = self._flat.found.probed
-        probes = []
-        for sample in range(self._flat.kind.n_samples if probed else 0):
-            of_parameter = [p for _, p in params]  # any tensor will do where there is no product
-            for i, z in zip(probed, draw(probed, sample), strict=True):
-                of_parameter[i] = z
-            probes.append(of_parameter)
-        if not probed:
-            probes = [[p for _, p in params]] * self._flat.kind.n_samples
-        found = self._flat.unpack(self._run(*self._inputs(params, probes, scale, tensors)))
-        grads = [g if g is None else _hooked(p, g) for (_, p), g in zip(params, found.grads, strict=True)]
-        return found._replace(grads=grads)
-
-
-def _hooked(param: Tensor, grad: Tensor) -> Tensor:
-    """What the parameter's hooks make of its gradient, which graphs do not call."""
-    for hook in (param._backward_hooks or {}).values():
-        changed = hook(grad)
-        grad = grad if changed is None else changed
-    return grad

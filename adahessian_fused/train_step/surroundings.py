@@ -28,7 +28,7 @@ _KINDS_OF_DEVICES = ("cpu", "cuda")
 
 
 def settings() -> tuple[Hashable, ...]:
-    """Global settings that a graph has in it."""
+    """Return the global settings that a graph has in it."""
     return (
         *(torch.get_default_dtype(), torch.get_default_device(), torch.get_num_threads()),
         *((torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)) for kind in _KINDS_OF_DEVICES),
@@ -42,7 +42,7 @@ def settings() -> tuple[Hashable, ...]:
 
 
 def walk(module: nn.Module) -> list[nn.Module]:
-    """The module and all that it is made of, each once: ``modules()``, faster."""
+    """Return the module and all that it is made of, each once: ``modules()``, faster."""
     found = {id(module): module}
     waiting = [module]
     while waiting:
@@ -54,7 +54,7 @@ def walk(module: nn.Module) -> list[nn.Module]:
 
 
 def of_modules(modules: Iterable[nn.Module], trained: Sequence[Tensor]) -> tuple[Hashable, ...]:
-    """The modules themselves, their modes, hooks, parameters and buffers: whose they are, not what they hold.
+    """Return the modules themselves, their modes, hooks, parameters and buffers: whose they are, not what they hold.
 
     Args:
         modules: all modules, children included.
@@ -76,12 +76,12 @@ def of_modules(modules: Iterable[nn.Module], trained: Sequence[Tensor]) -> tuple
 
 
 def described(tensor: Tensor) -> tuple[Hashable, ...]:
-    """Everything about a tensor but its numbers."""
+    """Return everything about a tensor but its numbers."""
     return tensor.shape, tensor.stride(), tensor.dtype, tensor.device, tensor.requires_grad
 
 
 def seen_by(modules: Iterable[nn.Module], loss_fn: Callable[..., Any]) -> Seen:
-    """Plain values and functions that Python code looks at, and which tensor it is.
+    """Return the plain values and functions that Python code looks at, and which tensor it is.
 
     They are attributes of the modules, and globals and closures of their forward functions and of the loss.
     """
@@ -100,7 +100,7 @@ def seen_by(modules: Iterable[nn.Module], loss_fn: Callable[..., Any]) -> Seen:
 
 
 def modules_around(loss_fn: Callable[..., Any], params: Sequence[Tensor]) -> list[nn.Module]:
-    """The modules that a loss function sees, and those that hold the parameters which are in none of them."""
+    """Find the modules that a loss function sees, and those that hold parameters which are in none of them."""
     found = [value for _, _, value in _around(loss_fn) if isinstance(value, nn.Module)]
     found += [loss_fn] if isinstance(loss_fn, nn.Module) else []
     missing = set(map(id, params)).difference(id(p) for module in found for p in module.parameters())
@@ -116,7 +116,7 @@ def modules_around(loss_fn: Callable[..., Any], params: Sequence[Tensor]) -> lis
 
 
 def outermost(modules: Sequence[nn.Module]) -> list[nn.Module]:
-    """Those of the modules that are no part of another, each once."""
+    """Return those of the modules that are no part of another, each once."""
     inner = {id(child) for module in modules for child in module.modules() if child is not module}
     return list({id(module): module for module in modules if id(module) not in inner}.values())
 
@@ -136,7 +136,7 @@ def attributes_kept(modules: Sequence[nn.Module]) -> Iterator[set[tuple[Hashable
 
 
 def written_since(before: Seen, now: Seen) -> set[Any]:
-    """The names, with their owners, of what :func:`seen_by` has found to be another."""
+    """Return the names, with their owners, of what :func:`seen_by` has found to be another."""
     return {(owner, name) for owner, values in now.items() for name in _changed(before.get(owner, {}), values)}
 
 
@@ -172,7 +172,7 @@ def _globals_of_forward(kind: type) -> list[tuple[dict[str, Any], str]]:
 
 @functools.lru_cache(maxsize=4096)
 def _globals(function: types.FunctionType) -> list[tuple[dict[str, Any], str]]:
-    """The globals that a Python function names."""
+    """Return the globals that a Python function names."""
     scope, names, codes = function.__globals__, set[str](), [function.__code__]
     while codes:
         code = codes.pop()
@@ -182,7 +182,7 @@ def _globals(function: types.FunctionType) -> list[tuple[dict[str, Any], str]]:
 
 
 def _around(function: Any, depth: int = 3) -> Iterator[tuple[Hashable, str, Any]]:
-    """Globals, closure, defaults and arguments of a function, of those it calls, and of the object it belongs to."""
+    """Yield globals, closure, defaults and arguments of a function, of those it calls, and of its object."""
     if isinstance(function, functools.partial):
         yield from ((id(function), str(i), value) for i, value in enumerate(function.args))
         yield from ((id(function), name, value) for name, value in function.keywords.items())

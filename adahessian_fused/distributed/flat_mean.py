@@ -8,11 +8,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-BUCKET_BYTES = 32 * 2**20  # enough for a collective to run at full bandwidth
+FLAT_BYTES = 32 * 2**20  # enough for a collective to run at full bandwidth
 
 
 def partition(tensors: Sequence[Tensor]) -> Iterator[list[int]]:
-    """Indices of tensors for each flat buffer: of one device and dtype, and up to ``BUCKET_BYTES`` together."""
+    """Yield indices of tensors for each flat buffer: of one device and dtype, and up to ``FLAT_BYTES`` together."""
     by_kind: dict[tuple[torch.device, torch.dtype], list[int]] = {}
     for i, tensor in enumerate(tensors):
         by_kind.setdefault((tensor.device, tensor.dtype), []).append(i)
@@ -20,7 +20,7 @@ def partition(tensors: Sequence[Tensor]) -> Iterator[list[int]]:
         begin, size = 0, 0
         for end, i in enumerate(members):
             size += tensors[i].nbytes
-            if size > BUCKET_BYTES and end > begin:
+            if size > FLAT_BYTES and end > begin:
                 yield members[begin:end]
                 begin, size = end, tensors[i].nbytes
         yield members[begin:]
@@ -61,7 +61,7 @@ class FlatMean:
             self._parts.append((members, views, counts, dist.all_reduce(flat, group=group, async_op=True)))
 
     def wait(self) -> list[Tensor | None]:
-        """The means, the same bits on every rank; None for what no rank has.
+        """Return the means, the same bits on every rank; None for what no rank has.
 
         Raises:
             RuntimeError: a rank has failed, or has not answered within the group's timeout.
