@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from torch.nn.parallel import DistributedDataParallel
 
 _GROUP = attrgetter("group")
+_ADDED = {"hvp_dtype": None}  # options that pickles from before lack, as they were then
 # Its name differs between versions of torch, which have one or the other or both.
 _check_graph_capture = next(
     vars(torch.optim.Optimizer)[name]
@@ -609,7 +610,7 @@ class AdaHessian(torch.optim.Optimizer):
         super().__setstate__(state)
         self.__dict__.setdefault("_kernels", {})
         self._reset()
-        self.defaults.setdefault("hvp_dtype", None)  # pickled before there was such an option
+        self.defaults = {**_ADDED, **self.defaults}
         for group in self.param_groups:
             for name, value in self.defaults.items():
                 group.setdefault(name, value)
