@@ -11,6 +11,7 @@ import torch
 from models import assert_same, conv_net, fresh, mlp, train, weights
 from tolerances import assert_within
 from torch import nn
+from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 from ways import STYLES
 
 from adahessian_fused import AdaHessian
@@ -195,6 +196,29 @@ def test_state_dict_is_a_copy(device):
     before = copy.deepcopy(state["state"][0])
     train(opt, model, [1])
     assert_same([state["state"][0][key] for key in before], list(before.values()))
+
+
+@pytest.mark.parametrize("options", [{}, {"update_each": 2}, {"hvp": "finite_difference"}, {"capturable": True}])
+def test_states_that_are_made_by_a_blank_step_leave_training_as_it_was(options, device):
+    """As torch.distributed.checkpoint makes them before it loads: gradients of zero, a step with lr = 0."""
+    (a, opt_a), (b, opt_b) = (fresh(mlp(device=device), **options) for _ in range(2))
+    way = "function" if "hvp" in options else "backward"
+    saved = get_optimizer_state_dict(a, opt_a)
+    assert {int(state["step"]) for state in saved["state"].values()} == {0}
+    assert len(saved["state"]) == len(weights(a))
+    assert opt_a.param_groups[0]["lr"] == 0.15
+    assert_same(train(opt_a, a, 3, way), train(opt_b, b, 3, way))
+
+
+def test_a_step_without_curvature_that_is_not_blank_raises(device):
+    model, opt = fresh(mlp(device=device), lr=0.0)
+    for grad in (torch.ones_like, torch.zeros_like):
+        for p in model.parameters():
+            p.grad = grad(p)
+        if grad is torch.zeros_like:
+            opt.param_groups[0]["lr"] = 0.1
+        with pytest.raises(RuntimeError, match="no gradient carries a graph"):
+            opt.step()
 
 
 @pytest.mark.parametrize("clone", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))], ids=["deepcopy", "pickle"])
