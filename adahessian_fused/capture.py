@@ -6,7 +6,7 @@ import torch
 
 
 def capturing(device: torch.device) -> bool:
-    """Whether the current stream of ``device``, which need not be the current device, is being captured."""
+    """Tell whether the current stream of ``device``, which need not be the current device, is being captured."""
     if device.type != "cuda":
         return False
     if device.index in (None, torch.cuda.current_device()):
