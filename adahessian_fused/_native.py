@@ -17,7 +17,7 @@ OPS = ("rademacher", "perturb", "hessian_diag", "adahessian_step")
 
 
 def _find() -> Path:
-    """The library of operators; ImportError says what to do if it, or _C beside it, is not there or not whole."""
+    """Find the library of operators; ImportError says what to do if it, or _C beside it, is not there or not whole."""
     folder = Path(__file__).parent
     found = [*folder.glob("libadahessian_ops.*"), *folder.glob("_C.*")]
     add = '"pip install --force-reinstall --no-deps ." in the source folder'
@@ -37,7 +37,7 @@ def _find() -> Path:
 
 
 def _is_whole(library: Path) -> bool:
-    """Whether an ELF file has its end, the table of sections; to load one cut short would end the process."""
+    """Tell whether an ELF file has its end, the table of sections; to load one cut short would end the process."""
     header = library.open("rb").read(64)
     if len(header) < 64:
         return False
@@ -57,14 +57,14 @@ _load()
 
 
 def build_info() -> dict[str, Any]:
-    """How the native library was built: version, compiler, CUDA version and architectures, instruction sets."""
+    """Tell how the native library was built: version, compiler, CUDA version and architectures, instruction sets."""
     from . import _C  # type: ignore[attr-defined]
 
     return _C.build_info()
 
 
 def cuda_missing() -> str | None:
-    """Why the native kernels cannot run on CUDA tensors here; None if they can."""
+    """Tell why the native kernels cannot run on CUDA tensors here; None if they can."""
     info = build_info()
     if not info["cuda"]:
         return f"the native library was built without CUDA ({info['cuda_decision']})"

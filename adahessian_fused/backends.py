@@ -29,7 +29,7 @@ def _native() -> SimpleNamespace:
 
 
 def _python(module: str) -> SimpleNamespace:
-    """A backend of Python functions; profilers show them under the names of the native operators."""
+    """Return a backend of Python functions; profilers show them under the names of the native operators."""
     functions = importlib.import_module(module, __package__)
     names = getattr(functions, "__all__", OPS)
     return SimpleNamespace(**{op: profiled(f"adahessian_fused::{op}")(getattr(functions, op)) for op in names})
@@ -37,7 +37,7 @@ def _python(module: str) -> SimpleNamespace:
 
 @functools.cache
 def get(name: str) -> SimpleNamespace:
-    """The backend called ``name``: an object with rademacher, perturb, hessian_diag and adahessian_step."""
+    """Return the backend called ``name``: an object with rademacher, perturb, hessian_diag and adahessian_step."""
     if name == "reference":
         return _python(".reference")
     if name == "triton":
@@ -57,7 +57,7 @@ def _import_failure(name: str) -> str | None:
 
 
 def unavailable_reason(name: str, device_type: str = "cpu") -> str | None:
-    """Why the backend cannot run on this kind of device here; None if it can."""
+    """Tell why the backend cannot run on this kind of device here; None if it can."""
     if name not in PREFERENCE:
         raise ValueError(f'unknown backend "{name}"; expected "auto" or one of {", ".join(PREFERENCE)}')
     if device_type not in ("cpu", "cuda") and name != "reference":
@@ -83,7 +83,7 @@ def unavailable_reason(name: str, device_type: str = "cpu") -> str | None:
 
 
 def available_backends(device_type: str = "cpu") -> dict[str, str | None]:
-    """Every backend, best first, with the reason it cannot run on ``device_type`` here, or None if it can."""
+    """List every backend, best first, with the reason it cannot run on ``device_type`` here, or None if it can."""
     return {name: unavailable_reason(name, device_type) for name in PREFERENCE}
 
 
@@ -102,7 +102,7 @@ def _warn_of_broken_library() -> None:
 
 
 def choose(name: str, device_type: str) -> str:
-    """The backend to use for tensors on ``device_type``: ``name`` itself, or the best there is if it is "auto".
+    """Choose the backend for tensors on ``device_type``: ``name`` itself, or the best there is if it is "auto".
 
     Raises:
         RuntimeError: the backend asked for cannot run on that device.

@@ -38,7 +38,7 @@ def _entries(
 
 
 def _state_dtype(exp_avgs: Sequence[Tensor], exp_hessian_diag_sqs: Sequence[Tensor]) -> torch.dtype | None:
-    """AdaHessian's option for states like these: bfloat16 if they are, all of them."""
+    """Return AdaHessian's option for states like these: bfloat16 if they are, all of them."""
     dtypes = {tensor.dtype for tensor in (*exp_avgs, *exp_hessian_diag_sqs)}
     if torch.bfloat16 not in dtypes:
         return None
@@ -80,7 +80,7 @@ def adahessian(
     found_inf: Tensor | None = None,
     backend: str = "auto",
 ) -> None:
-    """One AdaHessian step on lists of tensors, in place, in the manner of ``torch.optim``'s functional forms.
+    """Perform one AdaHessian step on lists of tensors, in place, in the manner of ``torch.optim``'s functional forms.
 
     The optimizer keeps its states in flat buffers; here they are copied into such buffers and back, which costs time.
 
@@ -184,7 +184,7 @@ def hutchinson_diagonal(
     seed: int | None = None,
     backend: str = "auto",
 ) -> list[Tensor]:
-    """Hutchinson's estimate of the Hessian diagonal, averaged over blocks (paper Eq. 6 and 7).
+    """Estimate the Hessian diagonal by Hutchinson's method, averaged over blocks (paper Eq. 6 and 7).
 
     Args:
         loss_or_fn: a scalar loss with its graph (which is freed), or a function that returns one.

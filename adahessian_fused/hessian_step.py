@@ -300,11 +300,12 @@ class HessianStep:
             entry: entry.stored(given[entry.owner].to(entry.param.device), None if same else entry.bucket.compute_dtype)
             for entry in entries
         }
+        curvature = self.new_curvature()
+        curvature.unscaled = True
+        curvature.add(d, sample=0, is_hvp=False)
         if self.ranks is not None:
             self.ranks.curvature_averaged = False
-        self.curvature = self.new_curvature()
-        self.curvature.unscaled = True
-        self.curvature.add(d, sample=0, is_hvp=False)
+        self.curvature = curvature
 
     # ---- several ranks -----------------------------------------------------------------------------------------------
 
@@ -382,11 +383,12 @@ class HessianStep:
 
     def complete(self, entries: Sequence[Entry], grads: Sequence[Tensor], due: Sequence[bool]) -> None:
         """Take in what the gradients' graphs still hold of the curvature, whichever way the backward passes went."""
-        if self.curvature is None and any(due[entry.group] for entry in entries):
-            self.take_graph([entry.owner for entry in entries])
-        elif self.curvature is not None and hvp.has_graph(grads):
+        if self.curvature is None:
+            if any(due[entry.group] for entry in entries):
+                self.take_graph([entry.owner for entry in entries])
+        elif hvp.has_graph(grads):
             raise RuntimeError(hvp.TWO_WAYS)
-        elif self.curvature is not None and self._record is not None and self._record.added:
+        elif self._record is not None and self._record.added:
             raise RuntimeError(hvp.MIXED)
 
     # ---- one step after the other ------------------------------------------------------------------------------------

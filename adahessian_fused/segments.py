@@ -60,10 +60,10 @@ class Steps(IntEnum):
 
 
 def n_blocks(numel: int, block: int) -> int:
-    """Number of averaging blocks of a parameter with ``numel`` elements."""
+    """Return the number of averaging blocks of a parameter with ``numel`` elements."""
     return -(-numel // block)
 
 
 def segment_table(rows: list[tuple[int, ...]]) -> torch.Tensor:
-    """The int64 table the ops take, from one tuple a parameter in the order of :class:`Segment`."""
+    """Return the int64 table the ops take, from one tuple a parameter in the order of :class:`Segment`."""
     return torch.tensor(rows, dtype=torch.int64, device="cpu").reshape(len(rows), len(Segment))

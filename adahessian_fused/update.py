@@ -67,7 +67,7 @@ class HyperTable:
         self._captured: list[Tensor] = []  # older tables, which CUDA graphs may read
 
     def on(self, device: torch.device, groups: Sequence[Mapping[str, Any]]) -> Tensor:
-        """The table on ``device``.
+        """Return the table on ``device``.
 
         On a GPU it stays where it is, since CUDA graphs read it: a number that changed is written to it, and so is in
         every step an lr that is a tensor on a GPU.
@@ -88,7 +88,7 @@ class HyperTable:
         return table
 
     def _written(self, rows: list[list[float]], device: torch.device, old: Tensor | None) -> Tensor:
-        """The table with these numbers: a new one on a CPU, and the old one on a GPU, if it is as large."""
+        """Return the table with these numbers: a new one on a CPU, and the old one on a GPU, if it is as large."""
         if capturing(device):
             raise RuntimeError(
                 "a hyperparameter changed while a CUDA graph is captured, or before; expected a step outside the graph "
@@ -104,7 +104,7 @@ class HyperTable:
         return host.to(device, non_blocking=True)
 
     def last(self, device: torch.device) -> Tensor:
-        """The table of the last step on ``device``."""
+        """Return the table of the last step on ``device``."""
         return self._cached[device][1]
 
     @staticmethod
@@ -295,7 +295,7 @@ def prepared_update(
 def _first_means(
     bucket: Bucket, members: Sequence[Entry], kind: str, arguments: Mapping[str, Any], backend: Any
 ) -> None:
-    """Means that a step needs and no step before has left: of v as it is or, in a first Hessian step, as it will be."""
+    """Measure means that no step before has left: of v as it is or, in a first Hessian step, as it will be."""
     groups, more = arguments["groups"], int(kind != "hold")
     new = [entry for entry in members if MEAN not in entry.views and groups[entry.group, Hyper.SHRINK] > 0]
     if not new:
