@@ -18,8 +18,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.bias import CausalBias, CausalVariant
 
 from .attention_double_backward import run as double_backward
+from .operator import Operator, Tensors, call
 from .precision import lower
-from .twice import Operator, Tensors, call
 
 aten = torch.ops.aten
 FLASH, EFFICIENT = SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import double_backward
-from .twice import Operator, Tensors, call
+from .operator import Operator, Tensors, call
 
 aten = torch.ops.aten
 

@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .operator import Operator, Tensors, call, gradients
 from .precision import lower
-from .twice import Operator, Tensors, call, gradients
 
 aten = torch.ops.aten
 

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .twice import Operator, Tensors, call, gradients
+from .operator import Operator, Tensors, call, gradients
 
 aten = torch.ops.aten
 SUM, MEAN, MAX = 0, 1, 2

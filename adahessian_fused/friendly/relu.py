@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .twice import Operator, Tensors, call
+from .operator import Operator, Tensors, call
 
 aten = torch.ops.aten
 

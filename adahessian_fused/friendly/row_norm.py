@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import double_backward
+from .operator import Operator, Tensors, call
 from .precision import full
-from .twice import Operator, Tensors, call
 
 aten = torch.ops.aten
 
