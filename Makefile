@@ -7,7 +7,7 @@ REQUIRE ?= native,emulated,reference,triton
 SANITIZE ?= address,undefined
 WORKERS ?= $(shell n=$$(nproc 2>/dev/null || echo 2); echo $$((n < 8 ? n : 8)))
 
-.PHONY: help build demo paper test test-everywhere cpp-test bench overhead docs lint format wheel sdist gpu gpu-build gpu-rehearsal clean
+.PHONY: help build demo paper test test-everywhere fuzz cpp-test bench overhead docs lint format wheel sdist gpu gpu-build gpu-rehearsal clean
 
 help:
 	@echo "make build   .venv with everything, the native library, and what can run here"
@@ -58,6 +58,9 @@ test: $(VENV)/.tools $(VENV)/.built cpp-test
 
 test-everywhere: $(VENV)/.tools $(VENV)/.built
 	$(PY) tests/everywhere.py --jobs 2 $(ARGS)
+
+fuzz: $(VENV)/.tools $(VENV)/.built
+	PYTHONPATH=tests $(PY) -m fuzz $(ARGS)
 
 # csrc without Python and torch: its tests with sanitizers. BASELINE_ONLY=OFF compiles, and
 # tests, the kernels for every instruction set, which takes minutes; SANITIZE=thread looks for races.

@@ -70,6 +70,7 @@ class HessianStep:
         self.unfinished: Any = None
         self._record: GradientRecord | None = None  # of this step, from its first pass on
         self._left: GradientRecord | None = None  # of the gradients after the last step, if the coming one is due
+        self._graphs = hvp.Graphs(self._awaited)
         self._warned_of_ranks = False
 
     @property
@@ -125,8 +126,14 @@ class HessianStep:
         strategy = self.layout.options["hvp"]
         if strategy != "autograd":
             raise NoCurvatureError(hvp.NEEDS_FUNCTION.format(strategy))
-        if not hvp.has_graph(grads):
+        if not hvp.has_graph(grads) and not self._graphs.seen:
             raise NoCurvatureError(hvp.NO_CURVATURE)
+        self._graphs.check()
+
+    def _awaited(self) -> list[Tensor]:
+        """Return the parameters whose curvature a ``loss.backward(create_graph=True)`` may be meant for."""
+        wanted = self.is_due and self.layout.options["hvp"] == "autograd"
+        return [p for _, p in self.layout.trained()] if wanted else []
 
     def _warn_if_not_alone(self) -> None:
         """Warn once if there are ranks that nobody has told about."""
@@ -249,7 +256,7 @@ class HessianStep:
         hvp.accumulate_grads(params, grads)
         hvp.run_post_accumulate_hooks(params, grads)
         self.finish_average(average)
-        if not self.is_due or not (probed or average):
+        if not self.is_due:
             return
         curvature, entries, options = self.with_all(), self.layout.ensure(probed), self.layout.options
         for sample, (z, h) in enumerate(zip(probes, products, strict=True)):
@@ -398,6 +405,7 @@ class HessianStep:
         if self._record is not None:
             self._record.close()
         self.curvature = self._record = self.unfinished = None
+        self._graphs.clear()
 
     @contextlib.contextmanager
     def zeroing(self, *, to_none: bool) -> Iterator[None]:

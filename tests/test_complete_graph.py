@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import copy
 import warnings
 
 import pytest
@@ -13,6 +15,7 @@ from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 from adahessian_fused import AdaHessian, TrainStep, check_hvp, curvature_friendly, hutchinson_diagonal
+from adahessian_fused.reference import rademacher_signs
 
 
 def function(forward, backward, **attributes):
@@ -138,26 +141,23 @@ WAYS = {
     "estimate": lambda opt, loss: hutchinson_diagonal(loss, opt.param_groups[0]["params"]),
 }
 TAILS = {
-    "linear": lambda y, h: y.sum(),
-    "square": lambda y, h: y.square().sum(),
-    "residual": lambda y, h: (h + y).square().sum(),
+    "linear": lambda op, h: op(h).sum(),
+    "square": lambda op, h: op(h).square().sum(),
+    "residual": lambda op, h: (h + op(h)).square().sum(),
+    "checkpoint": lambda op, h: checkpoint(op, h, use_reentrant=False).square().sum(),
 }
 
 
 def problem(op, tail):
-    """Parameters, and a loss in which an operator comes last, or before a square, or beside a residual connection."""
+    """Parameters, and a loss in which an operator comes last, or before a square, with a residual, in a checkpoint."""
     torch.manual_seed(0)
     p, q = (nn.Parameter(torch.randn(4, 3, dtype=torch.float64)) for _ in range(2))
 
     def loss():
         h = p * 1.5
-        return TAILS[tail](op.apply(h), h) + (q * h.detach()).square().sum()
+        return TAILS[tail](op.apply, h) + (q * h.detach()).square().sum()
 
     return [p, q], loss
-
-
-# A plain backward(create_graph=True) leaves nothing of a Function but what the gradients' graphs hold.
-LEAVES_NO_TRACE = {("numpy", "square"), ("no_grad", "square"), ("inner_backward", "square")}
 
 
 @pytest.mark.filterwarnings("ignore:Using backward\\(\\) with create_graph=True")
@@ -165,8 +165,6 @@ LEAVES_NO_TRACE = {("numpy", "square"), ("no_grad", "square"), ("inner_backward"
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("name", INCOMPLETE)
 def test_a_gradient_without_its_whole_graph_is_refused(name, way, tail):
-    if way == "create_graph" and (tail == "linear" or (name, tail) in LEAVES_NO_TRACE):
-        return
     params, loss = problem(INCOMPLETE[name], tail)
     before = [p.detach().clone() for p in params]
     with pytest.raises(RuntimeError, match=r"autograd.Function.*cannot be differentiated twice.*save_for_backward"):
@@ -190,6 +188,94 @@ def test_a_linear_layer_of_ones_own_passes(way):
     a, b = nn.Parameter(torch.randn(3, 2)), nn.Parameter(torch.randn(2, 2))
     x = torch.randn(4, 3)
     WAYS[way](AdaHessian([a, b]), lambda: Linear.apply(torch.tanh(Linear.apply(x, a)), b).square().sum())
+
+
+def test_a_checkpoint_is_run_again_without_a_trace():
+    """Kinds of Functions that are new are looked at in one more forward pass of the checkpoint that they are in."""
+    op = function(keeps(lambda x: x), slope)
+    model = nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3))
+    twin = copy.deepcopy(model)
+    for net, custom in ((model, True), (twin, False)):
+        x = torch.ones(4, 3).tril()
+        opt = AdaHessian(net.parameters())
+        cube = op.apply if custom else lambda x: x**3
+        opt.backward(checkpoint(lambda x: cube(net(x)), x, use_reentrant=False).square().sum())  # noqa: B023
+    for a, b in zip(model.buffers(), twin.buffers(), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.filterwarnings("ignore:Using backward\\(\\) with create_graph=True")
+@pytest.mark.parametrize("way", WAYS)
+def test_a_loss_that_is_linear_in_all_parameters(way):
+    p = nn.Parameter(torch.ones(3))
+    WAYS[way](AdaHessian([p]), lambda: (p * torch.arange(3)).sum())
+    assert torch.equal(p, torch.ones(3))
+
+
+def test_a_train_step_of_a_loss_that_is_linear_in_all_parameters():
+    p = nn.Parameter(torch.ones(3))
+    TrainStep(lambda x: (p * x).sum(), optimizer=AdaHessian([p]), compile=False)(torch.arange(3.0))
+    assert torch.equal(p, torch.ones(3))
+
+
+# ---- what PyTorch differentiates wrong -------------------------------------------------------------------------------
+
+
+def weight_norm(by_hand, v, g):
+    return v * g / v.norm(dim=1, keepdim=True) if by_hand else torch._weight_norm(v, g, 0)
+
+
+def layer_norm(by_hand, v, g):
+    x = v * g
+    centred = x - x.mean(1, keepdim=True)
+    by_definition = centred / (centred.square().mean(1, keepdim=True) + 1e-5).sqrt()
+    return by_definition if by_hand else nn.functional.layer_norm(x, (3,))
+
+
+def batch_norm(by_hand, v, g):
+    return layer_norm(True, (v * g).mT, 1).mT if by_hand else nn.functional.batch_norm(v * g, None, None, training=True)
+
+
+def squared_slope(y, v):
+    (slope,) = torch.autograd.grad(y.pow(3).sum(), v, create_graph=True)
+    return slope.square().sum()
+
+
+WRONG = {  # an operator, and a loss of its result that needs a derivative which PyTorch has wrong
+    "weight_norm": (weight_norm, lambda y, v: y.pow(3).sum()),
+    "layer_norm": (layer_norm, squared_slope),
+    "batch_norm": (batch_norm, squared_slope),
+}
+
+
+@pytest.mark.filterwarnings("ignore:Using backward\\(\\) with create_graph=True")
+@pytest.mark.parametrize("friendly", [False, True])
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("name", WRONG)
+def test_derivatives_that_pytorch_has_wrong_are_right_or_refused(name, way, friendly):
+    torch.manual_seed(0)
+    op, of = WRONG[name]
+    v, g = (nn.Parameter(torch.randn(4, n, dtype=torch.float64)) for n in (3, 1))
+
+    def loss(by_hand=False):
+        with curvature_friendly() if friendly else contextlib.nullcontext():
+            return of(op(by_hand, v, g), v)
+
+    opt = AdaHessian([v, g], lr=0.0, betas=(0.9, 0.0), block_size=1, seed=0)
+    z = [rademacher_signs(p.numel(), i, torch.tensor(0), 0, 0).view_as(p) for i, p in enumerate((v, g))]
+    grads = torch.autograd.grad(loss(by_hand=True), (v, g), create_graph=True)
+    expected = torch.autograd.grad(grads, (v, g), [s.to(v) for s in z])
+    if not friendly and way not in ("function", "closure"):
+        with pytest.raises(RuntimeError, match=rf"{name}.*PyTorch has.*curvature_friendly\(model, opt\)"):
+            WAYS[way](opt, loss)
+        return
+    found = WAYS[way](opt, loss)
+    if way == "estimate":
+        found = [d.abs() for d in hutchinson_diagonal(loss, [v, g], block_size=1, seed=0)]
+    else:
+        found = [opt.hessian_diag(p) for p in (v, g)]
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b.abs())
 
 
 def unlike_the_first(op, loss):

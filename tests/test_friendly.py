@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
 from collections.abc import Callable, Sequence
@@ -51,6 +52,10 @@ def batch_norm(x, w=None, b=None):
 
 def frozen_batch_norm(x, w=None, b=None):
     return F.batch_norm(x, MEAN.to(x), VAR.to(x), w, b, False)
+
+
+def frozen_instance_norm(x, w, b):
+    return F.instance_norm(x, MEAN.to(x), VAR.to(x), w, b, use_input_stats=False)
 
 
 def conv(dims, **options):
@@ -117,6 +122,9 @@ CASES = {
     "group_norm_channels_last": Case(lambda x, w, b: F.group_norm(x, 2, w, b), [IMAGES, W4, W4], LAST),
     "group_norm_no_pixels": Case(lambda x, w, b: F.group_norm(x, 2, w, b), [(3, 4), W4, W4]),
     "group_norm_not_affine": Case(lambda x: F.group_norm(x, 2), [(2, 4, 3)]),
+    "instance_norm": Case(lambda x, w, b: F.instance_norm(x, None, None, w, b), [IMAGES, W4, W4]),
+    "instance_norm_channels_last": Case(lambda x: F.instance_norm(x), [IMAGES], LAST),
+    "instance_norm_frozen": Case(frozen_instance_norm, [(2, 2, 3), W2, W2]),
     "conv1d": Case(conv(1, stride=2, padding=1), [(2, 2, 5), (3, 2, 3), (3,)]),
     "conv2d": Case(conv(2, padding=(1, 0), dilation=(1, 2)), [(2, 2, 3, 5), (3, 2, 3, 2), (3,)]),
     "conv2d_channels_last": Case(conv(2, stride=2, padding=1), [(2, 2, 4, 3), (3, 2, 3, 3), (3,)], LAST),
@@ -241,6 +249,30 @@ def test_first_order_is_pytorchs_bit_for_bit(device, name, dtype):
     for a, b in zip(found, expected, strict=True):
         assert (a.dtype, a.stride()) == (b.dtype, b.stride())
         assert torch.equal(a, b)
+
+
+def test_running_statistics_of_instance_norm(device):
+    x, found = torch.randn(3, 2, 4, device=device, requires_grad=True), []
+    for mode in (contextlib.nullcontext(), curvature_friendly()):
+        norm = torch.nn.InstanceNorm1d(2, affine=True, track_running_stats=True).to(device)
+        with mode:
+            norm(x)
+        found.append([*norm.buffers()])
+    assert all(map(torch.equal, *found))
+
+
+@pytest.mark.parametrize("dim", [0, 1, -1])
+def test_double_backward_of_weight_norm(device, dim):
+    """PyTorch's own is wrong; its values and first derivatives are right."""
+    v = torch.randn(4, 3, 2, dtype=torch.float64, device=device, requires_grad=True)
+    g = torch.norm_except_dim(v, 2, dim).detach().square().requires_grad_()
+
+    def run(v, g):
+        with curvature_friendly():
+            return torch._weight_norm(v, g, dim)
+
+    assert_within(run(v, g), torch._weight_norm(v, g, dim), 8 * unit(v.dtype) * run(v, g).detach().abs(), "result")
+    assert torch.autograd.gradgradcheck(run, (v, g))
 
 
 def rms_norm_bounds(case: Case, device: str, dtype: torch.dtype) -> list[Tensor]:

@@ -255,7 +255,14 @@ def experts():
 
 def weight_norm():
     model = nn.Sequential(parametrizations.weight_norm(nn.Conv2d(3, 4, 3)), nn.ReLU(), nn.Flatten(), nn.Linear(144, 5))
-    return animal(model, cross_entropy, *images())
+
+    def reference(model, x, y):
+        conv, weight = model[0], model[0].parametrizations.weight
+        g, v = weight.original0, weight.original1
+        kernel = v * g / v.flatten(1).norm(dim=1).view(g.shape)  # PyTorch's operator has a wrong second derivative
+        return F.cross_entropy(model[1:](F.conv2d(x, kernel, conv.bias)), y)
+
+    return animal(model, cross_entropy, *images(), reference=reference)
 
 
 def spectral_norm():

@@ -123,3 +123,45 @@ def torch_batch_norm(
 ) -> Tensor:
     """As torch.batch_norm, which orders its arguments in another way."""
     return call(BatchNorm(training, momentum, eps), input, weight, bias, running_mean, running_var)
+
+
+def instance_norm(
+    input: Tensor,
+    running_mean: Tensor | None = None,
+    running_var: Tensor | None = None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    use_input_stats: bool = True,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> Tensor:
+    """As torch.nn.functional.instance_norm."""
+    if use_input_stats:
+        F._verify_spatial_size(input.size())  # type: ignore[attr-defined]
+    return torch_instance_norm(
+        input, weight, bias, running_mean, running_var, use_input_stats, momentum, eps, torch.backends.cudnn.enabled
+    )
+
+
+def torch_instance_norm(
+    input: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    use_input_stats: bool,
+    momentum: float,
+    eps: float,
+    cudnn_enabled: bool,
+) -> Tensor:
+    """As torch.instance_norm, which is batch norm of one example with as many channels as all examples have."""
+    examples, channels = input.shape[:2]
+    weight, bias, mean, var = (
+        None if t is None else t.repeat(examples) for t in (weight, bias, running_mean, running_var)
+    )
+    flat = input.contiguous().view(1, examples * channels, *input.shape[2:])
+    y = call(BatchNorm(use_input_stats, momentum, eps), flat, weight, bias, mean, var)
+    for running, found in ((running_mean, mean), (running_var, var)):
+        if running is not None and use_input_stats:
+            running.copy_(found.view(examples, channels).mean(0))
+    return y.view(input.shape)

@@ -19,11 +19,12 @@ from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 from torch.utils import checkpoint
 
 from .attention import attention, math_kernel, with_attention
-from .batch_norm import batch_norm, torch_batch_norm
+from .batch_norm import batch_norm, instance_norm, torch_batch_norm, torch_instance_norm
 from .convolution import convolution
 from .embedding_bag import embedding_bag
 from .relu import relu, relu_
 from .row_norm import group_norm, layer_norm, rms_norm
+from .weight_norm import weight_norm
 
 OPERATORS: dict[Callable, Callable[..., Tensor]] = {
     F.batch_norm: batch_norm,
@@ -34,6 +35,8 @@ OPERATORS: dict[Callable, Callable[..., Tensor]] = {
     torch.rms_norm: rms_norm,
     F.group_norm: group_norm,
     torch.group_norm: group_norm,
+    F.instance_norm: instance_norm,
+    torch.instance_norm: torch_instance_norm,
     torch.conv1d: convolution(1),
     torch.conv2d: convolution(2),
     torch.conv3d: convolution(3),
@@ -48,6 +51,7 @@ OPERATORS: dict[Callable, Callable[..., Tensor]] = {
     Tensor.relu_: relu_,
     F.embedding_bag: embedding_bag,
     F.scaled_dot_product_attention: attention,
+    torch._weight_norm: weight_norm,
 }
 OTHERWISE = {F.scaled_dot_product_attention: math_kernel}  # for what ours are not for
 DEVICES = ("cpu", "cuda")

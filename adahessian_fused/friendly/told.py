@@ -136,11 +136,11 @@ def curvature_friendly(
 
     ``opt.step(closure)``, ``opt.backward(function)``, ``opt.backward_split`` and ``TrainStep`` enter it by themselves.
 
-    * Batch, layer, group and RMS norm, convolutions (also transposed) and ReLU: PyTorch composes their double backward
-      of dozens of small operators; here it is one fused kernel for a norm (:mod:`.formulas` has the formula) and three
-      convolutions' for a convolution. Forward and first backward are PyTorch's own kernels, with the same results and
-      the same running statistics.
-    * ``embedding_bag`` gets a double backward, for dense gradients.
+    * Batch, layer, group, instance and RMS norm, convolutions (also transposed) and ReLU: PyTorch composes their double
+      backward of dozens of small operators; here it is one fused kernel for a norm (:mod:`.formulas` has the formula)
+      and three convolutions' for a convolution. Forward and first backward are PyTorch's own kernels, with the same
+      results and the same running statistics.
+    * ``embedding_bag`` gets a double backward, for dense gradients, and ``weight_norm`` one that is right.
     * ``scaled_dot_product_attention``, by itself or in ``nn.MultiheadAttention``, runs on the fused kernels that
       PyTorch chooses and gets a double backward that keeps a few rows of the scores at a time
       (:mod:`.attention_double_backward` has the formula). With dropout inside, or a mask that needs a gradient, it

@@ -5,7 +5,7 @@ backward pass, ``finite_difference`` takes the difference of two gradients. The 
 computed; the others evaluate it themselves, with the help of ``replay``.
 """
 
-from .complete import check_gradients
+from .complete import Graphs, check_gradients
 from .double_backward import (
     MIXED,
     NEEDS_FUNCTION,
@@ -33,6 +33,7 @@ __all__ = [
     "NO_LOSS",
     "TWO_WAYS",
     "BackwardObserver",
+    "Graphs",
     "InterceptBackward",
     "Precision",
     "accumulate_grads",

@@ -18,7 +18,8 @@ whose numbers are constants indeed says ``twice_differentiable = True``.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -28,8 +29,10 @@ from torch import Tensor
 from torch.autograd.function import BackwardCFunction
 from torch.autograd.graph import Node
 
-from .errors import HIDDEN_NUMBERS, NO_GRAPH, explanation
-from .graph import Graph, nodes
+from .errors import HIDDEN_NUMBERS, NO_GRAPH, WRONG_NORM, WRONG_WEIGHT_NORM, explanation
+from .graph import WEIGHT_NORM, Graph, explore, nodes
+from .intercept import BackwardObserver
+from .replay import Replay
 
 _CUT = {  # names of nodes behind which a graph silently ends
     "torch::autograd::Error": "a torch.autograd.Function whose backward is marked once_differentiable",
@@ -40,44 +43,99 @@ _helpers: set[type] = set()  # what their backward is made of, which nobody diff
 
 
 @contextlib.contextmanager
+def examined(graph: Graph) -> Iterator[list[str]]:
+    """Surround a backward pass that keeps its graph; what it yields says at the end what second derivatives lack.
+
+    Args:
+        graph: that of the loss.
+    """
+    found = [problem for problem in (*map(_wrong, graph.wrong), *map(_cut, graph.functions)) if problem is not None]
+    later: list[tuple[Node, bool]] = []
+    handles = [node.register_hook(_Examination(node, graph, found, later)) for node in graph.functions]
+    try:
+        yield found
+    finally:
+        for handle in handles:
+            handle.remove()
+    found += filter(None, (_computed_again(node, graph, whole=whole) for node, whole in later))
+
+
+@contextlib.contextmanager
 def complete(graph: Graph) -> Iterator[None]:
-    """Surround the backward pass of a loss that keeps its graph; raise at the end if second derivatives are missing.
+    """Surround the backward pass of a loss that keeps its graph; raise if second derivatives are missing.
 
     Args:
         graph: that of the loss.
 
     Raises:
-        RuntimeError: part of the gradient has no graph; the message names the Function.
+        RuntimeError: part of the gradient has no graph, or one that is wrong; the message names the Function.
     """
-    found: list[str] = []
-    _raise(map(_cut, graph.functions))
-    handles = [node.register_hook(_Examination(node, graph, found)) for node in graph.functions]
-    try:
+    with examined(graph) as found:
+        _raise(found)
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
     _raise(found)
 
 
+class Graphs(BackwardObserver):
+    """What gradients of ``loss.backward(create_graph=True)`` lack; much of it they do not show afterwards.
+
+    Args:
+        wanted: method that returns the parameters whose curvature the coming step takes from such gradients.
+
+    Attributes:
+        seen: whether there was such a pass.
+    """
+
+    def __init__(self, wanted: Callable[[], Sequence[Tensor]]) -> None:
+        self._wanted = weakref.WeakMethod(wanted)
+        self.clear()
+        self.watch()
+
+    def clear(self) -> None:
+        """Begin with the passes of another step."""
+        self.seen = False
+        self._found: list[str] = []
+
+    def check(self) -> None:
+        """Raise if anything was missing in the passes of this step."""
+        _raise(self._found)
+
+    @contextlib.contextmanager
+    def around(self, tensors: Any, create_graph: bool) -> Iterator[None]:
+        """Look at a pass that keeps its graph."""
+        wanted = self._wanted()
+        params = wanted() if create_graph and wanted is not None else []
+        graph = explore([tensors] if isinstance(tensors, Tensor) else tensors) if params else None
+        if graph is None or {id(leaf) for leaf in graph.leaves}.isdisjoint(map(id, params)):
+            yield
+            return
+        if all(p.grad is None for p in params):  # by model.zero_grad()
+            self.clear()
+        with examined(graph) as found:
+            yield
+        self.seen = True
+        self._found += found
+
+
 def check_gradients(graph: Graph) -> None:
-    """Raise if gradients whose backward pass is over lack a part of their graph, as far as they show it.
+    """Raise if gradients that somebody has computed lack a part of their graph, as far as they show it.
 
     A loss that is linear in what a Function returns leaves no trace of the Function in them.
 
     Args:
         graph: that of the gradients.
     """
+    _raise(map(_wrong, [node for node in graph.wrong if node.name() == WEIGHT_NORM]))  # others are the gradients' own
     _raise(map(_cut, graph.functions))
-    doubts = [(node, _unseen(node, graph, whole=True)) for node in graph.functions]
+    doubts = [(node, _computed_again(node, graph, whole=True)) for node in graph.functions]
     _raise(problem for node, problem in doubts if type(node) not in _helpers)
 
 
 class _Examination:
     """Looks at what the backward of a Function is given and what it returns."""
 
-    def __init__(self, node: Node, graph: Graph, found: list[str]) -> None:
-        self._node, self._graph, self._found = node, graph, found
+    def __init__(self, node: Node, graph: Graph, found: list[str], later: list[tuple[Node, bool]]) -> None:
+        self._node, self._graph, self._found, self._later = node, graph, found, later
 
     def __call__(self, results: Sequence[Tensor | None], grads: Sequence[Tensor | None]) -> None:
         sources = {g.grad_fn for g in grads if g is not None and g.grad_fn is not None}
@@ -89,7 +147,10 @@ class _Examination:
                 problem = problem or NO_GRAPH.format(_name(self._node))
         if problem is None:
             constant = not sources and not any(result.requires_grad for result in filter(_is_number, results))
-            problem = _unseen(self._node, self._graph, whole=constant)
+            try:
+                problem = _unseen(self._node, self._graph, whole=constant)
+            except RuntimeError:  # a checkpoint gives what its Functions have kept once only in a pass
+                self._later.append((self._node, constant))
         if problem is not None:
             self._found.append(problem)
 
@@ -102,6 +163,15 @@ def _raise(problems: Iterable[str | None]) -> None:
 
 def _cut(node: Node) -> str | None:
     return _CUT.get(node.name())
+
+
+def _wrong(node: Any) -> str | None:
+    """Name what PyTorch differentiates wrong; batch norm by fixed statistics is right."""
+    name = node.name()
+    if name == WEIGHT_NORM:
+        return WRONG_WEIGHT_NORM
+    operator = "layer_norm" if "LayerNorm" in name else "batch_norm"
+    return WRONG_NORM.format(operator) if getattr(node, "_saved_train", True) else None
 
 
 def _name(node: Node) -> str:
@@ -126,26 +196,48 @@ def _not_zero(tensor: Tensor) -> bool:
 # ---- kinds of Functions that have not been seen ----------------------------------------------------------------------
 
 
+def _computed_again(node: Any, graph: Graph, *, whole: bool) -> str | None:
+    """Tell the same between passes: a checkpoint's forward is run again for it, of which nothing is left."""
+    if not _is_new(node, whole=whole):
+        return None
+    replay = Replay()
+    try:
+        if not node.__dict__ and not node._raw_saved_tensors:
+            return None
+        return replay(lambda: _unseen(node, graph, whole=whole))
+    except RuntimeError:  # it can be computed no more
+        return None
+    finally:
+        replay.rewind()
+
+
 def _unseen(node: Any, graph: Graph, *, whole: bool) -> str | None:
     """Tell what is wrong with a Function of a kind that has not been seen; ``whole``: with its results too."""
-    if not isinstance(node, BackwardCFunction):
+    if not _is_new(node, whole=whole) or next(_kept(node), None) is None:
         return None
-    cls: Any = type(node)._forward_cls  # type: ignore[attr-defined]
-    without = tuple(parent is None for parent, _ in node.next_functions)
-    kind = cls, without, node.needs_input_grad, whole
-    ours = cls.__module__.startswith((__package__.split(".")[0], "torch.")) and "torch._library" not in cls.__module__
-    if kind in _known or ours or getattr(cls, "twice_differentiable", False) or next(_kept(node), None) is None:
-        return None
-    problem = _hides(node, sum(without)) or _forgets(node, graph, whole=whole)
+    n_constants = sum(parent is None for parent, _ in node.next_functions)
+    problem = _hides(node, n_constants) or _forgets(node, graph, whole=whole)
     if problem is None:
-        _known.add(kind)
+        _known.add(_kind(node, whole=whole))
     return problem
 
 
+def _kind(node: Any, *, whole: bool) -> tuple[Any, ...]:
+    without = tuple(parent is None for parent, _ in node.next_functions)
+    return type(node)._forward_cls, without, node.needs_input_grad, whole
+
+
+def _is_new(node: Any, *, whole: bool) -> bool:
+    """Tell whether it is a Function of others of a kind that is not known to be complete."""
+    if not isinstance(node, BackwardCFunction) or _kind(node, whole=whole) in _known:
+        return False
+    cls: Any = type(node)._forward_cls  # type: ignore[attr-defined]
+    ours = cls.__module__.startswith((__package__.split(".")[0], "torch.")) and "torch._library" not in cls.__module__
+    return not ours and not getattr(cls, "twice_differentiable", False)
+
+
 def _saved(node: Any) -> list[Tensor | None]:
-    with contextlib.suppress(RuntimeError):  # freed, or to be unpacked once only
-        return list(node.saved_tensors)
-    return []
+    return list(node.saved_tensors)
 
 
 def _kept(node: Any) -> Iterator[Any]:

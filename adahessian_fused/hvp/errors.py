@@ -27,8 +27,10 @@ _LACKS = {
 _OTHER = {"autograd": "forward_over_reverse", "forward_over_reverse": "autograd"}
 NO_GRAPH = "{}, whose backward leaves no graph of itself,"
 HIDDEN_NUMBERS = "{}, which keeps numbers for its backward that are no inputs and have no graph,"
+WRONG_WEIGHT_NORM = "weight_norm, whose second derivative PyTorch has wrong,"
+WRONG_NORM = "{} in a loss that holds a gradient, where PyTorch has its derivative wrong,"
 # What the mode has, or runs in another way.
-_FRIENDLY = ("scaled_dot_product", "embedding_bag", "torch.compile")
+_FRIENDLY = ("scaled_dot_product", "embedding_bag", "torch.compile", "PyTorch has")
 
 
 def operator_in(message: str) -> str | None:

@@ -16,17 +16,23 @@ class Graph(NamedTuple):
     nodes: set[Node]
     leaves: list[Tensor]  # what ``loss.backward()`` would give a gradient
     functions: list[Node]  # made by code of somebody's own: torch.autograd.Function, its like in C++, or what ends it
+    wrong: list[Node]  # whose derivative PyTorch computes wrong
 
 
-_PLAIN, _LEAF, _FUNCTION = range(3)
+_PLAIN, _LEAF, _FUNCTION, _WRONG = range(4)
 _OWN = f"{__package__.split('.')[0]}.friendly"  # whose Functions have derivatives of every order
+_ROLES = {"AccumulateGrad": _LEAF, "Error": _FUNCTION, "CppFunction": _FUNCTION}
+# PyTorch takes the norm, or mean and variance, for constants in the derivatives of these.
+WEIGHT_NORM = "WeightNormInterfaceBackward0"
+NORMS = ("NativeLayerNormBackwardBackward0", "NativeBatchNormBackwardBackward0", "CudnnBatchNormBackwardBackward0")
+_ROLES |= dict.fromkeys((WEIGHT_NORM, *NORMS), _WRONG)
 _roles: dict[type, int] = {}  # of nodes, by their type; those of Functions come and go
 
 
 def explore(roots: Iterable[Tensor]) -> Graph:
     """Return the graph that tensors have."""
     # A loss may be a parameter itself.
-    graph = Graph(set(), [root for root in roots if root.grad_fn is None and root.requires_grad], [])
+    graph = Graph(set(), [root for root in roots if root.grad_fn is None and root.requires_grad], [], [])
     seen, found = graph.nodes, [root.grad_fn for root in roots if root.grad_fn is not None]
     seen.update(found)
     while found:
@@ -38,6 +44,8 @@ def explore(roots: Iterable[Tensor]) -> Graph:
             graph.leaves.append(node.variable)  # type: ignore[attr-defined]
         elif role == _FUNCTION:
             graph.functions.append(node)
+        elif role == _WRONG:
+            graph.wrong.append(node)
         for parent, _ in node.next_functions:
             if parent is not None and parent not in seen:
                 seen.add(parent)
@@ -49,8 +57,7 @@ def _role(kind: type) -> int:
     if issubclass(kind, BackwardCFunction):
         own = kind._forward_cls.__module__.startswith(_OWN)  # type: ignore[attr-defined]
         return _roles.setdefault(kind, _PLAIN) if own else _FUNCTION
-    names = {"AccumulateGrad": _LEAF, "Error": _FUNCTION, "CppFunction": _FUNCTION}
-    return _roles.setdefault(kind, names.get(kind.__name__, _PLAIN))
+    return _roles.setdefault(kind, _ROLES.get(kind.__name__, _PLAIN))
 
 
 def nodes(roots: Sequence[Node], boundary: Collection[Node] = ()) -> Iterator[Node]:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -63,6 +65,13 @@ class BackwardObserver:
         if not _observers and torch.autograd.backward is _backward:
             torch.autograd.backward = _original
 
+    @contextlib.contextmanager
+    def around(self, tensors: Any, create_graph: bool) -> Iterator[None]:
+        """Surround a pass from these tensors."""
+        before = self.before(tensors)
+        yield
+        self.after(before)
+
     def before(self, tensors: Any) -> Any:
         """Look before a pass from these tensors; what is returned goes to :meth:`after`."""
 
@@ -74,10 +83,15 @@ _observers: weakref.WeakSet[BackwardObserver] = weakref.WeakSet()
 _original = torch.autograd.backward
 
 
-def _backward(tensors: Any, *args: Any, **kwargs: Any) -> None:
-    seen = [(observer, observer.before(tensors)) for observer in list(_observers)]
-    _original(tensors, *args, **kwargs)
-    for observer, before in seen:
-        observer.after(before)
-    if not seen and torch.autograd.backward is _backward:  # they are all gone, without a word
+@functools.wraps(torch.autograd.backward)
+def _backward(
+    tensors: Any, grad_tensors: Any = None, retain_graph: bool | None = None, create_graph: bool = False, *args: Any,
+    **kwargs: Any,
+) -> None:  # fmt: skip
+    watching = list(_observers)
+    with contextlib.ExitStack() as stack:
+        for observer in watching:
+            stack.enter_context(observer.around(tensors, create_graph))
+        _original(tensors, grad_tensors, retain_graph, create_graph, *args, **kwargs)
+    if not watching and torch.autograd.backward is _backward:  # they are all gone, without a word
         torch.autograd.backward = _original

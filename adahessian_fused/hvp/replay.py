@@ -48,7 +48,8 @@ def _put_back(buffers: list[_Buffer]) -> None:
             buffer.module._buffers[buffer.name] = buffer.tensor
     if buffers:
         with torch.no_grad():
-            torch._foreach_copy_([buffer.tensor for buffer in buffers], [buffer.value for buffer in buffers])
+            # By way of .data, since a graph may hold them, and autograd does not count what batch normalisation writes.
+            torch._foreach_copy_([buffer.tensor.data for buffer in buffers], [buffer.value for buffer in buffers])
 
 
 class _Draws(TorchDispatchMode):
@@ -95,11 +96,7 @@ class Replay:
     def __call__(self, function: Callable[[], T]) -> T:
         """Return what the function returns."""
         if self._called:
-            if self._drawn:
-                torch.set_rng_state(self._cpu)
-                if self._cuda is not None:
-                    torch.cuda.set_rng_state_all(self._cuda)
-            _put_back(self._buffers)
+            self.rewind()
         self._called, self.precision = True, None
         self._computes_in(_autocast())
         self.forget_gathered()
@@ -116,6 +113,14 @@ class Replay:
         finally:
             handle.remove()
             self._drawn |= self._moved() if draws is None else draws.drawn
+
+    def rewind(self) -> None:
+        """Put random numbers and buffers back to what the first call found."""
+        if self._drawn:
+            torch.set_rng_state(self._cpu)
+            if self._cuda is not None:
+                torch.cuda.set_rng_state_all(self._cuda)
+        _put_back(self._buffers)
 
     def forget_gathered(self) -> None:
         """Let FSDP2 gather its weights anew."""

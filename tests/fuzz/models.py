@@ -1,0 +1,769 @@
+"""Random small models, stepped in random ways, against a plain double backward in float64."""
+
+from __future__ import annotations
+
+import copy
+import random
+import warnings
+from collections.abc import Callable
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
+from torch.func import functional_call
+from torch.nn.utils import parametrizations, parametrize
+from torch.utils.checkpoint import checkpoint
+
+from adahessian_fused import AdaHessian, TrainStep, curvature_friendly, split_batch
+
+from . import oracle
+
+EXAMPLES = 4
+
+# ---- code of somebody's own ------------------------------------------------------------------------------------------
+
+
+def function(forward: Callable, backward: Callable) -> type[Function]:
+    return type("Custom", (Function,), {"forward": staticmethod(forward), "backward": staticmethod(backward)})
+
+
+def _keeps_input(ctx, x):
+    ctx.save_for_backward(x)
+    return x.sin()
+
+
+def _keeps_detached(ctx, x):
+    ctx.x = x.detach()
+    return x.sin()
+
+
+def _keeps_slope(ctx, x):
+    ctx.save_for_backward(x.cos())
+    return x.sin()
+
+
+def _slope(ctx, g):
+    return g * ctx.saved_tensors[0].cos()
+
+
+def _without_grad(ctx, g):
+    with torch.no_grad():
+        return g * ctx.saved_tensors[0].cos()
+
+
+def _in_numpy(ctx, g):
+    return torch.from_numpy(g.detach().numpy() * ctx.x.cos().numpy())
+
+
+def _by_inner_backward(ctx, g):
+    with torch.enable_grad():
+        x = ctx.saved_tensors[0].detach().requires_grad_()
+        return torch.autograd.grad(x.sin(), x, g)[0]
+
+
+SINES = {  # of which only the first can be differentiated twice
+    "complete": function(_keeps_input, _slope),
+    "once_differentiable": function(_keeps_input, once_differentiable(_slope)),
+    "no_grad": function(_keeps_input, _without_grad),
+    "numpy": function(_keeps_detached, _in_numpy),
+    "inner_backward": function(_keeps_input, _by_inner_backward),
+    "slope": function(_keeps_slope, lambda ctx, g: g * ctx.saved_tensors[0]),
+    "detached": function(_keeps_detached, lambda ctx, g: g * ctx.x.cos()),
+}
+
+
+class Sine(nn.Module):
+    """A Function that says, or hides, that it is curved."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.kind = kind
+
+    def extra_repr(self) -> str:
+        return self.kind
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.sin() if oracle.Plain.active else SINES[self.kind].apply(x)
+
+
+class Checkpoint(nn.Module):
+    """Layers that are computed again in the backward pass."""
+
+    def __init__(self, inner: nn.Module, reentrant: bool) -> None:
+        super().__init__()
+        self.inner, self.reentrant = inner, reentrant
+
+    def forward(self, x: Tensor) -> Tensor:
+        if oracle.Plain.active:
+            return self.inner(x)
+        # PyTorch drops all gradients in a reentrant one whose input has none.
+        return checkpoint(self.inner, x, use_reentrant=self.reentrant and x.requires_grad)
+
+    def extra_repr(self) -> str:
+        return "reentrant" if self.reentrant else ""
+
+
+class Residual(nn.Module):
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.inner(x)
+
+
+class Twice(nn.Module):
+    """The same weights two times."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inner(torch.tanh(self.inner(x)))
+
+
+class Of(nn.Module):
+    """A function of the input, and of a parameter if it takes one."""
+
+    def __init__(self, f: Callable[..., Tensor], *shape: int) -> None:
+        super().__init__()
+        self.f = f
+        self.weight = nn.Parameter(torch.randn(shape)) if shape else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.f(x) if self.weight is None else self.f(x, self.weight)
+
+
+class Attention(nn.Module):
+    def __init__(self, n: int, heads: int, causal: bool) -> None:
+        super().__init__()
+        self.qkv, self.heads, self.causal = nn.Linear(n, 3 * n), heads, causal
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (t.unflatten(-1, (self.heads, -1)).transpose(-2, -3) for t in self.qkv(x).chunk(3, -1))
+        return F.scaled_dot_product_attention(q, k, v, is_causal=self.causal).transpose(-2, -3).flatten(-2)
+
+
+class Last(nn.Module):
+    """The sequence that a recurrent network returns."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inner(x)[0]
+
+
+# ---- layers: each is drawn for a shape of its input, without examples ------------------------------------------------
+
+
+def _activation(r: random.Random, shape):
+    kinds = [
+        nn.ReLU, nn.Tanh, nn.GELU, nn.SiLU, nn.Softplus, nn.ELU, nn.LeakyReLU, nn.Sigmoid, nn.Hardswish, nn.Mish,
+        nn.Softsign, nn.PReLU, nn.Identity, nn.ReLU6, nn.CELU, nn.LogSigmoid, nn.Hardtanh,
+    ]  # fmt: skip
+    return r.choice(kinds)()
+
+
+def _in_place(r, shape):
+    return nn.Sequential(Of(lambda x: x * 1.5), r.choice([nn.ReLU, nn.SiLU, nn.LeakyReLU, nn.ELU])(inplace=True))
+
+
+def _sine(r, shape):
+    return Sine(r.choice(list(SINES)) if r.random() < 0.5 else "complete")
+
+
+def _linear(r, shape):
+    layer = nn.Linear(shape[-1], r.choice([1, 2, 3, 4, 4, 6]), bias=r.random() < 0.7)
+    if r.random() < 0.1:
+        layer = parametrizations.weight_norm(layer)
+    elif r.random() < 0.07:
+        layer = parametrizations.spectral_norm(layer)
+    return layer
+
+
+def _elementwise(r, shape):
+    fs = [
+        lambda x: x.square(), lambda x: x / (1 + x.abs()), lambda x: x.clamp(-1, 1), lambda x: x.cumsum(-1),
+        lambda x: x.softmax(-1), lambda x: x.log_softmax(-1), lambda x: x * torch.sigmoid(x.detach()),
+        lambda x: x.flip(-1) + x.roll(1, -1), lambda x: F.normalize(x, dim=-1), lambda x: x.exp().log1p(),
+        lambda x: torch.where(x > 0, x, 0.1 * x**2), lambda x: x.sort(-1)[0], lambda x: (x**2 + 0.1).sqrt(),
+        lambda x: x + 0.1 * torch.logcumsumexp(x, -1), lambda x: torch.atan2(x, 1 + x * x), lambda x: x.erf(),
+    ]  # fmt: skip
+    return Of(r.choice(fs))
+
+
+def _weighted(r, shape):
+    n = shape[-1]
+    fs = [
+        (lambda x, w: x * w, n), (lambda x, w: x + w, *shape), (lambda x, w: x * w, 1), (lambda x, w: x * w.sum(), 2),
+        (lambda x, w: x @ (w @ w.T), n, n), (lambda x, w: torch.einsum("...i,ij->...j", x, w).tanh(), n, n),
+        (lambda x, w: x - w.exp().mean(), n), (lambda x, w: F.linear(x, w, w[0]), n, n),
+        (lambda x, w: x * F.softplus(w[: x.shape[-1]]), n + 2), (lambda x, w: torch.addcmul(x, x, w.expand_as(x)), n),
+    ]  # fmt: skip
+    f, *own = r.choice(fs)
+    return Of(f, *own)
+
+
+def _norm(r, shape):
+    n = shape[-1]
+    kinds = [
+        lambda: nn.LayerNorm(n), lambda: nn.RMSNorm(n), lambda: nn.LayerNorm(shape),
+        lambda: nn.LayerNorm(n, bias=False), lambda: nn.LayerNorm(n, elementwise_affine=False),
+    ]  # fmt: skip
+    return r.choice(kinds)()
+
+
+def _norm_of_channels(r, shape):
+    n = shape[0]
+    batch, instance = (
+        {
+            1: (nn.BatchNorm1d, nn.Identity),
+            2: (nn.BatchNorm1d, nn.InstanceNorm1d),
+            3: (nn.BatchNorm2d, nn.InstanceNorm2d),
+        }
+    )[len(shape)]
+    kinds = [
+        lambda: batch(n), lambda: batch(n, affine=False), lambda: batch(n, track_running_stats=False),
+        lambda: batch(n).eval(), lambda: nn.GroupNorm(1, n), lambda: nn.GroupNorm(n, n) if len(shape) > 1 else batch(n),
+        lambda: instance(n), lambda: instance(n, affine=True, track_running_stats=True),
+    ]  # fmt: skip
+    return r.choice(kinds)()
+
+
+def _dropout(r, shape):
+    # Masks are drawn in the order of memory, which differs between kernels of attention.
+    return nn.Sequential(Of(lambda x: x.contiguous()), nn.Dropout(r.choice([0.2, 0.5])))
+
+
+def _conv(r, shape):
+    c, out = shape[0], r.choice([1, 2, 4])
+    groups = 2 if c % 2 == 0 and out % 2 == 0 and r.random() < 0.3 else 1
+    kind = {2: nn.Conv1d, 3: nn.Conv2d}[len(shape)]
+    options = {"padding": 1, "stride": r.choice([1, 1, 2]), "bias": r.random() < 0.6, "groups": groups}
+    if r.random() < 0.2:
+        options |= {"padding_mode": r.choice(["reflect", "circular"])}
+    layer = kind(c, out, 3, **options)
+    return parametrizations.weight_norm(layer) if r.random() < 0.08 else layer
+
+
+def _transposed(r, shape):
+    kind = {2: nn.ConvTranspose1d, 3: nn.ConvTranspose2d}[len(shape)]
+    return kind(shape[0], r.choice([1, 2]), r.choice([2, 3]), padding=1, stride=r.choice([1, 2]))
+
+
+def _pool(r, shape):
+    kinds = [
+        lambda: nn.MaxPool2d(2), lambda: nn.AvgPool2d(2), lambda: nn.AdaptiveAvgPool2d(2), lambda: nn.LPPool2d(2, 2),
+        lambda: nn.AdaptiveMaxPool2d(2), lambda: nn.Upsample(scale_factor=2, mode="bilinear"),
+        lambda: nn.Upsample(scale_factor=2), lambda: nn.ReflectionPad2d(1),
+    ]  # fmt: skip
+    return r.choice(kinds)() if min(shape[1:]) > 2 else nn.ReflectionPad2d(1)
+
+
+def _attention(r, shape):
+    n = shape[-1]
+    heads = 2 if n % 2 == 0 else 1
+    kinds = [
+        lambda: Attention(n, heads, r.random() < 0.4),
+        lambda: nn.TransformerEncoderLayer(n, heads, 6, 0.0, r.choice(["relu", "gelu"]), batch_first=True,
+                                           norm_first=r.random() < 0.5),
+    ]  # fmt: skip
+    return r.choice(kinds)()
+
+
+def _recurrent(r, shape):
+    return Last(r.choice([nn.GRU, nn.LSTM, nn.RNN])(shape[-1], 3, batch_first=True))
+
+
+def _wrapped(r, shape):
+    inner = nn.Sequential(*(layer for _ in range(r.choice([1, 2])) for layer in [_any(r, shape, nested=True)]))
+    kind = r.choice([Residual, Twice, Checkpoint])
+    keeps_shape = _shape_after(inner, shape) == tuple(shape)
+    if any(isinstance(m, parametrizations._SpectralNorm) for m in inner.modules()):
+        return inner  # a checkpoint would iterate once more
+    if kind is Checkpoint or not keeps_shape:
+        return Checkpoint(inner, r.random() < 0.15)
+    return kind(inner)
+
+
+BY_AXES = {
+    1: [_linear, _linear, _activation, _activation, _norm, _norm_of_channels, _elementwise, _weighted, _sine, _in_place,
+        _dropout],
+    2: [_linear, _attention, _attention, _activation, _norm, _norm_of_channels, _elementwise, _weighted, _recurrent,
+        _conv, _dropout],
+    3: [_conv, _conv, _conv, _transposed, _pool, _activation, _norm_of_channels, _norm, _in_place, _sine, _weighted],
+}  # fmt: skip
+
+
+def _any(r, shape, nested=False):
+    if not nested and r.random() < 0.2:
+        return _wrapped(r, shape)
+    return r.choice(BY_AXES[len(shape)])(r, shape)
+
+
+def _shape_after(layer: nn.Module, shape) -> tuple[int, ...] | None:
+    """The shape of its results, or None if it does not fit."""
+    twin = copy.deepcopy(layer)
+    try:
+        with torch.no_grad(), oracle.by_definition():
+            return tuple(twin(torch.randn(EXAMPLES, *shape)).shape[1:])
+    except (RuntimeError, ValueError, AssertionError):
+        return None
+
+
+# ---- models and losses -----------------------------------------------------------------------------------------------
+
+
+def _layers(r: random.Random, shape: tuple[int, ...], depth: int) -> tuple[list[nn.Module], tuple[int, ...]]:
+    layers = []
+    while len(layers) < depth:
+        layer = _any(r, shape)
+        after = _shape_after(layer, shape)
+        if after and 0 < torch.Size(after).numel() <= 128 and len(after) == len(shape):
+            layers.append(layer)
+            shape = after
+    return layers, shape
+
+
+class Model(nn.Module):
+    """A stem, layers, and a head that gives ``outputs`` numbers an example."""
+
+    def __init__(self, r: random.Random) -> None:
+        super().__init__()
+        kind = r.choice(["vectors", "vectors", "words", "bags", "images", "sequences"])
+        n, length = r.choice([2, 3, 4]), r.choice([2, 3])
+        self.takes, stem = {
+            "vectors": ((n,), nn.Identity()), "words": ("words", nn.Embedding(5, n)),
+            "bags": ("words", nn.EmbeddingBag(5, n, mode=r.choice(["mean", "sum", "max"]))),
+            "images": ((r.choice([1, 2]), 4, r.choice([3, 4])), nn.Identity()),
+            "sequences": ((length, n), nn.Identity()),
+        }[kind]  # fmt: skip
+        shape = {"words": (3, n), "bags": (n,)}.get(kind, self.takes)
+        layers, shape = _layers(r, shape, r.randint(1, 4))
+        self.body = nn.Sequential(stem, *layers)
+        self.flatten = r.choice(["flatten", "mean"]) if len(shape) > 1 else "flatten"
+        width = shape[-1] if self.flatten == "mean" else torch.Size(shape).numel()
+        self.head = nn.Linear(width, 3) if r.random() < 0.8 else nn.Identity()
+        if r.random() < 0.15 and isinstance(stem, nn.Embedding) and isinstance(self.head, nn.Linear) and width == n:
+            self.head = nn.Linear(n, 5, bias=False)
+            self.head.weight = stem.weight  # tied
+        if r.random() < 0.1:
+            self.unused = nn.Linear(2, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.body(x)
+        return self.head(y.flatten(1) if self.flatten == "flatten" else y.flatten(1, -2).mean(1) if y.dim() > 2 else y)
+
+    def inputs(self, r: random.Random) -> Tensor:
+        generator = torch.Generator().manual_seed(r.getrandbits(32))
+        if self.takes == "words":
+            return torch.randint(0, 5, (EXAMPLES, 3), generator=generator)
+        return torch.randn(EXAMPLES, *self.takes, generator=generator, dtype=torch.float64)
+
+
+def _classes(y: Tensor) -> Tensor:
+    return torch.arange(len(y)) % y.shape[1]
+
+
+def _slope_norm(model: nn.Module, loss: Tensor) -> Tensor:
+    params = [p for p in model.parameters() if p.requires_grad]
+    if not loss.requires_grad:
+        return loss * 0
+    grads = torch.autograd.grad(loss, params, create_graph=True, allow_unused=True)
+    return sum((g.square().sum() for g in grads if g is not None), loss * 0)
+
+
+def _penalised_input(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+    if not x.is_floating_point():
+        return y.square().mean()
+    x = x.detach().requires_grad_()
+    (slope,) = torch.autograd.grad(model(x).tanh().sum(), x, create_graph=True)
+    return F.softplus(-y).mean() + (slope.flatten(1).norm(dim=1) - 1).square().mean()
+
+
+def _meta(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+    params = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    grads = torch.autograd.grad(y.square().mean(), list(params.values()), create_graph=True, allow_unused=True)
+    fast = {n: p if g is None else p - 0.1 * g for (n, p), g in zip(params.items(), grads, strict=True)}
+    return functional_call(model, fast, (x.flip(0),)).square().mean()
+
+
+LOSSES = {
+    "mean_square": lambda model, x, y: y.square().mean(),
+    "cross_entropy": lambda model, x, y: F.cross_entropy(y, _classes(y)),
+    "smoothed": lambda model, x, y: F.cross_entropy(y, _classes(y), label_smoothing=0.1),
+    "l1": lambda model, x, y: F.l1_loss(y, torch.ones_like(y)),
+    "huber": lambda model, x, y: F.huber_loss(y, torch.ones_like(y), delta=0.3),
+    "bce": lambda model, x, y: F.binary_cross_entropy_with_logits(y, torch.full_like(y, 0.3)),
+    "sum": lambda model, x, y: y.sum(),
+    "norm": lambda model, x, y: (y + 0.1).norm(),
+    "log": lambda model, x, y: (1 + y.square()).log().mean(),
+    "cosine": lambda model, x, y: (1 - F.cosine_similarity(y + 0.1, torch.ones_like(y))).mean(),
+    "kl": lambda model, x, y: F.kl_div(y.log_softmax(1), torch.ones_like(y).softmax(1), reduction="batchmean"),
+    "max": lambda model, x, y: y.amax(1).square().mean(),
+    "decay": lambda model, x, y: y.square().mean() + sum(p.square().sum() for p in model.parameters()) * 0.01,
+    "slope": lambda model, x, y: y.square().mean() + 0.1 * _slope_norm(model, y.square().mean()),
+    "penalty": _penalised_input,
+    "meta": _meta,
+    "hidden": lambda model, x, y: Sine("no_grad")(y).sum(),
+    "hidden_square": lambda model, x, y: Sine("inner_backward")(y).square().sum(),
+}
+
+
+HOLD_GRADIENTS = ("slope", "penalty", "meta")
+
+# ---- ways of stepping ------------------------------------------------------------------------------------------------
+
+
+class Trial:
+    """A model, its optimizer and what there is to check."""
+
+    def __init__(self, seed: int) -> None:
+        r = self.random = random.Random(seed)
+        torch.manual_seed(seed)
+        self.model = Model(r)
+        self.loss_name = r.choice(list(LOSSES))
+        if self.loss_name == "meta" and any(isinstance(m, Checkpoint) for m in self.model.modules()):
+            self.loss_name = "log"  # PyTorch's checkpoints forget what functional_call has put in a parameter's place
+        if self.loss_name in HOLD_GRADIENTS and any(map(parametrize.is_parametrized, self.model.modules())):
+            self.loss_name = "log"  # its gradient through weight_norm is wrong in PyTorch
+        self.dtype = torch.float32 if r.random() < 0.15 else torch.float64
+        self.model.to(self.dtype)
+        for p in self.model.parameters():
+            if r.random() < 0.1:
+                p.requires_grad_(False)
+        self.params = list(self.model.parameters())
+        if self.params and not any(p.requires_grad for p in self.params):
+            self.params[0].requires_grad_(True)
+        if self.params and r.random() < 0.05:
+            next(p for p in self.params if p.requires_grad).register_hook(lambda g: 2 * g)
+        self.options = {
+            "lr": r.choice([0.01, 0.1]), "betas": r.choice([(0.9, 0.99), (0.5, 0.0), (0.0, 0.9)]),
+            "seed": r.getrandbits(40), "update_each": r.choice([1, 1, 2]), "weight_decay": r.choice([0.0, 0.1]),
+            "hessian_power": r.choice([1.0, 1.0, 0.5]), "eps": r.choice([1e-2, 1e-4]),
+        }  # fmt: skip
+        self.block = r.choice([1, 1, 3, "row", "tensor"])
+        self.fraction = r.choice([0.5, 1.0])
+        self.told = r.random() < 0.5
+        self.lazy = r.random() < 0.2  # another loss in later steps
+        self.way = r.choice(list(WAYS))
+        self.train_step = None
+
+    def value(self, model: nn.Module, *batch: Tensor) -> Tensor:
+        (x,) = batch
+        torch.manual_seed(self.drawn)
+        name = "mean_square" if self.lazy and self.step < 2 else self.loss_name
+        return LOSSES[name](model, x, model(x))
+
+    def make(self) -> AdaHessian:
+        groups = [{"params": self.params[::2]}, {"params": self.params[1::2]}]
+        groups = [group for group in groups if group["params"]]
+        if self.way == "backward_split":
+            self.options["hessian_fraction"] = self.fraction
+        return AdaHessian(groups, block_size=self.block, **self.options)
+
+    def batch(self) -> Tensor:
+        x = self.model.inputs(self.random)
+        return x.to(self.dtype) if x.is_floating_point() else x
+
+    # -- the oracle
+
+    def parts(self, x: Tensor) -> list[tuple[Tensor, float, float]]:
+        """Batches, the factors on their loss, and on their curvature."""
+        if self.way == "backward_split" and self.fraction < 1 and self.opt.needs_hessian:
+            first, rest, share = split_batch((x,), self.fraction)
+            return [(first[0], share, 1.0), (rest[0], 1 - share, 0.0)]
+        if self.way == "accumulated":
+            return [(x, 0.25, 0.25), (x.flip(0), 0.75, 0.75)]
+        if self.way == "one_of_two":
+            return [(x, 0.5, 1.0), (x.flip(0), 0.5, 0.0)]
+        return [(x, 1.0, 1.0)]
+
+    def expected(self, x: Tensor) -> tuple[list[Tensor | None], list[Tensor]]:
+        """The gradient, and D averaged over blocks, in float64."""
+        trained = [i for i, p in enumerate(self.params) if p.requires_grad]
+        z = [self.probe(i) for i in trained]
+        totals: list[Any] = [None] * len(self.params), [torch.zeros_like(p).double() for p in self.params]
+        model = copy.deepcopy(self.model).double()
+        params = list(model.parameters())
+        for twin, p in zip(params, self.params, strict=True):
+            for hook in (p._backward_hooks or {}).values():
+                twin.register_hook(hook)
+        for part, weight, of_curvature in self.parts(x):
+            part = part.double() if part.is_floating_point() else part
+            grads, products = oracle.derivatives(lambda: self.value(model, part), [params[i] for i in trained], z)  # noqa: B023
+            for i, g, h, sign in zip(trained, grads, products, z, strict=True):
+                if g is not None:
+                    totals[0][i] = weight * g + (0 if totals[0][i] is None else totals[0][i])
+                totals[1][i] += of_curvature * h * sign
+        return totals[0], [oracle.block_means(d, self.length(d)) for d in totals[1]]
+
+    def length(self, d: Tensor) -> int:
+        return {"row": d.shape[-1] if d.dim() else 1, "tensor": d.numel()}.get(self.block, self.block)
+
+    def probe(self, i: int) -> Tensor:
+        order = [*range(0, len(self.params), 2), *range(1, len(self.params), 2)]
+        state = self.opt.state.get(self.params[i], {})
+        return oracle.probe(
+            self.params[i].shape, order.index(i), int(state.get("hessian_step", 0)), self.options["seed"]
+        )
+
+    # -- a run
+
+    def run(self) -> str:
+        """Step; returns "right", or why not: an error, or a loss that is no number."""
+        if not self.params:
+            return "no parameters"
+        self.step, self.opt = 0, self.make()
+        with curvature_friendly(self.model, self.opt) if self.told else nullcontext():
+            for step in range(self.random.choice([2, 4])):
+                self.step = step
+                found = self.one_step()
+                if found != "right":
+                    return found
+        return "right"
+
+    def one_step(self) -> str:
+        x, self.drawn = self.batch(), self.random.getrandbits(32)
+        grads, ds = self.expected(x)
+        if not any(g is not None for g in grads):
+            return "linear in nothing"
+        if not all(g is None or bool(g.isfinite().all()) for g in grads):
+            return "not finite"
+        self.before, before = copy.deepcopy(self.model), [p.detach().clone() for p in self.params]
+        states = [
+            {k: v.clone() for k, v in self.opt.state.get(p, {}).items() if isinstance(v, Tensor)} for p in self.params
+        ]
+        due = self.opt._due()
+        self.opt.zero_grad()
+        try:
+            WAYS[self.way](self, x)
+        except (RuntimeError, NotImplementedError) as error:
+            self.refused(error, before)
+            return f"refused: {str(error)[:60]}"
+        if not self.check(grads, ds, before, states, due, x):
+            return "PyTorch's own gradient is another"  # of what it cannot, or does wrongly, differentiate twice
+        return "right"
+
+    def refused(self, error: Exception, before: list[Tensor]) -> None:
+        """An error is right where something cannot be differentiated twice, and if it has changed nothing."""
+        assert all(map(torch.equal, before, self.params)), f"parameters changed by a step that failed: {error}"
+        text = str(error)
+        if not self.plainly_fails():
+            assert "cannot be differentiated twice" in text, f"{type(error).__name__}: {text}"
+            assert self.may_refuse(), f"refused without a reason: {text[:300]}"
+
+    def may_refuse(self) -> bool:
+        def has(*kinds):
+            return any(isinstance(m, kinds) for m in self.model.modules())
+
+        hides = any(isinstance(m, Sine) and m.kind != "complete" for m in self.model.modules())
+        hides |= self.loss_name.startswith("hidden")
+        reentrant = any(isinstance(m, Checkpoint) and m.reentrant for m in self.model.modules())
+        untold = not self.told and self.way in ("create_graph", "given", "accumulated", "one_of_two", "hooked")
+        attention = any(
+            isinstance(m, (Attention, nn.TransformerEncoderLayer, nn.EmbeddingBag)) for m in self.model.modules()
+        )
+        # PyTorch has the second derivative of weight_norm wrong, and the third ones of two norms.
+        wrong = any(parametrize.is_parametrized(m) for m in self.model.modules())
+        norms = (nn.LayerNorm, nn.modules.batchnorm._BatchNorm, nn.modules.instancenorm._InstanceNorm)
+        wrong |= self.loss_name in HOLD_GRADIENTS and has(*norms, nn.TransformerEncoderLayer)
+        return hides or reentrant or (untold and (attention or wrong))
+
+    def plainly_fails(self) -> bool:
+        model = copy.deepcopy(self.model)
+        params = [p for p in model.parameters() if p.requires_grad]
+        try:
+            grads = torch.autograd.grad(self.value(model, self.batch()), params, create_graph=True, allow_unused=True)
+            grads = [g.sum() for g in grads if g is not None and g.requires_grad]
+            if grads:
+                torch.autograd.grad(sum(grads), params, allow_unused=True)
+        except RuntimeError:
+            return True
+        return False
+
+    def plain_gradients(self, x: Tensor) -> list[Tensor | None]:
+        """By ``loss.backward()`` of the model as it was."""
+        model = copy.deepcopy(self.before)
+        for part, weight, _ in self.parts(x):
+            (weight * self.value(model, part)).backward()
+        return [p.grad for p in model.parameters()]
+
+    def check(self, grads, ds, before, states, due, x) -> bool:
+        relative = 1e-9 if self.dtype == torch.float64 else 3e-3
+        scale_g = max(float(g.abs().max()) for g in grads if g is not None and g.numel())
+        scale_d = max(float(d[d.isfinite()].abs().max()) if bool(d.isfinite().any()) else 0.0 for d in ds)
+        unit = torch.finfo(self.dtype).eps
+        off_g, off_d = relative * (scale_g + 1e-3), relative * (scale_g + scale_d + 1e-3)
+        for i, (p, g, d) in enumerate(zip(self.params, grads, ds, strict=True)):
+            if g is None:
+                assert torch.equal(p, before[i]), f"parameter {i} without a gradient has moved"
+                continue
+            try:
+                self.close(p.grad, g, off_g, f"gradient of parameter {i}", x)
+            except AssertionError:
+                plain = self.plain_gradients(x)[i]
+                if plain is None or not torch.allclose(plain, p.grad):
+                    raise
+                return False
+            state, old = self.opt.state[p], states[i]
+            m, v = (old.get(k, torch.zeros_like(p)).double() for k in ("exp_avg", "exp_hessian_diag_sq"))
+            d = d if due[i % 2] else None
+            m, v = oracle.averages(m, v, g, d, self.options["betas"])
+            now = state["exp_avg"].double(), state["exp_hessian_diag_sq"].double()
+            largest = [float(t[t.isfinite()].abs().max()) if t.numel() else 0.0 for t in (m, v)]
+            self.close(now[0], m, off_g + 8 * unit * largest[0], f"m of parameter {i}", x)
+            of_v = 2 * scale_d * off_d + off_d**2 + 8 * unit * largest[1]
+            self.close(now[1], v, of_v, f"v of parameter {i}", x)
+            t, h = int(state["step"]), int(state["hessian_step"])
+            assert (t, h) == (int(old.get("step", 0)) + 1, int(old.get("hessian_step", 0)) + due[i % 2])
+            options = {k: v for k, v in self.options.items() if k not in ("seed", "update_each", "hessian_fraction")}
+            p_after = oracle.moved(before[i].double(), *now, t, h, **options)
+            size = float(torch.cat([(p_after - before[i]).abs().flatten(), p_after.abs().flatten()]).max())
+            self.close(p, p_after, 2000 * unit * size, f"parameter {i}", x)
+        return True
+
+    def close(self, found: Tensor, expected: Tensor, bound: float, what: str, x: Tensor) -> None:
+        assert found is not None, f"no {what}"
+        found = found.detach().double()
+        off = torch.where(found.isfinite() | expected.isfinite(), (found - expected).abs(), 0.0)
+        worst = float(off.max()) if off.numel() else 0.0
+        assert worst <= bound or worst <= self.noise(x.clone(), what) * 1000, (
+            f"{what} is off by {worst:.3g}, bound {bound:.3g}: found {found.flatten()[:6].tolist()}, "
+            f"expected {expected.flatten()[:6].tolist()}"
+        )
+
+    def noise(self, x: Tensor, what: str) -> float:
+        """What a rounding of each weight does to the largest number of what is off."""
+        kept, losses = copy.deepcopy(self.model.state_dict()), []
+        generator = torch.Generator().manual_seed(0)
+        size, unit = 2.0**-30, torch.finfo(self.dtype).eps
+        for nudged in (0.0, size):
+            with torch.no_grad():
+                for t in (*self.params, x) if x.is_floating_point() else self.params:
+                    t.mul_(1 + nudged * (2 * torch.randint(0, 2, t.shape, generator=generator) - 1))
+            losses.append(self.expected(x))
+        self.model.load_state_dict(kept)
+        if what.startswith("v"):
+            pairs = [(a.square(), b.square()) for a, b in zip(*(found[1] for found in losses), strict=True)]
+        else:
+            pairs = [p for p in zip(*(found[0] for found in losses), strict=True) if p[0] is not None]
+        return max(float((a - b).abs().max()) for a, b in pairs if a.numel()) / size * unit
+
+    def describe(self) -> str:
+        hooks = [i for i, p in enumerate(self.params) if p._backward_hooks]
+        frozen = [i for i, p in enumerate(self.params) if not p.requires_grad]
+        return (
+            f"{self.model}\n{self.loss_name}, {self.way}, {'told' if self.told else 'untold'}, {self.dtype}, "
+            f"step {self.step}, {hooks=}, {frozen=}, lazy={self.lazy}, block={self.block}, {self.options}"
+        )
+
+
+def _given(trial: Trial, x: Tensor) -> None:
+    trial.opt.backward(trial.value(trial.model, x))
+    trial.opt.step()
+
+
+def _create_graph(trial: Trial, x: Tensor) -> None:
+    trial.value(trial.model, x).backward(create_graph=trial.opt.needs_hessian)
+    trial.opt.step()
+
+
+def _function(trial: Trial, x: Tensor) -> None:
+    trial.opt.backward(lambda: trial.value(trial.model, x))
+    trial.opt.step()
+
+
+def _split(trial: Trial, x: Tensor) -> None:
+    trial.opt.backward_split(lambda part: trial.value(trial.model, part), x)
+    trial.opt.step()
+
+
+def _closure(trial: Trial, x: Tensor) -> None:
+    trial.opt.step(lambda: trial.value(trial.model, x))
+
+
+def _closure_backward(trial: Trial, x: Tensor) -> None:
+    def closure():
+        trial.opt.zero_grad()
+        loss = trial.value(trial.model, x)
+        loss.backward()
+        return loss
+
+    trial.opt.step(closure)
+
+
+def _hooked(trial: Trial, x: Tensor) -> None:
+    with trial.opt.hook_backward():
+        trial.value(trial.model, x).backward()
+    trial.opt.step()
+
+
+def _accumulated(trial: Trial, x: Tensor) -> None:
+    for part, weight, _ in trial.parts(x):
+        trial.opt.backward(trial.value(trial.model, part) * weight)
+    trial.opt.step()
+
+
+def _one_of_two(trial: Trial, x: Tensor) -> None:
+    for part, weight, of_curvature in trial.parts(x):
+        curvature = of_curvature / weight
+        trial.opt.backward(lambda: trial.value(trial.model, part) * weight, curvature=curvature)  # noqa: B023
+    trial.opt.step()
+
+
+def _diagonal(trial: Trial, x: Tensor) -> None:
+    order = [*trial.params[::2], *trial.params[1::2]]
+    loss = trial.value(trial.model, x)
+    if not trial.opt.needs_hessian:
+        loss.backward()
+        trial.opt.step()
+        return
+    grads = torch.autograd.grad(loss, [p for p in order if p.requires_grad], create_graph=True, allow_unused=True)
+    of = dict(zip([id(p) for p in order if p.requires_grad], grads, strict=True))
+    numbers = {id(p): i for i, p in enumerate(trial.params)}
+    used = [p for p in order if of.get(id(p)) is not None and of[id(p)].requires_grad]
+    z = [trial.probe(numbers[id(p)]).to(p) for p in used]
+    found = torch.autograd.grad([of[id(p)] for p in used], used, z, materialize_grads=True)
+    d = {id(p): h * sign for p, h, sign in zip(used, found, z, strict=True)}
+    for p in order:
+        g = of.get(id(p))
+        p.grad = None if g is None else g.detach()
+    trial.opt.step(hessian=[None if p.grad is None else d.get(id(p), torch.zeros_like(p)) for p in order])
+
+
+def _train_step(trial: Trial, x: Tensor) -> None:
+    if trial.train_step is None:
+        loss_fn = lambda x: trial.value(trial.model, x)  # noqa: E731
+        trial.train_step = TrainStep(loss_fn, optimizer=trial.opt, compile=False, modules=[trial.model])
+    trial.train_step(x)
+
+
+WAYS: dict[str, Callable[[Trial, Tensor], None]] = {
+    "given": _given, "create_graph": _create_graph, "function": _function, "backward_split": _split,
+    "closure": _closure, "closure_backward": _closure_backward, "hooked": _hooked, "accumulated": _accumulated,
+    "one_of_two": _one_of_two, "train_step": _train_step,
+}  # fmt: skip
+
+
+def case(seed: int, dtype: torch.dtype | None = None) -> str:
+    """One trial; numbers of float32 that are far off are no fault where those of float64 are right."""
+    trial = Trial(seed)
+    if dtype is not None:
+        trial.dtype = dtype
+        trial.model.to(dtype)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            return trial.run()
+        except AssertionError as error:
+            if trial.dtype == torch.float32:
+                return f"{case(seed, torch.float64)} in float64"
+            raise AssertionError(f"{error}\n{trial.describe()}") from error
