@@ -226,8 +226,10 @@ def test_cotangents_add_up(device, name):
     options = {"retain_graph": True, "allow_unused": True, "materialize_grads": True}
     apart = [torch.autograd.grad(g, inputs, v, **options) for g, v in zip(grads, cotangents, strict=True)]
     together = torch.autograd.grad(grads, inputs, cotangents, **options)
-    for found, *terms in zip(together, *apart, strict=True):
+    to_differentiate = torch.autograd.grad(grads, inputs, cotangents, create_graph=True, **options)
+    for found, by_formulas, *terms in zip(together, to_differentiate, *apart, strict=True):
         assert_within(found, sum(terms), 1e-12 * sum(terms).abs() + 1e-12, "cotangent")
+        assert_within(by_formulas, found, 1e-12 * found.abs() + 1e-12, "cotangent to be differentiated again")
 
 
 def first_order(run: Callable[..., Tensor], case: Case, device: str, dtype: torch.dtype, made_in=None) -> list[Tensor]:

@@ -110,7 +110,7 @@ class Attention(Operator):
         bias = self.bias
         if self.diagonal is not None:
             seen = grad.new_ones(grad.shape[2], qkv[1].shape[2], dtype=torch.bool).tril(self.diagonal)
-            bias = seen if bias is None else bias.masked_fill(~seen, -math.inf)
+            bias = _additive(seen, grad.dtype) if bias is None else bias.masked_fill(~seen, -math.inf)
         given = [(x, v) for x, v in zip(qkv, cotangents, strict=True) if v is not None]
         inputs, v = zip(*given, strict=True)
         y = aten._scaled_dot_product_attention_math.default(*qkv, bias, scale=self.scale, enable_gqa=True)[0]
