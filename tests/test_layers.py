@@ -1,4 +1,4 @@
-"""Imports go down the layers that docs/design.md lists, and never up."""
+"""The package is built in layers, and its parts use each other by what they show: docs/design.md lists them."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import ast
 import re
 from collections.abc import Iterator
 from pathlib import Path
+
+import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "adahessian_fused"
@@ -49,4 +51,20 @@ def test_imports_go_down():
             if below is not None and below <= layer(name) and imported[0] != name[0]:
                 wrong.append(f"{path} imports {'.'.join(imported)}")
     assert len(files) > 50
+    assert not wrong
+
+
+@pytest.mark.parametrize("part", ["optimizer", "hessian_step", "layout", "schedule", "curvature", "bucket", "record"])
+def test_parts_are_used_by_what_they_show(part):
+    """Private attributes of the optimizer and its parts are their own, and of subclasses."""
+    private, wrong = set(), []
+    for path in [PACKAGE / f"{part}.py", *PACKAGE.rglob("*.py")]:  # the part itself comes first
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Attribute) and re.match("_[a-z]", node.attr):
+                of_self = isinstance(node.value, ast.Name) and node.value.id == "self"
+                if of_self and path.stem == part:
+                    private.add(node.attr)
+                elif not of_self and node.attr in private and path.stem != part:
+                    wrong.append(f"{path.name}:{node.lineno} {node.attr}")
+    assert private
     assert not wrong
