@@ -25,7 +25,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from . import display, table
+from . import display, instructions, table
 from .cases import ADAMW
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -244,24 +244,29 @@ def summary(found: dict[str, Any]) -> list[str]:
         bad = counts["failures"] + counts["errors"]
         what.append(f"{counts['tests']} tests, {bad} red, {counts['skipped']} skipped")
     for data in found["results"]:
+        modelled = data.get("machine", {}).get("device") == "cuda"
         for result in data.get("results", ()):
-            what.append(f"{result['case']}: {_update_of(result)}")
+            what.append(f"{result['case']}: {_update_of(result, modelled)}")
         for model in data.get("models", ()):
             costs = [f"{row['way']} {row['cost']:.2f}" for row in model["rows"] if "cost" in row]
             what.append(f"{model['model']}, x SGD: {'; '.join(costs)}")
     return [found["stage"], how, f"{found['seconds']:.0f} of {found['budget']} s", "\n".join(what)]
 
 
-def _update_of(result: dict[str, Any]) -> str:
-    """Each backend's time over the floor's, and the host's time where it is known."""
+def _update_of(result: dict[str, Any], modelled: bool) -> str:
+    """Each backend's time over the floor's, the host's time where it is known, and on a GPU what is to be expected."""
     times = result["seconds"]
     if "floor" not in times:
         return result.get("skipped", "wrong")
     found = []
+    loops = json.loads(instructions.RESULTS.read_text())["loops"] if modelled else {}
     for name in (*result["backends"], ADAMW):
         if name in times:
             host = f", host {table.seconds(times[name]['host'])}" if times[name]["host"] else ""
             found.append(f"{name} {times[name]['median'] / times['floor']['median']:.2f} x floor{host}")
+            if modelled and name != ADAMW:
+                expected = instructions.predicted(result, name, loops)
+                found[-1] += f", {table.seconds(times[name]['median'])} (model: {table.seconds(expected)})"
     return "; ".join(found) or "wrong"
 
 

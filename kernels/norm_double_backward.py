@@ -10,7 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .table import INTERPRETED, on
+from .table import FUSION, INTERPRETED, on
 from .tile import kernel
 
 TILE = 4096 if INTERPRETED else 1024  # elements of a tile
@@ -182,7 +182,7 @@ def batch_norm_double_backward(v, v_weight, v_bias, grad, x, weight, mean, invst
     partials = torch.empty(splits, N_SUMS.value, channels, dtype=invstd.dtype, device=x.device)
     with on("batch_norm_double_backward", x.device):
         batch_norm_sums_kernel[(grid, splits)](
-            v, grad, x, mean, partials, *sizes, triton.cdiv(count, splits), num_warps=4, **blocks
+            v, grad, x, mean, partials, *sizes, triton.cdiv(count, splits), num_warps=4, **FUSION, **blocks
         )
         if splits > MAX_SPLITS:
             partials, splits = partials.sum(0, keepdim=True, dtype=torch.float64), 1
@@ -196,6 +196,7 @@ def batch_norm_double_backward(v, v_weight, v_bias, grad, x, weight, mean, invst
             FIXED=fixed,
             SPLITS=triton.next_power_of_2(splits),
             num_warps=4,
+            **FUSION,
             **blocks,
         )
     return results
@@ -351,11 +352,13 @@ def row_norm_double_backward(v, v_weight, v_bias, grad, x, weight, mean, invstd,
             *(rows, channels, inner, groups),
             BLOCK=min(triton.next_power_of_2(channels * inner), TILE),
             num_warps=4,
+            **FUSION,
         )
         row_norm_weight_kernel[(grid, splits)](
             *(v, grad, x, mean, invstd, means, partials),
             *(count, weights, inner, triton.cdiv(count, splits), rows, channels, groups),
             num_warps=4,
+            **FUSION,
             **blocks,
         )
     return d_grad, d_x, partials.sum(0)

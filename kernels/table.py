@@ -34,7 +34,8 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 if INTERPRETED:
     TILES = dict.fromkeys(TILES, (4096, 4))  # its time goes with the number of programs
 
-LAUNCH: dict[str, object] = {"enable_fp_fusion": True}  # Triton's default changes with its version
+FUSION: dict[str, object] = {"enable_fp_fusion": True}  # Triton's default changes with its version
+LAUNCH = dict(FUSION)
 if torch.version.hip is None:
     LAUNCH["maxnreg"] = 128  # nothing spills yet
 

@@ -19,6 +19,7 @@ from bench import (
     contestants,
     display,
     gpu,
+    instructions,
     machine,
     measure,
     report,
@@ -299,6 +300,33 @@ def test_every_file_a_stage_names_exists():
     tests = {path.stem.removeprefix("test_") for path in (gpu.ROOT / "tests").glob("test_*.py")}
     assert {*gpu.OP_TESTS, *gpu.ELSEWHERE} <= tests
     assert sum(stage.budget for stage in gpu.STAGES) <= 600
+
+
+@pytest.mark.parametrize("compiler", ["native", "triton"])
+def test_the_model_of_the_machine_expects_what_a_gpu_can_do(compiler):
+    """No more than its bandwidth gives, at least a half of that, or the host's time."""
+    loops = json.loads(instructions.RESULTS.read_text())["loops"]
+    assert set(loops) == set(instructions.LOOPS)
+    for case in (case for suite in ("update", "host") for case in cases.cases("cuda", suite)):
+        result = {
+            "bytes": case.bytes,
+            "numel": case.numel,
+            "tensors": len(case.shapes),
+            "block": case.block,
+            "curvature": case.curvature,
+            "seconds": {"floor": {"launches": None}},
+        }
+        found, floor = instructions.predicted(result, compiler, loops), case.bytes / instructions.H200.bandwidth
+        assert floor < found < 2 * floor + 5e-6 or found <= 30e-6 + 1.5e-6 * len(case.shapes), case.name
+
+
+def test_the_summary_sets_the_model_beside_the_measured_times():
+    times = {name: {"median": 1e-3, "host": None, "launches": 1} for name in ("native", "floor")}
+    result = {"case": "100M b=1", "bytes": 3.2e9, "numel": 1e8, "tensors": 1, "block": 1, "curvature": True}
+    result |= {"seconds": times, "backends": ["native"]}
+    found = {"stage": "2", "exit": [0], "seconds": 1, "budget": 2, "results": [{"machine": {"device": "cuda"}}]}
+    found["results"][0]["results"] = [result]
+    assert "native 1.00 x floor, 1 ms (model: 8" in gpu.summary(found)[-1]
 
 
 def stages(*commands: str) -> tuple[gpu.Stage, ...]:

@@ -6,24 +6,14 @@ planning by cpp/launches.cpp (make cpp-test).
 
 from __future__ import annotations
 
-import importlib.util
-import re
+import json
 import shutil
-import subprocess
-from dataclasses import dataclass, field
-from pathlib import Path
 
 import pytest
-from sass import shortest_path
 
-ROOT = Path(__file__).parents[1]
-CUDA = ROOT / "csrc" / "cuda"
-FLAGS = ["-O3", "-std=c++20", "-arch=sm_90"]
-DTYPES = {"f": "float32", "d": "float64", "N8bfloat16": "bfloat16", "N7float16": "float16"}
-BODIES = {"RademacherBody": "rademacher", "PerturbBody": "perturb"}
-BODIES |= {"HessianDiagBody": "hessian_diag", "StepBody": "adahessian_step"}
-ORDERS = {"0": "flat", "1": "logical", "2": "any", None: "any"}
-ROUNDED = " rounded"  # behind the dtype of parameters whose states are in bfloat16
+from bench import instructions
+from bench.instructions import DTYPES, ROUNDED
+from bench.sass import Kernel, compile_cuda, loops, shortest_path, tool
 
 # 128-bit accesses of one thread when everything is aligned, over all sources of curvature. A thread has 32 bytes of a
 # 16-bit dtype's states and 16 of its parameters, otherwise two times 16 bytes of each; 16 of states in bfloat16.
@@ -51,84 +41,27 @@ KERNELS = [
 ]
 
 
-@dataclass
-class Kernel:
-    """What ptxas and the disassembly say about one kernel."""
-
-    registers: int = 0
-    stack: int = 0
-    spills: int = 0
-    wide_loads: int = 0
-    wide_stores: int = 0
-    local: int = 0  # accesses to local memory
-    generic: int = 0  # accesses that look up at run time which memory an address is in
-    code: str = field(default="", repr=False)
-
-    def assert_lean(self, registers: int) -> None:
-        assert (self.stack, self.spills, self.local) == (0, 0, 0), f"spills or has a stack frame: {self}"
-        assert self.generic == 0, f"accesses memory whose kind the compiler does not know: {self}"
-        assert 0 < self.registers <= registers, f"expected at most {registers} registers: {self}"
-
-    def assert_wide(self, loads: int, stores: int) -> None:
-        assert (self.wide_loads, self.wide_stores) == (loads, stores), f"expected {loads} and {stores}: {self}"
+def assert_lean(kernel: Kernel, registers: int) -> None:
+    assert (kernel.stack, kernel.spills, kernel.local) == (0, 0, 0), f"spills or has a stack frame: {kernel}"
+    assert kernel.generic == 0, f"accesses memory whose kind the compiler does not know: {kernel}"
+    assert 0 < kernel.registers <= registers, f"expected at most {registers} registers: {kernel}"
 
 
-def kernel_name(mangled: str) -> str:
-    """A body's op, dtype and order, like ``adahessian_step-float32-flat``; other kernels keep their name."""
-    names, types = "|".join(BODIES), "f|d|NS_8bfloat16E|NS_7float16E"
-    body = re.search(rf"({names})I({types})({types}|S\d*_)?(?:LNS0_5OrderE(\d))?", mangled)
-    if body is None:
-        return mangled
-    dtype = DTYPES[body[2].replace("S_", "").removesuffix("E")]
-    # The states' type: spelled out, or, where the parameters are bfloat16 too, a reference back to them.
-    rounded = ROUNDED if body[3] and body[3] not in ("f", "d") else ""
-    return f"{BODIES[body[1]]}{rounded}-{dtype}-{ORDERS[body[4]]}"
-
-
-def find_cuobjdump() -> str | None:
-    found = shutil.which("cuobjdump")
-    if found is None and (spec := importlib.util.find_spec("triton")) is not None:
-        found = Path(spec.origin).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-        found = str(found) if found.exists() else None
-    return found
-
-
-def inspect(source: Path, folder: Path) -> dict[str, Kernel]:
-    """Compile a file and read what became of its kernels."""
-    cubin = folder / f"{source.stem}.cubin"
-    command = ["nvcc", *FLAGS, "-Xptxas", "-v", f"-I{CUDA}", "-cubin", "-o", cubin, source]
-    compiled = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert compiled.returncode == 0, compiled.stderr
-    assert "warning" not in compiled.stderr, compiled.stderr
-    kernels: dict[str, Kernel] = {}
-    for report in compiled.stderr.split("Compiling entry function ")[1:]:
-        kernel = kernels[kernel_name(report.split("'")[1])] = Kernel()
-        kernel.stack = sum(map(int, re.findall(r"(\d+) bytes stack frame", report)))
-        kernel.spills = sum(map(int, re.findall(r"(\d+) bytes spill", report)))
-        kernel.registers = int(re.search(r"Used (\d+) registers", report)[1])
-    dump = subprocess.run([find_cuobjdump(), "--dump-sass", cubin], capture_output=True, text=True, check=True).stdout
-    for code in dump.split("Function : ")[1:]:
-        kernel = kernels[kernel_name(code.split()[0])]
-        kernel.code = code
-        kernel.wide_loads = len(re.findall(r"\bLDG\.E\.128\b", code))
-        kernel.wide_stores = len(re.findall(r"\bSTG\.E\.128\b", code))
-        kernel.local = len(re.findall(r"\b(?:LDL|STL)\b", code))
-        kernel.generic = len(re.findall(r"\b(?:LD|ST)\.E\b", code))
-    return kernels
+def assert_wide(kernel: Kernel, loads: int, stores: int) -> None:
+    assert (kernel.wide_loads, kernel.wide_stores) == (loads, stores), f"expected {loads} and {stores}: {kernel}"
 
 
 @pytest.fixture(scope="module")
 def tools() -> None:
     if shutil.which("nvcc") is None:
         pytest.skip("needs nvcc on the PATH")
-    if find_cuobjdump() is None:
+    if tool("cuobjdump") is None:
         pytest.skip("needs cuobjdump on the PATH, or triton, whose package has it")
 
 
 @pytest.fixture(scope="module")
 def kernels(tools, tmp_path_factory) -> dict[str, Kernel]:
-    folder = tmp_path_factory.mktemp("cubins")
-    return {name: kernel for op in BODIES.values() for name, kernel in inspect(CUDA / f"{op}.cu", folder).items()}
+    return instructions.cuda_kernels(tmp_path_factory.mktemp("cubins"))
 
 
 def test_every_kernel_is_inspected(kernels):
@@ -139,8 +72,8 @@ def test_every_kernel_is_inspected(kernels):
 def test_no_spills_no_stack_and_wide_accesses(kernels, name):
     op, dtype, order = name.split("-")
     # 64 registers are 4 thread blocks of 256 on a multiprocessor; double and computed places may take more.
-    kernels[name].assert_lean(64 if dtype != "float64" and order != "any" else 96)
-    kernels[name].assert_wide(*WIDE[op, 2 if dtype in ("bfloat16", "float16") else 4])
+    assert_lean(kernels[name], 64 if dtype != "float64" and order != "any" else 96)
+    assert_wide(kernels[name], *WIDE[op, 2 if dtype in ("bfloat16", "float16") else 4])
 
 
 BAD_KERNELS = """
@@ -174,19 +107,19 @@ extern "C" __global__ void narrow(const float* source, float* target) { target[t
 def bad_kernels(tools, tmp_path_factory) -> dict[str, Kernel]:
     folder = tmp_path_factory.mktemp("bad")
     (folder / "bad.cu").write_text(BAD_KERNELS)
-    return inspect(folder / "bad.cu", folder)
+    return compile_cuda(folder / "bad.cu", folder)
 
 
 @pytest.mark.parametrize("name", ["squeezed", "indexed", "generic"])
 def test_the_checks_notice_spills_stack_frames_and_generic_accesses(bad_kernels, name):
     with pytest.raises(AssertionError, match="spills" if name != "generic" else "accesses memory"):
-        bad_kernels[name].assert_lean(64)
+        assert_lean(bad_kernels[name], 64)
 
 
 def test_the_checks_notice_narrow_accesses(bad_kernels):
-    bad_kernels["narrow"].assert_lean(64)
+    assert_lean(bad_kernels["narrow"], 64)
     with pytest.raises(AssertionError, match="expected 1 and 1"):
-        bad_kernels["narrow"].assert_wide(1, 1)
+        assert_wide(bad_kernels["narrow"], 1, 1)
 
 
 # ---- instructions ----------------------------------------------------------------------------------------------------
@@ -213,6 +146,27 @@ def test_instructions_per_parameter(kernels, dtype, order):
     assert 0.5 * most < path / parameters <= most, f"{path} instructions of a thread for {parameters} parameters"
 
 
+def assert_no_more(kernels: dict[str, Kernel], compiler: str, allowed: float = 1.05) -> None:
+    """No more instructions an element than the committed table has."""
+    committed = json.loads(instructions.RESULTS.read_text())
+    version, before = instructions.compilers()[compiler], committed["compilers"][compiler]
+    if version != before:
+        pytest.skip(f"the table was made with {compiler} {before}, this is {version}")
+    table = instructions.measure(kernels)
+    assert table
+    for name, row in table.items():
+        found, known = row["instructions"], committed["loops"][name]["instructions"]
+        assert found <= allowed * known, (
+            f"{name}: {found} instructions an element; expected {known}, or `python -m bench.instructions` and a reason"
+        )
+
+
+def test_no_loop_has_more_instructions_than_it_had(kernels):
+    assert_no_more(kernels, "CUDA")
+    with pytest.raises(AssertionError, match="instructions an element; expected"):
+        assert_no_more(kernels, "CUDA", 0.9)
+
+
 CODE = """
         /*0000*/                   S2R R0, SR_TID.X ;    /* 0x00 */
         /*0010*/               @P0 BRA 0x0050 ;          /* 0x00 */
@@ -236,3 +190,8 @@ def test_the_shortest_path_takes_branches_and_loops(loads, length):
 def test_the_shortest_path_does_not_enter_subroutines():
     with pytest.raises(ValueError, match="no way"):
         shortest_path(CODE, {"MUFU": 1})
+
+
+def test_loops_are_found():
+    (body,) = loops(CODE)
+    assert [one.opcode for one in body] == ["LDG.E.128", "IADD3", "BRA"]

@@ -1,0 +1,177 @@
+"""Compiled GPU kernels: registers, accesses, and the instructions a thread executes, from their disassembly."""
+
+from __future__ import annotations
+
+import heapq
+import importlib.util
+import re
+import shutil
+import subprocess
+from dataclasses import dataclass, field
+from pathlib import Path
+
+CUDA = Path(__file__).resolve().parent.parent / "csrc" / "cuda"
+_LINE = re.compile(r"^\s+/\*([0-9a-f]{4,})\*/\s+(@!?U?P\w+ )?([A-Z][\w.]*)([^;]*);", re.M)
+
+
+@dataclass(frozen=True)
+class Instruction:
+    """One line of the disassembly."""
+
+    address: int
+    predicated: bool
+    opcode: str
+    operands: str
+
+    @property
+    def target(self) -> int:
+        """Where a branch goes."""
+        return int(re.search(r"0x([0-9a-f]+)\s*$", self.operands)[1], 16)
+
+
+def instructions(code: str) -> list[Instruction]:
+    """The instructions of one function in cuobjdump's output."""
+    return [Instruction(int(a, 16), bool(p), op, rest.strip()) for a, p, op, rest in _LINE.findall(code)]
+
+
+def _successors(program: list[Instruction], index: dict[int, int], i: int) -> list[int | None]:
+    """Where control can go after instruction i; None is the end. Subroutines, for rare operands, are not taken."""
+    instruction, kind = program[i], program[i].opcode.split(".")[0]
+    after: list[int | None] = [i + 1] if i + 1 < len(program) else []
+    if kind == "BRA":
+        # A branch to itself pads the code behind the end.
+        branch = index.get(instruction.target)
+        return [branch, *after] if instruction.predicated or "P" in instruction.operands.split(",")[0] else [branch]
+    if kind == "EXIT":
+        return [None, *after] if instruction.predicated else [None]
+    if kind in ("CALL", "RET", "BRX", "JMP"):
+        return after if instruction.predicated else []
+    return after
+
+
+def shortest_path(code: str, required: dict[str, int]) -> int:
+    """Instructions on the shortest way through a function that executes certain instructions.
+
+    Args:
+        code: the function in cuobjdump's output.
+        required: how often at least an opcode that matches the pattern has to be executed, by pattern.
+
+    Raises:
+        ValueError: there is no such way.
+    """
+    program = instructions(code)
+    index = {instruction.address: i for i, instruction in enumerate(program)}
+    patterns = [re.compile(pattern) for pattern in required]
+    goal = tuple(required.values())
+    counted = [next((k for k, p in enumerate(patterns) if p.match(one.opcode)), None) for one in program]
+    queue, done = [(0, 0, (0,) * len(goal))], set()
+    while queue:
+        length, i, counts = heapq.heappop(queue)
+        # In a run of instructions without branches there is nothing to choose.
+        while True:
+            length += 1
+            if counted[i] is not None:
+                k = counted[i]
+                counts = (*counts[:k], min(counts[k] + 1, goal[k]), *counts[k + 1 :])
+            following = _successors(program, index, i)
+            if len(following) != 1 or following[0] is None or program[i].opcode.startswith("BRA"):
+                break
+            i = following[0]
+        for j in following:
+            if j is None:
+                if counts == goal:
+                    return length
+            elif (j, counts) not in done:
+                done.add((j, counts))
+                heapq.heappush(queue, (length, j, counts))
+    raise ValueError(f"no way through the function executes {required}")
+
+
+def loops(code: str) -> list[list[Instruction]]:
+    """The bodies of a function's innermost loops that read global memory; a branch over a part of one is not taken."""
+    program = instructions(code)
+    index = {instruction.address: i for i, instruction in enumerate(program)}
+    spans = []
+    for i, instruction in enumerate(program):
+        if instruction.opcode.startswith("BRA") and (begin := index.get(instruction.target, i)) < i:
+            spans.append((begin, i + 1))
+    inner = [a for a in spans if not any(a != b and a[0] <= b[0] and b[1] <= a[1] for b in spans)]
+    bodies = [program[begin:end] for begin, end in inner]
+    return [body for body in bodies if any(one.opcode.startswith("LDG") for one in body)]
+
+
+# ---- what the compilers say ------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Kernel:
+    """One compiled kernel."""
+
+    registers: int = 0
+    stack: int = 0
+    spills: int = 0
+    wide_loads: int = 0  # of 128 bits
+    wide_stores: int = 0
+    local: int = 0  # accesses to local memory
+    generic: int = 0  # accesses that look up at run time which memory an address is in
+    code: str = field(default="", repr=False)
+
+    @classmethod
+    def of(cls, code: str, **facts: int) -> Kernel:
+        """What the disassembly of a function tells."""
+        count = {
+            "wide_loads": r"\bLDG\.E\.(?:\w+\.)*128\b",
+            "wide_stores": r"\bSTG\.E\.(?:\w+\.)*128\b",
+            "local": r"\b(?:LDL|STL)\b",
+            "generic": r"\b(?:LD|ST)\.E\b",
+        }
+        return cls(code=code, **facts, **{name: len(re.findall(pattern, code)) for name, pattern in count.items()})
+
+
+def tool(name: str) -> str | None:
+    """A program of the CUDA toolkit, or of Triton's package, which has some of them; None if it is not here."""
+    found = shutil.which(name)
+    if found is None and (spec := importlib.util.find_spec("triton")) is not None:
+        path = Path(spec.origin).parent / "backends" / "nvidia" / "bin" / name
+        found = str(path) if path.exists() else None
+    return found
+
+
+def functions(cubin: Path) -> dict[str, str]:
+    """The disassembly of each function, by its mangled name."""
+    command = [str(tool("cuobjdump")), "--dump-sass", str(cubin)]
+    dump = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    return {code.split()[0]: code for code in dump.split("Function : ")[1:]}
+
+
+def compile_cuda(source: Path, folder: Path, arch: str = "sm_90") -> dict[str, Kernel]:
+    """Compile a file with nvcc; its kernels by their mangled names.
+
+    Raises:
+        RuntimeError: it does not compile, or not without a warning.
+    """
+    cubin = folder / f"{source.stem}.cubin"
+    command = [
+        "nvcc",
+        "-O3",
+        "-std=c++20",
+        f"-arch={arch}",
+        "-Xptxas",
+        "-v",
+        f"-I{CUDA}",
+        "-cubin",
+        "-o",
+        cubin,
+        source,
+    ]
+    compiled = subprocess.run(command, capture_output=True, text=True, check=False)
+    if compiled.returncode or "warning" in compiled.stderr:
+        raise RuntimeError(compiled.stderr)
+    usage = {}
+    for report in compiled.stderr.split("Compiling entry function ")[1:]:
+        usage[report.split("'")[1]] = {
+            "stack": sum(map(int, re.findall(r"(\d+) bytes stack frame", report))),
+            "spills": sum(map(int, re.findall(r"(\d+) bytes spill", report))),
+            "registers": int(re.search(r"Used (\d+) registers", report)[1]),
+        }
+    return {name: Kernel.of(code, **usage[name]) for name, code in functions(cubin).items() if name in usage}

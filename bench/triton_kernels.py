@@ -1,0 +1,183 @@
+"""The Triton kernels compiled as they are launched, for GPUs that are not here: a process of its own prints JSON.
+
+python -m bench.triton_kernels                       # the CASES, for sm_90
+python -m bench.triton_kernels --every --archs 80,90 # every variant that tests and optimizer launch; minutes
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import itertools
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from .sass import Kernel, functions, tool
+
+ROOT = Path(__file__).resolve().parent.parent
+STEP, DIAG, RADEMACHER, PERTURB, NORM = (
+    "adahessian_step",
+    "hessian_diag",
+    "rademacher",
+    "perturb",
+    "norm_double_backward",
+)
+BYTES = {"fp32": 4, "bf16": 2, "fp16": 2, "fp64": 8}
+LANGUAGE = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16", "fp64": "float64"}
+POINTERS = {
+    **dict.fromkeys(["table", "rows", "pairs", "steps", "missed"], "*i64"),
+    **dict.fromkeys(["tiles", "parts", "blocks"], "*i32"),
+    **dict.fromkeys(["scale", "partials", "groups", "means"], "*fp64"),
+    **dict.fromkeys(["master", "grad_scale", "found_inf"], "*fp32"),
+}
+# In the dtype of arithmetic, and in that of the parameters.
+WIDE = ("diag", "exp_avg", "exp_hessian_diag_sq", "coefficients")
+NORM_WIDE = ("v_weight", "v_bias", "weight", "mean", "invstd", "partials", "means", "d_weight")
+NARROW = ("z", "saved", "v", "grad", "x", "d_grad", "d_x")
+OPTIONAL = ("master", "grad_scale", "found_inf", "means", "missed")
+
+PLANES, ROWS = {"LAST": False, "BLOCK_I": 1024, "BLOCK_C": 1}, {"LAST": True, "BLOCK_I": 32, "BLOCK_C": 32}
+ROUNDED = dict.fromkeys(["exp_avg", "exp_hessian_diag_sq"], "*bf16")
+HESSIAN, NONE = {"CURVATURE": "hessian", "missed": "*i64"}, {"CURVATURE": "none", "diag": None}
+MOVE = {"SAVE": True, "RESTORE": False}
+GRADIENTS = {"SPLITS": 32, "FIXED": False}
+# name: module, kernel, dtype of the parameters, and what differs: constants (None: no such tensor) or types of others
+CASES: dict[str, tuple[str, str, str, dict[str, Any]]] = {
+    **{f"step-hessian-{t}": (STEP, "adahessian_step_kernel", t, HESSIAN) for t in BYTES},
+    **{f"step-none-{t}": (STEP, "adahessian_step_kernel", t, NONE) for t in ("fp32", "bf16")},
+    **{
+        f"step-hessian-{t}-rounded": (STEP, "adahessian_step_kernel", t, {**HESSIAN, **ROUNDED})
+        for t in ("fp32", "bf16", "fp16")
+    },
+    "step-none-bf16-rounded": (STEP, "adahessian_step_kernel", "bf16", {**NONE, **ROUNDED}),
+    "step-shrink-fp32": (STEP, "adahessian_step_kernel", "fp32", {**HESSIAN, "means": "*fp64"}),
+    **{f"diag-{t}": (DIAG, "hessian_diag_kernel", t, {}) for t in ("fp32", "bf16", "fp64")},
+    **{f"partial-sums-{t}": (DIAG, "partial_sums_kernel", t, {}) for t in ("fp32", "bf16")},
+    "combine": (DIAG, "combine_kernel", "fp32", {"WIDTH": 256}),
+    "coefficients": ("coefficients", "coefficients_kernel", "fp32", {}),
+    **{f"rademacher-{t}": (RADEMACHER, "rademacher_kernel", t, {}) for t in ("fp32", "bf16")},
+    **{f"perturb-{t}": (PERTURB, "perturb_kernel", t, MOVE) for t in ("fp32", "bf16", "fp64")},
+    "batch-sums-fp32": (NORM, "batch_norm_sums_kernel", "fp32", PLANES),
+    "batch-sums-channels-last-bf16": (NORM, "batch_norm_sums_kernel", "bf16", ROWS),
+    "batch-gradients-fp32": (NORM, "batch_norm_gradients_kernel", "fp32", {**PLANES, **GRADIENTS}),
+    "batch-gradients-channels-last-bf16": (NORM, "batch_norm_gradients_kernel", "bf16", {**ROWS, **GRADIENTS}),
+    "row-gradients-fp32": (NORM, "row_norm_gradients_kernel", "fp32", {"BLOCK": 1024}),
+    "row-gradients-bf16": (NORM, "row_norm_gradients_kernel", "bf16", {"BLOCK": 1024}),
+    "row-gradients-rms-bf16": (NORM, "row_norm_gradients_kernel", "bf16", {"BLOCK": 1024, "mean": None}),
+    "row-weight-fp32": (NORM, "row_norm_weight_kernel", "fp32", ROWS),
+}
+
+
+def every() -> dict[str, tuple[str, str, str, dict[str, Any]]]:
+    """Every variant that the optimizer and the tests launch."""
+    found = {}
+
+    def add(module: str, kernel: str, dtype: str, **given: Any) -> None:
+        named = ",".join(f"{k}={v}" for k, v in given.items())
+        found[f"{kernel.removesuffix('_kernel')}-{dtype}-{named}"] = (module, kernel, dtype, given)
+
+    for dtype in BYTES:
+        states = [{}, *([] if dtype == "fp64" else [ROUNDED])]
+        masters = [{}] if dtype in ("fp32", "fp64") else [{}, {"master": "*fp32"}]
+        scalers = [{}, {"grad_scale": "*fp32", "found_inf": "*fp32"}, {"found_inf": "*fp32"}]
+        counts = [{"missed": "*i64"}, {"missed": "*i64", "means": "*fp64"}]
+        kinds = [{"CURVATURE": "hessian"}, {"CURVATURE": "hessian", "DRAW": False}, {"CURVATURE": "compact"}, NONE]
+        for kind, state, master, scaler, count in itertools.product(kinds, states, masters, scalers, counts):
+            add(STEP, "adahessian_step_kernel", dtype, **kind, **state, **master, **scaler, **count)
+        for draw in (True, False):
+            add(DIAG, "hessian_diag_kernel", dtype, DRAW=draw)
+            add(DIAG, "partial_sums_kernel", dtype, DRAW=draw)
+        add(DIAG, "combine_kernel", dtype, WIDTH=256)
+        add("coefficients", "coefficients_kernel", dtype)
+        add(RADEMACHER, "rademacher_kernel", dtype)
+        for save, restore in itertools.product((True, False), repeat=2):
+            add(PERTURB, "perturb_kernel", dtype, SAVE=save, RESTORE=restore)
+        for given in (PLANES, ROWS):
+            add(NORM, "batch_norm_sums_kernel", dtype, **given)
+            add(NORM, "batch_norm_gradients_kernel", dtype, **given, **GRADIENTS)
+            add(NORM, "batch_norm_gradients_kernel", dtype, **given, SPLITS=1, FIXED=True, weight=None)
+            add(NORM, "row_norm_weight_kernel", dtype, **given)
+            add(NORM, "row_norm_weight_kernel", dtype, **given, mean=None)
+        for without in ({}, {"mean": None, "v_bias": None}, {"v_weight": None, "v_bias": None, "weight": None}):
+            add(NORM, "row_norm_gradients_kernel", dtype, BLOCK=1024, **without)
+    return found
+
+
+def compile_case(module: str, name: str, dtype: str, given: dict[str, Any], arch: int = 90) -> dict[str, Any]:
+    """A kernel's :class:`.sass.Kernel`, and how many multiplications its PTX has, as a dictionary."""
+    import triton
+    import triton.language as tl
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from adahessian_fused.kernels.table import FUSION, LAUNCH, TILES
+
+    kernel = getattr(importlib.import_module(f"adahessian_fused.kernels.{module}"), name)
+    tile, num_warps = TILES[BYTES[dtype]]
+    wide = "*fp64" if dtype == "fp64" else "*fp32"
+    numbers = NORM_WIDE if module == NORM else WIDE
+    types = ({} if module == NORM else POINTERS) | dict.fromkeys(numbers, wide) | dict.fromkeys(NARROW, f"*{dtype}")
+    pointers = {n: kind for n, kind in given.items() if isinstance(kind, str) and kind.startswith("*")}
+    types |= pointers
+    constants = {"DTYPE": getattr(tl, LANGUAGE[dtype]), "STATE": tl.float64 if dtype == "fp64" else tl.float32}
+    constants |= {"DRAW": True, "TILE": tile} | ({} if module == NORM else dict.fromkeys(OPTIONAL)) | given
+    constants = {n: value for n, value in constants.items() if n in kernel.arg_names and n not in pointers}
+    signature = {n: "constexpr" if n in constants else types.get(n, "i32") for n in kernel.arg_names}
+    options = {"num_warps": 1 if name in ("combine_kernel", "coefficients_kernel") else num_warps}
+    options |= FUSION if module == NORM else LAUNCH
+    compiled = triton.compile(ASTSource(kernel, signature, constants), GPUTarget("cuda", arch, 32), options)
+    with tempfile.TemporaryDirectory() as folder:
+        binary = Path(folder, "kernel.cubin")
+        binary.write_bytes(compiled.asm["cubin"])
+        usage = subprocess.run(
+            [str(tool("cuobjdump")), "-res-usage", binary], capture_output=True, text=True, check=True
+        )
+        (code,) = functions(binary).values()
+    facts = {
+        key: int(re.search(rf"{name}:(\d+)", usage.stdout)[1])
+        for key, name in (("registers", "REG"), ("stack", "STACK"))
+    }
+    ptx = compiled.asm["ptx"]
+    return asdict(Kernel.of(code, **facts)) | {
+        "mul_hi": len(re.findall(r"mul\.(?:hi|wide)\.u32", ptx)),
+        "elements_per_thread": tile // (32 * num_warps),
+    }
+
+
+def compiled(*arguments: str) -> dict[str, dict[str, Any]]:
+    """What this module prints, run as a program of its own: this process may interpret Triton."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    command = [sys.executable, "-m", __spec__.name, *arguments]
+    run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    if run.returncode:
+        raise RuntimeError(run.stderr)
+    return json.loads(run.stdout)
+
+
+def main() -> int:
+    """Compile and print."""
+    parser = argparse.ArgumentParser(prog="python -m bench.triton_kernels", description=__doc__.split("\n\n")[0])
+    parser.add_argument("--every", action="store_true", help="every variant; numbers without the disassembly")
+    parser.add_argument("--archs", default="90", metavar="80,90")
+    args = parser.parse_args()
+    found = {}
+    for arch in map(int, args.archs.split(",")):
+        for case, variant in (every() if args.every else CASES).items():
+            kernel = compile_case(*variant, arch)
+            if args.every:
+                del kernel["code"]
+                print(f"{len(found)} {arch} {case}: {kernel['registers']} registers", file=sys.stderr, flush=True)
+            found[case if args.archs == "90" else f"sm_{arch} {case}"] = kernel
+    print(json.dumps(found))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
