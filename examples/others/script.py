@@ -23,10 +23,12 @@ class Script:
     ours: Mapping[str, Any] | None = None
 
     def optimizer(self, model: nn.Module, own: Callable[[Iterable[Tensor]], Optimizer]) -> Optimizer:
-        """AdaHessian for a model, or what ``own`` makes of its parameters."""
+        """What ``own`` makes of a model's parameters, or AdaHessian, with the same betas if that has any."""
+        usual = own(model.parameters())
         if self.ours is None:
-            return own(model.parameters())
-        opt = AdaHessian(model.parameters(), **self.ours)
+            return usual
+        betas = {name: value for name, value in usual.defaults.items() if name == "betas"}
+        opt = AdaHessian(model.parameters(), **betas, **self.ours)
         curvature_friendly(model, opt)
         return opt
 
