@@ -8,7 +8,7 @@ if importlib.util.find_spec("torch") is None:
     error = SystemExit if sys.argv[:1] == ["-m"] else ModuleNotFoundError
     raise error("adahessian_fused needs PyTorch 2.10 or newer: pip install torch")
 
-from . import compat
+from . import compat, recipes
 from .backends import available_backends
 from .compat import accelerate
 from .distributed.ranks import batch_weight
@@ -35,5 +35,6 @@ __all__ = [
     "compat",
     "curvature_friendly",
     "hutchinson_diagonal",
+    "recipes",
     "split_batch",
 ]

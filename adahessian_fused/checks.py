@@ -106,7 +106,9 @@ def check_group(group: dict[str, Any]) -> None:
     check_stabilisers(group["clip"], group["shrink"])
     check_count("update_each", group["update_each"])
     check_count("n_samples", group["n_samples"])
-    check_count("dense_steps", group["dense_steps"], least=0)
+    check_count("warmup", group["warmup"], least=0)
+    if group["dense_steps"] is not None:
+        check_count("dense_steps", group["dense_steps"], least=0)
     for name in ("maximize", "capturable", "master_weights", "probe_per_rank"):
         if group[name] not in (True, False):
             raise ValueError(f"{name}={group[name]!r}; expected True or False")

@@ -142,7 +142,7 @@ def adahessian(
     tools = backends.ByDevice(backend)
     group: dict[str, Any] = {"lr": lr, "betas": (beta1, beta2), "eps": eps, "weight_decay": weight_decay}
     group |= {"hessian_power": hessian_power, "maximize": maximize, "unmeasured": unmeasured}
-    group |= {"clip": clip, "shrink": shrink}
+    group |= {"clip": clip, "shrink": shrink, "warmup": 0}
     table = HyperTable().on(torch.device("cpu"), [group])
     curvature = None
     if hvps is not None:

@@ -71,7 +71,9 @@ class AdaHessian(torch.optim.Optimizer):
             what is averaged. Per group.
         averaging: "signed" averages D (Eq. 7), "abs" averages magnitudes as the official code does. Per group.
         update_each: Hutchinson frequency: curvature at steps 1, 1 + f, 1 + 2f, ... Per group.
-        dense_steps: curvature on each of the first N steps, too, while little is known of it. Per group.
+        warmup: N: in the first N steps, while little is known of the curvature, lr is multiplied by t / N, and each of
+            them has curvature. t is the group's step. Per group.
+        dense_steps: curvature on each of the first so many steps; None: as many as ``warmup``. Per group.
         off_step: on the steps between, "hold" leaves v and h alone, "stale" feeds the last diagonal in again. Per
             group.
         unmeasured: what becomes of an element with a gradient and no curvature so far (v = 0): a row of an embedding
@@ -150,7 +152,8 @@ class AdaHessian(torch.optim.Optimizer):
         block_size: int | str = "auto",
         averaging: str = "signed",
         update_each: int = 1,
-        dense_steps: int = 0,
+        warmup: int = 0,
+        dense_steps: int | None = None,
         off_step: str = "hold",
         unmeasured: str = "hold",
         nonfinite: str = "keep",
@@ -185,6 +188,7 @@ class AdaHessian(torch.optim.Optimizer):
             "block_size": block_size,
             "averaging": averaging,
             "update_each": update_each,
+            "warmup": warmup,
             "dense_steps": dense_steps,
             "off_step": off_step,
             "unmeasured": unmeasured,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Collection
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,7 +30,7 @@ class Schedule:
         """Tell for each group whether the coming step uses new curvature."""
         self._settle()
         return [
-            (group["step"] % group["update_each"] == 0 or group["step"] < group["dense_steps"])
+            (group["step"] % group["update_each"] == 0 or group["step"] < _dense_steps(group))
             and any(p.requires_grad for p in group["params"])
             for group in self._layout.groups
         ]
@@ -86,3 +87,8 @@ class Schedule:
                         "expected a group of its own, which counts its own steps, or update_each=1",
                         stacklevel=8,
                     )
+
+
+def _dense_steps(group: dict[str, Any]) -> int:
+    """How many steps have curvature, from the first on, whatever ``update_each`` is."""
+    return group["warmup"] if group["dense_steps"] is None else group["dense_steps"]

@@ -15,6 +15,8 @@ OPTIONS = {
     "every_third": {"update_each": 3},
     "samples": {"n_samples": 2, "block_size": "row"},
     "tensor_lr": {"lr": torch.tensor(0.125)},
+    "warmup": {"warmup": 3},
+    "warmup_of_a_tensor": {"lr": torch.tensor(0.125), "warmup": 3},
 }
 
 

@@ -107,6 +107,7 @@ OPTIONS = (
     Option("seed", {"seed": 7}),
     Option("update_each", {"update_each": 2}, note="a diagonal of your own is used whenever it is given"),
     Option("dense_steps", {"update_each": 3, "dense_steps": 2}, note="likewise"),
+    Option("warmup", {"warmup": 5}),
     Option(
         'off_step="stale"', {"update_each": 2, "off_step": "stale"}, note="with update_each=1 there is no step between"
     ),

@@ -1,4 +1,4 @@
-"""clip, shrink and dense_steps: what keeps cheap curvature from long steps."""
+"""clip, shrink, warmup and dense_steps: what keeps curvature of which little is known from long steps."""
 
 from __future__ import annotations
 
@@ -18,8 +18,10 @@ LR, EPS = 0.1, 1e-3
 class Plain:
     """One parameter by hand, straight from the docstring, in float64."""
 
-    def __init__(self, p: torch.Tensor, clip: float | None = None, shrink: float = 0.0, eps: float = EPS) -> None:
-        self.p, self.clip, self.shrink, self.eps = p.detach().double().clone(), clip or math.inf, shrink, eps
+    def __init__(
+        self, p: torch.Tensor, clip: float | None = None, shrink: float = 0.0, warmup: int = 0, dense_steps: int = 0
+    ) -> None:
+        self.p, self.clip, self.shrink, self.warmup = p.detach().double().clone(), clip or math.inf, shrink, warmup
         self.m = self.v = torch.zeros_like(self.p)
         self.t = self.h = 0
         self.mean = None
@@ -35,8 +37,9 @@ class Plain:
         n = (1 - b2**self.h) / (1 - b2)
         mean = v_hat.mean() if self.mean is None else self.mean
         shrunk = (n * v_hat + self.shrink * mean) / (n + self.shrink)
-        self.q = self.m / (1 - b1**self.t) / (shrunk.sqrt() + self.eps)
-        moved = self.p - LR * self.q.clamp(-self.clip, self.clip)
+        self.q = self.m / (1 - b1**self.t) / (shrunk.sqrt() + EPS)
+        self.lr = LR * min(1, self.t / self.warmup) if self.warmup else LR
+        moved = self.p - self.lr * self.q.clamp(-self.clip, self.clip)
         self.p = torch.where(self.v == 0, self.p, moved)
         if d is not None:
             self.mean = v_hat.mean()
@@ -50,6 +53,8 @@ STABILISERS = {
     "clip": {"clip": 0.5},
     "shrink": {"shrink": 5.0},
     "both": {"clip": 0.3, "shrink": 2.0},
+    "warmup": {"warmup": 3, "dense_steps": 0},  # of which the last has no effect
+    "warmup_and_clip": {"warmup": 2, "dense_steps": 0, "clip": 0.5},
     "everything_borrowed": {"shrink": 1e9},
     "nothing": {"clip": math.inf, "shrink": 0},
 }
@@ -78,7 +83,7 @@ def test_follows_the_formula(engine, device, options, channels_last):
         torch.testing.assert_close(other.detach(), plain.p, rtol=1e-11, atol=1e-11)
         clipped = ((by_hand.q.abs() > by_hand.clip) & (by_hand.v > 0)).double().mean().item()
         found = opt.statistics().groups[0]
-        moved = (by_hand.q.clamp(-by_hand.clip, by_hand.clip) * (by_hand.v > 0)).norm().item() * LR
+        moved = (by_hand.q.clamp(-by_hand.clip, by_hand.clip) * (by_hand.v > 0)).norm().item() * by_hand.lr
         assert found.update_norm.item() == pytest.approx(moved, rel=1e-9)
         assert (found.clipped.item() if "clip" in options else 0.0) == pytest.approx(clipped)
 
@@ -120,9 +125,19 @@ def test_switched_on_later_and_loaded_without_a_mean(engine, device):
     assert "hessian_diag_sq_mean" not in opt.state[p]
 
 
-@pytest.mark.parametrize(("dense", "expected"), [(0, "x..x..x."), (1, "x..x..x."), (2, "xx.x..x."), (5, "xxxxx.x.")])
-def test_dense_steps(device, dense, expected):
-    model, opt = fresh(mlp(device=device), update_each=3, dense_steps=dense)
+DENSE = [
+    (0, 0, "x..x..x."),
+    (1, 0, "x..x..x."),
+    (2, 0, "xx.x..x."),
+    (5, 0, "xxxxx.x."),
+    (None, 2, "xx.x..x."),
+    (0, 2, "x..x..x."),
+]
+
+
+@pytest.mark.parametrize(("dense", "warmup", "expected"), DENSE)
+def test_dense_steps(device, dense, warmup, expected):
+    model, opt = fresh(mlp(device=device), update_each=3, dense_steps=dense, warmup=warmup)
     found = ""
     for i in range(8):
         found += "x" if opt.needs_hessian else "."
