@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from . import hvp
@@ -16,8 +14,8 @@ from .bucket import Entry, compute_dtype
 from .checks import check_grad, integer
 from .curvature import Curvature, draw_probe
 from .distributed.average import GradientAverage, average_curvature
-from .distributed.ranks import Ranks, batch_weight
-from .distributed.sharded import EXACT_IS_REFUSED, any_sharded, part_of
+from .distributed.ranks import Ranks, Together, agreed, batch_weight
+from .distributed.sharded import EXACT_IS_REFUSED, any_sharded, groups_of, part_of
 from .layout import ParameterLayout
 from .record import GradientRecord, Versions, is_zero, versions
 from .schedule import Schedule
@@ -54,7 +52,7 @@ class HessianStep:
 
     Args:
         layout: of the optimizer's parameters.
-        ranks: those that train one model together; None if there is no process group.
+        together: who trains one model with this optimizer.
 
     Attributes:
         schedule: when curvature is due.
@@ -63,15 +61,14 @@ class HessianStep:
         unfinished: what is left of an update that has failed, for the gradients as they are.
     """
 
-    def __init__(self, layout: ParameterLayout, ranks: Ranks | None) -> None:
-        self.layout, self.ranks, self.schedule = layout, ranks, Schedule(layout)
+    def __init__(self, layout: ParameterLayout, together: Together) -> None:
+        self.layout, self._together, self.schedule = layout, together, Schedule(layout)
         self.evaluation: Differentiate | None = None
         self.before_closure: Versions | None = None
         self.unfinished: Any = None
         self._record: GradientRecord | None = None  # of this step, from its first pass on
         self._left: GradientRecord | None = None  # of the gradients after the last step, if the coming one is due
         self._graphs = hvp.Graphs(self._awaited)
-        self._warned_of_ranks = False
 
     @property
     def curvature(self) -> Curvature | None:
@@ -81,6 +78,29 @@ class HessianStep:
     @curvature.setter
     def curvature(self, value: Curvature | None) -> None:
         self.layout.attached = value
+
+    @property
+    def ranks(self) -> Ranks | None:
+        """The ranks that train one model together; None for a process on its own.
+
+        Raises:
+            RuntimeError: there are several processes, and nothing tells.
+        """
+        if self._together.open:
+            self.find_ranks(must=True)
+        return self._together.ranks
+
+    def find_ranks(self, *, must: bool = False) -> None:
+        """Look for the ranks that train one model together, unless they are known, and take the first one's seed."""
+        together, params = self._together, list(self.layout.params())
+        if together.open:
+            together.find(params, must=must)
+        if together.ranks is not None:
+            self.layout.cover_all_trained()
+            together.ranks.watch([p for _, p in self.layout.trained()])
+        groups = groups_of(params) if together.ranks is None else [together.ranks.group]
+        if groups:
+            self.layout.set_option("seed", agreed(self.layout.options["seed"], groups, params[0].device))
 
     @property
     def is_due(self) -> bool:
@@ -134,18 +154,6 @@ class HessianStep:
         """Return the parameters whose curvature a ``loss.backward(create_graph=True)`` may be meant for."""
         wanted = self.is_due and self.layout.options["hvp"] == "autograd"
         return [p for _, p in self.layout.trained()] if wanted else []
-
-    def _warn_if_not_alone(self) -> None:
-        """Warn once if there are ranks that nobody has told about."""
-        if not self._warned_of_ranks and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-            self._warned_of_ranks = True
-            if self.layout.options["hvp"] != "finite_difference":
-                warnings.warn(
-                    f"torch.distributed has {dist.get_world_size()} ranks, but this optimizer has no process_group: "
-                    "its curvature, and the gradient of opt.backward(), are those of this rank's batch alone, and "
-                    "ranks drift apart; expected AdaHessian(..., process_group=torch.distributed.group.WORLD)",
-                    stacklevel=2,
-                )
 
     # ---- backward passes ---------------------------------------------------------------------------------------------
 
@@ -219,9 +227,7 @@ class HessianStep:
 
     def with_all(self, curvature: Curvature | None = None) -> Curvature:
         """Return what has been gathered, with that of one more pass."""
-        if self.ranks is None:
-            self._warn_if_not_alone()
-        else:
+        if self.ranks is not None:
             self.ranks.curvature_averaged = False
         curvature = curvature or self.new_curvature()
         return curvature if self.curvature is None else self.curvature.plus(curvature)
@@ -372,7 +378,7 @@ class HessianStep:
 
         Raises:
             NoCurvatureError: it is due, and there is none.
-            RuntimeError: some of the gradients have their curvature, and some not.
+            RuntimeError: some of the gradients have their curvature, and some not; or the ranks' parameters differ.
         """
         self.average_local(with_curvature=hessian is None)
         entries, grads = self.layout.with_gradients()
@@ -386,6 +392,9 @@ class HessianStep:
             due = [True] * len(due)
         hvp.release_graph(grads)
         self.average_curvature(due)
+        if self.ranks is not None and any(due):
+            trained = self.layout.ensure([p for _, p in self.layout.trained()])
+            self.ranks.check_same([(entry.name, entry.param) for entry in trained])
         return Gathered(entries, grads, due, self.curvature)
 
     def complete(self, entries: Sequence[Entry], grads: Sequence[Tensor], due: Sequence[bool]) -> None:
@@ -411,8 +420,8 @@ class HessianStep:
     def zeroing(self, *, to_none: bool) -> Iterator[None]:
         """Surround what resets the gradients; ``to_none``: they do not become zeros."""
         self.forget()
-        if self.ranks is not None:
-            self.ranks.reset()
+        if self._together.ranks is not None:
+            self._together.ranks.reset()
         yield
         if not to_none:
             self.begin()
@@ -427,5 +436,5 @@ class HessianStep:
         """End the step, and be ready for the gradients of the next one."""
         self.forget()
         self.begin()
-        if self.ranks is not None:
-            self.ranks.stepped()
+        if self._together.ranks is not None:
+            self._together.ranks.stepped()

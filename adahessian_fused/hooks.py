@@ -7,7 +7,7 @@ import weakref
 from collections import OrderedDict
 from typing import TYPE_CHECKING, Any
 
-from torch import Tensor, distributed
+from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
 from . import hvp
@@ -67,12 +67,6 @@ def _backward(
     if not takers:
         _original(self, gradient, retain_graph, create_graph, inputs)
         return
-    several = distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1
-    if several and any(opt.coming_step.ranks is None for opt in takers):
-        raise RuntimeError(
-            f"opt.hook_backward() in one of {distributed.get_world_size()} processes; expected AdaHessian(..., "
-            "process_group=...), since curvature, and the gradient that comes with it, would be this process's alone"
-        )
     for opt in takers:
         opt.coming_step.check_whole_batch()
     differentiate_twice(self, [opt.coming_step for opt in takers], gradient=gradient, retain_graph=bool(retain_graph))

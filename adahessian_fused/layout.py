@@ -117,6 +117,10 @@ class ParameterLayout:
         self._options: list[tuple[int | str, str, bool, bool, int]] = []
         self._placed: list[Tensor] = []
 
+    def cover_all_trained(self) -> None:
+        """From now on lay out everything that is trained, as with ``on_all_ranks``."""
+        self._on_all_ranks, self._placed = True, []
+
     # ---- what the optimizer shows ------------------------------------------------------------------------------------
 
     @property
@@ -128,6 +132,11 @@ class ParameterLayout:
     def options(self) -> dict[str, Any]:
         """The options that are the same for all groups."""
         return self._optimizer().param_groups[0]
+
+    def set_option(self, name: str, value: Any) -> None:
+        """Set an option that is the same for all groups, and for those to come."""
+        for options in (self._optimizer().defaults, *self.groups):
+            options[name] = value
 
     @property
     def _state(self) -> dict[Tensor, dict[str, Any]]:

@@ -16,8 +16,7 @@ from .backward import backward, backward_split
 from .bucket import Entry
 from .checks import check_given_diagonal, check_state_dtype
 from .curvature import initial_seed
-from .distributed import sharded
-from .distributed.ranks import Ranks, agreed, several_ranks
+from .distributed.ranks import Together
 from .hessian_step import Gathered, HessianStep, NoCurvatureError
 from .layout import ParameterLayout, kernels_of
 from .profiling import profiled
@@ -92,8 +91,7 @@ class AdaHessian(torch.optim.Optimizer):
         n_samples: probes averaged in a Hessian step.
         probe: "rademacher" or "gaussian".
         seed: key of the probe's generator. None: ``torch.initial_seed()``, which ``torch.manual_seed`` sets; PyTorch's
-            own generators are left alone. Ranks take the first one's; of several without ``process_group`` and sharded
-            parameters each takes 0.
+            own generators are left alone. Ranks take the first one's.
         hvp: how Hessian-vector products are computed. "autograd": double backward. "forward_over_reverse": tangents
             through forward and backward pass. "finite_difference": the difference of two gradients, for smooth models;
             it needs first-order derivatives only and costs two steps, not three. The last two evaluate the loss
@@ -114,9 +112,11 @@ class AdaHessian(torch.optim.Optimizer):
         state_dtype: dtype of exp_avg and exp_hessian_diag_sq. None: float32, float64 for float64 parameters.
             ``torch.bfloat16``: half the memory and traffic, rounded stochastically, without bias, from random bits that
             depend on the seed, the step, the parameter and the element alone. Not for float64 parameters.
-        process_group: the ranks that train this model together, each with its part of the batch: a group of
-            torch.distributed, or the DistributedDataParallel module that wraps the model. Gradients and block means of
-            the diagonal become means over the ranks. Sharded parameters (FSDP2) need none.
+        process_group: the ranks that train this model together, each with its part of the batch. Gradients and block
+            means of the diagonal become means over them. None: in one of several processes the group of the
+            DistributedDataParallel module that wraps the model, found by itself, made before or after the optimizer;
+            sharded parameters (FSDP2, tensor parallelism) need none. A group of torch.distributed, for models that
+            nothing wraps, or a DistributedDataParallel module; "alone": this process trains a model of its own.
         probe_per_rank: with a process group, every rank draws probes of its own, which average like further samples;
             False: all ranks draw the same, and Hz is the product with the mean Hessian.
 
@@ -138,7 +138,6 @@ class AdaHessian(torch.optim.Optimizer):
     layout_type: ClassVar[type[ParameterLayout]] = ParameterLayout
     table_type: ClassVar[type[HyperTable]] = HyperTable
     state_dtype: torch.dtype | None = None  # of what was pickled before there was such an option
-    _ranks: Ranks | None = None
 
     def __init__(
         self,
@@ -171,12 +170,12 @@ class AdaHessian(torch.optim.Optimizer):
         capturable: bool = False,
         master_weights: bool = False,
         state_dtype: torch.dtype | None = None,
-        process_group: ProcessGroup | DistributedDataParallel | None = None,
+        process_group: ProcessGroup | DistributedDataParallel | str | None = None,
         probe_per_rank: bool = True,
     ) -> None:
         check_state_dtype(state_dtype)
         self.backend, self.state_dtype = backend, state_dtype
-        self._ranks = None if process_group is None else Ranks(process_group)
+        self._together = Together(process_group)
         self._kernels = kernels_of(params) if isinstance(params, nn.Module) else {}
         self._reset()
         defaults = {
@@ -208,18 +207,7 @@ class AdaHessian(torch.optim.Optimizer):
             "probe_per_rank": probe_per_rank,
         }
         super().__init__(params.named_parameters() if isinstance(params, nn.Module) else params, defaults)
-        self._agree_on_seed(given=seed is not None)
-
-    def _agree_on_seed(self, *, given: bool) -> None:
-        """Take the first rank's seed, where ranks train one model together: they draw alike, or apart on purpose."""
-        groups = sharded.groups_of(self.layout.params()) if self._ranks is None else [self._ranks.group]
-        seed = self.param_groups[0]["seed"]
-        if groups:
-            seed = agreed(seed, groups, next(self.layout.params()).device)
-        elif not given and several_ranks():  # nobody to ask; what averages gradients needs the same probe everywhere
-            seed = 0
-        for options in (self.defaults, *self.param_groups):
-            options["seed"] = seed
+        self.coming_step.find_ranks()
 
     def _reset(self) -> None:
         """Forget everything that can be derived from ``state`` and ``param_groups``."""
@@ -228,9 +216,9 @@ class AdaHessian(torch.optim.Optimizer):
             backends.ByDevice(self.backend),
             self._kernels,
             self.state_dtype,
-            on_all_ranks=self._ranks is not None,
+            on_all_ranks=self._together.ranks is not None,
         )
-        self.coming_step = HessianStep(self.layout, self._ranks)
+        self.coming_step = HessianStep(self.layout, self._together)
         self._table = self.table_type()
         self._warned: set[str] = set()  # names of parameters whose curvature was not finite
 
@@ -247,8 +235,7 @@ class AdaHessian(torch.optim.Optimizer):
             raise
         group = self.param_groups[-1]
         group["step"] = 0  # whatever another optimizer has counted in this dict
-        if self._ranks is not None:
-            self._ranks.watch([p for p in group["params"] if p.requires_grad])
+        self._together.watch([p for p in group["params"] if p.requires_grad])
         self.coming_step.begin()
 
     def __repr__(self) -> str:
@@ -496,7 +483,8 @@ class AdaHessian(torch.optim.Optimizer):
 
         Without a process group it does nothing.
         """
-        return contextlib.nullcontext() if self._ranks is None else self._ranks.no_sync()
+        ranks = self.coming_step.ranks
+        return contextlib.nullcontext() if ranks is None else ranks.no_sync()
 
     # ---- GradScaler --------------------------------------------------------------------------------------------------
 
@@ -607,12 +595,13 @@ class AdaHessian(torch.optim.Optimizer):
         result = super().__getstate__()
         result["state"] = type(self.state)(self.state.default_factory, state.own_memory(self.state))
         result |= {"backend": self.backend, "state_dtype": self.state_dtype, "_kernels": self._kernels}
-        return result if self._ranks is None else {**result, "_ranks": self._ranks}
+        return {**result, "_together": self._together}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Restore, and give groups that another optimizer saved the options they lack."""
         super().__setstate__(state)
         self.__dict__.setdefault("_kernels", {})
+        self.__dict__.setdefault("_together", Together(None))
         self._reset()
         self.defaults = {**_ADDED, **self.defaults}
         for group in self.param_groups:

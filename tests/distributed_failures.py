@@ -23,7 +23,8 @@ from distributed_problem import (
 from ranks import Ranks, worlds
 from torch import nn
 
-from adahessian_fused import AdaHessian
+from adahessian_fused import AdaHessian, TrainStep
+from adahessian_fused.distributed.ranks import CHECK_EACH
 
 # ---- what goes over the wire -----------------------------------------------------------------------------------------
 
@@ -46,6 +47,9 @@ def check_traffic_is_one_and_one_bth(ranks):
             opt.backward(loss_of(model, x, y))
 
     per_tensor = len(params)  # the number of ranks that have it travels along
+    checksums = 2 * 8 * per_tensor  # once in a hundred steps with curvature
+    assert bytes_reduced(step) == checksums + 4 * (d + per_tensor + blocks + per_tensor)
+    assert bytes_reduced(step) == 4 * (d + per_tensor)
     assert bytes_reduced(step) == 4 * (d + per_tensor + blocks + per_tensor)
     assert bytes_reduced(step) == 4 * (d + per_tensor)
     assert bytes_reduced(backward_only) == 0
@@ -145,13 +149,62 @@ def check_wrong_use_is_named(ranks):
     scaler.unscale_(opt)
     with pytest.raises(RuntimeError, match=r"scaler\.unscale_\(opt\) has looked at the gradients of this rank alone"):
         scaler.step(opt)
-    opt.zero_grad()
-    lonely = AdaHessian(model.parameters())
-    with pytest.warns(UserWarning, match=f"{ranks.size} ranks, but this optimizer has no process_group"):
-        lonely.backward(loss_of(model, x, y))
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        lonely.backward(loss_of(model, x, y))
+
+
+def hooked_backward(opt, model, x, y):
+    with opt.hook_backward():
+        loss_of(model, x, y).backward()
+
+
+PASSES = {
+    "opt.backward": lambda opt, model, x, y: opt.backward(loss_of(model, x, y)),
+    "closure": lambda opt, model, x, y: opt.step(lambda: loss_of(model, x, y)),
+    "create_graph": lambda opt, model, x, y: (loss_of(model, x, y).backward(create_graph=True), opt.step()),
+    "hooked": hooked_backward,
+    "TrainStep": lambda opt, model, x, y: TrainStep(model, nn.functional.cross_entropy, opt, compile=False)(x, y),
+    "weight": lambda opt, model, x, y: opt.batch_weight(len(x)),
+}
+
+
+def check_one_of_several_processes_has_to_say_what_it_is(ranks):
+    x, y = batch(0)
+    for name, run in PASSES.items():
+        model = make_model()
+        before = [p.clone() for p in model.parameters()]
+        with pytest.raises(RuntimeError, match=rf"one of {ranks.size} processes, .* process_group=\"alone\" if this"):
+            run(AdaHessian(model.parameters()), model, x, y)
+        assert all(map(torch.equal, before, model.parameters())), name
+        opt = AdaHessian(model.parameters(), process_group="alone", seed=0)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            assert bytes_reduced(lambda: run(opt, model, x + ranks.rank, y)) == 0  # noqa: B023 - called at once
+
+
+def check_different_parameters_are_an_error_before_the_first_step(ranks):
+    x, y = batch(0, dtype=torch.float32)
+    for dtype in (torch.float32, torch.float64, torch.bfloat16):
+        model = make_model().to(dtype)
+        if ranks.rank == ranks.size - 1:
+            with torch.no_grad():  # the last bit of one element
+                p = model[3].weight[2, 4]
+                p.copy_(torch.nextafter(p, torch.full_like(p, torch.inf)))
+        opt = AdaHessian(model.parameters(), process_group=ranks.group)
+        before = snapshot(model, opt)
+        opt.backward(loss_of(model, x.to(dtype), y))
+        with pytest.raises(RuntimeError, match=r"parameter 2 of group 0 is not the same on all ranks"):
+            opt.step()
+        assert all(map(torch.equal, before[0], everything(model, opt)[: len(before[0])]))
+
+
+def check_parameters_that_drift_apart_later_are_noticed(ranks):
+    model, (x, y) = nn.Linear(36, 3).double(), batch(0)
+    opt = AdaHessian(model.named_parameters(), process_group=ranks.group)
+    for _ in range(CHECK_EACH):
+        opt.step(lambda: loss_of(model, x.flatten(1), y))
+    if ranks.rank == 0:
+        model.bias.data[1] += 1e-9
+    with pytest.raises(RuntimeError, match=r"bias is not the same on all ranks"):
+        opt.step(lambda: loss_of(model, x.flatten(1), y))
 
 
 # ---- ranks that fail -------------------------------------------------------------------------------------------------

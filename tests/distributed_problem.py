@@ -45,7 +45,7 @@ def alone(steps: int, n: Callable[[int], int] = lambda step: N, **options) -> nn
     """
 
     def trained(model: nn.Module) -> nn.Module:
-        opt = AdaHessian(model.parameters(), **SETTINGS | options)
+        opt = AdaHessian(model.parameters(), process_group="alone", **SETTINGS | options)
         for step in range(steps):
             inputs, targets = batch(step, n(step))
             opt.step(lambda: loss_of(model, inputs, targets))  # noqa: B023 - called at once

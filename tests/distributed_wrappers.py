@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import re
 from collections import Counter
 from pathlib import Path
@@ -83,12 +84,17 @@ def check_ddp_equals_the_joint_batch(ranks):
     expected = alone(STEPS)
     around = (ddp_unwrapped, ddp_unwrapped_on_off_steps)  # without its hooks on off-steps
     ways = (backward, closure, standard_closure, hooked, ddp_micro_batches, ddp_first_order_as_ever, *around)
-    for knows_ddp in (True, False):
-        for way in ways:
+    for told in ("module", "group", "nothing", "nothing, made before"):
+        knows_ddp = told != "group"
+        for way in ways if told in ("module", "group") else ways[:5]:
             model = make_model()
+            options = {"probe_per_rank": False, **SETTINGS}
+            if told == "nothing, made before":
+                opt = AdaHessian(model.parameters(), **options)
             ddp = DistributedDataParallel(model, process_group=ranks.group)
-            handle = ddp if knows_ddp else ranks.group
-            opt = AdaHessian(ddp.parameters(), process_group=handle, probe_per_rank=False, **SETTINGS)
+            handle = {"module": {"process_group": ddp}, "group": {"process_group": ranks.group}, "nothing": {}}
+            if told != "nothing, made before":
+                opt = AdaHessian(ddp.parameters(), **handle[told], **options)
             off_steps = 0
             for step in range(STEPS):
                 inputs, targets = batch(step)
@@ -104,11 +110,11 @@ def check_ddp_equals_the_joint_batch(ranks):
 def check_finite_differences_through_ddp(ranks):
     expected = alone(STEPS, hvp="finite_difference")
     options = {"hvp": "finite_difference", **SETTINGS}
-    for group in ("ddp", None):  # averaged here, or by DDP's hooks at both ends of the difference
+    for told in (True, False):
         model = make_model()
         ddp = DistributedDataParallel(model, process_group=ranks.group)
-        handle = {"process_group": ddp, "probe_per_rank": False} if group else {}
-        opt = AdaHessian(ddp.parameters(), **options, **handle)
+        handle = {"process_group": ddp} if told else {}
+        opt = AdaHessian(ddp.parameters(), probe_per_rank=False, **options, **handle)
         for step in range(STEPS):
             inputs, targets = batch(step)
             standard_closure(ddp, opt, inputs[ranks.share(N)], targets[ranks.share(N)])
@@ -125,6 +131,46 @@ def check_per_rank_differences_refuse_ddp_hooks(ranks):
     with pytest.raises(RuntimeError, match=r"expected AdaHessian\(\.\.\., process_group=<that module>\)"):
         standard_closure(ddp, opt, x, y)
     assert all(map(torch.equal, before, ddp.parameters()))
+
+
+def check_several_ddp_modules_of_one_optimizer(ranks):
+    """Encoder and head, each wrapped by itself: on off-steps DDP averages what went through both."""
+    expected = alone(STEPS)
+    model = make_model()
+    ddps = [DistributedDataParallel(part, process_group=ranks.group) for part in (model[:3], model[3:])]
+    both = nn.Sequential(*ddps)
+    opt = AdaHessian(both.parameters(), probe_per_rank=False, **SETTINGS)
+    for step in range(STEPS):
+        inputs, targets = batch(step)
+        x, y = inputs[ranks.share(N)], targets[ranks.share(N)]
+        off_step = not opt.needs_hessian
+        assert (bytes_reduced(lambda: backward(both, opt, x, y)) == 0) == off_step  # noqa: B023
+    assert_close(model, expected)
+    assert same_bits(everything(model, opt), ranks.group)
+
+
+def check_create_graph_through_ddp_says_what_to_write(ranks):
+    x, y = batch(0)
+    for told in ("module", "nothing", "nothing, made before"):
+        model = make_model()
+        early = AdaHessian(model.parameters()) if told == "nothing, made before" else None
+        ddp = DistributedDataParallel(model, process_group=ranks.group)
+        handle = {"process_group": ddp} if told == "module" else {}
+        opt = early or AdaHessian(ddp.parameters(), **handle)
+        with pytest.raises(RuntimeError, match=r"through DistributedDataParallel, .* expected opt\.backward\(loss\)"):
+            loss_of(ddp, x, y).backward(create_graph=opt.needs_hessian)
+
+
+def check_ranks_that_were_found_draw_from_one_seed(ranks):
+    model = make_model()
+    manual_seed(100 + ranks.rank)
+    opt = AdaHessian(model.parameters())
+    assert opt.defaults["seed"] == 100 + ranks.rank
+    ddp = DistributedDataParallel(model, process_group=ranks.group)
+    backward(ddp, opt, *batch(0))
+    assert {group["seed"] for group in (opt.defaults, *opt.param_groups)} == {100}
+    copied = pickle.loads(pickle.dumps(opt))  # whose parameters are not DDP's
+    assert copied.param_groups[0]["seed"] == 100
 
 
 # ---- sharded parameters (FSDP2) --------------------------------------------------------------------------------------
@@ -159,7 +205,7 @@ def check_fsdp_equals_the_joint_batch(ranks):
 
 def check_fsdp_has_the_statistics_of_the_whole(ranks):
     whole = make_model()
-    plain = AdaHessian(whole.parameters(), hvp="finite_difference", **SETTINGS)
+    plain = AdaHessian(whole.parameters(), process_group="alone", hvp="finite_difference", **SETTINGS)
     model, opt = _sharded(ranks)
     x, y = batch(0)
     for each in (plain, opt):

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -13,10 +14,31 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ..curvature import mixed
+from .sharded import any_sharded
+
+ALONE = "alone"
+CHECK_EACH = 100  # steps with curvature between two looks at whether the ranks' parameters are the same
+_INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes
 
 DDP_WITHOUT_US = (
     "the closure calls a DistributedDataParallel module, whose hooks would average gradients that belong to the probes "
     "of single ranks; expected AdaHessian(..., process_group=<that module>)"
+)
+UNKNOWN = (
+    "this is one of {} processes, and nothing tells whether they train one model: its parameters are neither in a "
+    "DistributedDataParallel module nor sharded (DTensor). Expected AdaHessian(..., "
+    "process_group=torch.distributed.group.WORLD), or another group, over which gradients and curvature are averaged; "
+    'or process_group="alone" if this process trains a model of its own'
+)
+GRAPH_THROUGH_DDP = (
+    "loss.backward(create_graph=True) through DistributedDataParallel, whose hooks write to gradients in place and cut "
+    "their graph; expected opt.backward(loss) or opt.step(closure), or opt.hook_backward() once before training and "
+    "loss.backward()"
+)
+DIFFERENT = (
+    "{} is not the same on all ranks, and would never be; expected every rank to begin with the same parameters: wrap "
+    "the model in DistributedDataParallel, which sends those of the first, or send them, torch.distributed.broadcast("
+    "p.data, 0) for p in model.parameters(), or call torch.manual_seed with one seed before the model is made"
 )
 
 
@@ -58,6 +80,73 @@ def agreed(number: int, groups: Sequence[dist.ProcessGroup], device: torch.devic
     return number
 
 
+def ddps_around(params: Iterable[Tensor]) -> list[DistributedDataParallel]:
+    """The DistributedDataParallel modules that have some of the parameters."""
+    wanted = set(map(id, params))
+    alive = [each for each in gc.get_objects() if issubclass(type(each), DistributedDataParallel)]
+    return [ddp for ddp in alive if "module" in ddp._modules and not wanted.isdisjoint(map(id, ddp.parameters()))]
+
+
+class Together:
+    """Who trains one model with an optimizer: named by its user, or found by what averages its gradients.
+
+    Args:
+        process_group: as AdaHessian's.
+
+    Attributes:
+        ranks: those ranks; None as long as they are not known, and for a process on its own.
+    """
+
+    def __init__(self, process_group: Any) -> None:
+        self._given = process_group
+        named = process_group is not None and not (isinstance(process_group, str) and process_group == ALONE)
+        self.ranks = Ranks(process_group) if named else None
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Together:
+        return Together(self._given if self.ranks is None or self._given is None else self.ranks.group)
+
+    def __reduce__(self) -> Any:
+        if self.ranks is not None and self._given is not None:
+            raise TypeError(
+                "an optimizer with a process_group cannot be pickled: the group is this process's own; expected "
+                "optimizer.state_dict() in its place"
+            )
+        return Together, (self._given,)
+
+    @property
+    def open(self) -> bool:
+        """Whether there are several processes, and it is not known whether they train together."""
+        return self._given is None and self.ranks is None and several_ranks()
+
+    def find(self, params: Sequence[Tensor], *, must: bool) -> None:
+        """Look for what averages the gradients of parameters.
+
+        Raises:
+            RuntimeError: there is nothing, and there must be.
+        """
+        if any_sharded(params):
+            self._given = ALONE  # FSDP averages, and with tensor parallelism all have the same batch
+            return
+        ddps = ddps_around(params)
+        if ddps:
+            self.ranks = Ranks(ddps)
+        elif must:
+            raise RuntimeError(UNKNOWN.format(dist.get_world_size()))
+
+    def watch(self, params: Sequence[Tensor]) -> None:
+        """Notice backward passes of others."""
+        if self.ranks is not None:
+            self.ranks.watch(params)
+        elif self.open and not any_sharded(params):
+            for p in params:
+                p.register_post_accumulate_grad_hook(_refuse_graph_through_ddp)
+
+
+def _refuse_graph_through_ddp(param: Tensor) -> None:
+    if param.grad is not None and param.grad.requires_grad and ddps_around([param]):
+        raise RuntimeError(GRAPH_THROUGH_DDP)
+
+
 class Ranks:
     """A process group as an optimizer sees it, and what of the coming step has been averaged over it.
 
@@ -65,8 +154,8 @@ class Ranks:
     DDP for instance, may be averaged once more, with local ones added to them or not; only the traffic is lost.
 
     Args:
-        process_group: the group; or a DistributedDataParallel module, whose group it is, whose ``no_sync()`` counts
-            here, and whose own averaging is relied on after ordinary backward passes.
+        process_group: the group; or a DistributedDataParallel module or several, whose group it is, whose ``no_sync()``
+            counts here, and whose own averaging is relied on after ordinary backward passes through all of them.
 
     Attributes:
         grads_averaged: whether ``p.grad`` is the mean over the ranks.
@@ -74,13 +163,23 @@ class Ranks:
         averaged_late: whether ``scaler.step(opt)`` had to average the gradients.
     """
 
-    def __init__(self, process_group: dist.ProcessGroup | DistributedDataParallel) -> None:
-        self.ddp = process_group if isinstance(process_group, DistributedDataParallel) else None
-        group = process_group if self.ddp is None else self.ddp.process_group
+    def __init__(
+        self, process_group: dist.ProcessGroup | DistributedDataParallel | Sequence[DistributedDataParallel]
+    ) -> None:
+        ddps = [process_group] if isinstance(process_group, DistributedDataParallel) else process_group
+        group = process_group
+        if isinstance(ddps, list):
+            groups = {id(ddp.process_group): ddp.process_group for ddp in ddps}
+            if len(groups) > 1:
+                raise ValueError(
+                    "the parameters are in DistributedDataParallel modules of several process groups; expected one, or "
+                    "an optimizer for each"
+                )
+            (group,) = groups.values()
         if not isinstance(group, dist.ProcessGroup):
             raise TypeError(
                 f"process_group is a {type(process_group).__name__}; expected a torch.distributed process group, such "
-                "as torch.distributed.group.WORLD, or a DistributedDataParallel module"
+                'as torch.distributed.group.WORLD, a DistributedDataParallel module, or "alone"'
             )
         self.group = group
         self.rank, self.size = dist.get_rank(self.group), dist.get_world_size(self.group)
@@ -89,18 +188,14 @@ class Ranks:
         self.grads_averaged = self.curvature_averaged = self.averaged_late = False
         self._silent = False
         self._watched: set[int] = set()  # ids of parameters
-        self._ddp_reduces = False  # DDP has prepared for a backward pass since the last step
-        if self.ddp is not None:
-            self.ddp.register_forward_pre_hook(self._ddp_forward)
+        self._checked = 0  # steps with curvature
+        self._ddps = [weakref.ref(ddp) for ddp in ddps] if isinstance(ddps, list) else []
+        self._prepared: set[int] = set()  # ids of DDP modules that will average the coming backward pass
+        for ddp in self._alive():
+            ddp.register_forward_pre_hook(self._ddp_forward)
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Ranks:
-        return Ranks(self.group)  # copied parameters are not DDP's
-
-    def __reduce__(self) -> Any:
-        raise TypeError(
-            "an optimizer with a process_group cannot be pickled: the group is this process's own; expected "
-            "optimizer.state_dict() in its place"
-        )
+    def _alive(self) -> list[DistributedDataParallel]:
+        return [ddp for ddp in (ref() for ref in self._ddps) if ddp is not None]
 
     def probe_seed(self, seed: int) -> int:
         """Return the key of the probe's generator on this rank; rank 0 keeps the seed."""
@@ -111,28 +206,39 @@ class Ranks:
     @property
     def silent(self) -> bool:
         """Whether ``no_sync()`` of the optimizer or of the DDP module is in effect."""
-        return self._silent or (self.ddp is not None and not self.ddp.require_backward_grad_sync)
+        return self._silent or not all(ddp.require_backward_grad_sync for ddp in self._alive())
 
     @property
     def averages_first_order(self) -> bool:
         """Whether an ordinary backward pass will be averaged by DDP, as it goes."""
-        return self._ddp_reduces and not self.silent
+        return self._ddp_averages and not self.silent
+
+    @property
+    def _ddp_averages(self) -> bool:
+        return bool(self._ddps) and self._prepared.issuperset(map(id, self._alive()))
 
     @contextlib.contextmanager
     def no_sync(self) -> Iterator[None]:
         """Keep gradients and curvature inside it this rank's own, DDP's hooks included."""
         before, self._silent = self._silent, True
         try:
-            with contextlib.nullcontext() if self.ddp is None else self.ddp.no_sync():
+            with self._ddps_silent():
                 yield
         finally:
             self._silent = before
 
     @contextlib.contextmanager
+    def _ddps_silent(self) -> Iterator[None]:
+        with contextlib.ExitStack() as stack:
+            for ddp in self._alive():
+                stack.enter_context(ddp.no_sync())
+            yield
+
+    @contextlib.contextmanager
     def evaluating(self) -> Iterator[None]:
         """Keep DDP from averaging while a strategy evaluates a closure: a rank's gradients belong to its own probe."""
-        if self.ddp is not None:
-            with self.ddp.no_sync():
+        if self._ddps:
+            with self._ddps_silent():
                 yield
             return
         with nn.modules.module.register_module_forward_pre_hook(_refuse_ddp):
@@ -142,10 +248,12 @@ class Ranks:
         """Notice ordinary backward passes, which leave gradients that are not averaged unless DDP does it."""
         me = weakref.ref(self)
 
-        def accumulated(_: Tensor) -> None:
+        def accumulated(p: Tensor) -> None:
             ranks = me()
             if ranks is not None:
-                ranks.grads_averaged = ranks._ddp_reduces
+                if ranks.averages_first_order and p.grad is not None and p.grad.requires_grad:
+                    raise RuntimeError(GRAPH_THROUGH_DDP)
+                ranks.grads_averaged = ranks._ddp_averages
 
         for p in params:
             if id(p) not in self._watched:
@@ -159,10 +267,38 @@ class Ranks:
     def stepped(self) -> None:
         """End the step. DDP has to be called once more before its hooks are relied on again."""
         self.reset()
-        self._ddp_reduces = False
+        self._prepared.clear()
 
-    def _ddp_forward(self, *unused: Any) -> None:
-        self._ddp_reduces = torch.is_grad_enabled() and not self.silent
+    def _ddp_forward(self, ddp: nn.Module, *unused: Any) -> None:
+        if torch.is_grad_enabled() and not self.silent:
+            self._prepared.add(id(ddp))
+        else:
+            self._prepared.discard(id(ddp))
+
+    # ---- what they have to agree on ----------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def check_same(self, params: Sequence[tuple[str, Tensor]]) -> None:
+        """Compare checksums of the parameters, in the first and every hundredth call.
+
+        Args:
+            params: names and parameters, the same on every rank.
+
+        Raises:
+            RuntimeError: a parameter is not the same on all ranks.
+        """
+        capturing = torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+        self._checked += 1
+        if not params or capturing or self._checked % CHECK_EACH != 1:
+            return
+        device = params[0][1].device
+        bits = [p.view(_INTEGERS[p.element_size()]) for _, p in params]
+        sums = torch.stack([b.sum(dtype=torch.int64).to(device) for b in bits])
+        largest = torch.stack((sums, -sums))
+        dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=self.group)
+        differ = (largest[0] != -largest[1]).tolist()
+        if any(differ):
+            raise RuntimeError(DIFFERENT.format(params[differ.index(True)][0]))
 
     def largest(self, flag: Tensor) -> Tensor:
         """Return the largest of the ranks' values."""
