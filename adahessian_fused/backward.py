@@ -140,11 +140,11 @@ def differentiate_twice(
         weight: factor on Hz.
     """
     with contextlib.ExitStack() as stack:
-        for step in steps:
-            step.check_not_sharded()
-            stack.enter_context(step.passing())
         graph = hvp.explore([loss])
         leaves = graph.leaves
+        for step in steps:
+            step.check_not_sharded(leaves)
+            stack.enter_context(step.passing())
         grads = hvp.first_order(loss, leaves, gradient, graph)
         found = []
         for number, step in enumerate(steps):

@@ -89,7 +89,7 @@ class Entry:
     views: dict[str, Tensor] = field(default_factory=dict)
     used_mean: Tensor | None = None  # what the last step has drawn v_hat to
     owner: Tensor | None = None  # the parameter as the user sees it, which has the gradient
-    first: int = 0  # number, in the whole parameter, of the first element here
+    first: int | None = 0  # number, in the whole parameter, of the first element here; None: it is no range of them
 
     def __post_init__(self) -> None:
         self.owner, self.param = self.param, sharded.local(self.param)

@@ -12,10 +12,11 @@ from torch import Tensor
 
 from . import hvp
 from .bucket import Bucket, Entry
+from .distributed.sharded import joined, part_of
 from .reference import block_mean, rademacher_signs
 from .segments import Segment, Steps
 
-_DTYPE, _FIRST, _BUCKET = attrgetter("dtype"), attrgetter("first"), attrgetter("bucket")
+_DTYPE, _BUCKET = attrgetter("dtype"), attrgetter("bucket")
 _BUCKETS_DTYPE = attrgetter("bucket.dtype")
 
 
@@ -36,7 +37,7 @@ def draw_probe(
     z = {}
     for bucket, members in by_bucket(entries).items():
         flat = torch.empty(bucket.numel, dtype=bucket.dtype, device=bucket.device)
-        if probe == "rademacher" and not all(map(_FIRST, members)):
+        if probe == "rademacher" and any(map(_is_from_its_first, members)):
             backend = backends[bucket.device.type]
             backend.rademacher(flat, bucket.table_of(members), bucket.steps, seed, sample)
         elif probe == "gaussian":
@@ -49,16 +50,23 @@ def draw_probe(
         for entry in members:
             # Gaussian numbers in logical order: the same probe in any memory format.
             z[entry] = bucket.view(flat, entry) if probe == "rademacher" else bucket.logical_view(flat, entry)
-            if entry.first:  # a rank's part of a parameter, which the ops do not draw
-                h = bucket.steps[entry.row, Steps.HESSIAN_STEP].to(bucket.device)
-                signs = rademacher_signs(entry.param.numel(), entry.param_id, h, seed, sample, entry.first)
-                z[entry].copy_(signs.view(entry.param.shape))
+            if probe == "rademacher" and not _is_from_its_first(entry):  # which the ops do not draw
+                h, whole = bucket.steps[entry.row, Steps.HESSIAN_STEP].to(bucket.device), entry.first is None
+                numel = entry.owner.numel() if whole else entry.param.numel()
+                signs = rademacher_signs(numel, entry.param_id, h, seed, sample, entry.first or 0)
+                part = part_of(signs.view(entry.owner.shape), entry.owner) if whole else signs
+                z[entry].copy_(part.reshape(entry.param.shape))
     return z
+
+
+def _is_from_its_first(entry: Entry) -> bool:
+    """Tell whether what this rank has of a parameter begins with the parameter's first element, as all of it does."""
+    return entry.first == 0
 
 
 def drawable(entries: Iterable[Entry], probe: str) -> bool:
     """Tell whether the ops can draw the probe of these parameters themselves."""
-    return probe == "rademacher" and not any(map(_FIRST, entries))
+    return probe == "rademacher" and all(map(_is_from_its_first, entries))
 
 
 def initial_seed() -> int:
@@ -124,12 +132,16 @@ class Curvature:
             z = draw_probe(entries, self._backends, probe=probe, seed=self._seed, sample=sample)
             products = hvp.hessian_vector_product(
                 grads,
-                [entry.param for entry in entries],
-                [z[entry] for entry in entries],
+                [entry.owner for entry in entries],
+                [z[entry] if entry.owner is entry.param else joined(z[entry], entry.owner) for entry in entries],
                 retain_graph=retain_graph or sample + 1 < n_samples,
                 precision=precision,
             )
-            found = {entry: h for entry, h in zip(entries, products, strict=True) if h is not None}
+            found = {
+                entry: h if entry.owner is entry.param else part_of(h, entry.owner)
+                for entry, h in zip(entries, products, strict=True)
+                if h is not None
+            }
             scales: dict[str, Any] = {"weight": weight, "inverse_scale": inverse_scale}
             self.take(found, probe=probe, n_samples=n_samples, sample=sample, z=z, **scales)
             del z, products, found  # before the next ones come

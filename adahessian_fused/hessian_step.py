@@ -15,7 +15,7 @@ from .checks import check_grad, integer
 from .curvature import Curvature, draw_probe
 from .distributed.average import GradientAverage, average_curvature
 from .distributed.ranks import Ranks, Together, agreed, batch_weight
-from .distributed.sharded import EXACT_IS_REFUSED, any_sharded, groups_of, part_of
+from .distributed.sharded import EXACT_IS_REFUSED, any_sharded, groups_of, make_twice_differentiable, part_of
 from .layout import ParameterLayout
 from .record import GradientRecord, Versions, is_zero, versions
 from .schedule import Schedule
@@ -99,6 +99,8 @@ class HessianStep:
             self.layout.cover_all_trained()
             together.ranks.watch([p for _, p in self.layout.trained()])
         groups = groups_of(params) if together.ranks is None else [together.ranks.group]
+        if any_sharded(params):
+            make_twice_differentiable()
         if groups:
             self.layout.set_option("seed", agreed(self.layout.options["seed"], groups, params[0].device))
 
@@ -135,10 +137,17 @@ class HessianStep:
                 "opt.backward_split(loss_fn, *batch) instead of loss.backward(), opt.backward(loss) or a closure"
             )
 
-    def check_not_sharded(self) -> None:
-        """Raise if parameters are sharded and curvature is to come from a graph."""
-        strategy = self.layout.options["hvp"]
-        if strategy != "finite_difference" and any_sharded([p for _, p in self.layout.trained()]):
+    def check_not_sharded(self, leaves: Sequence[Tensor] | None = None) -> None:
+        """Raise if parameters are sharded and curvature is to come from a graph in which they are not.
+
+        Args:
+            leaves: of the graph; None if there is none.
+        """
+        strategy, params = self.layout.options["hvp"], [p for _, p in self.layout.trained()]
+        if strategy == "finite_difference" or not any_sharded(params):
+            return
+        found = set(map(id, leaves or ()))
+        if strategy != "autograd" or not any(id(p) in found for p in params if any_sharded((p,))):
             raise RuntimeError(EXACT_IS_REFUSED.format(strategy))
 
     def _check_graphs(self, grads: Sequence[Tensor]) -> None:
@@ -291,8 +300,8 @@ class HessianStep:
         grads = [p.grad for p in params]
         self._check_graphs(grads)
         self.check_whole_batch()
-        self.check_not_sharded()
         with_graph = hvp.differentiable(grads)
+        self.check_not_sharded([params[i] for i in with_graph])
         hvp.check_gradients(hvp.explore([grads[i] for i in with_graph]))
         found = self.products([params[i] for i in with_graph], [grads[i] for i in with_graph])
         self.curvature = self.with_all(found)

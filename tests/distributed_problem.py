@@ -20,10 +20,10 @@ N = 12  # examples of a joint batch; 2 and 3 divide it
 SETTINGS = {"lr": 0.05, "weight_decay": 0.01, "update_each": 2, "seed": 0}
 
 
-def make_model(dtype: torch.dtype = torch.float64) -> nn.Module:
+def make_model(dtype: torch.dtype = torch.float64, hidden: int = 5) -> nn.Module:
     """A smooth network with a convolution, whose kernels are averaged over blocks of 9."""
     torch.manual_seed(1)
-    layers = nn.Conv2d(1, 3, 3), nn.Tanh(), nn.Flatten(), nn.Linear(3 * 16, 5), nn.Tanh(), nn.Linear(5, 3)
+    layers = nn.Conv2d(1, 3, 3), nn.Tanh(), nn.Flatten(), nn.Linear(3 * 16, hidden), nn.Tanh(), nn.Linear(hidden, 3)
     return nn.Sequential(*layers).to(dtype)
 
 

@@ -310,10 +310,13 @@ def check_the_recipes_of_the_documentation_run(ranks):
     page = (Path(__file__).parents[1] / "docs" / "distributed.md").read_text()
     parts = [batch(i, dtype=torch.float32) for i in range(3)]
     names = {"torch": torch, "dist": dist, "loss_fn": F.cross_entropy, "folder": ranks.folder / str(ranks.size)}
-    names |= {"make_model": lambda: make_model(torch.float32), "mesh": DeviceMesh.from_group(ranks.group, "cpu")}
+    names |= {
+        "make_model": lambda: make_model(torch.float32, hidden=6),
+        "mesh": DeviceMesh.from_group(ranks.group, "cpu"),
+    }
     names |= {"batches": [(x[ranks.share(N)], y[ranks.share(N)]) for x, y in parts]}
     blocks = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
-    assert len(blocks) == 6
+    assert len(blocks) == 7
     for block in blocks:
         exec(block, names)
         assert names["opt"].state

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import ranks
 
-NAMES = ("distributed_steps.py", "distributed_wrappers.py", "distributed_failures.py")
+NAMES = ("distributed_steps.py", "distributed_wrappers.py", "distributed_tensors.py", "distributed_failures.py")
 FILES = [Path(__file__).with_name(name) for name in NAMES]
 LINES = [line for file in FILES for line in file.read_text().splitlines()]
 CHECKS = [line.split("(")[0].removeprefix("def ") for line in LINES if line.startswith("def check_")]

@@ -81,7 +81,7 @@ def agreed(number: int, groups: Sequence[dist.ProcessGroup], device: torch.devic
 
 
 def ddps_around(params: Iterable[Tensor]) -> list[DistributedDataParallel]:
-    """The DistributedDataParallel modules that have some of the parameters."""
+    """Return the DistributedDataParallel modules that have some of the parameters."""
     wanted = set(map(id, params))
     alive = [each for each in gc.get_objects() if issubclass(type(each), DistributedDataParallel)]
     return [ddp for ddp in alive if "module" in ddp._modules and not wanted.isdisjoint(map(id, ddp.parameters()))]
@@ -115,7 +115,7 @@ class Together:
 
     @property
     def open(self) -> bool:
-        """Whether there are several processes, and it is not known whether they train together."""
+        """Tell whether there are several processes, and it is not known whether they train together."""
         return self._given is None and self.ranks is None and several_ranks()
 
     def find(self, params: Sequence[Tensor], *, must: bool) -> None:

@@ -1,7 +1,8 @@
-"""Sharded parameters (FSDP2, any DTensor): every rank updates its part, a contiguous range of whole rows."""
+"""Sharded parameters (FSDP2, tensor parallelism, any DTensor): every rank updates its part."""
 
 from __future__ import annotations
 
+import functools
 import math
 import sys
 from collections.abc import Iterable, Sequence
@@ -11,9 +12,9 @@ import torch
 from torch import Tensor
 
 EXACT_IS_REFUSED = (
-    'hvp="{}" with sharded parameters (DTensor): their curvature cannot come from a graph (under FSDP2 they are not in '
-    'one themselves, and tensor parallelism is not supported); under FSDP2, expected hvp="finite_difference" with '
-    "opt.step(closure) or opt.backward(function)"
+    'hvp="{}" with sharded parameters (DTensor): their curvature cannot come from a graph, in which they are not '
+    'themselves under FSDP2, and which has no tangents with tensor parallelism; expected hvp="finite_difference" with '
+    'opt.step(closure) or opt.backward(function), or with tensor parallelism hvp="autograd"'
 )
 # Where a DTensor's own attributes are looked at, it is typed Any: importing its class is slow.
 _PLAIN = {Tensor, torch.nn.Parameter, type(None)}
@@ -55,6 +56,29 @@ def local(tensor: Any) -> Tensor:
         return tensor.to_local()
 
 
+@functools.cache
+def make_twice_differentiable() -> None:
+    """Have ``DTensor.from_local`` keep the graph of its gradient, from now on.
+
+    Its backward redistributes the gradient, where it must, without a graph. Between two blocks with tensor parallelism
+    that would cut the second derivative, and nothing would tell. Gradients stay what they are.
+    """
+    from torch.distributed.tensor import Replicate, _api
+
+    function = _api._FromTorchTensor
+    original = function.backward
+
+    @functools.wraps(original)
+    def backward(ctx: Any, grad: Any) -> Any:
+        if grad is not None and grad.requires_grad and torch.is_grad_enabled():
+            came = getattr(ctx, "forward_input_placements", None) or ctx.previous_placement
+            wanted = getattr(ctx, "grad_placements", None) or [Replicate() if p.is_partial() else p for p in came]
+            grad = grad.redistribute(placements=wanted)
+        return original(ctx, grad)
+
+    function.backward = staticmethod(backward)
+
+
 def groups_of(params: Iterable[Any]) -> list[Any]:
     """Return the process groups along every axis of the meshes that DTensors among the parameters are cut over."""
     params = list(params)
@@ -76,8 +100,8 @@ def part_of(tensor: Any, param: Any) -> Tensor:
         return local(tensor if same else tensor.redistribute(param.device_mesh, param.placements))
     mine = local(param)
     if tensor.shape == param.shape != mine.shape:
-        begin = first_element(param) // max(math.prod(param.shape[1:]), 1)
-        return tensor[begin : begin + mine.shape[0]]
+        axis, size, number = _cut(param)
+        return tensor.narrow(axis, min(size * number, param.shape[axis]), mine.shape[axis])
     return tensor
 
 
@@ -117,30 +141,35 @@ def whole(parts: Sequence[tuple[Tensor, Any]]) -> list[Tensor]:
     return result
 
 
-def _cut(param: Any) -> tuple[int, int]:
-    """Return how many rows a full part of the parameter has, and this rank's number among the parts."""
+def _cut(param: Any) -> tuple[int, int, int]:
+    """Return the axis that the parameter is cut along, the size of a full part, and this rank's number among them."""
     shards = [(i, placement) for i, placement in enumerate(param.placements) if not placement.is_replicate()]
     if not shards:
-        return max(param.shape[0] if param.ndim else 1, 1), 0
-    (axis, placement), *others = shards
-    if others or not placement.is_shard(0) or type(placement).__name__ != "Shard":
+        return 0, max(param.shape[0] if param.ndim else 1, 1), 0
+    (mesh_axis, placement), *others = shards
+    if others or type(placement).__name__ != "Shard":
         raise ValueError(
-            f"a parameter of shape {tuple(param.shape)} has placements {param.placements}; expected one Shard(0), and "
-            "Replicate() on further axes of the mesh. Other cuts are no contiguous range of elements"
+            f"a parameter of shape {tuple(param.shape)} has placements {param.placements}; expected one Shard, and "
+            "Replicate() on further axes of the mesh"
         )
-    return -(-param.shape[0] // param.device_mesh.size(axis)), param.device_mesh.get_local_rank(axis)
+    axis = placement.dim % param.ndim
+    return axis, -(-param.shape[axis] // param.device_mesh.size(mesh_axis)), param.device_mesh.get_local_rank(mesh_axis)
 
 
-def first_element(param: Tensor) -> int:
-    """Return index, in the whole parameter, of the first element that this rank has; 0 if it is not sharded.
+def first_element(param: Tensor) -> int | None:
+    """Return the index, in the whole parameter, of the first element that this rank has; 0 if it is not sharded.
+
+    None if what it has is no range of elements, since the parameter is cut along another axis than the first.
 
     Raises:
-        ValueError: the parameter is cut in another way than by its rows.
+        ValueError: the parameter is cut more than once.
     """
     if not is_sharded(param):
         return 0
-    rows, number = _cut(param)
-    return min(rows * number, param.shape[0] if param.ndim else 1) * math.prod(param.shape[1:])
+    axis, size, number = _cut(param)
+    if axis:
+        return None
+    return min(size * number, param.shape[0] if param.ndim else 1) * math.prod(param.shape[1:])
 
 
 def check_blocks(param: Tensor, block: int, name: str) -> None:
@@ -151,13 +180,17 @@ def check_blocks(param: Tensor, block: int, name: str) -> None:
     """
     if not is_sharded(param):
         return
-    rows, _ = _cut(param)
-    otherwise = '"auto" or 1' if param.ndim == 1 else '"auto", "row" or 1'
-    if param.ndim and rows < param.shape[0] and rows * math.prod(param.shape[1:]) % block:
+    axis, size, _ = _cut(param)
+    if not param.ndim or size >= param.shape[axis]:
+        return
+    # What lies between two cuts, and where it begins anew behind an axis before.
+    lengths = [n * math.prod(param.shape[axis + 1 :]) for n in ((size, param.shape[axis]) if axis else (size,))]
+    if any(length % block for length in lengths):
+        otherwise = '"auto" or 1' if param.ndim == 1 or axis else '"auto", "row" or 1'
+        where = "rows" if axis == 0 else f"of axis {axis}"
         raise ValueError(
-            f"a cut after every {rows} rows, or {rows * math.prod(param.shape[1:])} elements, of {name}, of shape "
-            f"{tuple(param.shape)}, goes through averaging blocks of {block}; expected block_size={otherwise} for it, "
-            "in a group of its own"
+            f"a cut after every {size} {where}, or {lengths[0]} elements, of {name}, of shape {tuple(param.shape)}, "
+            f"goes through averaging blocks of {block}; expected block_size={otherwise} for it, in a group of its own"
         )
 
 
@@ -175,7 +208,8 @@ def check_options(group: dict[str, Any], *, has_group: bool) -> None:
         return
     if has_group:
         raise ValueError(
-            "process_group is given for sharded parameters (DTensor); expected None, FSDP averages their gradients"
+            "process_group is given for sharded parameters (DTensor); expected None: FSDP averages their gradients, "
+            "and with tensor parallelism all ranks have the same batch"
         )
     if group["probe"] == "gaussian":
         raise ValueError('probe="gaussian" with sharded parameters; expected "rademacher", drawn for each element')

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..distributed.sharded import any_sharded, joined
+from ..distributed.sharded import any_sharded, joined, part_of
 from .complete import complete
 from .errors import naming_the_operator
 from .graph import Graph, explore
@@ -176,12 +176,16 @@ def run_post_accumulate_hooks(params: Sequence[Tensor], grads: Sequence[Tensor |
 
 
 def _accumulate_parts(params: Sequence[Tensor], parts: Sequence[Tensor | None]) -> None:
-    """Do the same for sharded parameters and this rank's part of their gradients."""
+    """Do the same for sharded parameters and their gradients, or this rank's part of those."""
     for p, part in zip(params, parts, strict=True):
-        if part is not None and p.grad is not None:
-            p.grad.add_(joined(part, p))
-        elif part is not None:
-            p.grad = joined(part, p)
+        if part is None:
+            continue
+        own = part.detach().clone() if part.requires_grad else part  # autograd may have handed out one tensor twice
+        g = joined(part_of(own, p), p)
+        if p.grad is None:
+            p.grad = g
+        else:
+            p.grad.add_(g)
 
 
 def release_graph(grads: Sequence[Tensor]) -> None:
