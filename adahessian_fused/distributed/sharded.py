@@ -65,7 +65,7 @@ def make_twice_differentiable() -> None:
     """
     from torch.distributed.tensor import Replicate, _api
 
-    function = _api._FromTorchTensor
+    function: Any = _api._FromTorchTensor
     original = function.backward
 
     @functools.wraps(original)
