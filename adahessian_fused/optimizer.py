@@ -96,9 +96,9 @@ class AdaHessian(torch.optim.Optimizer):
             through forward and backward pass. "finite_difference": the difference of two gradients, for smooth models;
             it needs first-order derivatives only and costs two steps, not three. The last two evaluate the loss
             themselves: ``opt.step(closure)`` or ``opt.backward(lambda: loss_fn(model(x), y))``.
-        hvp_dtype: precision of the second differentiation's matrix products, convolutions and attention of float32
-            tensors: None, ``torch.bfloat16`` or, on CUDA, "tf32". Loss and gradients stay bit for bit what they are.
-            For ``hvp="autograd"``, and not for float64 parameters.
+        hvp_dtype: precision of the second differentiation's matrix products and convolutions of float32 tensors (not
+            of attention on PyTorch's fused kernels): None, ``torch.bfloat16`` or, on CUDA, "tf32". Loss and gradients
+            stay bit for bit what they are. For ``hvp="autograd"``, and not for float64 parameters.
         hessian_fraction: r in (0, 1]: curvature from the first r of each mini-batch, with :meth:`backward_split`.
         fd_epsilon: distance of finite differences; None for
             :data:`~adahessian_fused.hvp.finite_difference.EPSILON` of the coarsest dtype, of the parameters or that the

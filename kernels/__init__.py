@@ -5,6 +5,7 @@ find its elements and average them, ``table`` what the host prepares before a la
 """
 
 from .adahessian_step import adahessian_step
+from .attention_double_backward import attention_double_backward
 from .hessian_diag import hessian_diag
 from .norm_double_backward import batch_norm_double_backward, row_norm_double_backward
 from .perturb import perturb
@@ -12,6 +13,7 @@ from .rademacher import rademacher
 
 __all__ = [
     "adahessian_step",
+    "attention_double_backward",
     "batch_norm_double_backward",
     "hessian_diag",
     "perturb",

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from adahessian_fused import AdaHessian, TrainStep, curvature_friendly
+from adahessian_fused import AdaHessian, TrainStep, backends, curvature_friendly
 from adahessian_fused.friendly import attention_double_backward as op
 
 MATH = SDPBackend.MATH
@@ -37,7 +37,7 @@ SHAPES = {
 
 def arguments(name: str, dtype: torch.dtype, device: str, n: int = 2) -> list:
     """All by position; some scores are masked, in one row all of them."""
-    heads, kv_heads, length, keys, size, value_size, diagonal, shape = SHAPES[name]
+    heads, kv_heads, length, keys, size, value_size, diagonal, shape = (SHAPES | INTERPRETED)[name]
     torch.manual_seed(0)
     q, k = (n, heads, length, size), (n, kv_heads, keys, size)
     v, y = (n, kv_heads, keys, value_size), (n, heads, length, value_size)
@@ -91,6 +91,68 @@ def test_the_formulas_against_autograd(name):
     expected = torch.autograd.grad(grads, inputs, (a, b, c))
     found = op.attention_double_backward(*(t.detach() if isinstance(t, Tensor) else t for t in given))
     assert_error(found, expected, 1e-13)
+
+
+# What interpreted Triton, which takes a second for a few programs, has to do.
+INTERPRETED = {
+    "small_grouped": (2, 1, 5, 7, 4, 3, None, None),
+    "small_causal": (1, 1, 70, 70, 8, 8, 0, None),
+    "small_bias": (2, 2, 5, 40, 4, 4, 35, (1, 2, 5, 40)),
+    "small_unseen_rows": (1, 1, 34, 9, 4, 4, -28, None),
+}
+
+
+@pytest.mark.filterwarnings("ignore:(overflow|invalid value)")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("name", INTERPRETED)
+def test_interpreted_triton(device, name, dtype):
+    reason = backends.unavailable_reason("triton", device)
+    if reason is not None or device == "cuda":
+        pytest.skip(reason or "not interpreted")
+    check(backends.get("triton").attention_double_backward, arguments(name, dtype, device, n=1))
+
+
+@pytest.fixture
+def native():
+    reason = backends.unavailable_reason("native")
+    if reason is not None:
+        pytest.skip(f"native: {reason}")
+    assert torch._C._dispatch_has_kernel_for_dispatch_key(op.NAME, "CPU")
+
+
+@pytest.mark.parametrize("name", ["causal", "grouped"])
+def test_the_number_of_threads_does_not_matter(native, set_threads, name):
+    given, results = arguments(name, torch.float32, "cpu"), []
+    for threads in (1, 2, 3):
+        set_threads(threads)
+        results.append(op.run(*given))
+    assert_same(*results[:2])
+    assert_same(*results[1:])
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_permuted(device, name):
+    """Tensors of any strides, as heads are that were split off."""
+    given = arguments(name, torch.float32, device)
+    permuted = [t.transpose(1, 2).contiguous().transpose(1, 2) for t in given[:7]]
+    assert_same(op.run(*permuted, *given[7:]), op.run(*given))
+
+
+NAMES = ("a", "b", "c", "grad", "query", "key", "value", "logsumexp", "bias")
+BAD = [
+    *((name, "dtype", lambda t: t.long()) for name in NAMES),
+    *((name, "length", lambda t: t[:, :, :-1]) for name in ("a", "b", "c", "grad", "value", "logsumexp", "bias")),
+    *((name, "dimensions", lambda t: t[None]) for name in NAMES),
+    ("key", "heads", lambda t: t[:, :1].repeat(1, 4, 1, 1)),
+]
+
+
+@pytest.mark.parametrize(("name", "what", "change"), BAD, ids=[f"{name}-{what}" for name, what, _ in BAD])
+def test_refused(native, name, what, change):
+    given = arguments("bias", torch.float32, "cpu")
+    given[NAMES.index(name)] = change(given[NAMES.index(name)])
+    with pytest.raises(RuntimeError, match="attention_double_backward: "):
+        op.run(*given)
 
 
 @pytest.mark.parametrize("name", ["causal", "bias_of_keys"])

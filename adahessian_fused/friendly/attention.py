@@ -17,7 +17,7 @@ from torch.backends.cuda import SDPAParams, can_use_efficient_attention, can_use
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.bias import CausalBias, CausalVariant
 
-from .attention_double_backward import run as double_backward
+from . import attention_double_backward
 from .operator import Operator, Tensors, call
 from .precision import lower
 
@@ -101,7 +101,8 @@ class Attention(Operator):
         wide = torch.promote_types(query.dtype, torch.float32)
         bias = None if self.bias is None else self.bias.to(wide)
         logsumexp = logsumexp[..., : query.shape[2]].to(wide)
-        return double_backward(*v, grad.to(query.dtype), *qkv, logsumexp, bias, self.scale, self.diagonal)
+        attention_double_backward.prepare(query.device.type)
+        return attention_double_backward.run(*v, grad.to(query.dtype), *qkv, logsumexp, bias, self.scale, self.diagonal)
 
     def _by_autograd(self, cotangents: Tensors, *tensors: Tensor, mask: Sequence[bool]) -> Tensors:
         """The same, to be differentiated once more: two derivatives of the math kernel."""

@@ -24,11 +24,14 @@ time: P comes from the logsumexp of the rows, which the forward pass has left.
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from .. import backends
 
 Gradients = tuple[Tensor, Tensor, Tensor, Tensor]
 NAME = "adahessian_fused::attention_double_backward"
@@ -129,6 +132,22 @@ def _batched(info: Any, dims: tuple, *arguments: Any) -> tuple[Gradients, tuple[
         bias = bias.expand(info.batch_size, n, *bias.shape[2:]).flatten(0, 1)
     found = run(*long_tensors, bias, scale, diagonal)
     return tuple(t.unflatten(0, (info.batch_size, -1)) for t in found), (0,) * 4
+
+
+@functools.cache
+def prepare(device_type: str) -> None:
+    """Have the operator's kernel for this kind of device, if there is one; without, it is the plain version."""
+    if device_type == "cpu":
+        backends.unavailable_reason("native")  # loads the library that has it
+    elif backends.unavailable_reason("triton", device_type) is None:
+        _library.impl("attention_double_backward", _by_triton, "CUDA")
+
+
+def _by_triton(*arguments: Any) -> Gradients:
+    query, value = arguments[4], arguments[6]
+    small = max(query.shape[3], value.shape[3]) <= 128 and query.dtype != torch.float64
+    fits = small and query.numel() > 0 and value.numel() > 0
+    return (backends.get("triton").attention_double_backward if fits else attention_double_backward)(*arguments)
 
 
 _library.impl("attention_double_backward", attention_double_backward, "CompositeExplicitAutograd")

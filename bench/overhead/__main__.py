@@ -29,7 +29,7 @@ from ..machine import machine
 from ..measure import in_turns, wall_clock
 from .check import MOST, errors
 from .plot import draw
-from .problems import HALF, NAMES, Problem, describe, problem
+from .problems import HALF, LONG, NAMES, Problem, describe, problem
 from .table import FREQUENCIES, show
 from .ways import ADAMW, SGD, WAYS, Way
 
@@ -123,7 +123,7 @@ def progress(ways: list[Way], title: str) -> Iterator[Way]:
 def main() -> int:
     """Entry point; returns the exit code."""
     parser = argparse.ArgumentParser(prog="python -m bench.overhead", description=__doc__)
-    parser.add_argument("--models", nargs="+", default=NAMES, choices=NAMES + HALF)
+    parser.add_argument("--models", nargs="+", default=NAMES, choices=(*NAMES, *LONG, *HALF))
     parser.add_argument(
         "--ways", nargs="+", metavar="TEXT", help="only rows whose names contain one of these, and SGD's"
     )

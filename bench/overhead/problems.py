@@ -16,6 +16,7 @@ BLOCKS = {"ResNet-20": 3, "ResNet-32": 5}
 N_CLASSES = 10
 # Layers, width, tokens, length, examples. GPT-2's own 50,257 tokens are rounded up to whole tiles, as everybody does.
 SIZES = {"GPT": (4, 256, 512, 128, 8), "GPT-2 124M": (12, 768, 50_304, 1024, 4)}
+LONG = {f"attention T={length}": length for length in (256, 1024, 2048)}  # in all 2,048 tokens, 8 heads of 32
 
 
 @dataclass(frozen=True)
@@ -47,27 +48,30 @@ class Problem:
 class Attention(nn.Module):
     """A pre-norm transformer layer with causal attention."""
 
-    def __init__(self, width: int) -> None:
+    def __init__(self, width: int, head: int) -> None:
         super().__init__()
+        self.head = head
         self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
         self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
         self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, length, width) to the same."""
-        q, k, v = (y.unflatten(-1, (-1, 64)).transpose(1, 2) for y in self.qkv(self.norm1(x)).chunk(3, -1))
+        q, k, v = (y.unflatten(-1, (-1, self.head)).transpose(1, 2) for y in self.qkv(self.norm1(x)).chunk(3, -1))
         attended = F.scaled_dot_product_attention(q, k, v, is_causal=True)
         x = x + self.out(attended.transpose(1, 2).flatten(2))
         return x + self.mlp(self.norm2(x))
 
 
 class Gpt(nn.Module):
-    """A transformer with heads of 64; input and output embedding are one with ``tied``, as in GPT-2."""
+    """A transformer with heads of size ``head``; input and output embedding are one with ``tied``, as in GPT-2."""
 
-    def __init__(self, n_layers: int, width: int, n_tokens: int, length: int, *, tied: bool = False) -> None:
+    def __init__(
+        self, n_layers: int, width: int, n_tokens: int, length: int, *, head: int = 64, tied: bool = False
+    ) -> None:
         super().__init__()
         self.tokens, self.positions = nn.Embedding(n_tokens, width), nn.Embedding(length, width)
-        self.layers = nn.Sequential(*(Attention(width) for _ in range(n_layers)))
+        self.layers = nn.Sequential(*(Attention(width, head) for _ in range(n_layers)))
         self.head = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, n_tokens, bias=not tied))
         if tied:
             nn.init.normal_(self.tokens.weight, std=0.02)
@@ -97,10 +101,11 @@ def _make(name: str, batch: int | None) -> tuple[nn.Module, Callable[[Tensor, Te
     if name == "MLP":
         n = batch or 256
         return _mlp(), F.cross_entropy, torch.randn(n, 784), torch.randint(N_CLASSES, (n,))
-    *sizes, examples = SIZES[name]
+    length = LONG.get(name, 0)
+    *sizes, examples = (4, 256, 512, length, 2048 // length) if length else SIZES[name]
     _, _, n_tokens, length = sizes
     tokens = torch.randint(n_tokens, (batch or examples, length + 1))
-    model = Gpt(*sizes, tied=name in HALF)
+    model = Gpt(*sizes, head=32 if name in LONG else 64, tied=name in HALF)
     return model, token_loss, tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
 
 

@@ -1,0 +1,290 @@
+"""The double backward of attention: a kernel over blocks of queries and, with its sums, one over blocks of keys.
+
+:mod:`adahessian_fused.friendly.attention_double_backward` has the formulas, and the names used here. A program over
+queries goes through their keys twice, for the sums of the rows and for the gradients of ``grad`` and query; one over
+keys goes through their queries once. Nobody adds to what another program wrote. Products are those of tensor cores,
+with factors in the dtype of the tensors and sums in float32.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from .adahessian_math import round_to
+from .table import INTERPRETED, on
+
+_INTERPRETED = tl.constexpr(INTERPRETED)
+# Queries (or keys) of a program, in 16 and 32 bits, and keys (or queries) it takes at a time.
+BLOCKS, OTHER = {2: 64, 4: 16}, 32
+MOST = 128  # size of heads
+
+
+@triton.jit
+def _load(pointer, rows, length, size, SIZE: tl.constexpr):
+    """Some rows of (length, size), with zeros up to SIZE."""
+    columns = tl.arange(0, SIZE)[None, :]
+    return tl.load(
+        pointer + rows[:, None] * size + columns, mask=(rows[:, None] < length) & (columns < size), other=0.0
+    )
+
+
+@triton.jit
+def _store(pointer, rows, length, size, numbers, SIZE: tl.constexpr):
+    columns = tl.arange(0, SIZE)[None, :]
+    mask = (rows[:, None] < length) & (columns < size)
+    tl.store(pointer + rows[:, None] * size + columns, round_to(numbers, pointer.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _dot(x, y, PRECISION: tl.constexpr):
+    if _INTERPRETED:  # the interpreter takes the bits of bfloat16 for integers
+        x, y = x.to(tl.float32), y.to(tl.float32)
+    return tl.dot(x, y, input_precision=PRECISION, out_dtype=tl.float32)
+
+
+@triton.jit
+def _scores(
+    a,
+    b,
+    c,
+    grad,
+    query,
+    key,
+    value,
+    lse,
+    bias,
+    stride_row,
+    stride_column,
+    rows,
+    columns,
+    queries,
+    keys,
+    scale,
+    diagonal,
+    CAUSAL: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """P and the tangent of S, G and H of some queries and keys."""
+    seen = (rows[:, None] < queries) & (columns[None, :] < keys)
+    if CAUSAL:
+        seen = seen & (columns[None, :] <= rows[:, None] + diagonal)
+    key_t = tl.trans(key)
+    s = scale * _dot(query, key_t, PRECISION)
+    if bias is not None:
+        at = rows[:, None].to(tl.int64) * stride_row + columns[None, :].to(tl.int64) * stride_column
+        added = tl.load(bias + at, mask=seen, other=0.0)
+        seen = seen & (added > float("-inf"))
+        s = s + tl.where(seen, added, 0.0)
+    p = tl.where(seen, tl.exp(tl.where(seen, s - lse[:, None], 0.0)), 0.0)
+    tangent = scale * (_dot(a, key_t, PRECISION) + _dot(query, tl.trans(b), PRECISION))
+    return p, tangent, _dot(grad, tl.trans(value), PRECISION), _dot(grad, tl.trans(c), PRECISION)
+
+
+@triton.jit
+def _gradients(p, tangent, g, h, mu, d, w):
+    """The tangent of P, S' and that of S'."""
+    centred = tangent - mu[:, None]
+    return p * centred, p * (g - d[:, None]), p * (centred * g - d[:, None] * tangent + h - w[:, None])
+
+
+@triton.jit
+def attention_queries_kernel(
+    a,
+    b,
+    c,
+    grad,
+    query,
+    key,
+    value,
+    logsumexp,
+    bias,
+    sums,
+    d_grad,
+    d_query,
+    stride_batch,
+    stride_head,
+    stride_row,
+    stride_column,
+    heads,
+    shared,
+    queries,
+    keys,
+    size,
+    value_size,
+    scale,
+    diagonal,
+    CAUSAL: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK: tl.constexpr,
+    OTHER: tl.constexpr,
+    SIZE: tl.constexpr,
+    VALUE_SIZE: tl.constexpr,
+):
+    """The sums of a block of rows (mu, D and sum P W), and its part of the gradients of ``grad`` and query."""
+    head = tl.program_id(1).to(tl.int64)
+    first = tl.program_id(0) * BLOCK
+    rows = first + tl.arange(0, BLOCK)
+    of_query, of_grad = head * queries * size, head * queries * value_size
+    of_key, of_value = head // shared * keys * size, head // shared * keys * value_size
+    if bias is not None:
+        bias += head // heads * stride_batch + head % heads * stride_head
+    query_rows = _load(query + of_query, rows, queries, size, SIZE)
+    a_rows = _load(a + of_query, rows, queries, size, SIZE)
+    grad_rows = _load(grad + of_grad, rows, queries, value_size, VALUE_SIZE)
+    lse = tl.load(logsumexp + head * queries + rows, mask=rows < queries, other=0.0)
+    end = keys
+    if CAUSAL:
+        end = tl.maximum(tl.minimum(keys, first + BLOCK + diagonal), 0)
+    mu = tl.zeros([BLOCK], tl.float32)
+    d, w = mu, mu
+    for start in range(0, end, OTHER):
+        columns = start + tl.arange(0, OTHER)
+        b_rows = _load(b + of_key, columns, keys, size, SIZE)
+        c_rows = _load(c + of_value, columns, keys, value_size, VALUE_SIZE)
+        key_rows = _load(key + of_key, columns, keys, size, SIZE)
+        value_rows = _load(value + of_value, columns, keys, value_size, VALUE_SIZE)
+        p, tangent, g, h = _scores(
+            a_rows, b_rows, c_rows, grad_rows, query_rows, key_rows, value_rows, lse, bias, stride_row, stride_column,
+            rows, columns, queries, keys, scale, diagonal, CAUSAL, PRECISION,
+        )  # fmt: skip
+        mu += tl.sum(p * tangent, 1)
+        d += tl.sum(p * g, 1)
+        w += tl.sum(p * (tangent * g + h), 1)
+    w -= 2 * mu * d
+    total = tl.num_programs(1).to(tl.int64) * queries
+    to = sums + head * queries + rows
+    tl.store(to, mu, mask=rows < queries)
+    tl.store(to + total, d, mask=rows < queries)
+    tl.store(to + 2 * total, w, mask=rows < queries)
+    dtype: tl.constexpr = query.dtype.element_ty
+    grad_sum, query_sum = tl.zeros([BLOCK, VALUE_SIZE], tl.float32), tl.zeros([BLOCK, SIZE], tl.float32)
+    for start in range(0, end, OTHER):
+        columns = start + tl.arange(0, OTHER)
+        b_rows = _load(b + of_key, columns, keys, size, SIZE)
+        c_rows = _load(c + of_value, columns, keys, value_size, VALUE_SIZE)
+        key_rows = _load(key + of_key, columns, keys, size, SIZE)
+        value_rows = _load(value + of_value, columns, keys, value_size, VALUE_SIZE)
+        p, tangent, g, h = _scores(
+            a_rows, b_rows, c_rows, grad_rows, query_rows, key_rows, value_rows, lse, bias, stride_row, stride_column,
+            rows, columns, queries, keys, scale, diagonal, CAUSAL, PRECISION,
+        )  # fmt: skip
+        p_dot, s_grad, s_bar = _gradients(p, tangent, g, h, mu, d, w)
+        grad_sum += _dot(round_to(p_dot, dtype), value_rows, PRECISION) + _dot(round_to(p, dtype), c_rows, PRECISION)
+        query_sum += _dot(round_to(s_grad, dtype), b_rows, PRECISION)
+        query_sum += _dot(round_to(s_bar, dtype), key_rows, PRECISION)
+    _store(d_grad + of_grad, rows, queries, value_size, grad_sum, VALUE_SIZE)
+    _store(d_query + of_query, rows, queries, size, scale * query_sum, SIZE)
+
+
+@triton.jit
+def attention_keys_kernel(
+    a,
+    b,
+    c,
+    grad,
+    query,
+    key,
+    value,
+    logsumexp,
+    bias,
+    sums,
+    d_key,
+    d_value,
+    stride_batch,
+    stride_head,
+    stride_row,
+    stride_column,
+    heads,
+    shared,
+    queries,
+    keys,
+    size,
+    value_size,
+    scale,
+    diagonal,
+    CAUSAL: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK: tl.constexpr,
+    OTHER: tl.constexpr,
+    SIZE: tl.constexpr,
+    VALUE_SIZE: tl.constexpr,
+):
+    """The gradients of a block of keys and values: sums over all queries of the heads that share them."""
+    kv_head = tl.program_id(1).to(tl.int64)
+    first = tl.program_id(0) * BLOCK
+    columns = first + tl.arange(0, BLOCK)
+    of_key, of_value = kv_head * keys * size, kv_head * keys * value_size
+    b_rows = _load(b + of_key, columns, keys, size, SIZE)
+    c_rows = _load(c + of_value, columns, keys, value_size, VALUE_SIZE)
+    key_rows = _load(key + of_key, columns, keys, size, SIZE)
+    value_rows = _load(value + of_value, columns, keys, value_size, VALUE_SIZE)
+    begin = 0
+    if CAUSAL:
+        begin = tl.maximum(first - diagonal, 0) // OTHER * OTHER
+    dtype: tl.constexpr = query.dtype.element_ty
+    key_sum, value_sum = tl.zeros([BLOCK, SIZE], tl.float32), tl.zeros([BLOCK, VALUE_SIZE], tl.float32)
+    total = tl.num_programs(1).to(tl.int64) * shared * queries
+    for number in range(shared):
+        head = kv_head * shared + number
+        of_query, of_grad = head * queries * size, head * queries * value_size
+        bias_head = bias
+        if bias is not None:
+            bias_head = bias + head // heads * stride_batch + head % heads * stride_head
+        for start in range(begin, queries, OTHER):
+            rows = start + tl.arange(0, OTHER)
+            query_rows = _load(query + of_query, rows, queries, size, SIZE)
+            a_rows = _load(a + of_query, rows, queries, size, SIZE)
+            grad_rows = _load(grad + of_grad, rows, queries, value_size, VALUE_SIZE)
+            of_rows = head * queries + rows
+            lse = tl.load(logsumexp + of_rows, mask=rows < queries, other=0.0)
+            mu = tl.load(sums + of_rows, mask=rows < queries, other=0.0)
+            d = tl.load(sums + total + of_rows, mask=rows < queries, other=0.0)
+            w = tl.load(sums + 2 * total + of_rows, mask=rows < queries, other=0.0)
+            p, tangent, g, h = _scores(
+                a_rows, b_rows, c_rows, grad_rows, query_rows, key_rows, value_rows, lse, bias_head, stride_row,
+                stride_column, rows, columns, queries, keys, scale, diagonal, CAUSAL, PRECISION,
+            )  # fmt: skip
+            p_dot, s_grad, s_bar = _gradients(p, tangent, g, h, mu, d, w)
+            key_sum += _dot(tl.trans(round_to(s_grad, dtype)), a_rows, PRECISION)
+            key_sum += _dot(tl.trans(round_to(s_bar, dtype)), query_rows, PRECISION)
+            value_sum += _dot(tl.trans(round_to(p_dot, dtype)), grad_rows, PRECISION)
+    _store(d_key + of_key, columns, keys, size, scale * key_sum, SIZE)
+    _store(d_value + of_value, columns, keys, value_size, value_sum, VALUE_SIZE)
+
+
+def launch_options(size: int, value_size: int, dtype: torch.dtype) -> dict:
+    """Blocks, warps and stages for heads of these sizes."""
+    sizes = {"SIZE": max(triton.next_power_of_2(size), 16), "VALUE_SIZE": max(triton.next_power_of_2(value_size), 16)}
+    large, narrow = max(sizes.values()) >= MOST, dtype.itemsize == 2
+    blocks = {"BLOCK": BLOCKS[dtype.itemsize], "OTHER": OTHER}
+    return {**sizes, **blocks, "num_warps": 8 if large else 4, "num_stages": 2 if narrow and not large else 1}
+
+
+def attention_double_backward(a, b, c, grad, query, key, value, logsumexp, bias, scale, diagonal):
+    """As :func:`adahessian_fused.friendly.attention_double_backward.attention_double_backward`.
+
+    Not for float64, nor for heads larger than MOST.
+    """
+    tensors = [t.contiguous() for t in (a, b, c, grad, query, key, value, logsumexp)]
+    (batch, heads, queries, size), (kv_heads, keys) = query.shape, key.shape[1:3]
+    value_size, shared = value.shape[3], heads // kv_heads
+    results = [torch.empty_like(t) for t in (tensors[3], tensors[4], tensors[5], tensors[6])]
+    sums = logsumexp.new_empty(3, batch, heads, queries)
+    strides = [0] * 4
+    if bias is not None:
+        strides = bias.expand(batch, heads, queries, keys).stride()
+    options = {
+        "CAUSAL": diagonal is not None,
+        # Three products of 11 bits are as good as one of 24, and tensor cores have them.
+        "PRECISION": "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "tf32x3",
+        **launch_options(size, value_size, query.dtype),
+    }
+    numbers = *strides, heads, shared, queries, keys, size, value_size, scale, 0 if diagonal is None else diagonal
+    with on("attention_double_backward", query.device):
+        by_queries = triton.cdiv(queries, options["BLOCK"]), batch * heads
+        attention_queries_kernel[by_queries](*tensors, bias, sums, *results[:2], *numbers, **options)
+        by_keys = triton.cdiv(keys, options["BLOCK"]), batch * kv_heads
+        attention_keys_kernel[by_keys](*tensors, bias, sums, *results[2:], *numbers, **options)
+    return tuple(results)
