@@ -11,7 +11,7 @@ from collections import Counter
 
 import torch
 
-KINDS = ("models",)
+KINDS = ("models", "sequences", "layouts")
 
 
 def main() -> int:

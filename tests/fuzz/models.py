@@ -390,6 +390,8 @@ def _penalised_input(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
 
 def _meta(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
     params = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    if not y.requires_grad:
+        return y.square().mean()
     grads = torch.autograd.grad(y.square().mean(), list(params.values()), create_graph=True, allow_unused=True)
     fast = {n: p if g is None else p - 0.1 * g for (n, p), g in zip(params.items(), grads, strict=True)}
     return functional_call(model, fast, (x.flip(0),)).square().mean()

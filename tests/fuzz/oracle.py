@@ -41,11 +41,10 @@ def probe(shape: Sequence[int], number: int, hessian_step: int, seed: int, sampl
 
 def block_means(d: Tensor, block: int) -> Tensor:
     """Each element's block mean, in logical order."""
-    flat, block = d.reshape(-1), max(block, 1)
-    for begin in range(0, flat.numel(), block):
-        flat = torch.cat([flat[:begin], flat[begin : begin + block].mean().expand(flat[begin : begin + block].numel()),
-                          flat[begin + block :]])  # fmt: skip
-    return flat.reshape(d.shape)
+    n, block = d.numel(), max(min(block, d.numel()), 1)
+    padded = torch.cat([d.reshape(-1), d.new_zeros(-n % block)]).view(-1, block)
+    counts = torch.full((len(padded),), block).clamp_max(n - block * torch.arange(len(padded)))
+    return (padded.sum(1) / counts).repeat_interleave(block)[:n].view(d.shape)
 
 
 def averages(m: Tensor, v: Tensor, g: Tensor, d: Tensor | None, betas: Sequence[float]) -> tuple[Tensor, Tensor]:
