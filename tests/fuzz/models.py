@@ -493,11 +493,8 @@ class Trial:
         trained = [i for i, p in enumerate(self.params) if p.requires_grad]
         z = [self.probe(i) for i in trained]
         totals: list[Any] = [None] * len(self.params), [torch.zeros_like(p).double() for p in self.params]
-        model = copy.deepcopy(self.model).double()
+        model = self.twin(self.model).double()
         params = list(model.parameters())
-        for twin, p in zip(params, self.params, strict=True):
-            for hook in (p._backward_hooks or {}).values():
-                twin.register_hook(hook)
         for part, weight, of_curvature in self.parts(x):
             part = part.double() if part.is_floating_point() else part
             grads, products = oracle.derivatives(lambda: self.value(model, part), [params[i] for i in trained], z)  # noqa: B023
@@ -591,9 +588,17 @@ class Trial:
             return True
         return False
 
+    def twin(self, model: nn.Module) -> nn.Module:
+        """A copy, with the parameters' hooks."""
+        twin = copy.deepcopy(model)
+        for copied, p in zip(twin.parameters(), self.params, strict=True):
+            for hook in (p._backward_hooks or {}).values():
+                copied.register_hook(hook)
+        return twin
+
     def plain_is_alike(self, i: int, x: Tensor) -> bool:
         """Whether ``loss.backward()`` of the model as it was gives a parameter the gradient that it has."""
-        model = copy.deepcopy(self.before)
+        model = self.twin(self.before)
         try:
             for part, weight, _ in self.parts(x):
                 (weight * self.value(model, part)).backward()
