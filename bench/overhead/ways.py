@@ -202,7 +202,7 @@ def _train_step(fraction: float = 1.0, hvp_dtype: torch.dtype | None = None, **o
     return make
 
 
-SGD, ADAMW, SGD_COMPILED = "SGD", "AdamW fused", "SGD compiled"
+SGD, ADAMW = "SGD", "AdamW fused"
 WAYS = (
     Way(SGD, 1, _first_order(torch.optim.SGD, momentum=0.9), second_order=False),
     Way(ADAMW, 1, _first_order(torch.optim.AdamW), second_order=False),

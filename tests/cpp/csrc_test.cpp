@@ -123,8 +123,9 @@ void test_all(const Engine& engine, const std::string& name) {
 
 }  // namespace
 
-int main() {
+int main(int count, char** names) {
   for (const Engine& engine : kEngines) {
+    if (count > 1 && names[1] != engine.name) continue;
     for_each_storage([&](auto type, auto state_type, const std::string& dtype) {
       test_all<decltype(type), decltype(state_type)>(engine, engine.name + ", " + dtype);
     });
