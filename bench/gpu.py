@@ -35,7 +35,7 @@ OP_TESTS = (
 )
 # Files whose tests never touch a device, or that need what the machine of a benchmark does not have.
 ELSEWHERE = (
-    *("docs", "packaging", "installation", "paper", "paper_data", "trainers", "migration", "mixed_precision_page"),
+    *("docs", "packaging", "installation", "paper", "paper_data", "trainers", "migration"),
     *("demo", "bench", "overhead", "scale", "log_to_tensorboard", "distributed", "instruction_sets"),
     *("cuda_inspect", "triton_inspect"),
 )

@@ -15,7 +15,7 @@ PAGES = sorted([*DOCS.rglob("*.md"), ROOT / "README.md", ROOT / "examples" / "RE
 NOT_RUN = "not run: "
 RUN_BY = {  # pages whose code needs more than a model and a few batches, and what runs it
     "docs/distributed.md": "tests/distributed_wrappers.py",
-    "docs/mixed_precision.md": "tests/test_mixed_precision_page.py",
+    "docs/mixed_precision.md": "tests/test_docs.py",
     "docs/trainers.md": "tests/test_trainers.py",
 }
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -178,16 +177,21 @@ def test_crop_and_flip_are_windows_of_the_padded_image():
 
 
 @pytest.fixture(scope="module")
-def measure():
-    """The module, imported as the program imports it, and forgotten afterwards."""
-    names = ("contestants", "measure", "plain", "resnet")
+def load_as_the_program_does():
+    """Imports a module as the program does, with its folder in front; forgotten afterwards."""
+    names = [path.stem for path in EXAMPLES.glob("*.py")]
     others = {name: sys.modules.pop(name) for name in names if name in sys.modules}
     sys.path.insert(0, str(EXAMPLES))
-    yield importlib.import_module("measure")
+    yield importlib.import_module
     sys.path.remove(str(EXAMPLES))
     for name in names:
         sys.modules.pop(name, None)
     sys.modules.update(others)
+
+
+@pytest.fixture(scope="module")
+def measure(load_as_the_program_does):
+    return load_as_the_program_does("measure")
 
 
 def agree(measure: ModuleType, contestant) -> bool:
@@ -215,18 +219,13 @@ def test_a_wrong_update_is_found_out(measure, change):
 # ---- the program -----------------------------------------------------------------------------------------------------
 
 
-def demo(*args: object) -> subprocess.CompletedProcess:
-    """Run the program."""
-    command = [sys.executable, str(EXAMPLES / "train_resnet.py"), *map(str, args)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
-
-
 def test_short_run(tmp_path):
     for module in ("sklearn", "matplotlib", "rich"):
         pytest.importorskip(module)
     names = ("sgd", "fused2")
     short = ("--epochs=1", "--batch-size=32", "--batches=2", "--rounds=2", "--threads=1", "--device=cpu", "--seed=3")
-    done = demo(*short, "--out", tmp_path / "new" / "out", "--optimizers", *names)
+    program = [sys.executable, EXAMPLES / "train_resnet.py", *short, "--out", tmp_path / "new" / "out"]
+    done = subprocess.run([*program, "--optimizers", *names], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     results = json.loads((tmp_path / "new" / "out" / "results.json").read_text())
     assert {"cpu", "cores", "threads", "device", "backend", "torch", "commit"} <= set(results["machine"])
@@ -241,20 +240,17 @@ def test_short_run(tmp_path):
     assert (tmp_path / "new" / "out" / "training.png").read_bytes().startswith(b"\x89PNG")
 
 
-@pytest.mark.skipif(not hasattr(os, "geteuid"), reason="folders without write permission are a POSIX matter")
-def test_out_that_cannot_be_written(tmp_path):
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("--out", "file/out"), "cannot write to --out"),
+        (("--data", "cifar10", "--root", "nowhere", "--out", "."), "CIFAR-10 not found"),
+    ],
+)
+def test_what_cannot_be_done_is_said(load_as_the_program_does, arguments, said, tmp_path, monkeypatch, capsys):
     for module in ("matplotlib", "rich"):
         pytest.importorskip(module)
     (tmp_path / "file").touch()
-    done = demo("--out", tmp_path / "file" / "out")
-    assert done.returncode == 1
-    assert "cannot write to --out" in done.stderr
-
-
-def test_missing_data(tmp_path):
-    for module in ("matplotlib", "rich"):
-        pytest.importorskip(module)
-    done = demo("--data", "cifar10", "--root", tmp_path / "nowhere", "--out", tmp_path)
-    assert done.returncode == 1
-    assert "CIFAR-10 not found" in done.stderr
-    assert "Traceback" not in done.stderr
+    monkeypatch.chdir(tmp_path)
+    assert load_as_the_program_does("train_resnet").main([*arguments]) == 1
+    assert said in capsys.readouterr().err

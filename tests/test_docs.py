@@ -10,7 +10,7 @@ import messages
 import pytest
 import torch
 from conftest import OPS
-from models import batch, mlp
+from models import batch, mlp, weights
 from originals import stand_ins  # noqa: F401
 from pages import (
     DOCS,
@@ -79,6 +79,22 @@ def test_python_blocks_run(page, steps):
             exec(code, names)
             ran += block.code
     assert any(steps) == bool(re.search(r"\bstep\(", ran))
+
+
+@pytest.mark.filterwarnings("error::UserWarning", "ignore:Using backward\\(\\) with create_graph=True")
+def test_every_loop_of_mixed_precision_trains(device):
+    model = mlp(torch.float32, device)
+    names = {"model": model, "loss_fn": nn.functional.mse_loss, "device": device}
+    names["batches"] = [batch(i, model) for i in range(8)]  # the first ones may overflow with the first loss scale
+    page = DOCS / "mixed_precision.md"
+    setup, *loops = (compile("\n" * block.line + block.code, str(page), "exec") for block in blocks(page, "python"))
+    exec(setup, names)
+    assert len(loops) == 8
+    for loop in loops:
+        before = weights(model)
+        exec(loop, names)
+        after = weights(model)
+        assert all((a != b).any() and a.isfinite().all() for a, b in zip(after, before, strict=True)), loop
 
 
 @pytest.mark.parametrize("page", [p for p in PAGES if name(p) in RUN_BY], ids=name)
