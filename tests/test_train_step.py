@@ -112,6 +112,39 @@ def test_compiled_follows_the_closure(device):
 
 
 @pytest.mark.parametrize("how", ["eager", "traced"])
+@pytest.mark.parametrize("options", [{}, {"update_each": 2}, {"hessian_fraction": 0.5}], ids=str)
+def test_other_leaves_get_what_backward_gives(device, traced, how, options):
+    """Another optimizer's parameters and an input, with hooks, added to what is there; their states are nobody's."""
+    model = mlp(device=device)
+    ours, others = model[:2], model[2:]
+    step = TrainStep(model, F.mse_loss, AdaHessian(ours.parameters(), lr=0.0, **options), compile=how == "traced")
+    after = []
+    for p in others.parameters():
+        p.grad = torch.ones_like(p)
+        p.register_hook(lambda g: 2 * g)
+        p.register_post_accumulate_grad_hook(after.append)
+    expected = [torch.ones_like(p) for p in others.parameters()]
+    for i in range(3):
+        x, y = batch(i, model)
+        x.requires_grad_()
+        grads = torch.autograd.grad(F.mse_loss(model(x), y), [*others.parameters(), x])
+        step(x, y)
+        for total, g in zip(expected, grads, strict=False):
+            total += g  # which the hook has doubled
+        assert_close([*(p.grad for p in others.parameters()), x.grad], [*expected, grads[-1]])
+    assert len(after) == 3 * len(expected)
+
+
+def test_tensors_computed_before_the_step_pass_gradients_on(device):
+    encoder, head = mlp(device=device), nn.Linear(2, 2).to(device, torch.float64)
+    x, y = batch(0, encoder)
+    step = TrainStep(head, F.mse_loss, AdaHessian(head.parameters(), lr=0.0), compile=False)
+    expected = torch.autograd.grad(F.mse_loss(head(encoder(x)), y), list(encoder.parameters()))
+    step(encoder(x), y)
+    assert_close([p.grad for p in encoder.parameters()], list(expected))
+
+
+@pytest.mark.parametrize("how", ["eager", "traced"])
 @pytest.mark.parametrize("name", ["mlp", "dropout"])
 def test_fraction(device, traced, how, name):
     """Curvature of the first part, gradient of the whole batch; one forward pass for each part."""

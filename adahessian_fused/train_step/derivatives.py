@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import Any, NamedTuple
 
 import torch
@@ -16,6 +17,7 @@ from ..fraction import Structure, flatten, split_batch
 from ..friendly import curvature_friendly
 from .surroundings import no_buffer_replaced
 
+_REQUIRES_GRAD = attrgetter("requires_grad")
 Probe = Callable[[list[int], int], Sequence[Tensor]]
 
 
@@ -23,7 +25,7 @@ class Derivatives(NamedTuple):
     """What a step computes before its update; gradients and products carry the factor ``scale``."""
 
     result: Any  # what the loss function returned, detached
-    grads: list[Tensor | None]  # of all parameters
+    grads: list[Tensor | None]  # of all leaves
     probed: list[int]  # numbers of the parameters that have a product
     products: list[list[Tensor]]  # for each sample, of those
 
@@ -122,7 +124,7 @@ class StepSpec:
 
         Args:
             loss_of: returns the mean loss of a batch, alone or with more, see :func:`loss_in`.
-            params: leaves of its graph.
+            params: leaves of its graph: what the optimizer trains, and then others.
             batch: its arguments.
             probe: the probes z of the parameters with these numbers, for a sample.
             scale: GradScaler's factor on the loss.
@@ -205,7 +207,8 @@ class FlatFunction:
     Args:
         spec: what the step computes.
         module: the loss function.
-        params: the parameters to differentiate by; those that are in no module are taken as they are.
+        params: the parameters to differentiate by; those that are in no module are taken as they are. The batch's
+            tensors that require grad come after them.
     """
 
     def __init__(self, spec: StepSpec, module: LossModule, params: Sequence[Tensor]) -> None:
@@ -226,16 +229,18 @@ class FlatFunction:
 
         spec, params = self.spec, []
         state: dict[str, Tensor] = {}
-        for (p, names), given in zip(self._params, take(len(self._params)), strict=True):
-            params.append(given.detach().requires_grad_() if names else p)
+        for (p, names), own in zip(self._params, take(len(self._params)), strict=True):
+            params.append(own.detach().requires_grad_() if names else p)
             state |= dict.fromkeys(names, params[-1])
-        for names, given in zip(self._others, take(len(self._others)), strict=True):
-            state |= dict.fromkeys(names, given)
+        for names, other in zip(self._others, take(len(self._others)), strict=True):
+            state |= dict.fromkeys(names, other)
         probes = [dict(zip(spec.due, take(len(spec.due)), strict=True)) for _ in range(spec.n_samples)]
         scale = take(1)[0] if spec.scaled else None
         # Each a leaf that requires grad if the batch's does.
-        leaves = iter(t.detach().requires_grad_(wanted) for t, (*_, wanted) in zip(rest, spec.tensors, strict=True))
-        batch = [c.value if isinstance(c, Constant) else next(leaves) for c in spec.constants]
+        leaves = [t.detach().requires_grad_(wanted) for t, (*_, wanted) in zip(rest, spec.tensors, strict=True)]
+        params += filter(_REQUIRES_GRAD, leaves)
+        given = iter(leaves)
+        batch = [c.value if isinstance(c, Constant) else next(given) for c in spec.constants]
         d = spec.differentiate(
             lambda *batch: functional_call(self._module, state, batch, tie_weights=False),
             params,

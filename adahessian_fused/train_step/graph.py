@@ -78,7 +78,7 @@ class Graph:
     def __call__(
         self, params: Sequence[Tensor], draw: Probe, scale: Tensor | None, tensors: Sequence[Tensor]
     ) -> Derivatives:
-        """Run with other numbers; gradients have been through the parameters' own hooks."""
+        """Run with other numbers; gradients have been through the leaves' own hooks."""
         probed = self._flat.found.probed
         probes: list[Sequence[Tensor]] = []
         for sample in range(self._flat.spec.n_samples if probed else 0):
@@ -89,7 +89,8 @@ class Graph:
         if not probed:
             probes = [params] * self._flat.spec.n_samples
         found = self._flat.unpack(self._run(*self._inputs(params, probes, scale, tensors)))
-        grads = [g if g is None else _hooked(p, g) for p, g in zip(params, found.grads, strict=True)]
+        leaves = [*params, *(t for t in tensors if t.requires_grad)]
+        grads = [g if g is None else _hooked(p, g) for p, g in zip(leaves, found.grads, strict=True)]
         return found._replace(grads=grads)
 
 

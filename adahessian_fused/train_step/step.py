@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from .. import hvp
 from ..fraction import flatten
 from ..optimizer import AdaHessian
 from .derivatives import Constant, LossModule, OfModel, StepSpec
@@ -188,9 +189,10 @@ class TrainStep:
     def _step(self, batch: tuple[Any, ...], *, graphs: bool) -> Any:
         opt = self.optimizer
         opt.zero_grad()
-        params = [p for _, p in opt.layout.trained()]
-        if not params:
+        trained = [p for _, p in opt.layout.trained()]
+        if not trained:
             raise RuntimeError("no parameter of the optimizer requires grad")
+        params = [*trained, *self._others(trained)]
         scale = None
         if self.grad_scaler is not None and self.grad_scaler.is_enabled():
             scale = self.grad_scaler.scale(torch.ones((), device=params[0].device))
@@ -204,23 +206,32 @@ class TrainStep:
             found = graph(params, draw, scale, tensors)
         else:
             before = self._looked_at() if graphs else {}
-            found = spec.differentiate(self._module, params, batch, draw, scale)
+            leaves = [*params, *(t for t in tensors if t.requires_grad)]
+            found = spec.differentiate(self._module, leaves, batch, draw, scale)
             self._written |= written_since(before, self._looked_at()) if graphs else set()
-        if all(grad is None for grad in found.grads):
-            shapes = ", ".join(str(tuple(p.shape)) for p in params[:3])
+        own, others = found.grads[: len(trained)], found.grads[len(trained) :]
+        if all(grad is None for grad in own):
+            shapes = ", ".join(str(tuple(p.shape)) for p in trained[:3]) + (", ..." if trained[3:] else "")
             raise RuntimeError(
-                f"parameters of shape {shapes}{', ...' if params[3:] else ''} are the optimizer's, but not in model or "
+                f"parameters of shape {shapes} are the optimizer's, but not in model or "
                 "loss_fn, and nothing would be trained; expected an optimizer of parameters that the loss depends on"
             )
         with torch.no_grad():
             probed = [params[i] for i in found.probed]
-            opt.coming_step.take(found.grads, probed, draw.drawn, found.products)
+            opt.coming_step.take(own, probed, draw.drawn, found.products)
+        _give([*params[len(trained) :], *(t for t in tensors if t.requires_grad)], others)
         if scale is None:
             opt.step()
         else:
             self.grad_scaler.step(opt)
             self.grad_scaler.update()
         return found.result
+
+    def _others(self, trained: Sequence[Tensor]) -> list[Tensor]:
+        """Return what else the modules have that requires grad: parameters of other optimizers."""
+        ours = set(map(id, trained))
+        found = {id(p): p for m in walk(self._module) for p in m._parameters.values() if p is not None}
+        return [p for number, p in found.items() if p.requires_grad and number not in ours]
 
     def _spec(self, params: Sequence[Tensor], batch: Any, *, scaled: bool) -> tuple[StepSpec, list[Tensor]]:
         """Return what the coming step computes, its surroundings left out, and the tensors of its batch."""
@@ -375,6 +386,17 @@ class _Probes:
         z = self._optimizer.coming_step.draw([self._params[i] for i in numbers], sample)
         self.drawn.append(z)
         return z
+
+
+def _give(leaves: Sequence[Tensor], grads: Sequence[Tensor | None]) -> None:
+    """Give leaves that are not the optimizer's what ``loss.backward()`` gives them; a graph's tensors are copied."""
+    pairs = [(leaf, g.clone()) for leaf, g in zip(leaves, grads, strict=True) if g is not None]
+    ends = [(leaf, g) for leaf, g in pairs if leaf.is_leaf]
+    hvp.accumulate_grads([leaf for leaf, _ in ends], [g for _, g in ends])
+    hvp.run_post_accumulate_hooks([leaf for leaf, _ in ends], [g for _, g in ends])
+    for leaf, g in pairs:
+        if not leaf.is_leaf:  # computed from others before the step
+            torch.autograd.backward(leaf, g)
 
 
 def _is_constant(value: Any) -> bool:
