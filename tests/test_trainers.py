@@ -12,6 +12,7 @@ from unittest import mock
 
 import originals
 import pytest
+import ranks
 import torch
 import trainers
 from models import assert_same, loss_of, weights
@@ -258,3 +259,18 @@ def test_lightnings_wrapper_differentiates_for_its_optimizer():
         model(torch.ones(4, 3)).square().mean().backward()
     opt.step()
     assert int(opt.state[model.weight]["hessian_step"]) == 2
+
+
+# ---- two ranks -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def on_two_ranks():
+    for package in ("accelerate", "lightning"):
+        pytest.importorskip(package, reason=f"needs {package}")
+    return ranks.run([Path(__file__).with_name("distributed_trainers.py")], [2])
+
+
+@pytest.mark.parametrize("trainer", ["accelerate", "lightning"])
+def test_two_ranks_learn_what_one_process_does(on_two_ranks, trainer):
+    assert not any(on_two_ranks["2"][f"check_{trainer}"])

@@ -202,12 +202,14 @@ class TrainStep:
         graph, draw = None, _Probes(opt, params)
         if graphs:
             graph, tensors = self._graph(params, batch, spec, tensors, scale, capture=capture)
+        given = [t for t in tensors if t.requires_grad]
         if graph is not None:
             found = graph(params, draw, scale, tensors)
         else:
             before = self._looked_at() if graphs else {}
-            leaves = [*params, *(t for t in tensors if t.requires_grad)]
-            found = spec.differentiate(self._module, leaves, batch, draw, scale)
+            known = set(map(id, params))  # and what was computed from them before the step
+            given = [leaf for leaf in dict.fromkeys(hvp.explore(given).leaves) if id(leaf) not in known]
+            found = spec.differentiate(self._module, [*params, *given], batch, draw, scale)
             self._written |= written_since(before, self._looked_at()) if graphs else set()
         own, others = found.grads[: len(trained)], found.grads[len(trained) :]
         if all(grad is None for grad in own):
@@ -219,7 +221,7 @@ class TrainStep:
         with torch.no_grad():
             probed = [params[i] for i in found.probed]
             opt.coming_step.take(own, probed, draw.drawn, found.products)
-        _give([*params[len(trained) :], *(t for t in tensors if t.requires_grad)], others)
+        _give([*params[len(trained) :], *given], others)
         if scale is None:
             opt.step()
         else:
@@ -390,13 +392,9 @@ class _Probes:
 
 def _give(leaves: Sequence[Tensor], grads: Sequence[Tensor | None]) -> None:
     """Give leaves that are not the optimizer's what ``loss.backward()`` gives them; a graph's tensors are copied."""
-    pairs = [(leaf, g.clone()) for leaf, g in zip(leaves, grads, strict=True) if g is not None]
-    ends = [(leaf, g) for leaf, g in pairs if leaf.is_leaf]
-    hvp.accumulate_grads([leaf for leaf, _ in ends], [g for _, g in ends])
-    hvp.run_post_accumulate_hooks([leaf for leaf, _ in ends], [g for _, g in ends])
-    for leaf, g in pairs:
-        if not leaf.is_leaf:  # computed from others before the step
-            torch.autograd.backward(leaf, g)
+    copies = [g if g is None else g.clone() for g in grads]
+    hvp.accumulate_grads(leaves, copies)
+    hvp.run_post_accumulate_hooks(leaves, copies)
 
 
 def _is_constant(value: Any) -> bool:
