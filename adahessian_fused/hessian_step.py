@@ -302,9 +302,12 @@ class HessianStep:
         self.check_whole_batch()
         with_graph = hvp.differentiable(grads)
         self.check_not_sharded([params[i] for i in with_graph])
-        hvp.check_gradients(hvp.explore([grads[i] for i in with_graph]))
+        graph = hvp.explore([grads[i] for i in with_graph])
+        hvp.check_gradients(graph)
         found = self.products([params[i] for i in with_graph], [grads[i] for i in with_graph])
         self.curvature = self.with_all(found)
+        own = set(map(id, params))  # whose graph goes when the step is sure
+        hvp.release_graph([leaf.grad for leaf in graph.leaves if id(leaf) not in own and leaf.grad is not None])
 
     def _take_diagonal(self, hessian: Sequence[Tensor | None], entries: Sequence[Entry]) -> None:
         """Take in curvature that the user brings: D for each parameter, in the order of the groups."""

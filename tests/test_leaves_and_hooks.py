@@ -67,6 +67,19 @@ def test_every_leaf_gets_what_backward_gives(case, device):
         torch.testing.assert_close(leaf.grad, g + 1 if leaf is x else g, rtol=1e-6, atol=1e-8)
 
 
+def test_other_leaves_lose_their_graph_after_create_graph(device):
+    model = mlp(device=device)
+    x, y = batch(0, model)
+    x.requires_grad_()
+    opt = AdaHessian(model[:2].parameters(), lr=0.0)
+    loss = (model(x) - y).square().mean()
+    expected = torch.autograd.grad(loss, [*model.parameters(), x], retain_graph=True)
+    ways.WAYS["create_graph"](opt, lambda: loss)
+    for leaf, g in zip([*model.parameters(), x], expected, strict=True):
+        assert not leaf.grad.requires_grad
+        torch.testing.assert_close(leaf.grad, g)
+
+
 @pytest.mark.parametrize("way", WAYS)
 def test_hooks_run_once_and_see_the_gradient(way, device):
     model = mlp(device=device)
