@@ -7,7 +7,7 @@ import importlib
 import pytest
 import torch
 
-CASES = {"models": 60, "sequences": 60, "layouts": 150}
+CASES = {"models": 60, "sequences": 60, "layouts": 150, "failures": 60, "kills": 1}
 
 
 @pytest.mark.parametrize("kind", CASES)

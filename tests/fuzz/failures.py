@@ -1,0 +1,177 @@
+"""Errors at any operator of a step, whichever way it is taken: parameters and states are before it or after it."""
+
+from __future__ import annotations
+
+import contextlib
+import random
+import warnings
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from adahessian_fused import AdaHessian, TrainStep
+
+ERRORS = (MemoryError, KeyboardInterrupt, torch.OutOfMemoryError, ArithmeticError)
+
+
+class FailsAt(TorchDispatchMode):
+    """Raises at the n-th operator; 0: never."""
+
+    def __init__(self, n: int, error: type[BaseException]) -> None:
+        super().__init__()
+        self.left, self.error, self.failed = n, error, False
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.left -= 1
+        if self.left == 0:
+            self.failed = True
+            raise self.error("injected")
+        return func(*args, **(kwargs or {}))
+
+
+class Run:
+    """A model with parameters of two dtypes, hence two buckets, and an optimizer."""
+
+    def __init__(self, way: str, options: dict[str, Any]) -> None:
+        torch.manual_seed(0)
+        self.model = nn.ModuleList([nn.Linear(3, 4), nn.Linear(4, 2).double(), nn.Linear(2, 2)])
+        self.opt = AdaHessian(self.model.parameters(), lr=0.1, seed=0, **options)
+        self.scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+        self.way = way
+        if way == "train_step":
+            self.train_step = TrainStep(self.loss, optimizer=self.opt, compile=False, modules=[self.model])
+
+    def loss(self, x: Tensor) -> Tensor:
+        a, b, c = self.model
+        return c(b(a(x).tanh().double()).float().tanh()).square().mean()
+
+    def step(self, number: int) -> None:
+        x = torch.randn(4, 3, generator=torch.Generator().manual_seed(number))
+        self.opt.zero_grad()
+        WAYS[self.way](self, x)
+
+    def now(self) -> list[Any]:
+        """Parameters, states and counts."""
+        states = [{k: v.clone() for k, v in self.opt.state.get(p, {}).items()} for p in self.model.parameters()]
+        counts = [group["step"] for group in self.opt.param_groups]
+        return [[p.detach().clone() for p in self.model.parameters()], states, counts]
+
+
+def _given(run: Run, x: Tensor) -> None:
+    run.opt.backward(run.loss(x))
+    run.opt.step()
+
+
+def _create_graph(run: Run, x: Tensor) -> None:
+    run.loss(x).backward(create_graph=run.opt.needs_hessian)
+    run.opt.step()
+
+
+def _function(run: Run, x: Tensor) -> None:
+    run.opt.backward(lambda: run.loss(x))
+    run.opt.step()
+
+
+def _split(run: Run, x: Tensor) -> None:
+    run.opt.backward_split(run.loss, x)
+    run.opt.step()
+
+
+def _closure(run: Run, x: Tensor) -> None:
+    run.opt.step(lambda: run.loss(x))
+
+
+def _closure_backward(run: Run, x: Tensor) -> None:
+    def closure() -> Tensor:
+        run.opt.zero_grad()
+        loss = run.loss(x)
+        loss.backward()
+        return loss
+
+    run.opt.step(closure)
+
+
+def _hooked(run: Run, x: Tensor) -> None:
+    with run.opt.hook_backward():
+        run.loss(x).backward()
+    run.opt.step()
+
+
+def _accumulated(run: Run, x: Tensor) -> None:
+    run.opt.backward(run.loss(x[:2]) / 2)
+    run.opt.backward(run.loss(x[2:]) / 2)
+    run.opt.step()
+
+
+def _diagonal(run: Run, x: Tensor) -> None:
+    run.loss(x).backward()
+    run.opt.step(hessian=[p.grad.detach() for p in run.model.parameters()])
+
+
+def _scaled(run: Run, x: Tensor) -> None:
+    run.opt.backward(run.scaler.scale(run.loss(x)))
+    run.scaler.step(run.opt)
+    run.scaler.update()
+
+
+def _train_step(run: Run, x: Tensor) -> None:
+    run.train_step(x)
+
+
+WAYS = {
+    "given": _given, "create_graph": _create_graph, "function": _function, "split": _split, "closure": _closure,
+    "closure_backward": _closure_backward, "hooked": _hooked, "accumulated": _accumulated, "diagonal": _diagonal,
+    "scaled": _scaled, "train_step": _train_step,
+}  # fmt: skip
+OPTIONS = (
+    {}, {"update_each": 2}, {"block_size": 2, "averaging": "abs"}, {"update_each": 2, "off_step": "stale"},
+    {"shrink": 2.0, "clip": 0.5}, {"weight_decay": 0.1, "betas": (0.5, 0.9)}, {"hvp": "finite_difference"},
+    {"hvp": "forward_over_reverse"}, {"n_samples": 2}, {"capturable": True},
+)  # fmt: skip
+EVALUATE = ("function", "closure", "closure_backward")  # what the strategies work with that evaluate the loss
+GIVEN = ({}, {"update_each": 2}, {"weight_decay": 0.1, "betas": (0.5, 0.9)}, {"shrink": 2.0, "clip": 0.5})
+
+
+def same(a: Any, b: Any) -> bool:
+    """Bit for bit."""
+    if isinstance(a, Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
+    return len(a) == len(b) and all(map(same, a, b)) if isinstance(a, list) else a == b
+
+
+def case(seed: int) -> str:
+    """Three steps, of which one fails at an operator and is taken again."""
+    r = random.Random(seed)
+    way = r.choice(list(WAYS))
+    options = r.choice(GIVEN if way == "diagonal" else OPTIONS)
+    if "hvp" in options and way not in EVALUATE:
+        options = {}
+    failing, n, error = r.randrange(3), int(2 ** r.uniform(0, 10)), r.choice(ERRORS)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        expected = [(run := Run(way, options)).now()]
+        for number in range(3):
+            run.step(number)
+            expected.append(run.now())
+        run, failed = Run(way, options), False
+        for number in range(3):
+            with FailsAt(n if number == failing else 0, error) as at, contextlib.suppress(error):
+                run.step(number)
+            failed |= at.failed
+            if at.failed:
+                found = run.now()
+                after = same(found, expected[number + 1])
+                before = same(found[::2], expected[number][::2]) and all(
+                    same(a, b) or not any(bool(t.any()) for t in a.values())
+                    for a, b in zip(found[1], expected[number][1], strict=True)
+                )
+                what = f"{way}, {options}: after {error.__name__} at operator {n} of step {number}"
+                assert before or after, f"{what} it is neither before nor after it"
+                if not after:
+                    run.step(number)
+            assert same(run.now(), expected[number + 1]), f"{way}, {options}: operator {n} of step {failing}: other"
+    return "right" if failed else "not reached"
