@@ -118,7 +118,7 @@ class ParameterLayout:
         self._placed: list[Tensor] = []
 
     def cover_all_trained(self) -> None:
-        """From now on lay out everything that is trained, as with ``on_all_ranks``."""
+        """Lay out everything that is trained from now on, as with ``on_all_ranks``."""
         self._on_all_ranks, self._placed = True, []
 
     # ---- what the optimizer shows ------------------------------------------------------------------------------------

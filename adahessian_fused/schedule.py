@@ -90,5 +90,5 @@ class Schedule:
 
 
 def _dense_steps(group: dict[str, Any]) -> int:
-    """How many steps have curvature, from the first on, whatever ``update_each`` is."""
+    """Return how many steps have curvature, from the first on, whatever ``update_each`` is."""
     return group["warmup"] if group["dense_steps"] is None else group["dense_steps"]

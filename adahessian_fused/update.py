@@ -126,7 +126,7 @@ def _share_of_lr(group: Mapping[str, Any]) -> float:
 
 
 def _lr_is_there(group: Mapping[str, Any], share: float) -> bool:
-    """Whether a GPU alone knows the learning rate of its coming step, or of the replays of a CUDA graph."""
+    """Tell whether a GPU alone knows the learning rate of its coming step, or of the replays of a CUDA graph."""
     on_gpu = isinstance(group["lr"], Tensor) and group["lr"].device.type != "cpu"
     return on_gpu or (share < 1 and group["capturable"])
 
