@@ -100,6 +100,7 @@ def test_without_a_compiler_the_wheel_is_pure_python_and_says_so(tmp_path):
     with zipfile.ZipFile(wheel) as archive:
         archive.extractall(site)
         assert not [name for name in archive.namelist() if "/results/" in name or name.endswith(".so")]
-    spec = importlib.util.spec_from_file_location("installed_native", site / "adahessian_fused" / "_native.py")
+    native = site / "adahessian_fused" / "_native.py"  # beside the other modules, which are those of the source
+    spec = importlib.util.spec_from_file_location("adahessian_fused.installed_native", native)
     with pytest.raises(ImportError, match=r"When that was built: no C\+\+ compiler found \(tried c\+\+; install g\+\+"):
         spec.loader.exec_module(importlib.util.module_from_spec(spec))
