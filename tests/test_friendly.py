@@ -79,6 +79,10 @@ def flat_bag(weight, samples=None):
     return F.embedding_bag(indices, weight, mode="sum", per_sample_weights=samples, padding_idx=3)
 
 
+def cross_entropy(**options):
+    return lambda x: F.cross_entropy(x, torch.tensor([2, 0, 1, -100 if not options else 1]).to(x.device), **options)
+
+
 def attention(mask=None, **options):
     """Of query, key and value; ``mask`` makes one of the shape that broadcasts to the scores'."""
 
@@ -143,6 +147,9 @@ CASES = {
     "conv_transpose3d": Case(transposed(3), [(1, 2, 2, 1, 2), (2, 1, 2, 2, 1)]),
     "relu": Case(F.relu, [(4, 3)]),
     "relu_in_place": Case(lambda x: F.relu(x * 2, inplace=True), [(4, 3)]),
+    "cross_entropy": Case(cross_entropy(), [(4, 3)]),
+    "cross_entropy_sum": Case(cross_entropy(reduction="sum", ignore_index=2), [(4, 3)]),
+    "cross_entropy_each": Case(cross_entropy(reduction="none", ignore_index=1), [(4, 3)]),
     "attention": Case(attention(), HEADS),
     "attention_causal": Case(attention(is_causal=True), HEADS),
     "attention_causal_wide": Case(attention(is_causal=True), WIDE),

@@ -18,7 +18,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.bias import CausalBias, CausalVariant
 
 from . import attention_double_backward
-from .operator import Operator, Tensors, call
+from .operator import Operator, Tensors, by_autograd, call
 from .precision import lower
 
 aten = torch.ops.aten
@@ -96,7 +96,7 @@ class Attention(Operator):
     ) -> Tensors:
         qkv = query, key, value
         if torch.is_grad_enabled():
-            return self._by_autograd(cotangents, grad, *qkv, mask=mask)
+            return by_autograd(self._math, cotangents, grad, *qkv, mask=mask)
         v = [torch.zeros_like(x) if v is None else v.to(x.dtype) for v, x in zip(cotangents, qkv, strict=True)]
         wide = torch.promote_types(query.dtype, torch.float32)
         bias = None if self.bias is None else self.bias.to(wide)
@@ -104,21 +104,13 @@ class Attention(Operator):
         attention_double_backward.prepare(query.device.type)
         return attention_double_backward.run(*v, grad.to(query.dtype), *qkv, logsumexp, bias, self.scale, self.diagonal)
 
-    def _by_autograd(self, cotangents: Tensors, *tensors: Tensor, mask: Sequence[bool]) -> Tensors:
-        """The same, to be differentiated once more: two derivatives of the math kernel."""
-        # What a tensor was made of is not to be followed: it may have been made of another one of them.
-        grad, *qkv = (t.view_as(t) for t in tensors)
+    def _math(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         bias = self.bias
         if self.diagonal is not None:
-            seen = grad.new_ones(grad.shape[2], qkv[1].shape[2], dtype=torch.bool).tril(self.diagonal)
-            bias = _additive(seen, grad.dtype) if bias is None else bias.masked_fill(~seen, -math.inf)
-        given = [(x, v) for x, v in zip(qkv, cotangents, strict=True) if v is not None]
-        inputs, v = zip(*given, strict=True)
-        y = aten._scaled_dot_product_attention_math.default(*qkv, bias, scale=self.scale, enable_gqa=True)[0]
-        grads = torch.autograd.grad(y, inputs, grad, create_graph=True)
-        needed = [t for t, wanted in zip((grad, *qkv), mask, strict=False) if wanted]
-        found = iter(torch.autograd.grad(grads, needed, v, create_graph=True, allow_unused=True))
-        return tuple(next(found) if wanted else None for wanted in mask[:4])
+            seen = query.new_ones(query.shape[2], key.shape[2], dtype=torch.bool).tril(self.diagonal)
+            bias = _additive(seen, query.dtype) if bias is None else bias.masked_fill(~seen, -math.inf)
+        kernel = aten._scaled_dot_product_attention_math.default
+        return kernel(query, key, value, bias, scale=self.scale, enable_gqa=True)[0]
 
 
 def math_kernel(*args: Any, **kwargs: Any) -> Tensor:

@@ -21,6 +21,7 @@ from torch.utils import checkpoint
 from .attention import attention, math_kernel, with_attention
 from .batch_norm import batch_norm, instance_norm, torch_batch_norm, torch_instance_norm
 from .convolution import convolution
+from .cross_entropy import cross_entropy
 from .embedding_bag import embedding_bag
 from .relu import relu, relu_
 from .row_norm import group_norm, layer_norm, rms_norm
@@ -50,6 +51,7 @@ OPERATORS: dict[Callable, Callable[..., Tensor]] = {
     Tensor.relu: relu,
     Tensor.relu_: relu_,
     F.embedding_bag: embedding_bag,
+    F.cross_entropy: cross_entropy,
     F.scaled_dot_product_attention: attention,
     torch._weight_norm: weight_norm,
 }

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -56,6 +56,28 @@ def gradients(operator: Operator, mask: Sequence[bool], grad: Tensor, *saved: Te
     if torch.is_grad_enabled():
         return _Backward.apply(operator, mask, grad, *saved)
     return _wanted(operator.backward(grad, *saved, mask=mask), mask)
+
+
+def by_autograd(
+    function: Callable[..., Tensor], cotangents: Tensors, grad: Tensor, *inputs: Tensor, mask: Sequence[bool]
+) -> Tensors:
+    """The double backward of a function by autograd, which can go on from there.
+
+    Args:
+        function: of the inputs, of operators that have derivatives of every order.
+        cotangents: as in :meth:`Operator.double_backward`, which this is for.
+        grad: likewise.
+        inputs: likewise, the leading saved tensors.
+        mask: likewise.
+    """
+    # What a tensor was made of is not to be followed: it may have been made of another one of them.
+    grad, *own = tensors = [t.view_as(t) for t in (grad, *inputs)]
+    given = [(x, v) for x, v in zip(own, cotangents, strict=True) if v is not None]
+    grads = torch.autograd.grad(function(*own), [x for x, _ in given], grad, create_graph=True)
+    needed = [t for t, wanted in zip(tensors, mask, strict=False) if wanted]
+    v = [v for _, v in given]
+    found = iter(torch.autograd.grad(grads, needed, v, create_graph=True, allow_unused=True))
+    return tuple(next(found) if wanted else None for _, wanted in zip(tensors, mask, strict=False))
 
 
 class _Forward(Function):

@@ -140,6 +140,7 @@ def curvature_friendly(
       backward of dozens of small operators; here it is one fused kernel for a norm (:mod:`.formulas` has the formula)
       and three convolutions' for a convolution. Forward and first backward are PyTorch's own kernels, with the same
       results and the same running statistics.
+    * ``cross_entropy`` of rows and their classes: one pass over the softmax.
     * ``embedding_bag`` gets a double backward, for dense gradients, and ``weight_norm`` one that is right.
     * ``scaled_dot_product_attention``, by itself or in ``nn.MultiheadAttention``, runs on the fused kernels that
       PyTorch chooses and gets a double backward that keeps a few rows of the scores at a time

@@ -1,0 +1,85 @@
+"""Cross-entropy of class indices, which over a large vocabulary is most of what a language model does elementwise."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .operator import Operator, Tensors, by_autograd, call
+
+aten = torch.ops.aten
+REDUCTIONS = {"none": 0, "mean": 1, "sum": 2}
+
+
+@dataclass
+class CrossEntropy(Operator):
+    r"""The negative logarithm of the softmax p of a row at its class y, summed with weights r (mean, sum, or each row).
+
+    The gradient of a row is :math:`r (p - e_y)`. For a cotangent v the gradients of :math:`\langle v, r (p - e_y)
+    \rangle` are :math:`\langle v, p - e_y \rangle` for r and :math:`r p (v - \langle p, v \rangle)` for the row: what
+    one pass makes of p. PyTorch goes through log-softmax, a dozen passes over rows as long as the vocabulary.
+    """
+
+    target: Tensor
+    reduction: str
+    ignore_index: int
+
+    def _options(self) -> tuple[Any, ...]:
+        return self.target, None, REDUCTIONS[self.reduction], self.ignore_index
+
+    def _plain(self, x: Tensor) -> Tensor:
+        return aten.cross_entropy_loss.default(x, *self._options())
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensors]:
+        logarithms = aten._log_softmax.default(x, 1, False)
+        y, count = aten.nll_loss_forward.default(logarithms, *self._options())
+        return y, (x, logarithms, count)
+
+    def backward(self, grad: Tensor, x: Tensor, logarithms: Tensor, count: Tensor, *, mask: Sequence[bool]) -> Tensors:
+        g = aten.nll_loss_backward.default(grad, logarithms, *self._options(), count)
+        return (aten._log_softmax_backward_data.default(g, logarithms, 1, x.dtype),)
+
+    def double_backward(
+        self, cotangents: Tensors, grad: Tensor, x: Tensor, logarithms: Tensor, count: Tensor, *, mask: Sequence[bool]
+    ) -> Tensors:
+        if torch.is_grad_enabled():
+            return by_autograd(self._plain, cotangents, grad, x, mask=mask)
+        wide = torch.promote_types(x.dtype, torch.float32)
+        v, p = cotangents[0].to(wide), logarithms.to(wide).exp()
+        seen = self.target != self.ignore_index
+        rows = seen / count if self.reduction == "mean" else seen.to(wide)
+        d_grad = d_x = None
+        if mask[0]:
+            of_class = v.gather(1, self.target.where(seen, 0).unsqueeze(1)).squeeze(1)
+            d_grad = (rows * (torch.linalg.vecdot(p, v) - of_class)).to(grad.dtype)
+            d_grad = d_grad if self.reduction == "none" else d_grad.sum()
+        if mask[1]:
+            d_x = aten._softmax_backward_data.default(v, p, 1, wide).mul_((rows * grad).to(wide).unsqueeze(1))
+            d_x = d_x.to(x.dtype)
+        return d_grad, d_x
+
+
+def cross_entropy(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None = None,
+    size_average: bool | None = None,
+    ignore_index: int = -100,
+    reduce: bool | None = None,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+) -> Tensor:
+    """As torch.nn.functional.cross_entropy; other than of rows and their classes it is PyTorch's."""
+    plain = weight is None and size_average is None and reduce is None and label_smoothing == 0
+    rows = input.dim() == 2 and target.shape == input.shape[:1] and target.dtype == torch.int64
+    # Autocast would compute it in float32.
+    cast = input.dtype.itemsize == 2 and torch.is_autocast_enabled(input.device.type)
+    if cast or not (plain and rows and reduction in REDUCTIONS):
+        options = (size_average, ignore_index, reduce, reduction, label_smoothing)
+        return F.cross_entropy(input, target, weight, *options)
+    return call(CrossEntropy(target, reduction, ignore_index), input)
