@@ -99,6 +99,14 @@ def _batch_norm(x, mean, var, weight=None, bias=None, training=False, momentum=0
     return y if bias is None else y + bias.view(by_channel)
 
 
+def _instance_norm(
+    x, running_mean=None, running_var=None, weight=None, bias=None, use_input_stats=True, momentum=0.1, eps=1e-5
+):
+    if not use_input_stats:
+        return _batch_norm(x, running_mean, running_var, weight, bias, eps=eps)
+    return _group_norm(x, x.shape[1], weight, bias, eps)
+
+
 def _rms_norm(x, shape, weight=None, eps=None):
     axes = tuple(range(-len(shape), 0))
     y = x / (x.square().mean(axes, keepdim=True) + (torch.finfo(x.dtype).eps if eps is None else eps)).sqrt()
@@ -120,6 +128,7 @@ class Plain(TorchFunctionMode):
     active = False
     FORMULAS = {  # noqa: RUF012
         F.layer_norm: _layer_norm, F.group_norm: _group_norm, F.batch_norm: _batch_norm, F.rms_norm: _rms_norm,
+        F.instance_norm: _instance_norm,
         F.embedding_bag: _embedding_bag, torch._weight_norm: _weight_norm,
     }  # fmt: skip
 
