@@ -488,6 +488,17 @@ class Counts(nn.Module):
         return self.last
 
 
+def test_it_says_what_is_waited_for(device, traced, caplog):
+    model, opt = fresh(mlp(device=device), update_each=2)
+    step = TrainStep(model, F.mse_loss, opt, cuda_graph=False)
+    with caplog.at_level("INFO", "adahessian_fused"):
+        step(*batch(0, model))
+        step(*batch(1, model))
+    first = [f"TrainStep makes a graph for steps {order} curvature; " for order in ("with", "without")]
+    assert [m for m in caplog.messages if "makes" in m] == [f + "the compiler may take minutes" for f in first]
+    assert repr(step).endswith("graphs: 1 with curvature, 1 without curvature)")
+
+
 def test_modules_that_write_to_themselves(device, traced):
     """Their attributes are no reason for another graph, and tracing leaves them alone; buffers are written to."""
     model, opt = fresh(Counts(mlp(device=device)), lr=0.01)

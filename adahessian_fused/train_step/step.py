@@ -358,7 +358,8 @@ class TrainStep:
         capture: bool,
     ) -> Graph | None:
         """Make a graph; return None if there cannot be one, and then ``_failure`` says why."""
-        begin = time.perf_counter()
+        begin, order = time.perf_counter(), "with" if spec.due else "without"
+        logger.info("TrainStep makes a graph for steps %s curvature; the compiler may take minutes", order)
         try:
             with attributes_kept(walk(self._module)) as written:
                 graph = Graph(self._module, spec, params, scale, tensors, compiled=self.compile, capture=capture)
@@ -370,7 +371,6 @@ class TrainStep:
             return None
         finally:
             self._written |= written
-        order = "with" if spec.due else "without"
         logger.info("TrainStep made a graph for steps %s curvature in %.1f s", order, time.perf_counter() - begin)
         return graph
 
