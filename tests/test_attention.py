@@ -18,6 +18,14 @@ from adahessian_fused import AdaHessian, TrainStep, backends, curvature_friendly
 from adahessian_fused.friendly import attention_double_backward as op
 
 MATH = SDPBackend.MATH
+
+
+@pytest.fixture(autouse=True)
+def kernel(device):
+    """The operator has the device's kernel, whichever test comes first."""
+    op.prepare(device)
+
+
 # heads of queries and of keys, lengths, sizes of heads, diagonal, shape of the bias
 SHAPES = {
     "one_tile": (2, 2, 7, 7, 8, 8, None, None),
