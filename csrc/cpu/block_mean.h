@@ -102,11 +102,23 @@ class D {
   ADAHESSIAN_MEMBER Vector<S> with_signs(Vector<S> h, int64_t i) const {
     return flip_signs<S>(Vector<S>(Bits<S>(h) & keep_), signs_.template of_vector<S>(i));
   }
+#if defined(__AVX512F__)
+  ADAHESSIAN_MEMBER static Vector<S> load_last(const T* from, int64_t count) {
+    const uint32_t lanes = (1u << count) - 1;
+    if constexpr (sizeof(T) == 8) return Vector<S>(_mm512_maskz_loadu_pd(__mmask8(lanes), from));
+    if constexpr (sizeof(T) == 4) return Vector<S>(_mm512_maskz_loadu_ps(__mmask16(lanes), from));
+    if constexpr (sizeof(T) == 2) {
+      const Halves halves = Halves(_mm256_maskz_loadu_epi16(__mmask16(lanes), from));
+      return Codec<T>::template decode<Vector<S>>(widened(halves));
+    }
+  }
+#else
   [[gnu::noinline, gnu::cold]] static Vector<S> load_last(const T* from, int64_t count) {
     T whole[kLanes<S>] = {};
     std::copy_n(from, count, whole);
     return load_as_vector(whole);
   }
+#endif
 
   const T* hessian_;
   const SignBits& signs_;

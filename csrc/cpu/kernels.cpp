@@ -103,14 +103,14 @@ constexpr bool kSumsShortBlocks = std::is_same_v<M, StateOf<T>>;
 
 template <typename T, typename M>
 bool sums_short_blocks(const StepWork<T, M>& work) {
-  return kSumsShortBlocks<T, M> && work.c.kind == Power::kPlain && work.master == nullptr;
+  return kSumsShortBlocks<T, M> && is_plain(work.c) && work.master == nullptr;
 }
 
 template <int block, typename T, typename M>
 [[gnu::noinline]] void update_short_blocks(const StepWork<T, M>& work, int64_t begin, D<T> d) {
   ShortBlocksOf<block, T> blocks(d);
-  update_range<Power::kPlain, true, false>(work, begin, d.size(),
-                                           [&](int64_t i) ADAHESSIAN_INLINE_LAMBDA { return blocks.next(i); });
+  update_range<true, true, false>(work, begin, d.size(),
+                                  [&](int64_t i) ADAHESSIAN_INLINE_LAMBDA { return blocks.next(i); });
 }
 
 template <typename T, typename M>
@@ -145,8 +145,9 @@ template <typename T, typename M>
     SpreadMeans<S> spread(means);
     update<true>(work, tile.begin, tile.size(), [&](int64_t i) ADAHESSIAN_INLINE_LAMBDA {
       const InBlock<S> in = walk.next();
+      const Vector<S> ds = spread.next(in);
       sums.push(d.vector(i), in);
-      return spread.next(in);
+      return ds;
     });
     sums.end(next.size(), block, means);
     tile = next;

@@ -23,120 +23,159 @@ ADAHESSIAN_HD Rounding<M> rounding_of(const StepWork<T, M>& work) {
   return Rounding<M>({work.rounding_seed, work.key.param_id, work.c.step});
 }
 
-// What the second half of a vector's update takes from the first.
+// Whether the update has no option in use and no scale: the instance of update_range() that has to be fast.
 template <typename S>
-struct Quotient {
-  Vector<S> m, denom, v;
-};
-
-// Counts the elements that v takes Ds in for, lane by lane.
-template <typename S>
-class Measured {
- public:
-  ADAHESSIAN_MEMBER void see(Vector<S> square) { count_ = is_measured<S>(square) ? count_ + 1 : count_; }
-  // The same where only the first lanes are elements.
-  ADAHESSIAN_MEMBER void see(Vector<S> square, int64_t lanes) {
-    count_ = (is_measured<S>(square) & (lane_numbers<S>() < Signed<S>(lanes))) ? count_ + 1 : count_;
-  }
-  // Adds those of `size` elements that were not to a total that other threads may be adding to.
-  ADAHESSIAN_MEMBER void add_rest_of(int64_t size, int64_t* total) const {
-    for (int l = 0; l < kLanes<S>; ++l) size -= count_[l];
-    if (size != 0 && total != nullptr) __atomic_fetch_add(total, size, __ATOMIC_RELAXED);
-  }
-
- private:
-  Index<S> count_ = {};
-};
-
-// First half of the update of a vector of elements: its Ds^2 unless this is an off-step, and the bits that round its
-// states.
-template <Power kind, bool has_curvature, typename T, typename M, typename Random>
-ADAHESSIAN_HD Quotient<StateOf<T>> update_states(const Arrays<T, M>& to, Vector<StateOf<T>> square,
-                                                 const Coefficients<StateOf<T>>& c, Random bits) {
-  using V = Vector<StateOf<T>>;
-  const V m = update_exp_avg(load_as_vector(to.exp_avg), load_as_vector(to.grad), c);
-  V v = load_as_vector(to.exp_hessian_diag_sq);
-  if constexpr (has_curvature) v = update_exp_hessian_diag_sq(v, square, c);
-  store_state(to.exp_avg, m, bits);
-  if constexpr (has_curvature) store_state(to.exp_hessian_diag_sq, v, swap_bytes(bits));
-  return {m, denominator<kind>(v, c), v};
+ADAHESSIAN_HD bool is_plain(const Coefficients<S>& c) {
+  return c.kind == Power::kPlain && c.hessian_factor == 1 && (c.grad_factor == 1 || c.grad_factor == -1);
 }
 
-// Second half.
-template <Power kind, bool has_master, typename T, typename M>
-ADAHESSIAN_HD void move_params(const Arrays<T, M>& to, Quotient<StateOf<T>> q, const Coefficients<StateOf<T>>& c) {
-  using V = Vector<StateOf<T>>;
-  const V update = quotient<kind>(q.m, q.denom, c);
-  V p;
-  if constexpr (has_master) {
-    p = update_param(load_vector<V>(to.master), update, q.v, c);
-    store_vector(to.master, p);
-  } else {
-    p = update_param(load_as_vector(to.param), update, q.v, c);
-  }
+template <bool plain, typename S>
+ADAHESSIAN_HD Vector<S> quotient_of(Vector<S> m, Vector<S> denom, const Coefficients<S>& c) {
+  return quotient<plain ? Power::kPlain : Power::kGeneral>(m, denom, c);
+}
+
+template <bool plain, typename S>
+ADAHESSIAN_HD Vector<S> denominator_of(Vector<S> v, const Coefficients<S>& c) {
+  if (plain) return denominator<Power::kPlain>(v, c);
+  if (c.kind == Power::kHalf) return denominator<Power::kHalf>(v, c);
+  return denominator<Power::kGeneral>(v, c);  // of k = 1 too
+}
+
+// Parameters as they are computed with, and back.
+template <bool has_master, typename T, typename M>
+ADAHESSIAN_HD Vector<StateOf<T>> load_params(const Arrays<T, M>& from) {
+  if constexpr (has_master) return load_vector<Vector<StateOf<T>>>(from.master);
+  return load_as_vector(from.param);
+}
+template <bool has_master, typename T, typename M>
+ADAHESSIAN_HD void store_params(const Arrays<T, M>& to, Vector<StateOf<T>> p) {
+  if constexpr (has_master) store_vector(to.master, p);
   store_as_vector(to.param, p);
 }
 
+// The update of a vector by all the rules there are; its first lanes are elements. Returns how many of them v could not
+// take Ds in for.
+template <bool has_curvature, bool has_master, typename T, typename M, typename Random>
+[[gnu::noinline]] int64_t update_unusual(const Arrays<T, M>& to, Vector<StateOf<T>> square, Random bits,
+                                         const Coefficients<StateOf<T>>& c, int64_t lanes) {
+  using S = StateOf<T>;
+  const Vector<S> m = update_exp_avg(load_as_vector(to.exp_avg), load_as_vector(to.grad), c);
+  Vector<S> v = load_as_vector(to.exp_hessian_diag_sq);
+  store_state(to.exp_avg, m, bits);
+  int64_t missed = 0;
+  if constexpr (has_curvature) {
+    v = update_exp_hessian_diag_sq(v, square, c);
+    store_state(to.exp_hessian_diag_sq, v, swap_bytes(bits));
+    if (!all<S>(is_measured<S>(square))) {
+      for (int64_t l = 0; l < lanes; ++l) missed += !is_measured<S>(square[l]);
+    }
+  }
+  const Vector<S> q = quotient_of<false>(m, denominator_of<false>(v, c), c);
+  store_params<has_master>(to, update_param(load_params<has_master>(to), q, v, c));
+  return missed;
+}
+
+// What the second half of a vector's update takes from the first.
+template <typename S>
+struct Quotient {
+  Vector<S> m, denom;
+};
+
 // Elements [begin, begin + size) of storage; next(i) gives Ds of elements i ... i + W - 1 of them, in turn. The second
 // half of a vector's update follows the first half of the next one's: what both together wait for, square root after
-// sums and quotient after root, is more than a processor looks ahead.
-template <Power kind, bool has_curvature, bool has_master, typename T, typename M, typename Next>
+// sums and quotient after root, is more than a processor looks ahead. Where v is a positive number afterwards, there
+// was a Ds^2 to take in, if any, and nothing is held: one look at v for all the rules that are for other elements.
+template <bool plain, bool has_curvature, bool has_master, typename T, typename M, typename Next>
 ADAHESSIAN_HD void update_range(const StepWork<T, M>& work, int64_t begin, int64_t size, const Next& next) {
   using S = StateOf<T>;
   constexpr int64_t W = kLanes<S>;
   // Copies, which stores to the arrays cannot change.
-  const Coefficients<S> c = work.c;
-  const Arrays<T, M> first = {work.param, work.grad, work.exp_avg, work.exp_hessian_diag_sq, work.master};
+  Coefficients<S> c = work.c;
+  if constexpr (plain) {
+    c.one_minus_beta1 *= c.grad_factor;
+    c.grad_factor = c.hessian_factor = 1;
+  }
+  const Arrays<T, M> first = {work.param + begin, work.grad + begin, work.exp_avg + begin,
+                              work.exp_hessian_diag_sq + begin, has_master ? work.master + begin : nullptr};
   const auto arrays = [&](int64_t i) ADAHESSIAN_INLINE_LAMBDA {
     return Arrays<T, M>{first.param + i, first.grad + i, first.exp_avg + i, first.exp_hessian_diag_sq + i,
                         has_master ? first.master + i : nullptr};
   };
   Rounding<M> rounding = rounding_of(work);
-  Measured<S> measured;
-  const auto states = [&](const Arrays<T, M>& of, int64_t i, auto... lanes) ADAHESSIAN_INLINE_LAMBDA {
-    const Vector<S> square = square_of(next(i), c);
-    if constexpr (has_curvature) measured.see(square, lanes...);
-    return update_states<kind, has_curvature>(of, square, c, rounding.from(begin + i));
+  decltype(rounding.from(0)) bits;
+  Vector<S> square, m, v;  // of the last vector
+  // The first half; changes nothing and returns false where any element is an unusual one.
+  const auto update_states = [&](int64_t i, Quotient<S>& to) ADAHESSIAN_INLINE_LAMBDA {
+    const Arrays<T, M> of = arrays(i);
+    square = square_of(next(i), c);
+    bits = rounding.from(begin + i);
+    m = update_exp_avg(load_as_vector(of.exp_avg), load_as_vector(of.grad), c);
+    v = load_as_vector(of.exp_hessian_diag_sq);
+    if constexpr (has_curvature) v = c.beta2 * v + c.one_minus_beta2 * square;
+    if (!all_positive<S>(v)) return false;
+    store_state(of.exp_avg, m, bits);
+    if constexpr (has_curvature) store_state(of.exp_hessian_diag_sq, v, swap_bytes(bits));
+    to = {m, denominator_of<plain>(v, c)};
+    return true;
   };
-  int64_t i = 0;
-  if (W <= size) {
-    Quotient<S> quotient = states(arrays(begin), 0);
-    for (i = W; i + W <= size; i += W) {
-      const Quotient<S> after = states(arrays(begin + i), i);
-      move_params<kind, has_master>(arrays(begin + i - W), quotient, c);
-      quotient = after;
+  // The second half.
+  const auto move_params = [&](int64_t i, const Quotient<S>& from) ADAHESSIAN_INLINE_LAMBDA {
+    const Arrays<T, M> of = arrays(i);
+    const Vector<S> q = quotient_of<plain>(from.m, from.denom, c);
+    store_params<has_master>(of, load_params<has_master>(of) * c.decay - c.step_size * q);
+  };
+  int64_t i = 0, missed = 0;
+  while (i + W <= size) {
+    // Loops without a call, which keep what does not change in registers.
+    const int64_t end = rounding.draw(begin + i, begin + size) - begin;
+    Quotient<S> quotient, after;
+    bool usual = update_states(i, quotient);
+    if (usual) {
+      for (i += W; i + W <= end; i += W) {
+        usual = update_states(i, after);
+        if (!usual) break;
+        move_params(i - W, quotient);
+        quotient = after;
+      }
+      move_params(i - W, quotient);
     }
-    move_params<kind, has_master>(arrays(begin + i - W), quotient, c);
+    if (!usual) {
+      if (all<S>(v <= c.held)) {  // all of them are held, as in a row of an embedding that has not been seen
+        const Arrays<T, M> of = arrays(i);
+        store_state(of.exp_avg, m, bits);
+        if constexpr (has_curvature) store_state(of.exp_hessian_diag_sq, v, swap_bytes(bits));
+      } else [[unlikely]] {
+        missed += update_unusual<has_curvature, has_master>(arrays(i), square, bits, work.c, W);
+      }
+      i += W;
+    }
   }
   if (const int64_t rest = size - i; rest > 0) {  // by way of whole vectors
     T param[W] = {}, grad[W] = {};
     M exp_avg[W] = {}, exp_hessian_diag_sq[W] = {};
     float master[W] = {};
-    const Arrays<T, M> from = arrays(begin + i);
+    const Arrays<T, M> from = arrays(i), whole = {param, grad, exp_avg, exp_hessian_diag_sq, master};
     std::copy_n(from.param, rest, param);
     std::copy_n(from.grad, rest, grad);
     std::copy_n(from.exp_avg, rest, exp_avg);
     std::copy_n(from.exp_hessian_diag_sq, rest, exp_hessian_diag_sq);
     if constexpr (has_master) std::copy_n(from.master, rest, master);
-    const Arrays<T, M> whole = {param, grad, exp_avg, exp_hessian_diag_sq, master};
-    move_params<kind, has_master>(whole, states(whole, i, rest), c);
+    rounding.draw(begin + i, begin + size);
+    bits = rounding.from(begin + i);
+    missed += update_unusual<has_curvature, has_master>(whole, square_of(next(i), c), bits, work.c, rest);
     std::copy_n(param, rest, from.param);
     std::copy_n(exp_avg, rest, from.exp_avg);
     std::copy_n(exp_hessian_diag_sq, rest, from.exp_hessian_diag_sq);
     if constexpr (has_master) std::copy_n(master, rest, from.master);
   }
-  if constexpr (has_curvature) measured.add_rest_of(size, work.missed);
+  if (missed != 0 && work.missed != nullptr) __atomic_fetch_add(work.missed, missed, __ATOMIC_RELAXED);
 }
 
 template <bool has_curvature, typename T, typename M, typename Next>
 ADAHESSIAN_HD void update(const StepWork<T, M>& work, int64_t begin, int64_t size, const Next& next) {
   const auto with = [&]<bool has_master>() ADAHESSIAN_INLINE_LAMBDA {
-    switch (work.c.kind) {
-      case Power::kPlain: return update_range<Power::kPlain, has_curvature, has_master>(work, begin, size, next);
-      case Power::kOne: return update_range<Power::kOne, has_curvature, has_master>(work, begin, size, next);
-      case Power::kHalf: return update_range<Power::kHalf, has_curvature, has_master>(work, begin, size, next);
-      case Power::kGeneral: return update_range<Power::kGeneral, has_curvature, has_master>(work, begin, size, next);
-    }
+    if (is_plain(work.c)) return update_range<true, has_curvature, has_master>(work, begin, size, next);
+    update_range<false, has_curvature, has_master>(work, begin, size, next);
   };
   if constexpr (sizeof(T) == 2) {
     if (work.master != nullptr) return with.template operator()<true>();
@@ -156,6 +195,7 @@ void update_momentum(const StepWork<T, M>& work, int64_t begin, int64_t size) {
     std::copy_n(work.exp_avg + i, count, exp_avg);
     std::copy_n(work.grad + i, count, grad);
     const auto m = update_exp_avg(load_as_vector(exp_avg), load_as_vector(grad), work.c);
+    rounding.draw(i, begin + size);
     store_state(exp_avg, m, rounding.from(i));
     std::copy_n(exp_avg, count, work.exp_avg + i);
   }

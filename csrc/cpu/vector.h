@@ -99,6 +99,35 @@ ADAHESSIAN_HD Vector<S> where(Index<S> mask, Vector<S> x) {
   return Vector<S>(Index<S>(x) & mask);
 }
 
+// Whether the mask is set in all lanes.
+template <typename S>
+ADAHESSIAN_HD bool all(Index<S> mask) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(S) == 4) return _mm512_movepi32_mask(__m512i(mask)) == 0xFFFF;
+  if constexpr (sizeof(S) == 8) return _mm512_movepi64_mask(__m512i(mask)) == 0xFF;
+#elif defined(__AVX2__)
+  return _mm256_movemask_ps(__m256(mask)) == 0xFF;
+#elif defined(__SSE2__)
+  return _mm_movemask_ps(__m128(mask)) == 0xF;
+#else
+  bool set = true;
+  for (int l = 0; l < kLanes<S>; ++l) set &= mask[l] != 0;
+  return set;
+#endif
+}
+
+// Whether all lanes, of which none is below zero, are positive and finite.
+template <typename S>
+ADAHESSIAN_HD bool all_positive(Vector<S> x) {
+#if defined(__AVX512F__)
+  constexpr int kOthers = 0x9F;  // zero, infinity, NaN
+  if constexpr (sizeof(S) == 4) return _mm512_fpclass_ps_mask(__m512(x), kOthers) == 0;
+  if constexpr (sizeof(S) == 8) return _mm512_fpclass_pd_mask(__m512d(x), kOthers) == 0;
+#else
+  return all<S>(x > x - x);  // which is NaN for infinity
+#endif
+}
+
 // 16-bit numbers to 32-bit lanes and back. The compiler's own conversions take twice the instructions.
 ADAHESSIAN_HD Bits<float> widened(Halves halves) {
 #if defined(__AVX512F__)
