@@ -140,7 +140,7 @@ ADAHESSIAN_HD void update_range(const StepWork<T, M>& work, int64_t begin, int64
       move_params(i - W, quotient);
     }
     if (!usual) {
-      if (all<S>(v <= c.held)) {  // all of them are held, as in a row of an embedding that has not been seen
+      if (!has_master && all<S>(v <= c.held)) {  // all are held, as in a row of an embedding that was in no batch
         const Arrays<T, M> of = arrays(i);
         store_state(of.exp_avg, m, bits);
         if constexpr (has_curvature) store_state(of.exp_hessian_diag_sq, v, swap_bytes(bits));
