@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from torch.nn.parallel import DistributedDataParallel
 
 _GROUP = attrgetter("group")
-_ADDED = {"hvp_dtype": None}  # options that pickles from before lack, as they were then
+_ADDED = {"hvp_dtype": None, "warmup": 0, "clip": None}  # options that pickles from before lack, as they were then
 # Its name differs between versions of torch, which have one or the other or both.
 _check_graph_capture = next(
     vars(torch.optim.Optimizer)[name]
@@ -45,8 +45,9 @@ class AdaHessian(torch.optim.Optimizer):
         m <- beta1 m + (1 - beta1) g,   v <- beta2 v + (1 - beta2) Ds^2
         p <- p (1 - lr wd) - lr / (1 - beta1^t) * m / ((sqrt(v) / sqrt(1 - beta2^h))^k + eps)
 
-    with Ds the block mean (Eq. 7) of Hutchinson's estimate z * Hz (Eq. 6), z a Rademacher probe,
-    t the step and h the number of Hessian updates so far. Four ways to step::
+    with Ds the block mean (Eq. 7, of magnitudes) of Hutchinson's estimate z * Hz (Eq. 6), z a Rademacher probe,
+    t the step and h the number of Hessian updates so far. By default lr rises over the first steps (``warmup``) and no
+    element moves by more than lr (``clip``); ``recipes.published`` has the paper's rules. Four ways to step::
 
         loss.backward(create_graph=True); opt.step()   # as with every other AdaHessian
         opt.backward(loss); opt.step()                 # no reference cycle; may be called for several micro-batches
@@ -68,7 +69,7 @@ class AdaHessian(torch.optim.Optimizer):
             "auto" (spatial size of convolution kernels, 1 for everything else; kernels are those of the model, if it is
             given, or else parameters of four and five axes) or "conv2d" (the same for four axes only). ``repr`` says
             what is averaged. Per group.
-        averaging: "signed" averages D (Eq. 7), "abs" averages magnitudes as the official code does. Per group.
+        averaging: "abs" averages magnitudes as the official code does, "signed" averages D (Eq. 7). Per group.
         update_each: Hutchinson frequency: curvature at steps 1, 1 + f, 1 + 2f, ... Per group.
         warmup: N: in the first N steps, while little is known of the curvature, lr is multiplied by t / N, and each of
             them has curvature. t is the group's step. Per group.
@@ -149,14 +150,14 @@ class AdaHessian(torch.optim.Optimizer):
         *,
         hessian_power: float = 1.0,
         block_size: int | str = "auto",
-        averaging: str = "signed",
+        averaging: str = "abs",
         update_each: int = 1,
-        warmup: int = 0,
+        warmup: int = 20,
         dense_steps: int | None = None,
         off_step: str = "hold",
         unmeasured: str = "hold",
         nonfinite: str = "keep",
-        clip: float | None = None,
+        clip: float | None = 1.0,
         shrink: float = 0.0,
         n_samples: int = 1,
         probe: str = "rademacher",

@@ -3,10 +3,10 @@
 Each is a dict, so that ``{**recipes.cheap, "update_each": 5}`` is another.
 
 Attributes:
-    cheap: little more than the price of a first-order optimizer: curvature on each of the first 20 steps, in which lr
-        rises linearly, then on every tenth; magnitudes averaged; no element moves by more than lr.
-    published: the rules of the paper (Yao et al. 2021, Algorithm 1): signed averages (Eq. 7), the whole lr from the
-        first step on, no bound.
+    cheap: curvature on each of the first 20 steps and on every tenth after them: little more than the price of a
+        first-order optimizer. Everything else is at its default, and written out.
+    published: the rules of the paper (Yao et al. 2021, Algorithm 1), without what the defaults add to them: signed
+        averages (Eq. 7), the whole lr from the first step on, no bound.
 """
 
 from __future__ import annotations

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from . import recipes
 from .bucket import MEAN, compute_dtype, stored_dtype
 from .checks import plain
 from .distributed.sharded import part_of
@@ -101,8 +102,8 @@ def _going_on(own: Mapping[str, Any], group: Mapping[str, Any], source: Source) 
     """Return the options of a group whose run comes from elsewhere."""
     if source is ADAM:
         return {**own, "params": group["params"]}
-    by_default = own["block_size"] == "auto" and own["averaging"] == "signed"
-    return {**own, **(source.rules if by_default else {}), **group}
+    by_default = own["block_size"] == "auto" and own["averaging"] == "abs"
+    return {**own, **({**recipes.published, **source.rules} if by_default and source.name else {}), **group}
 
 
 def own_memory(states: Mapping[Any, Mapping[str, Any]]) -> dict[Any, dict[str, Any]]:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from adahessian_fused import AdaHessian
+from adahessian_fused import AdaHessian, recipes
 
 from . import cases, compiled
 from .curvature import loss_of
@@ -44,6 +44,7 @@ def ours(problem: Problem, backend: str) -> Contestant:
     case = problem.case
     every = 1 if case.curvature else 2**40  # after the first step off-steps only
     options = {"block_size": case.block, "update_each": every, "state_dtype": case.state_dtype, "seed": 0}
+    options |= recipes.published  # of the peers
     return stepping(problem, AdaHessian, backend=backend, **options)
 
 

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from plain import PlainAdaHessian
 from torch import Tensor, nn
 
-from adahessian_fused import AdaHessian, curvature_friendly
+from adahessian_fused import AdaHessian, curvature_friendly, recipes
 
 # Cost of AdaHessian relative to SGD: the paper's Table 6 (RTX Titan, CIFAR-10), by Hutchinson frequency.
 PAPER_COST = {
@@ -100,7 +100,7 @@ def make_ours(
         update_each=frequency,
         seed=s.seed,
         backend=backend,
-        **options,
+        **{**recipes.published, **options},
     )
 
 
@@ -129,15 +129,12 @@ def fused(frequency: int) -> Contestant:
     return Contestant(name, label, frequency, make, our_backward, told=True)
 
 
-# docs/settings.md, "Frequency": curvature every tenth step, and what keeps its start from being wild.
-CHEAP = {"averaging": "abs", "dense_steps": 20, "shrink": 2.0, "clip": 0.3}
-
-
 def cheap() -> Contestant:
     """Ours at little more than the price of first order."""
-    make = partial(make_ours, frequency=10, **CHEAP)
-    label, start = "AdaHessian, fused, cheap", CHEAP["dense_steps"]
-    return Contestant("cheap", label, 10, make, our_backward, told=True, options=CHEAP, start=start)
+    options = {name: value for name, value in recipes.cheap.items() if name != "update_each"}
+    every, start, label = recipes.cheap["update_each"], options["warmup"], "AdaHessian, fused, cheap"
+    make = partial(make_ours, frequency=every, **options)
+    return Contestant("cheap", label, every, make, our_backward, told=True, options=options, start=start)
 
 
 def reference(*, told: bool = False, **options: Any) -> Contestant:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor
 
-from adahessian_fused import AdaHessian
+from adahessian_fused import AdaHessian, recipes
 
 from .run import Setup
 from .task import Batch, Task
@@ -25,7 +25,7 @@ def make(setup: Setup, lr: float, seed: int, task: Task, params: Iterable[Tensor
         return torch.optim.Adagrad(params, lr, weight_decay=decay)
     if setup.optimizer == "AdamW":
         return torch.optim.AdamW(params, lr, task.betas, weight_decay=decay, fused=True)
-    options = {"block_size": task.block_size, "seed": seed, **setup.options}
+    options = {**recipes.published, "block_size": task.block_size, "seed": seed, **setup.options}
     return AdaHessian(params, lr, task.betas, EPS, decay, **options)
 
 

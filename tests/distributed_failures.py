@@ -20,10 +20,11 @@ from distributed_problem import (
     same_bits,
     snapshot,
 )
+from published import AdaHessian
 from ranks import Ranks, worlds
 from torch import nn
 
-from adahessian_fused import AdaHessian, TrainStep
+from adahessian_fused import TrainStep
 from adahessian_fused.distributed.ranks import CHECK_EACH
 
 # ---- what goes over the wire -----------------------------------------------------------------------------------------

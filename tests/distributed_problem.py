@@ -7,13 +7,12 @@ from collections.abc import Callable, Sequence
 
 import torch
 import torch.distributed as dist
+from published import AdaHessian
 from tolerances import GROWS, ROUNDINGS, assert_trajectory, growth, nudge
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 from ways import WAYS
-
-from adahessian_fused import AdaHessian
 
 STEPS = 4
 N = 12  # examples of a joint batch; 2 and 3 divide it

@@ -23,13 +23,13 @@ from distributed_problem import (
     standard_closure,
     train_step,
 )
+from published import AdaHessian
 from ranks import Ranks
 from seeds import manual_seed
 from tolerances import ROUNDINGS, assert_within, unit
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from adahessian_fused import AdaHessian
 from adahessian_fused.curvature import draw_probe
 from adahessian_fused.distributed.flat_mean import FlatMean
 

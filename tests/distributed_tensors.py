@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from distributed_problem import STEPS, backward, batch, closure, hooked, loss_of, standard_closure, values
+from published import AdaHessian
 from ranks import Ranks
 from tolerances import assert_trajectory, growth, nudge
 from torch import nn
@@ -16,8 +17,6 @@ from torch.distributed.tensor.parallel import (
     SequenceParallel,
     parallelize_module,
 )
-
-from adahessian_fused import AdaHessian
 
 SETTINGS = {"lr": 0.05, "weight_decay": 0.01, "update_each": 2, "seed": 0}
 

@@ -6,12 +6,11 @@ import os
 
 import torch
 from distributed_problem import everything, same_bits
+from published import AdaHessian
 from ranks import Ranks, worlds
 from tolerances import assert_trajectory
 from torch.utils.data import DataLoader, DistributedSampler
 from trainers import BATCH, Net
-
-from adahessian_fused import AdaHessian
 
 OPTIONS = {"lr": 0.05, "update_each": 2, "seed": 0, "probe_per_rank": False}
 STEPS = 3

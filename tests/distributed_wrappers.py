@@ -27,6 +27,7 @@ from distributed_problem import (
     same_bits,
     standard_closure,
 )
+from published import AdaHessian
 from ranks import Ranks, worlds
 from seeds import manual_seed
 from tolerances import SHARE
@@ -39,8 +40,6 @@ from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
-
-from adahessian_fused import AdaHessian
 
 # ---- DistributedDataParallel -----------------------------------------------------------------------------------------
 

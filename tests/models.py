@@ -9,11 +9,11 @@ from functools import partial
 
 import torch
 from cases import PLAIN
+from published import AdaHessian
 from tolerances import assert_within, mean_bound, unit, update_bounds
 from torch import Tensor, nn
 from ways import WAYS
 
-from adahessian_fused import AdaHessian
 from adahessian_fused.reference import block_mean, rademacher_signs
 
 # ---- models and data ------------------------------------------------------------------------------------------------

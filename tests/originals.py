@@ -18,9 +18,10 @@ import pytest
 import torch
 from models import loss_of, weights
 from models import probe as draw_probe
+from published import AdaHessian
 from torch import Tensor, nn
 
-from adahessian_fused import AdaHessian, compat
+from adahessian_fused import compat
 
 SAME = {"lr": 0.02, "betas": (0.9, 0.99), "eps": 1e-3, "weight_decay": 0.05}
 

@@ -8,11 +8,10 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 from models import conv_net, mlp, probe
+from published import AdaHessian
 from tolerances import assert_error
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-
-from adahessian_fused import AdaHessian
 
 Loss = Callable[[nn.Module], Tensor]
 

@@ -7,9 +7,8 @@ import copy
 import pytest
 import torch
 from models import assert_same, conv_net, fresh, loss_of, mlp, train, weights
+from published import AdaHessian
 from torch import nn
-
-from adahessian_fused import AdaHessian
 
 pytestmark = pytest.mark.filterwarnings("ignore:Using backward\\(\\) with create_graph=True")
 

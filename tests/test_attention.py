@@ -9,12 +9,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from models import assert_same
+from published import AdaHessian
 from tolerances import assert_error, relative_error
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from adahessian_fused import AdaHessian, TrainStep, backends, curvature_friendly
+from adahessian_fused import TrainStep, backends, curvature_friendly
 from adahessian_fused.friendly import attention_double_backward as op
 
 MATH = SDPBackend.MATH

@@ -5,11 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 from models import assert_same, batch, fresh, loss_of, mlp
+from published import AdaHessian
 from tolerances import assert_within, unit
 from torch import nn
 from ways import WAYS
-
-from adahessian_fused import AdaHessian
 
 pytestmark = pytest.mark.filterwarnings("ignore:Using backward\\(\\) with create_graph=True")
 

@@ -9,12 +9,13 @@ import warnings
 import pytest
 import torch
 import ways
+from published import AdaHessian
 from torch import nn
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
-from adahessian_fused import AdaHessian, TrainStep, check_hvp, curvature_friendly, hutchinson_diagonal
+from adahessian_fused import TrainStep, check_hvp, curvature_friendly, hutchinson_diagonal
 from adahessian_fused.reference import rademacher_signs
 
 

@@ -7,10 +7,11 @@ import contextlib
 import pytest
 import torch
 from models import assert_same, batch, conv_net, mlp
+from published import AdaHessian
 from torch import nn
 from ways import WAYS
 
-from adahessian_fused import AdaHessian, TrainStep, adahessian, check_hvp, hutchinson_diagonal
+from adahessian_fused import TrainStep, adahessian, check_hvp, hutchinson_diagonal
 
 F32 = torch.float32
 

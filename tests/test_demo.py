@@ -13,8 +13,7 @@ from types import ModuleType
 import numpy as np
 import pytest
 import torch
-
-from adahessian_fused import AdaHessian
+from published import AdaHessian
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 RECORDS = 20  # a small stand-in for the 10,000 of a real CIFAR-10 file

@@ -10,11 +10,10 @@ import pytest
 import strategies
 import torch
 from models import assert_same, mlp, weights
+from published import AdaHessian
 from strategies import compare, exact, optimizer
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
-
-from adahessian_fused import AdaHessian
 
 
 class Attention(nn.Module):

@@ -6,10 +6,11 @@ import pytest
 import strategies
 import torch
 from models import assert_same, batch, conv_net, mlp, weights
+from published import AdaHessian
 from strategies import BOUND, exact, found, optimizer
 from tolerances import assert_error
 
-from adahessian_fused import AdaHessian, split_batch
+from adahessian_fused import split_batch
 
 
 def loss_on(model, x, y):

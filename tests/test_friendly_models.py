@@ -10,11 +10,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from models import batch, conv_net
+from published import AdaHessian
 from tolerances import assert_error, relative_error
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from adahessian_fused import AdaHessian, available_backends, curvature_friendly
+from adahessian_fused import available_backends, curvature_friendly
 from examples.resnet import ResNet
 
 

@@ -5,9 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 from fuzz.sequences import Session
+from published import AdaHessian
 from torch import nn
-
-from adahessian_fused import AdaHessian
 
 MEANWHILE = {
     "moved": lambda session: session.move(1, 0),

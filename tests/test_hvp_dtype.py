@@ -12,11 +12,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from models import assert_same, batch, conv_net, loss_of, mlp
+from published import AdaHessian
 from strategies import CASES, build
 from torch import Tensor, nn
 from ways import WAYS
 
-from adahessian_fused import AdaHessian, TrainStep
+from adahessian_fused import TrainStep
 from adahessian_fused.hvp import precision
 from adahessian_fused.hvp.precision import LowPrecisionProducts, second_pass, tf32
 from adahessian_fused.train_step import step as step_module

@@ -9,9 +9,10 @@ import pytest
 import torch
 import ways
 from models import batch, mlp
+from published import AdaHessian
 from torch import Tensor, nn
 
-from adahessian_fused import AdaHessian, TrainStep
+from adahessian_fused import TrainStep
 from adahessian_fused.compat import pytorch_optimizer
 from adahessian_fused.update import Parts
 

@@ -5,9 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 from models import assert_same, fresh, weights
+from published import AdaHessian
 from torch import nn
-
-from adahessian_fused import AdaHessian
 
 
 def constant_steps(p, opt, n, before_step=lambda i: None):

@@ -7,10 +7,10 @@ from typing import ClassVar
 import pytest
 import torch
 from models import assert_same
+from published import AdaHessian
 from torch import nn
 from ways import WAYS
 
-from adahessian_fused import AdaHessian
 from adahessian_fused.reference import rademacher_signs
 
 # ---- known answers ---------------------------------------------------------------------------------------------------

@@ -5,10 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 from models import assert_same, fresh, mlp, train
+from published import AdaHessian
 from tolerances import assert_within, unit
 from torch import nn
-
-from adahessian_fused import AdaHessian
 
 OPTIONS = {
     "plain": {},

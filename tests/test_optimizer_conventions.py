@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 import torch
 from models import assert_same, conv_net, fresh, loss_of, mlp, probe, train, weights
+from published import AdaHessian
 from seeds import manual_seed
 from torch import nn
 
-from adahessian_fused import AdaHessian, adahessian
+from adahessian_fused import adahessian
 
 SCHEDULERS = {
     "step": lambda opt: torch.optim.lr_scheduler.StepLR(opt, 2, 0.5),

@@ -8,10 +8,9 @@ import copy
 import pytest
 import torch
 from models import assert_same, conv_net, fresh, loss_of, mlp, train, weights
+from published import AdaHessian
 from tolerances import assert_trajectory, assert_within, unit
 from torch import nn
-
-from adahessian_fused import AdaHessian
 
 # ---- strides ---------------------------------------------------------------------------------------------------------
 

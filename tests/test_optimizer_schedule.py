@@ -18,9 +18,8 @@ from models import (
     train,
     weights,
 )
+from published import AdaHessian
 from torch import nn
-
-from adahessian_fused import AdaHessian
 
 OPTIONS = {
     "defaults": {},

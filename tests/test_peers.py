@@ -9,9 +9,8 @@ import originals
 import pytest
 import torch
 from models import conv_net, fresh, mlp, train, weights
+from published import AdaHessian
 from tolerances import assert_trajectory, growth, nudge
-
-from adahessian_fused import AdaHessian
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 

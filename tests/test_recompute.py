@@ -9,13 +9,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 from models import assert_same, fresh, weights
+from published import AdaHessian
 from test_friendly import CASES
 from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 from ways import WAYS
 from zoo import Encoder
 
-from adahessian_fused import AdaHessian, curvature_friendly
+from adahessian_fused import curvature_friendly
 
 
 def products(run, tensors, inside=True) -> list[Tensor]:

@@ -9,10 +9,10 @@ import pytest
 import torch
 import torch.distributed as dist
 from distributed_problem import bytes_reduced
+from published import AdaHessian
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from adahessian_fused import AdaHessian
 from bench.overhead.problems import SIZES, problem
 
 PAGE = (Path(__file__).parents[1] / "docs" / "scale.md").read_text()

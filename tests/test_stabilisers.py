@@ -7,9 +7,8 @@ import math
 import pytest
 import torch
 from models import fresh, mlp, train
+from published import AdaHessian
 from torch import nn
-
-from adahessian_fused import AdaHessian
 
 BETAS = (0.9, 0.99)
 LR, EPS = 0.1, 1e-3

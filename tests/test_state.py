@@ -9,12 +9,11 @@ import pickle
 import pytest
 import torch
 from models import assert_same, conv_net, fresh, mlp, train, weights
+from published import AdaHessian
 from tolerances import assert_within
 from torch import nn
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 from ways import STYLES
-
-from adahessian_fused import AdaHessian
 
 OPTIONS = {
     "defaults": {},

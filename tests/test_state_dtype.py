@@ -8,10 +8,9 @@ from __future__ import annotations
 import pytest
 import torch
 from models import assert_same, fresh, mlp, train
+from published import AdaHessian
 from tolerances import assert_within, norm_bound
 from torch import nn
-
-from adahessian_fused import AdaHessian
 
 HALF = torch.bfloat16
 MOMENTS = ("exp_avg", "exp_hessian_diag_sq")

@@ -8,10 +8,11 @@ import math
 import pytest
 import torch
 from models import assert_same, conv_net, fresh, mlp, train, weights
+from published import AdaHessian
 from tolerances import assert_within
 from torch import nn
 
-from adahessian_fused import AdaHessian, compat
+from adahessian_fused import compat
 
 # ---- what the other packages save ------------------------------------------------------------------------------------
 

@@ -8,9 +8,8 @@ import math
 import pytest
 import torch
 from models import batch, conv_net, fresh, loss_of, mlp, train, weights
+from published import AdaHessian
 from torch import nn
-
-from adahessian_fused import AdaHessian
 
 OPTIONS = {
     "plain": {},

@@ -15,6 +15,7 @@ import pytest
 import strategies
 import torch
 from models import assert_same, conv_net, fresh, loss_of, mlp, probe, train, weights
+from published import AdaHessian
 from strategies import BOUND, CASES, compare, exact, found, optimizer, step
 from tolerances import assert_error, relative_error
 from torch import nn
@@ -22,7 +23,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from ways import STYLES
 
 import adahessian_fused.hvp.finite_difference as fd
-from adahessian_fused import AdaHessian
 
 EVALUATING = ("forward_over_reverse", "finite_difference")
 CLOSURES = [style for style in STYLES if style.startswith("closure")]

@@ -11,10 +11,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from models import assert_same, weights
+from published import AdaHessian
 from torch import nn
 from zoo import Encoder
 
-from adahessian_fused import AdaHessian, TrainStep, curvature_friendly
+from adahessian_fused import TrainStep, curvature_friendly
 from adahessian_fused.friendly import mode
 
 

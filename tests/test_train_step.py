@@ -12,10 +12,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from models import assert_same, batch, conv_net, fresh, mlp, weights
+from published import AdaHessian
 from tolerances import assert_trajectory
 from torch import Tensor, nn
 
-from adahessian_fused import AdaHessian, TrainStep, curvature_friendly
+from adahessian_fused import TrainStep, curvature_friendly
 from adahessian_fused.train_step import step as step_module
 
 

@@ -16,6 +16,7 @@ import ranks
 import torch
 import trainers
 from models import assert_same, loss_of, weights
+from published import AdaHessian
 from timm_without_torchvision import timm  # noqa: F401
 from tolerances import assert_trajectory, assert_within, unit
 from torch import nn
@@ -23,7 +24,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import DataLoader
 from trainers import BATCH, STEPS, Net, Recipe, examples, plain
 
-from adahessian_fused import AdaHessian, compat, curvature_friendly
+from adahessian_fused import compat, curvature_friendly
 
 ROOT = Path(__file__).resolve().parents[1]
 TRAINERS = {name: getattr(trainers, name) for name in ("lightning", "accelerate", "transformers")}

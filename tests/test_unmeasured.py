@@ -8,9 +8,10 @@ import warnings
 
 import pytest
 import torch
+from published import AdaHessian
 from torch import nn
 
-from adahessian_fused import AdaHessian, compat
+from adahessian_fused import compat
 from adahessian_fused.hessian_step import HessianStep
 
 INF, NAN = math.inf, math.nan

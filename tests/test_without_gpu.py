@@ -8,11 +8,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from published import AdaHessian
 from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from adahessian_fused import AdaHessian, backends, capture
+from adahessian_fused import backends, capture
 from adahessian_fused.friendly.embedding_bag import MAX, EmbeddingBag
 from adahessian_fused.friendly.row_norm import RmsNorm
 from adahessian_fused.segments import segment_table

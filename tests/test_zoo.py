@@ -8,12 +8,13 @@ from contextlib import nullcontext
 import pytest
 import torch
 from models import ByHand
+from published import AdaHessian
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from ways import WAYS
 from zoo import ZOO, Animal
 
-from adahessian_fused import AdaHessian, curvature_friendly, split_batch
+from adahessian_fused import curvature_friendly, split_batch
 
 OPTIONS = {"lr": 0.0, "betas": (0.9, 0.0)}  # v is the square of this step's D
 

@@ -10,11 +10,10 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from models import weights
+from published import AdaHessian
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader, SequentialSampler
-
-from adahessian_fused import AdaHessian
 
 STEPS = 3  # in an epoch; odd, so that a period of two ends in the middle of the next one
 BATCH = 16

@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 from torch import Tensor
 from torch.optim import Optimizer
 
+from .. import recipes
 from ..layout import ParameterLayout
 from ..optimizer import AdaHessian
 
@@ -52,7 +53,7 @@ class DropIn(AdaHessian):
     def __init__(
         self, params: Any, theirs: Mapping[str, Any] | None = None, *, faithful: bool = False, **ours: Any
     ) -> None:
-        super().__init__(params, unmeasured="move" if faithful else "hold", **ours)
+        super().__init__(params, **{**recipes.published, "unmeasured": "move" if faithful else "hold", **ours})
         self.defaults.update(theirs or {})
         for group in self.param_groups:
             for name, value in (theirs or {}).items():

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from adahessian_fused import AdaHessian, TrainStep
+from adahessian_fused import AdaHessian, TrainStep, recipes
 
 from .problems import Problem
 
@@ -145,7 +145,9 @@ def _plain(params: Iterable[Tensor]) -> Any:
 
 
 def _ours(model: nn.Module, **options: Any) -> AdaHessian:
-    return AdaHessian(model.parameters(), lr=LR, betas=BETAS, eps=EPS, update_each=EACH, seed=0, **options)
+    return AdaHessian(
+        model.parameters(), lr=LR, betas=BETAS, eps=EPS, update_each=EACH, seed=0, **recipes.published, **options
+    )
 
 
 def _closure(*, attention: SDPBackend | None = None, **options: Any) -> Callable[..., Any]:

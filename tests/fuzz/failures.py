@@ -8,10 +8,11 @@ import warnings
 from typing import Any
 
 import torch
+from published import AdaHessian
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from adahessian_fused import AdaHessian, TrainStep
+from adahessian_fused import TrainStep
 
 ERRORS = (MemoryError, KeyboardInterrupt, torch.OutOfMemoryError, ArithmeticError)
 

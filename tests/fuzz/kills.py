@@ -10,9 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from published import AdaHessian
 from torch import nn
-
-from adahessian_fused import AdaHessian
 
 STEPS = 40
 OPTIONS = (

@@ -7,9 +7,8 @@ import random
 import warnings
 
 import torch
+from published import AdaHessian
 from torch import Tensor, nn
-
-from adahessian_fused import AdaHessian
 
 from . import oracle
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from published import AdaHessian
 from torch import Tensor, nn
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
@@ -18,7 +19,7 @@ from torch.func import functional_call
 from torch.nn.utils import parametrizations, parametrize
 from torch.utils.checkpoint import checkpoint
 
-from adahessian_fused import AdaHessian, TrainStep, curvature_friendly, split_batch
+from adahessian_fused import TrainStep, curvature_friendly, split_batch
 
 from . import oracle
 

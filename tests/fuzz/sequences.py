@@ -14,9 +14,8 @@ from collections import defaultdict
 
 import pytest
 import torch
+from published import AdaHessian
 from torch import nn
-
-from adahessian_fused import AdaHessian
 
 from . import oracle
 
