@@ -12,6 +12,7 @@ from published import AdaHessian
 from tolerances import assert_within
 from torch import nn
 
+import adahessian_fused
 from adahessian_fused import compat
 
 # ---- what the other packages save ------------------------------------------------------------------------------------
@@ -130,7 +131,7 @@ def test_a_run_goes_on_by_the_rules_of_its_code(device, package, name, shape):
     for t in range(4):
         step(theirs, model, t)
     other.load_state_dict(model.state_dict())
-    ours = AdaHessian(other.parameters())
+    ours = adahessian_fused.AdaHessian(other.parameters())
     with pytest.warns(UserWarning, match=r"states and options of .*s AdaHessian and goes on with .*'update_each': 1"):
         ours.load_state_dict(theirs.state_dict())
     for t in range(4, 20):

@@ -215,7 +215,8 @@ def test_example_learns(name, request, monkeypatch):
     assert len(steps) == 1
     every = opt.param_groups[0]["update_each"]
     stale = opt.param_groups[0]["off_step"] == "stale"
-    assert hessian_steps(opt) == {n if stale else -(-n // every) for n in steps}
+    dense = opt.param_groups[0]["warmup"]
+    assert hessian_steps(opt) == {n if stale else sum(i < dense or i % every == 0 for i in range(n)) for n in steps}
 
 
 PAGE = (ROOT / "docs" / "trainers.md").read_text()
