@@ -38,12 +38,14 @@ class Loop(NamedTuple):
         bytes: that are read and written for an element.
         elements: of a thread on the way through ``required``, or in one round of the kernel's loops.
         required: what the way has to execute, see :func:`.sass.shortest_path`; None: the kernel's loops are added up.
+        drawing: the share of the warps that draw the probe for all.
     """
 
     kernel: str
     bytes: int
     elements: int
     required: dict[str, int] | None
+    drawing: float = 0.0
 
 
 def _way(loads: int, stores: int, **others: int) -> dict[str, int]:
@@ -53,20 +55,22 @@ def _way(loads: int, stores: int, **others: int) -> dict[str, int]:
 
 STEP = _way(10, 6, MUFU=16)  # Hz, g, m, v, p; m, v, p; a square root and a reciprocal for each of 8 elements
 STEP_16 = _way(5, 3, MUFU=16)
+PHILOX = {r"IMAD\.(WIDE|HI)\.U32": 20}  # ten rounds
+WARP = 1 / 8  # 16 threads of a thread block draw the signs of its 2,048 elements
 LOOPS = {
     "step fp32 b=1, CUDA": Loop("adahessian_step-float32-flat", 32, 8, STEP),
     # Four barriers: Hz and the probe, D in its place, and the blocks' means.
     "step fp32 b=9, CUDA": Loop("adahessian_step-float32-logical", 32, 8, {**STEP, "BAR": 4, "STS": 8}),
     "step bf16 everything b=1, CUDA": Loop("adahessian_step rounded-bfloat16-flat", 16, 8, STEP_16),
-    "rademacher fp32, CUDA": Loop("rademacher-float32-flat", 4, 8, _way(0, 2)),
-    "rademacher bf16, CUDA": Loop("rademacher-bfloat16-flat", 2, 8, _way(0, 1)),
-    "perturb fp32, CUDA": Loop("perturb-float32-flat", 12, 8, _way(2, 4)),
+    "rademacher fp32, CUDA": Loop("rademacher-float32-flat", 4, 8, _way(0, 2), WARP),
+    "rademacher bf16, CUDA": Loop("rademacher-bfloat16-flat", 2, 8, _way(0, 1), WARP),
+    "perturb fp32, CUDA": Loop("perturb-float32-flat", 12, 8, _way(2, 4), WARP),
     "step fp32 b=1, Triton": Loop("step-hessian-fp32", 32, 8, STEP),
     "step bf16 everything b=1, Triton": Loop("step-hessian-bf16-rounded", 16, 8, STEP_16),
-    "rademacher fp32, Triton": Loop("rademacher-fp32", 4, 8, _way(0, 2)),
-    "rademacher bf16, Triton": Loop("rademacher-bf16", 2, 8, _way(0, 1)),
-    "perturb fp32, Triton": Loop("perturb-fp32", 12, 8, _way(2, 4)),
-    "hessian_diag fp32 b=1, Triton": Loop("diag-fp32", 8, 8, _way(2, 2)),
+    "rademacher fp32, Triton": Loop("rademacher-fp32", 4, 8, {**_way(0, 2), **PHILOX}),
+    "rademacher bf16, Triton": Loop("rademacher-bf16", 2, 8, {**_way(0, 1), **PHILOX}),
+    "perturb fp32, Triton": Loop("perturb-fp32", 12, 8, {**_way(2, 4), **PHILOX}),
+    "hessian_diag fp32 b=1, Triton": Loop("diag-fp32", 8, 8, {**_way(2, 2), **PHILOX}),
     "batch norm sums fp32, Triton": Loop("batch-sums-fp32", 12, 8, None),
     "batch norm sums bf16 channels_last, Triton": Loop("batch-sums-channels-last-bf16", 6, 8, None),
     "batch norm gradients fp32, Triton": Loop("batch-gradients-fp32", 20, 8, None),
@@ -160,6 +164,8 @@ def measure(kernels: Mapping[str, Kernel]) -> dict[str, dict[str, Any]]:
             count = sum(map(len, loops(kernel.code)))
         else:
             count = shortest_path(kernel.code, loop.required)
+            if loop.drawing:
+                count += loop.drawing * (shortest_path(kernel.code, {**loop.required, **PHILOX}) - count)
         instructions = count / loop.elements
         table[name] = {
             "instructions": round(instructions, 1),

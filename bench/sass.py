@@ -67,6 +67,13 @@ def shortest_path(code: str, required: dict[str, int]) -> int:
     queue, done = [(0, 0, (0,) * len(goal))], set()
     while queue:
         length, i, counts = heapq.heappop(queue)
+        if (i, counts) in done:
+            continue
+        done.add((i, counts))
+        if i == len(program):
+            if counts == goal:
+                return length
+            continue
         # In a run of instructions without branches there is nothing to choose.
         while True:
             length += 1
@@ -78,12 +85,7 @@ def shortest_path(code: str, required: dict[str, int]) -> int:
                 break
             i = following[0]
         for j in following:
-            if j is None:
-                if counts == goal:
-                    return length
-            elif (j, counts) not in done:
-                done.add((j, counts))
-                heapq.heappush(queue, (length, j, counts))
+            heapq.heappush(queue, (length, len(program) if j is None else j, counts))
     raise ValueError(f"no way through the function executes {required}")
 
 

@@ -182,6 +182,21 @@ CODE = """
 """
 
 
+LONG_WAY_FIRST = """
+        /*0000*/               @P0 BRA 0x0030 ;          /* 0x00 */
+        /*0010*/                   IADD3 R2, R2, R3, RZ ;
+        /*0020*/                   IADD3 R2, R2, R3, RZ ;
+        /*0030*/               @P1 BRA 0x0050 ;
+        /*0040*/                   IADD3 R2, R2, R3, RZ ;
+        /*0050*/                   EXIT ;
+"""
+
+
+def test_the_shortest_path_is_the_shortest_of_those_that_meet():
+    assert shortest_path(LONG_WAY_FIRST, {"BRA": 2}) == 3
+    assert shortest_path(LONG_WAY_FIRST, {"IADD3": 2}) == 5
+
+
 @pytest.mark.parametrize(("loads", "length"), [(0, 3), (1, 6), (2, 9)])
 def test_the_shortest_path_takes_branches_and_loops(loads, length):
     assert shortest_path(CODE, {r"LDG\.E\.128": loads}) == length
