@@ -56,19 +56,19 @@ def _way(loads: int, stores: int, **others: int) -> dict[str, int]:
 STEP = _way(10, 6, MUFU=16)  # Hz, g, m, v, p; m, v, p; a square root and a reciprocal for each of 8 elements
 STEP_16 = _way(5, 3, MUFU=16)
 PHILOX = {r"IMAD\.(WIDE|HI)\.U32": 20}  # ten rounds
-WARP = 1 / 8  # 16 threads of a thread block draw the signs of its 2,048 elements
+WARP = 1 / 8  # a Philox call is 128 signs: 16 threads draw for 2,048 elements, 64 for 8,192
 LOOPS = {
     "step fp32 b=1, CUDA": Loop("adahessian_step-float32-flat", 32, 8, STEP),
     # Four barriers: Hz and the probe, D in its place, and the blocks' means.
     "step fp32 b=9, CUDA": Loop("adahessian_step-float32-logical", 32, 8, {**STEP, "BAR": 4, "STS": 8}),
     "step bf16 everything b=1, CUDA": Loop("adahessian_step rounded-bfloat16-flat", 16, 8, STEP_16),
-    "rademacher fp32, CUDA": Loop("rademacher-float32-flat", 4, 8, _way(0, 2), WARP),
-    "rademacher bf16, CUDA": Loop("rademacher-bfloat16-flat", 2, 8, _way(0, 1), WARP),
+    "rademacher fp32, CUDA": Loop("rademacher-float32-flat", 4, 32, _way(0, 8), 2 * WARP),
+    "rademacher bf16, CUDA": Loop("rademacher-bfloat16-flat", 2, 32, _way(0, 4), 2 * WARP),
     "perturb fp32, CUDA": Loop("perturb-float32-flat", 12, 8, _way(2, 4), WARP),
     "step fp32 b=1, Triton": Loop("step-hessian-fp32", 32, 8, STEP),
     "step bf16 everything b=1, Triton": Loop("step-hessian-bf16-rounded", 16, 8, STEP_16),
-    "rademacher fp32, Triton": Loop("rademacher-fp32", 4, 8, {**_way(0, 2), **PHILOX}),
-    "rademacher bf16, Triton": Loop("rademacher-bf16", 2, 8, {**_way(0, 1), **PHILOX}),
+    "rademacher fp32, Triton": Loop("rademacher-fp32", 4, 16, {**_way(0, 4), **PHILOX}),
+    "rademacher bf16, Triton": Loop("rademacher-bf16", 2, 16, {**_way(0, 2), **PHILOX}),
     "perturb fp32, Triton": Loop("perturb-fp32", 12, 8, {**_way(2, 4), **PHILOX}),
     "hessian_diag fp32 b=1, Triton": Loop("diag-fp32", 8, 8, {**_way(2, 2), **PHILOX}),
     "batch norm sums fp32, Triton": Loop("batch-sums-fp32", 12, 8, None),

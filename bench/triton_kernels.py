@@ -47,6 +47,7 @@ PLANES, ROWS = {"LAST": False, "BLOCK_I": 1024, "BLOCK_C": 1}, {"LAST": True, "B
 ROUNDED = dict.fromkeys(["exp_avg", "exp_hessian_diag_sq"], "*bf16")
 HESSIAN, NONE = {"CURVATURE": "hessian", "missed": "*i64"}, {"CURVATURE": "none", "diag": None}
 MOVE = {"SAVE": True, "RESTORE": False}
+LAYER = {"ONE": True, "WIDE": True, "BLOCK": 1024}
 GRADIENTS = {"SPLITS": 32, "FIXED": False}
 # name: module, kernel, dtype of the parameters, and what differs: constants (None: no such tensor) or types of others
 CASES: dict[str, tuple[str, str, str, dict[str, Any]]] = {
@@ -68,9 +69,9 @@ CASES: dict[str, tuple[str, str, str, dict[str, Any]]] = {
     "batch-sums-channels-last-bf16": (NORM, "batch_norm_sums_kernel", "bf16", ROWS),
     "batch-gradients-fp32": (NORM, "batch_norm_gradients_kernel", "fp32", {**PLANES, **GRADIENTS}),
     "batch-gradients-channels-last-bf16": (NORM, "batch_norm_gradients_kernel", "bf16", {**ROWS, **GRADIENTS}),
-    "row-gradients-fp32": (NORM, "row_norm_gradients_kernel", "fp32", {"BLOCK": 1024}),
-    "row-gradients-bf16": (NORM, "row_norm_gradients_kernel", "bf16", {"BLOCK": 1024}),
-    "row-gradients-rms-bf16": (NORM, "row_norm_gradients_kernel", "bf16", {"BLOCK": 1024, "mean": None}),
+    "row-gradients-fp32": (NORM, "row_norm_gradients_kernel", "fp32", LAYER),
+    "row-gradients-bf16": (NORM, "row_norm_gradients_kernel", "bf16", LAYER),
+    "row-gradients-rms-bf16": (NORM, "row_norm_gradients_kernel", "bf16", {**LAYER, "mean": None}),
     "row-weight-fp32": (NORM, "row_norm_weight_kernel", "fp32", ROWS),
 }
 
@@ -106,7 +107,8 @@ def every() -> dict[str, tuple[str, str, str, dict[str, Any]]]:
             add(NORM, "row_norm_weight_kernel", dtype, **given)
             add(NORM, "row_norm_weight_kernel", dtype, **given, mean=None)
         for without in ({}, {"mean": None, "v_bias": None}, {"v_weight": None, "v_bias": None, "weight": None}):
-            add(NORM, "row_norm_gradients_kernel", dtype, BLOCK=1024, **without)
+            for one, wide in itertools.product((True, False), repeat=2):
+                add(NORM, "row_norm_gradients_kernel", dtype, BLOCK=1024, ONE=one, WIDE=wide, **without)
     return found
 
 
@@ -117,10 +119,11 @@ def compile_case(module: str, name: str, dtype: str, given: dict[str, Any], arch
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
+    from adahessian_fused.kernels.rademacher import tile_of
     from adahessian_fused.kernels.table import FUSION, LAUNCH, TILES
 
     kernel = getattr(importlib.import_module(f"adahessian_fused.kernels.{module}"), name)
-    tile, num_warps = TILES[BYTES[dtype]]
+    tile, num_warps = (tile_of if module == RADEMACHER else TILES.get)(BYTES[dtype])
     wide = "*fp64" if dtype == "fp64" else "*fp32"
     numbers = NORM_WIDE if module == NORM else WIDE
     types = ({} if module == NORM else POINTERS) | dict.fromkeys(numbers, wide) | dict.fromkeys(NARROW, f"*{dtype}")

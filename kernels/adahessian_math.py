@@ -54,6 +54,20 @@ def rademacher_words(key, call):
     return philox4x32(call, key.param_id, key.hessian_step, key.sample, key.seed_low, key.seed_high)
 
 
+@triton.jit
+def signs(bits, dtype: tl.constexpr):
+    """+1 or, where the bit is set, -1: its sign bit and the bits of 1."""
+    if dtype == tl.float32:
+        z = ((bits << 31) | 0x3F800000).to(tl.float32, bitcast=True)
+    elif dtype == tl.bfloat16:
+        z = ((bits << 15) | 0x3F80).to(tl.uint16).to(tl.bfloat16, bitcast=True)
+    elif dtype == tl.float16:
+        z = ((bits << 15) | 0x3C00).to(tl.uint16).to(tl.float16, bitcast=True)
+    else:
+        z = (1 - 2 * bits).to(dtype)
+    return z
+
+
 # ---- stochastic rounding of states -----------------------------------------------------------------------------------
 
 # One Philox call is 128 bits, 16 for each of 8 consecutive elements of a parameter, in storage order.

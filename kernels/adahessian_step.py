@@ -131,7 +131,7 @@ def update_vector_tile(
         if row.block <= TILE:
             ds = tl.load(at(arrays.hessian, lanes.origin, lanes.index, True), mask=lanes.mask, other=0).to(S)
             if row.block > 1:  # otherwise only D^2 = Hz^2 enters
-                ds = hutchinson(ds, key, row, start, lanes, DRAW, TILE)
+                ds = hutchinson(ds, key, row, start, lanes, DRAW, True, TILE)
                 ds = spread(block_means(ds, row, count, lanes, True), row, lanes, True)
         else:
             ds = load_compact(diag, row, start, lanes, True)
@@ -166,7 +166,7 @@ def update_general_tile(
         lanes = tile_lanes(row, start, count, False, TILE)
         means = tl.load(at(arrays.hessian, lanes.origin, lanes.index, False), mask=lanes.mask, other=0).to(means.dtype)
         if row.block > 1:
-            means = hutchinson(means, key, row, start, lanes, DRAW, TILE)
+            means = hutchinson(means, key, row, start, lanes, DRAW, False, TILE)
             means = block_means(means, row, count, lanes, False)
     end = tl.where(row.lane_period == 1, count, TILE)
     first = end * 0

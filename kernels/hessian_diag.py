@@ -53,7 +53,7 @@ def _average_tile(
 ):
     lanes = tile_lanes(row, start, count, VECTOR, TILE)
     d = tl.load(at(hessian, lanes.origin, lanes.index, VECTOR), mask=lanes.mask, other=0).to(diag.dtype.element_ty)
-    d = hutchinson(d, key, row, start, lanes, DRAW, TILE)
+    d = hutchinson(d, key, row, start, lanes, DRAW, VECTOR, TILE)
     if row.block == 1:
         _write(at(diag, start, lanes.logical, VECTOR), d, scale, accumulate, lanes.mask)
     else:
@@ -116,7 +116,7 @@ def _tile_sum(
     else:
         lanes = general_lanes(row, start, count, TILE, 1, tl.arange(0, TILE))
     d = tl.load(at(hessian, lanes.origin, lanes.index, VECTOR), mask=lanes.mask, other=0).to(STATE)
-    return tl.sum(hutchinson(d, key, row, start, lanes, DRAW, TILE), 0).to(tl.float64)
+    return tl.sum(hutchinson(d, key, row, start, lanes, DRAW, VECTOR, TILE), 0).to(tl.float64)
 
 
 @kernel

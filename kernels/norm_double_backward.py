@@ -206,11 +206,13 @@ def batch_norm_double_backward(v, v_weight, v_bias, grad, x, weight, mean, invst
 
 
 @triton.jit
-def _of_weight(pointer, index, mask, otherwise: tl.constexpr, STATE: tl.constexpr):
+def _of_weight(pointer, index, mask, otherwise: tl.constexpr, WIDE: tl.constexpr, STATE: tl.constexpr):
     """The weights with these numbers; ``otherwise`` without a pointer."""
     if pointer is None:
         numbers = tl.full(index.shape, otherwise, STATE)
     else:
+        if WIDE:
+            pointer = tl.multiple_of(pointer, 16)
         numbers = tl.load(pointer + index, mask=mask, other=0)
     return numbers
 
@@ -240,24 +242,40 @@ def row_norm_gradients_kernel(
     channels,
     inner,
     groups,
+    ONE: tl.constexpr,
+    WIDE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Each program has a row: its sums, then its two gradients. The means of v and v x_hat go to ``means``."""
+    """Each program has a row: its sums, then its two gradients. The means of v and v x_hat go to ``means``.
+
+    ``ONE`` says that there is one element to a weight, ``WIDE`` that rows are whole vectors in all tensors.
+    """
     STATE: tl.constexpr = means.dtype.element_ty
     row = tl.program_id(0)
     center, s = _center(mean, row, STATE), tl.load(invstd + row)
     length = channels * inner
     first_weight = row % groups * channels
+    v, grad, x = v + row * length, grad + row * length, x + row * length
+    d_grad, d_x = d_grad + row * length, d_x + row * length
+    if WIDE:
+        length = tl.multiple_of(length, 16)
+        if ONE:
+            first_weight = tl.multiple_of(first_weight, 16)
+        v, grad, x = tl.multiple_of(v, 16), tl.multiple_of(grad, 16), tl.multiple_of(x, 16)
+        d_grad, d_x = tl.multiple_of(d_grad, 16), tl.multiple_of(d_x, 16)
     sum_v = tl.zeros([BLOCK], STATE)
     sum_u, sum_r, sum_vx, sum_ux, sum_rx, sum_vu = sum_v, sum_v, sum_v, sum_v, sum_v, sum_v
     begin = row * 0
     while begin < length:
         i = begin + tl.arange(0, BLOCK)
-        mask, c = i < length, first_weight + i // inner
-        v_i = tl.load(v + row * length + i, mask=mask, other=0).to(STATE)
-        g_i = tl.load(grad + row * length + i, mask=mask, other=0).to(STATE)
-        x_i = (tl.load(x + row * length + i, mask=mask, other=0).to(STATE) - center) * s
-        u_i, r_i = g_i * _of_weight(weight, c, mask, 1, STATE), g_i * _of_weight(v_weight, c, mask, 0, STATE)
+        mask, c = i < length, first_weight + (i if ONE else i // inner)
+        v_i = tl.load(v + i, mask=mask, other=0).to(STATE)
+        g_i = tl.load(grad + i, mask=mask, other=0).to(STATE)
+        x_i = (tl.load(x + i, mask=mask, other=0).to(STATE) - center) * s
+        u_i, r_i = (
+            g_i * _of_weight(weight, c, mask, 1, WIDE, STATE),
+            g_i * _of_weight(v_weight, c, mask, 0, WIDE, STATE),
+        )
         sum_v += v_i
         sum_u += u_i
         sum_r += r_i
@@ -280,16 +298,16 @@ def row_norm_gradients_kernel(
     begin = row * 0
     while begin < length:
         i = begin + tl.arange(0, BLOCK)
-        mask, c = i < length, first_weight + i // inner
-        v_i = tl.load(v + row * length + i, mask=mask, other=0).to(STATE)
-        g_i = tl.load(grad + row * length + i, mask=mask, other=0).to(STATE)
-        x_i = (tl.load(x + row * length + i, mask=mask, other=0).to(STATE) - center) * s
-        w_i, vw_i = _of_weight(weight, c, mask, 1, STATE), _of_weight(v_weight, c, mask, 0, STATE)
+        mask, c = i < length, first_weight + (i if ONE else i // inner)
+        v_i = tl.load(v + i, mask=mask, other=0).to(STATE)
+        g_i = tl.load(grad + i, mask=mask, other=0).to(STATE)
+        x_i = (tl.load(x + i, mask=mask, other=0).to(STATE) - center) * s
+        w_i, vw_i = _of_weight(weight, c, mask, 1, WIDE, STATE), _of_weight(v_weight, c, mask, 0, WIDE, STATE)
         p = s * (v_i - v_mean - x_i * vx)
         inner_i = vw_i * g_i - s * (vx * (w_i * g_i) + ux * v_i)
-        dg_i = w_i * p + (vw_i * x_i + _of_weight(v_bias, c, mask, 0, STATE))
-        tl.store(d_grad + row * length + i, dg_i, mask=mask)
-        tl.store(d_x + row * length + i, s * (inner_i - inner_mean - x_i * inner_x) - x_i * k, mask=mask)
+        dg_i = w_i * p + (vw_i * x_i + _of_weight(v_bias, c, mask, 0, WIDE, STATE))
+        tl.store(d_grad + i, dg_i, mask=mask)
+        tl.store(d_x + i, s * (inner_i - inner_mean - x_i * inner_x) - x_i * k, mask=mask)
         begin += BLOCK
 
 
@@ -335,6 +353,11 @@ def row_norm_weight_kernel(
     tl.store(partials + tl.program_id(1) * weights + c, tl.sum(total, 0), mask=c < weights)
 
 
+def _are_aligned(*tensors):
+    """Whether all that there are begin at multiples of 128 bits."""
+    return all(t is None or t.data_ptr() % 16 == 0 for t in tensors)
+
+
 def row_norm_double_backward(v, v_weight, v_bias, grad, x, weight, mean, invstd, groups: int):
     """As :func:`adahessian_fused.friendly.formulas.row_norm_double_backward`."""
     rows, channels, inner = x.shape
@@ -350,6 +373,8 @@ def row_norm_double_backward(v, v_weight, v_bias, grad, x, weight, mean, invstd,
         row_norm_gradients_kernel[(rows,)](
             *(v, v_weight, v_bias, grad, x, weight, mean, invstd, d_grad, d_x, means),
             *(rows, channels, inner, groups),
+            ONE=inner == 1,
+            WIDE=channels * inner % 16 == 0 and _are_aligned(v, v_weight, v_bias, grad, x, weight),
             BLOCK=min(triton.next_power_of_2(channels * inner), TILE),
             num_warps=4,
             **FUSION,

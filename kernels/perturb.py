@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .adahessian_math import round_to
+from .adahessian_math import round_to, signs
 from .table import LAUNCH, TILES, Mode, addresses, common_dtype, on, plan_of, seed_words, send, tl_dtype
 from .tile import at, find_tile, is_vector, kernel, load_probe_key, load_row, rademacher_bits, tile_lanes
 
@@ -26,8 +26,8 @@ def _move(
     else:
         p = tl.load(saved, mask=lanes.mask, other=0)
     if not RESTORE:
-        signs = 1 - 2 * rademacher_bits(key, start, lanes.logical, TILE)
-        p = round_to(p.to(scale.dtype) + scale * signs.to(scale.dtype), p.dtype)
+        z = signs(rademacher_bits(key, start, lanes.logical, VECTOR, TILE), scale.dtype)
+        p = round_to(p.to(scale.dtype) + scale * z, p.dtype)
     tl.store(param, p, mask=lanes.mask)
 
 

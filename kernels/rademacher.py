@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .adahessian_math import round_to
+from .adahessian_math import signs
 from .table import LAUNCH, TILES, Mode, on, plan_of, seed_words, send
 from .tile import at, find_tile, is_vector, kernel, load_probe_key, load_row, rademacher_bits, tile_lanes
 
@@ -14,10 +14,14 @@ from .tile import at, find_tile, is_vector, kernel, load_probe_key, load_row, ra
 @triton.jit
 def _write_signs(z, key, row, start, count, VECTOR: tl.constexpr, TILE: tl.constexpr):
     lanes = tile_lanes(row, start, count, VECTOR, TILE)
-    signs = 1 - 2 * rademacher_bits(key, start, lanes.logical, TILE)
-    tl.store(
-        at(z, lanes.origin, lanes.index, VECTOR), round_to(signs.to(tl.float32), z.dtype.element_ty), mask=lanes.mask
-    )
+    bits = rademacher_bits(key, start, lanes.logical, VECTOR, TILE)
+    tl.store(at(z, lanes.origin, lanes.index, VECTOR), signs(bits, z.dtype.element_ty), mask=lanes.mask)
+
+
+def tile_of(size: int) -> tuple[int, int]:
+    """Elements of a tile and warps: nothing is read, so that a thread can have more."""
+    tile, num_warps = TILES[size]
+    return 2 * tile, num_warps
 
 
 @kernel
@@ -42,7 +46,7 @@ def rademacher(z: Tensor, segments: Tensor, steps: Tensor, seed: int, sample: in
         seed: 64-bit Philox key.
         sample: number of the probe within the step.
     """
-    tile, num_warps = TILES[z.element_size()]
+    tile, num_warps = tile_of(z.element_size())
     with on("rademacher", z.device):
         plan = plan_of(segments, Mode.PROBE, tile, z.device)
         if len(plan.tiles) == 0:

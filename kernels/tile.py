@@ -183,15 +183,23 @@ def at(base, origin, index, VECTOR: tl.constexpr):
 
 
 @triton.jit
-def rademacher_bits(key, start, logical, TILE: tl.constexpr):
+def rademacher_bits(key, start, logical, VECTOR: tl.constexpr, TILE: tl.constexpr):
     """The lanes' bits of the probe: 1 means z = -1. One Philox call for each 128 elements that the tile touches."""
     first_call = start // SIGNS_PER_CALL
     # The tile may begin within a call, so it touches up to one more than it has room for: twice as many, a power of 2.
     call = first_call + tl.arange(0, 2 * TILE // SIGNS_PER_CALL)
     w0, w1, w2, w3 = rademacher_words(key, call.to(tl.uint32))
     words = tl.join(tl.join(w0, w2), tl.join(w1, w3)).reshape(8 * TILE // SIGNS_PER_CALL)
-    bit = (start - first_call * SIGNS_PER_CALL).to(tl.int32) + logical
-    return (tl.gather(words.to(tl.int32, bitcast=True), bit // 32, 0) >> (bit % 32)) & 1
+    words = words.to(tl.int32, bitcast=True)
+    first = (start - first_call * SIGNS_PER_CALL).to(tl.int32)
+    if VECTOR:  # the signs of a vector are a byte
+        bit = first + tl.arange(0, TILE // WHOLE_VECTOR) * WHOLE_VECTOR
+        byte = tl.gather(words, bit // 32, 0) >> (bit % 32)
+        bits = ((byte[:, None] >> tl.arange(0, WHOLE_VECTOR)[None, :]) & 1).reshape(TILE)
+    else:
+        bit = first + logical
+        bits = (tl.gather(words, bit // 32, 0) >> (bit % 32)) & 1
+    return bits
 
 
 @triton.jit
@@ -212,13 +220,13 @@ def rounding_bits(key, lanes, VECTOR: tl.constexpr, TILE: tl.constexpr):
 
 
 @triton.jit
-def hutchinson(d, key, row, start, lanes, DRAW: tl.constexpr, TILE: tl.constexpr):
+def hutchinson(d, key, row, start, lanes, DRAW: tl.constexpr, VECTOR: tl.constexpr, TILE: tl.constexpr):
     """D = z * Hz (Eq. 6) of a tile, or |D|."""
     if row.absolute != 0:
         d = tl.abs(d)
     else:
         if DRAW:
-            d = tl.where(rademacher_bits(key, start, lanes.logical, TILE) != 0, -d, d)
+            d = tl.where(rademacher_bits(key, start, lanes.logical, VECTOR, TILE) != 0, -d, d)
     return d
 
 

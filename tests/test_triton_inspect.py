@@ -40,10 +40,13 @@ def test_nothing_spills_and_16_warps_fit(compiled: dict[str, dict], case: str) -
         ("diag-bf16", 1, 2),
         ("partial-sums-fp32", 2, 0),
         ("partial-sums-bf16", 1, 0),
-        ("rademacher-fp32", 0, 2),
-        ("rademacher-bf16", 0, 1),
+        ("rademacher-fp32", 0, 4),  # 16 elements a thread
+        ("rademacher-bf16", 0, 2),
         ("perturb-fp32", 2, 2 * 2),  # p -> saved, p
         ("perturb-bf16", 1, 2),
+        ("row-gradients-fp32", 2 * 3 * 2, 2 * 2),  # v, g, x, twice -> d_g, d_x
+        ("row-gradients-bf16", 2 * 3, 2),
+        ("row-gradients-rms-bf16", 2 * 3, 2),
     ],
 )
 def test_accesses_are_128_bits_wide(compiled: dict[str, dict], case: str, loads: int, stores: int) -> None:

@@ -52,8 +52,8 @@ struct Geometry {
 class Tiler {
  public:
   template <typename T, typename M = StateOf<T>>
-  static Tiler of() {
-    return Tiler(Traits<T, M>::kTile, Traits<T, M>::kVector);
+  static Tiler of(int times = 1) {
+    return Tiler(times * Traits<T, M>::kTile, Traits<T, M>::kVector);
   }
 
   // For elementwise work.

@@ -26,27 +26,50 @@ struct RademacherArguments {
 template <typename T, Order kOrder>
 struct RademacherBody {
   using Arguments = RademacherArguments<T>;
+  static constexpr int kTimes = 4;  // the tile of others: nothing is read, and what precedes the first store counts
+  static constexpr int kSlots = kTimes * Traits<T>::kSlots;
   struct Shared {
     RademacherRow row;
     ProbeConstant constant;
     Tile tile;
-    Signs<Traits<T>::kTile> signs;
+    Signs<kTimes * Traits<T>::kTile> signs;
   };
   struct Thread {};
   static constexpr int kBlocksPerSm = kOrder == Order::kFlat ? 6 : 5;
 };
+
+// +1, and -1 where a bit is set: the bits of 1 with the sign bit put in, 16-bit numbers two at a time.
+template <typename T, int n>
+ADAHESSIAN_HD Vec<T, n> signed_ones(uint32_t negative) {
+  Vec<T, n> z = {};
+  if constexpr (sizeof(T) == 2) {
+    constexpr uint32_t kOnes = std::is_same_v<T, bfloat16> ? 0x3F803F80u : 0x3C003C00u;
+    ADAHESSIAN_UNROLL
+    for (int w = 0; w < n / 2; ++w) {
+      z.word[w] = kOnes | (negative << (15 - 2 * w) & 0x8000u) | (negative << (30 - 2 * w) & 0x80000000u);
+    }
+  } else {
+    ADAHESSIAN_UNROLL
+    for (int e = 0; e < n; ++e) {
+      if constexpr (sizeof(T) == 4) {
+        set(z, e, bit_cast<T>(0x3F800000u | (negative << (31 - e) & 0x80000000u)));
+      } else {
+        set(z, e, T(negative >> e & 1 ? -1 : 1));
+      }
+    }
+  }
+  return z;
+}
 
 template <typename T, Order kOrder>
 ADAHESSIAN_HD void write_probe(const RademacherArguments<T>& arguments,
                                typename RademacherBody<T, kOrder>::Shared& shared, int thread) {
   constexpr int kVector = Traits<T>::kVector;
   ADAHESSIAN_UNROLL
-  for (int i = 0; i < Traits<T>::kSlots; ++i) {
+  for (int i = 0; i < RademacherBody<T, kOrder>::kSlots; ++i) {
     const Slot slot = slot_of<kVector, kOrder>(shared.tile, thread + i * kThreads);
     const uint32_t negative = negative_signs<kVector, kOrder>(shared.signs, shared.tile, slot);
-    Vec<T, kVector> z = {};
-    ADAHESSIAN_UNROLL
-    for (int e = 0; e < kVector; ++e) set(z, e, stored<T>(StateOf<T>(negative >> e & 1 ? -1 : 1)));
+    const Vec<T, kVector> z = signed_ones<T, kVector>(negative);
     store<kOrder>(arguments.z + shared.row.offset, z, shared.tile, slot, shared.row.aligned);
   }
 }
@@ -77,7 +100,8 @@ void rademacher(const RademacherArgs& args, Device& device) {
   bool ordered = false;
   for (const Segment& s : args.segments) {
     if (s.numel == 0) continue;
-    const Geometry geometry = Tiler::of<T>().ordered(s.numel, 1, s.period, s.stride);
+    const Geometry geometry =
+        Tiler::of<T>(RademacherBody<T, Order::kAny>::kTimes).ordered(s.numel, 1, s.period, s.stride);
     const bool aligned = geometry.takes_vectors(Traits<T>::kVector) && is_aligned(arguments.z + s.offset);
     rows.push_back({geometry, s.offset, probe_row(s), 0, constants.index_of(s), aligned});
     ordered |= geometry.layout != Layout::kFlat;

@@ -13,7 +13,7 @@ enum class Order {
   kAny
 };
 
-// Division of small numbers (below 8192) by a number up to 4096, which one thread prepares for all.
+// Division of small numbers (below 16384) by a number up to 4096, which one thread prepares for all.
 struct Divisor {
   uint32_t magic;
 };
@@ -25,7 +25,7 @@ ADAHESSIAN_HD Divisor divisor(int64_t d) {
 }
 
 ADAHESSIAN_HD int quotient(int n, Divisor d) {
-  expect(n >= 0 && n < 2 * kMaxDivisor && d.magic != 0, "quotient: operand out of range");
+  expect(n >= 0 && n < 4 * kMaxDivisor && d.magic != 0, "quotient: operand out of range");
   return int((uint64_t(uint32_t(n)) * d.magic) >> 31);
 }
 
