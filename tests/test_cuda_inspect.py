@@ -20,8 +20,8 @@ from bench.sass import Kernel, compile_cuda, loops, shortest_path, tool
 #   step loads: Hz, diag, g, m, v, master, p; stores: m, v, master, p.  hessian_diag loads: Hz, diag; stores: diag.
 #   perturb loads: p or saved; stores: saved, p.
 WIDE = {
-    ("rademacher", 4): (0, 2),
-    ("rademacher", 2): (0, 1),
+    ("rademacher", 4): (0, 8),  # a thread has four times as much
+    ("rademacher", 2): (0, 4),
     ("perturb", 4): (2, 2 * 2),
     ("perturb", 2): (1, 2),
     ("hessian_diag", 4): (2 + 2, 2),
