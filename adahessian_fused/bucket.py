@@ -323,7 +323,8 @@ class Bucket:
         table[:, Segment.DIAG_OFFSET] = torch.arange(len(entries), device=table.device)
         flat = [v[r[Segment.OFFSET] : r[Segment.OFFSET] + r[Segment.NUMEL]] for r in table.tolist()]
         found = torch.zeros(len(entries), dtype=self.compute_dtype, device=self.device)
-        backend.hessian_diag(flat, found, table, self.steps, seed=0, sample=0, draw=False, scale=1.0, accumulate=False)
+        options = {"is_hvp": False, "scale": 1.0, "accumulate": False}
+        backend.hessian_diag(flat, found, table, self.steps, seed=0, sample=0, **options)
         for entry, mean, beta2, h in zip(entries, found, beta2s, updates, strict=True):
             view = entry.views.get(MEAN, self.means[entry.row]).copy_(mean.double() / (1 - beta2**h))
             entry.views[MEAN] = entry.state[MEAN] = view

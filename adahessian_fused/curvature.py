@@ -319,7 +319,7 @@ class Curvature:
                 bucket.steps,
                 seed=self._seed,
                 sample=sample,
-                draw=is_hvp,
+                is_hvp=is_hvp,
                 scale=weight,
                 accumulate=True,
             )
@@ -345,7 +345,7 @@ class Curvature:
         table[:, [Segment.PERIOD, Segment.STRIDE]] = 1
         flat = [folded[r[Segment.OFFSET] : r[Segment.OFFSET] + r[Segment.NUMEL]] for r in bucket.rows]
         self._backends[bucket.device.type].hessian_diag(
-            flat, compact, table, bucket.steps, seed=0, sample=0, draw=False, scale=1.0, accumulate=False
+            flat, compact, table, bucket.steps, seed=0, sample=0, is_hvp=False, scale=1.0, accumulate=False
         )
         return compact
 

@@ -75,7 +75,7 @@ def adahessian(
     shrink: float = 0.0,
     seed: int = 0,
     sample: int = 0,
-    draw: bool = True,
+    is_hvp: bool = True,
     grad_scale: Tensor | None = None,
     found_inf: Tensor | None = None,
     backend: str = "auto",
@@ -88,7 +88,7 @@ def adahessian(
         params: parameters.
         grads: gradients, shapes of ``params``.
         hvps: Hz for the probe that ``rademacher`` draws from (seed, hessian_steps, sample) for parameters numbered in
-            this order; or D itself with ``draw=False``; None for an off-step.
+            this order; or D itself with ``is_hvp=False``; None for an off-step.
         exp_avgs: m, float32 (float64 for float64 parameters), shapes of ``params``; or all m and v in bfloat16, which
             are then rounded stochastically.
         exp_hessian_diag_sqs: v, likewise.
@@ -110,7 +110,7 @@ def adahessian(
         shrink: likewise; needs ``hessian_diag_sq_means``.
         seed: key of the probe's generator, and of the one that rounds to bfloat16.
         sample: number of the probe.
-        draw: multiply ``hvps`` by the probe.
+        is_hvp: multiply ``hvps`` by the probe.
         grad_scale: divide gradients and curvature by it.
         found_inf: change nothing unless it is zero.
         backend: as for :class:`~adahessian_fused.AdaHessian`.
@@ -147,7 +147,7 @@ def adahessian(
     curvature = None
     if hvps is not None:
         curvature = Curvature(tools, seed)
-        curvature.add({e: e.stored(h) for e, h in zip(entries, hvps, strict=True)}, sample=sample, is_hvp=draw)
+        curvature.add({e: e.stored(h) for e, h in zip(entries, hvps, strict=True)}, sample=sample, is_hvp=is_hvp)
     updates = [
         prepared_update(
             bucket,

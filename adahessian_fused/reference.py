@@ -161,11 +161,11 @@ def perturb(
 
 
 def _averaged(
-    hessian: Tensor, row: list[int], steps: Tensor, seed: int, sample: int, draw: bool, dtype: torch.dtype
+    hessian: Tensor, row: list[int], steps: Tensor, seed: int, sample: int, is_hvp: bool, dtype: torch.dtype
 ) -> Tensor:
     """Compute D = z * Hz (Eq. 6), then its block means (Eq. 7): shape ``(n_blocks,)``, logical order."""
     d = to_logical(_storage(hessian), row[Segment.PERIOD], row[Segment.STRIDE]).to(dtype)
-    if draw:
+    if is_hvp:
         hessian_step = steps[row[Segment.SLOT], Steps.HESSIAN_STEP].to(d.device)
         d = d * rademacher_signs(d.numel(), row[Segment.PARAM_ID], hessian_step, seed, sample)  # Eq. 6
     return block_mean(d.abs() if row[Segment.ABSOLUTE] else d, row[Segment.BLOCK])  # Eq. 7
@@ -179,25 +179,25 @@ def hessian_diag(
     *,
     seed: int,
     sample: int,
-    draw: bool,
+    is_hvp: bool,
     scale: float,
     accumulate: bool,
 ) -> None:
     """Compute the block-averaged Hutchinson diagonal Ds (Eq. 6 and 7) into the compact buffer ``diag``.
 
     Args:
-        hessians: Hz of every segment in its parameter's shape and storage order, or D itself if not ``draw``.
+        hessians: Hz of every segment in its parameter's shape and storage order, or D itself if not ``is_hvp``.
         diag: flat float32 (float64 for float64 parameters) buffer with one number a block.
         segments: :class:`Segment` table, one row a tensor of ``hessians``.
         steps: :class:`Steps` table.
         seed: 64-bit Philox key.
         sample: number of the probe within the step.
-        draw: draw z again and multiply by it.
+        is_hvp: draw z again and multiply by it.
         scale: factor on the result, for example 1 / n_samples.
         accumulate: add to ``diag`` instead of overwriting it.
     """
     for hessian, row in zip(hessians, segments.tolist(), strict=True):
-        means = _averaged(hessian, row, steps, seed, sample, draw, diag.dtype) * scale
+        means = _averaged(hessian, row, steps, seed, sample, is_hvp, diag.dtype) * scale
         begin = row[Segment.DIAG_OFFSET]
         target = diag[begin : begin + means.numel()]
         target.add_(means) if accumulate else target.copy_(means)
@@ -217,7 +217,7 @@ def adahessian_step(
     *,
     seed: int,
     sample: int,
-    draw: bool,
+    is_hvp: bool,
     rounding_seed: int,
     grad_scale: Tensor | None,
     found_inf: Tensor | None,
@@ -235,7 +235,7 @@ def adahessian_step(
     Args:
         params: parameters, updated in place; dense, in the storage order their segments declare.
         grads: gradients, same shapes, strides and dtypes as ``params``.
-        hessians: Hz (or D, if not ``draw``) like ``grads``; empty if there is none or ``diag`` is given.
+        hessians: Hz (or D, if not ``is_hvp``) like ``grads``; empty if there is none or ``diag`` is given.
         diag: compact block-averaged diagonal of :func:`hessian_diag`.
         exp_avg: flat buffer of m, float32 (float64 for float64 parameters), updated in place; or bfloat16, which m is
             rounded to stochastically after the parameter has been moved by it.
@@ -246,7 +246,7 @@ def adahessian_step(
         groups: :class:`Hyper` table.
         seed: 64-bit Philox key.
         sample: number of the probe within the step.
-        draw: ``hessians`` are Hz and have to be multiplied by z.
+        is_hvp: ``hessians`` are Hz and have to be multiplied by z.
         rounding_seed: 64-bit Philox key of the bits that round to bfloat16.
         grad_scale: gradients and curvature are divided by this scalar tensor (GradScaler).
         found_inf: scalar tensor; nothing at all changes if it is not zero.
@@ -275,7 +275,7 @@ def adahessian_step(
             begin = row[Segment.DIAG_OFFSET]
             ds = diag[begin : begin + n_blocks(row[Segment.NUMEL], row[Segment.BLOCK])]
         elif hessians:
-            ds = _averaged(hessians[i], row, steps, seed, sample, draw, dtype)
+            ds = _averaged(hessians[i], row, steps, seed, sample, is_hvp, dtype)
         if ds is not None:
             h = h + 1
             width = min(row[Segment.BLOCK], row[Segment.NUMEL])  # a block may be longer than its parameter

@@ -237,9 +237,9 @@ def prepared_update(
         The parts of the update: the op, what it leaves to be written, the counts, and what is kept for later steps.
     """
     grads = bucket.stored(members, grads)
-    hessians, diag, kept, draw, sample = [], None, None, False, 0
+    hessians, diag, kept, is_hvp, sample = [], None, None, False, 0
     if kind == "fresh" and bucket.diag is None and not curvature.folded:
-        hessians, draw, sample = curvature.hessians(members), curvature.is_hvp, curvature.sample
+        hessians, is_hvp, sample = curvature.hessians(members), curvature.is_hvp, curvature.sample
     elif kind == "fresh":
         diag = curvature.diag(bucket)
     elif kind == "stale":
@@ -270,7 +270,7 @@ def prepared_update(
         "groups": groups,
         "seed": seed,
         "sample": sample,
-        "draw": draw,
+        "is_hvp": is_hvp,
         "rounding_seed": rounding_seed,
         "grad_scale": grad_scale,
         "found_inf": found_inf,

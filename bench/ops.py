@@ -29,12 +29,12 @@ def calls(ops, n: int, block: int, dtype: torch.dtype, stored: torch.dtype) -> I
     tables = segment_table([tuple(row[column] for column in Segment)]), torch.ones(1, len(Steps), dtype=torch.int64)
     hyper = torch.tensor([[HYPER.get(column, 0.0) for column in Hyper]], dtype=torch.float64)
     probe, one, state = {"seed": 1, "sample": 0}, dtype.itemsize, stored.itemsize
-    rest = {**probe, "draw": True, "rounding_seed": 7, "grad_scale": None, "found_inf": None}
+    rest = {**probe, "is_hvp": True, "rounding_seed": 7, "grad_scale": None, "found_inf": None}
     rest |= {"means": None, "missed": torch.zeros(1, dtype=torch.int64)}
     step = partial(ops.adahessian_step, [p], [g])
     yield "streaming", n * 4 * (one + state), lambda: (p.add_(g), m.add_(h), v.add_(1.0))
     yield "adahessian_step", n * 4 * (one + state), lambda: step([h], None, m, v, None, *tables, hyper, **rest)
-    diagonal = {**probe, "draw": True, "scale": 1.0, "accumulate": False}
+    diagonal = {**probe, "is_hvp": True, "scale": 1.0, "accumulate": False}
     yield "hessian_diag", n * one + 4 * len(diag), lambda: ops.hessian_diag([h], diag, *tables, **diagonal)
     if block == 1:
         yield "off-step", n * 3 * (one + state), lambda: step([], None, m, v, None, *tables, hyper, **rest)

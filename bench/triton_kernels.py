@@ -89,12 +89,12 @@ def every() -> dict[str, tuple[str, str, str, dict[str, Any]]]:
         masters = [{}] if dtype in ("fp32", "fp64") else [{}, {"master": "*fp32"}]
         scalers = [{}, {"grad_scale": "*fp32", "found_inf": "*fp32"}, {"found_inf": "*fp32"}]
         counts = [{"missed": "*i64"}, {"missed": "*i64", "means": "*fp64"}]
-        kinds = [{"CURVATURE": "hessian"}, {"CURVATURE": "hessian", "DRAW": False}, {"CURVATURE": "compact"}, NONE]
+        kinds = [{"CURVATURE": "hessian"}, {"CURVATURE": "hessian", "IS_HVP": False}, {"CURVATURE": "compact"}, NONE]
         for kind, state, master, scaler, count in itertools.product(kinds, states, masters, scalers, counts):
             add(STEP, "adahessian_step_kernel", dtype, **kind, **state, **master, **scaler, **count)
         for draw in (True, False):
-            add(DIAG, "hessian_diag_kernel", dtype, DRAW=draw)
-            add(DIAG, "partial_sums_kernel", dtype, DRAW=draw)
+            add(DIAG, "hessian_diag_kernel", dtype, IS_HVP=draw)
+            add(DIAG, "partial_sums_kernel", dtype, IS_HVP=draw)
         add(DIAG, "combine_kernel", dtype, WIDTH=256)
         add("coefficients", "coefficients_kernel", dtype)
         add(RADEMACHER, "rademacher_kernel", dtype)
@@ -130,7 +130,7 @@ def compile_case(module: str, name: str, dtype: str, given: dict[str, Any], arch
     pointers = {n: kind for n, kind in given.items() if isinstance(kind, str) and kind.startswith("*")}
     types |= pointers
     constants = {"DTYPE": getattr(tl, LANGUAGE[dtype]), "STATE": tl.float64 if dtype == "fp64" else tl.float32}
-    constants |= {"DRAW": True, "TILE": tile} | ({} if module == NORM else dict.fromkeys(OPTIONAL)) | given
+    constants |= {"IS_HVP": True, "TILE": tile} | ({} if module == NORM else dict.fromkeys(OPTIONAL)) | given
     constants = {n: value for n, value in constants.items() if n in kernel.arg_names and n not in pointers}
     signature = {n: "constexpr" if n in constants else types.get(n, "i32") for n in kernel.arg_names}
     options = {"num_warps": 1 if name in ("combine_kernel", "coefficients_kernel") else num_warps}

@@ -44,7 +44,7 @@ struct Context {
 struct Probe {
   uint64_t seed;
   uint32_t sample;
-  bool draw;  // multiply by z; otherwise the input already is D
+  bool is_hvp;  // multiply by z; otherwise the input already is D
 };
 
 // int64 (step, hessian_step) for each slot, before this step. On a GPU either may live on the device (capturable).

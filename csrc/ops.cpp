@@ -213,7 +213,7 @@ void perturb(TensorList params, Tensor saved, Tensor segments, Tensor steps, int
 
 template <typename Launchers>
 void hessian_diag(TensorList hessians, Tensor diag, Tensor segments, Tensor steps, int64_t seed, int64_t sample,
-                  bool draw, double scale, bool accumulate) {
+                  bool is_hvp, double scale, bool accumulate) {
   const char* op = "hessian_diag";
   if (hessians.empty()) {
     STD_TORCH_CHECK(segments.numel() == 0, op, ": hessians is empty; expected ", segments.size(0), " tensors");
@@ -228,7 +228,7 @@ void hessian_diag(TensorList hessians, Tensor diag, Tensor segments, Tensor step
   check_inside_diag(op, diag, args.segments);
   args.diag = diag.data_ptr();
   args.counts = read_counts(op, steps, diag);
-  args.probe = {uint64_t(seed), uint32_t(sample), draw};
+  args.probe = {uint64_t(seed), uint32_t(sample), is_hvp};
   args.scale = scale;
   args.accumulate = accumulate;
   const Scope scope(diag);
@@ -238,7 +238,7 @@ void hessian_diag(TensorList hessians, Tensor diag, Tensor segments, Tensor step
 template <typename Launchers>
 void adahessian_step(TensorList params, TensorList grads, TensorList hessians, OptionalTensor diag, Tensor exp_avg,
                      Tensor exp_hessian_diag_sq, OptionalTensor master, Tensor segments, Tensor steps, Tensor groups,
-                     int64_t seed, int64_t sample, bool draw, int64_t rounding_seed, OptionalTensor grad_scale,
+                     int64_t seed, int64_t sample, bool is_hvp, int64_t rounding_seed, OptionalTensor grad_scale,
                      OptionalTensor found_inf, OptionalTensor means, OptionalTensor missed) {
   const char* op = "adahessian_step";
   if (params.empty()) {
@@ -290,7 +290,7 @@ void adahessian_step(TensorList params, TensorList grads, TensorList hessians, O
                     "which has ", args.n_groups);
   }
   args.counts = read_counts(op, steps, exp_avg);
-  args.probe = {uint64_t(seed), uint32_t(sample), draw};
+  args.probe = {uint64_t(seed), uint32_t(sample), is_hvp};
   args.grad_scale = scalar(op, "grad_scale", grad_scale, exp_avg);
   args.found_inf = scalar(op, "found_inf", found_inf, exp_avg);
   args.rounding_seed = uint64_t(rounding_seed);
@@ -307,11 +307,11 @@ constexpr const char* kPerturb =
     "float scale, bool save) -> ()";
 constexpr const char* kHessianDiag =
     "hessian_diag(Tensor[] hessians, Tensor(a!) diag, Tensor segments, Tensor steps, *, int seed, int sample, "
-    "bool draw, float scale, bool accumulate) -> ()";
+    "bool is_hvp, float scale, bool accumulate) -> ()";
 constexpr const char* kAdaHessianStep =
     "adahessian_step(Tensor(a!)[] params, Tensor[] grads, Tensor[] hessians, Tensor? diag, Tensor(b!) exp_avg, "
     "Tensor(c!) exp_hessian_diag_sq, Tensor(d!)? master, Tensor segments, Tensor steps, Tensor groups, *, int seed, "
-    "int sample, bool draw, int rounding_seed, Tensor? grad_scale, Tensor? found_inf, Tensor? means, "
+    "int sample, bool is_hvp, int rounding_seed, Tensor? grad_scale, Tensor? found_inf, Tensor? means, "
     "Tensor(e!)? missed) -> ()";
 
 template <typename Library>

@@ -119,7 +119,7 @@ def update_vector_tile(
     count,
     S: tl.constexpr,
     CURVATURE: tl.constexpr,
-    DRAW: tl.constexpr,
+    IS_HVP: tl.constexpr,
     TILE: tl.constexpr,
 ):
     """A tile that is_vector."""
@@ -131,7 +131,7 @@ def update_vector_tile(
         if row.block <= TILE:
             ds = tl.load(at(arrays.hessian, lanes.origin, lanes.index, True), mask=lanes.mask, other=0).to(S)
             if row.block > 1:  # otherwise only D^2 = Hz^2 enters
-                ds = hutchinson(ds, key, row, start, lanes, DRAW, True, TILE)
+                ds = hutchinson(ds, key, row, start, lanes, IS_HVP, True, TILE)
                 ds = spread(block_means(ds, row, count, lanes, True), row, lanes, True)
         else:
             ds = load_compact(diag, row, start, lanes, True)
@@ -152,7 +152,7 @@ def update_general_tile(
     count,
     S: tl.constexpr,
     CURVATURE: tl.constexpr,
-    DRAW: tl.constexpr,
+    IS_HVP: tl.constexpr,
     TILE: tl.constexpr,
 ):
     """Any tile: blocks are averaged over the whole tile, then the rest is done a few lanes at a time.
@@ -166,7 +166,7 @@ def update_general_tile(
         lanes = tile_lanes(row, start, count, False, TILE)
         means = tl.load(at(arrays.hessian, lanes.origin, lanes.index, False), mask=lanes.mask, other=0).to(means.dtype)
         if row.block > 1:
-            means = hutchinson(means, key, row, start, lanes, DRAW, False, TILE)
+            means = hutchinson(means, key, row, start, lanes, IS_HVP, False, TILE)
             means = block_means(means, row, count, lanes, False)
     end = tl.where(row.lane_period == 1, count, TILE)
     first = end * 0
@@ -205,7 +205,7 @@ def adahessian_step_kernel(
     rounding_seed_high,
     DTYPE: tl.constexpr,
     CURVATURE: tl.constexpr,  # "hessian", "compact" or "none"
-    DRAW: tl.constexpr,
+    IS_HVP: tl.constexpr,
     TILE: tl.constexpr,
 ):
     """Each program updates one tile of one parameter."""
@@ -242,9 +242,9 @@ def adahessian_step_kernel(
         missed += row.slot
     arrays = Arrays(param, grad, hessian, exp_avg, exp_hessian_diag_sq, master, missed)
     if is_vector(row, start, count, touched):
-        update_vector_tile(arrays, diag, c, key, rounding, row, start, count, S, CURVATURE, DRAW, TILE)
+        update_vector_tile(arrays, diag, c, key, rounding, row, start, count, S, CURVATURE, IS_HVP, TILE)
     else:
-        update_general_tile(arrays, diag, c, key, rounding, row, start, count, S, CURVATURE, DRAW, TILE)
+        update_general_tile(arrays, diag, c, key, rounding, row, start, count, S, CURVATURE, IS_HVP, TILE)
 
 
 # ---- the op ----------------------------------------------------------------------------------------------------------
@@ -264,7 +264,7 @@ def adahessian_step(
     *,
     seed: int,
     sample: int,
-    draw: bool,
+    is_hvp: bool,
     rounding_seed: int,
     grad_scale: Tensor | None,
     found_inf: Tensor | None,
@@ -279,7 +279,7 @@ def adahessian_step(
     Args:
         params: parameters of one dtype, updated in place; dense, in the storage order their segments declare.
         grads: gradients, same shapes, strides and dtype as ``params``.
-        hessians: Hz (or D, if not ``draw``) like ``grads``; empty if there is none or ``diag`` is given.
+        hessians: Hz (or D, if not ``is_hvp``) like ``grads``; empty if there is none or ``diag`` is given.
         diag: compact block-averaged diagonal of :func:`hessian_diag`.
         exp_avg: flat buffer of m, float32 (float64 for float64 parameters) or bfloat16, updated in place.
         exp_hessian_diag_sq: flat buffer of v, likewise.
@@ -289,7 +289,7 @@ def adahessian_step(
         groups: :class:`Hyper` table, on the CPU or on the device.
         seed: 64-bit Philox key.
         sample: number of the probe within the step.
-        draw: ``hessians`` are Hz and have to be multiplied by z.
+        is_hvp: ``hessians`` are Hz and have to be multiplied by z.
         rounding_seed: 64-bit Philox key of the bits that round to bfloat16.
         grad_scale: gradients and curvature are divided by this scalar tensor (GradScaler).
         found_inf: scalar tensor; nothing at all changes if it is not zero.
@@ -315,7 +315,7 @@ def adahessian_step(
         _launch(
             lists, dtype, diag, exp_avg, exp_hessian_diag_sq, master, segments, steps, groups, mode,
             probe=seed_words(seed, sample),
-            draw=draw,
+            is_hvp=is_hvp,
             rounding_seed=rounding_seed,
             scalars=[None if x is None else x.to(device) for x in (grad_scale, found_inf)],
             per_slot=[means, missed],
@@ -335,7 +335,7 @@ def _launch(
     groups: Tensor,
     mode: Mode,
     probe: tuple[int, int, int],
-    draw: bool,
+    is_hvp: bool,
     rounding_seed: int,
     scalars: list[Tensor | None],
     per_slot: list[Tensor | None],
@@ -358,7 +358,7 @@ def _launch(
         rows = rows.astype(np.float64 if computed == torch.float64 else np.float32)
         table, scale, steps, coefficients = send(plan, device, table, scale, steps, rows)
 
-    config = {"DTYPE": tl_dtype(dtype), "DRAW": draw, "TILE": tile, "num_warps": num_warps, **LAUNCH}
+    config = {"DTYPE": tl_dtype(dtype), "IS_HVP": is_hvp, "TILE": tile, "num_warps": num_warps, **LAUNCH}
     if mode is Mode.HESSIAN:
         # Blocks longer than a tile are averaged ahead, so that Hz is read once.
         diag = torch.empty(len(plan.blocks), dtype=computed, device=device)

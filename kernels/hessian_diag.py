@@ -47,13 +47,13 @@ def _average_tile(
     row,
     start,
     count,
-    DRAW: tl.constexpr,
+    IS_HVP: tl.constexpr,
     VECTOR: tl.constexpr,
     TILE: tl.constexpr,
 ):
     lanes = tile_lanes(row, start, count, VECTOR, TILE)
     d = tl.load(at(hessian, lanes.origin, lanes.index, VECTOR), mask=lanes.mask, other=0).to(diag.dtype.element_ty)
-    d = hutchinson(d, key, row, start, lanes, DRAW, VECTOR, TILE)
+    d = hutchinson(d, key, row, start, lanes, IS_HVP, VECTOR, TILE)
     if row.block == 1:
         _write(at(diag, start, lanes.logical, VECTOR), d, scale, accumulate, lanes.mask)
     else:
@@ -76,7 +76,7 @@ def hessian_diag_kernel(
     seed_high,
     sample,
     DTYPE: tl.constexpr,
-    DRAW: tl.constexpr,
+    IS_HVP: tl.constexpr,
     TILE: tl.constexpr,
 ):
     """Each program reads a tile of Hz once and writes the means of its blocks."""
@@ -91,9 +91,9 @@ def hessian_diag_kernel(
     if row.block == 1:
         touched |= (diag + start).to(tl.int64)
     if is_vector(row, start, count, touched):
-        _average_tile(hessian, diag, factor, accumulate, key, row, start, count, DRAW, True, TILE)
+        _average_tile(hessian, diag, factor, accumulate, key, row, start, count, IS_HVP, True, TILE)
     else:
-        _average_tile(hessian, diag, factor, accumulate, key, row, start, count, DRAW, False, TILE)
+        _average_tile(hessian, diag, factor, accumulate, key, row, start, count, IS_HVP, False, TILE)
 
 
 # ---- blocks longer than a tile ---------------------------------------------------------------------------------------
@@ -107,7 +107,7 @@ def _tile_sum(
     start,
     count,
     STATE: tl.constexpr,
-    DRAW: tl.constexpr,
+    IS_HVP: tl.constexpr,
     VECTOR: tl.constexpr,
     TILE: tl.constexpr,
 ):
@@ -116,7 +116,7 @@ def _tile_sum(
     else:
         lanes = general_lanes(row, start, count, TILE, 1, tl.arange(0, TILE))
     d = tl.load(at(hessian, lanes.origin, lanes.index, VECTOR), mask=lanes.mask, other=0).to(STATE)
-    return tl.sum(hutchinson(d, key, row, start, lanes, DRAW, VECTOR, TILE), 0).to(tl.float64)
+    return tl.sum(hutchinson(d, key, row, start, lanes, IS_HVP, VECTOR, TILE), 0).to(tl.float64)
 
 
 @kernel
@@ -133,7 +133,7 @@ def partial_sums_kernel(
     sample,
     DTYPE: tl.constexpr,
     STATE: tl.constexpr,
-    DRAW: tl.constexpr,
+    IS_HVP: tl.constexpr,
     TILE: tl.constexpr,
 ):
     """Each program sums D over ``part_length`` elements of a block: a tree within a tile, float64 from tile to tile."""
@@ -151,9 +151,9 @@ def partial_sums_kernel(
     while start < end:
         count = tl.minimum(TILE, end - start).to(tl.int32)
         if is_vector(row, start, count, (hessian + start).to(tl.int64)):
-            total += _tile_sum(hessian, key, row, start, count, STATE, DRAW, True, TILE)
+            total += _tile_sum(hessian, key, row, start, count, STATE, IS_HVP, True, TILE)
         else:
-            total += _tile_sum(hessian, key, row, start, count, STATE, DRAW, False, TILE)
+            total += _tile_sum(hessian, key, row, start, count, STATE, IS_HVP, False, TILE)
         start += TILE
     tl.store(partials + tl.program_id(0), total)
 
@@ -207,20 +207,20 @@ def hessian_diag(
     *,
     seed: int,
     sample: int,
-    draw: bool,
+    is_hvp: bool,
     scale: float,
     accumulate: bool,
 ) -> None:
     """Block-averaged Hutchinson diagonal Ds (Eq. 6 and 7) into the compact buffer ``diag``.
 
     Args:
-        hessians: Hz of every segment in its parameter's shape and storage order, or D itself if not ``draw``.
+        hessians: Hz of every segment in its parameter's shape and storage order, or D itself if not ``is_hvp``.
         diag: flat float32 (float64 for float64 parameters) buffer with one number a block.
         segments: :class:`Segment` table, one row a tensor of ``hessians``.
         steps: :class:`Steps` table, on the CPU or on the device of ``diag``.
         seed: 64-bit Philox key.
         sample: number of the probe within the step.
-        draw: draw z again and multiply by it.
+        is_hvp: draw z again and multiply by it.
         scale: factor on the result, for example 1 / n_samples.
         accumulate: add to ``diag`` instead of overwriting it.
 
@@ -236,7 +236,7 @@ def hessian_diag(
         plan = plan_of(segments, Mode.DIAG, tile, diag.device)
         table, factor, steps = send(plan, diag.device, addresses(hessians), np.array([scale], dtype=np.float64), steps)
         probe = seed_words(seed, sample)
-        config = {"DTYPE": tl_dtype(dtype), "DRAW": draw, "TILE": tile, "num_warps": num_warps, **LAUNCH}
+        config = {"DTYPE": tl_dtype(dtype), "IS_HVP": is_hvp, "TILE": tile, "num_warps": num_warps, **LAUNCH}
         if len(plan.tiles):
             hessian_diag_kernel[(len(plan.tiles),)](
                 table, diag, plan.rows, plan.tiles, steps, factor, int(accumulate), *probe, **config

@@ -220,12 +220,12 @@ def rounding_bits(key, lanes, VECTOR: tl.constexpr, TILE: tl.constexpr):
 
 
 @triton.jit
-def hutchinson(d, key, row, start, lanes, DRAW: tl.constexpr, VECTOR: tl.constexpr, TILE: tl.constexpr):
+def hutchinson(d, key, row, start, lanes, IS_HVP: tl.constexpr, VECTOR: tl.constexpr, TILE: tl.constexpr):
     """D = z * Hz (Eq. 6) of a tile, or |D|."""
     if row.absolute != 0:
         d = tl.abs(d)
     else:
-        if DRAW:
+        if IS_HVP:
             d = tl.where(rademacher_bits(key, start, lanes.logical, VECTOR, TILE) != 0, -d, d)
     return d
 

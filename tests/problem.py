@@ -75,7 +75,7 @@ class Problem:
 
     def run_hessian_diag(self, backend, only: list[int] | None = None, **options) -> None:
         (hessians,), segments = self._lists(("hessian",), only)
-        options = {"seed": SEED, "sample": 0, "draw": True, "scale": 1.0, "accumulate": False} | options
+        options = {"seed": SEED, "sample": 0, "is_hvp": True, "scale": 1.0, "accumulate": False} | options
         backend.hessian_diag(hessians, self.arenas["diag"], segments, self.steps, **options)
 
     def run_step(self, backend, curvature: str = "hessian", only: list[int] | None = None, **options) -> None:
@@ -85,7 +85,7 @@ class Problem:
         diag = self.arenas["diag"] if curvature == "diag" else None
         states = self.arenas["exp_avg"], self.arenas["exp_hessian_diag_sq"], self.arenas.get("master")
         tables = {"means": self.means, "missed": self.missed, "rounding_seed": ROUNDING_SEED}
-        options = {"seed": SEED, "sample": 0, "draw": True, "grad_scale": None, "found_inf": None, **tables} | options
+        options = {"seed": SEED, "sample": 0, "is_hvp": True, "grad_scale": None, "found_inf": None, **tables} | options
         backend.adahessian_step(params, grads, hessians, diag, *states, segments, self.steps, self.groups, **options)
 
 

@@ -48,7 +48,7 @@ def check_step(backend, problem: Problem, curvature: str = "hessian", grad_scale
     if grad_scale != 1.0:
         options["grad_scale"] = torch.tensor(grad_scale, device=problem.arenas["param"].device)
     if curvature == "hessian":
-        diag_options = {name: options[name] for name in ("seed", "sample", "draw") if name in options}
+        diag_options = {name: options[name] for name in ("seed", "sample", "is_hvp") if name in options}
         expected.run_hessian_diag(reference, **diag_options)
     ds = None if curvature == "none" else expected.windows("diag")
     for ops, tensors in ((backend, problem), (reference, expected)):
@@ -117,7 +117,7 @@ def test_master_weights(backend, dtype, stored, curvature, device):
     check_step(backend, build(dataclasses.replace(MIXED, dtype=dtype, stored=stored, master=True), device), curvature)
 
 
-@pytest.mark.parametrize("options", [{"draw": False}, {"sample": 5}, {"seed": -1}, {"sample": 2**32 - 1}], ids=str)
+@pytest.mark.parametrize("options", [{"is_hvp": False}, {"sample": 5}, {"seed": -1}, {"sample": 2**32 - 1}], ids=str)
 def test_options(backend, options, device):
     check_step(backend, build(MIXED, device), **options)
 

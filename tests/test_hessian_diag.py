@@ -48,16 +48,16 @@ def test_any_layout(backend, device):
     check()
 
 
-@pytest.mark.parametrize("draw", [True, False], ids=["Hz", "D"])
+@pytest.mark.parametrize("is_hvp", [True, False], ids=["Hz", "D"])
 @pytest.mark.parametrize("accumulate", [True, False], ids=["add", "write"])
 @pytest.mark.parametrize("scale", [1.0, 1 / 3])
-def test_options(backend, scale, accumulate, draw, device):
-    check_diag(backend, build(MIXED, device), scale=scale, accumulate=accumulate, draw=draw, sample=3)
+def test_options(backend, scale, accumulate, is_hvp, device):
+    check_diag(backend, build(MIXED, device), scale=scale, accumulate=accumulate, is_hvp=is_hvp, sample=3)
 
 
 def test_without_drawing_it_is_the_mean_of_the_input(backend, device):
     problem = build(Case("draw_off", specs((4, 6), block="row")), device)
-    problem.run_hessian_diag(backend, draw=False)
+    problem.run_hessian_diag(backend, is_hvp=False)
     wanted = problem.tensors("hessian")[0].double().mean(1)
     assert_within(problem.window("diag", 0), wanted, diag_bound(problem, wanted, 0), "mean", counted=True)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import _thread
 import contextlib
+import signal
 
 import pytest
 import torch
@@ -329,6 +330,15 @@ def test_nothing_is_updated_twice_by_a_step_that_keeps_failing(n):
     torch.testing.assert_close(*results, rtol=0, atol=0)
 
 
+@pytest.fixture
+def ctrl_c():
+    """The handler of a program in the foreground; one that was started in the background ignores the signal."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("ctrl_c")
 def test_ctrl_c_during_an_op_comes_after_it_is_noted():
     calls = []
     parts = Parts([_thread.interrupt_main, lambda: calls.append(1)])

@@ -17,16 +17,8 @@ def test_every_number_arrives(tmp_path):
     found = accumulators.EventAccumulator(str(tmp_path)).Reload()
     numbers = {tag: [(e.step, e.value) for e in found.Scalars(tag)] for tag in found.Tags()["scalars"]}
     assert {tuple(step for step, _ in values) for values in numbers.values()} == {(2, 4)}
-    names = {
-        "param_norm",
-        "grad_norm",
-        "update_norm",
-        "hessian_diag_norm",
-        "nonfinite",
-        "missed",
-        "step",
-        "hessian_step",
-    }
+    norms = {"param_norm", "grad_norm", "update_norm", "hessian_diag_norm"}
+    names = {*norms, "nonfinite", "missed", "clipped", "step", "hessian_step"}
     groups = {f"group{i}/{name}" for i in range(2) for name in (*names, "lr")}
     assert set(numbers) == {"loss", *(f"adahessian/{name}" for name in (*names, *groups))}
     assert [value for _, value in numbers["adahessian/hessian_step"]] == [2, 4]

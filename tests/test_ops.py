@@ -40,7 +40,7 @@ def arguments(op: str, problem: Problem, curvature: str = "hessian", grad_scale=
         moved = {"params": apart(problem.tensors("param")), "saved": arenas["z"].to(problem.case.dtype)}
         return {**moved, **tables, **probe, "scale": 0.1, "save": True}
     if op == "hessian_diag":
-        options = {"draw": True, "scale": 0.5, "accumulate": True}
+        options = {"is_hvp": True, "scale": 0.5, "accumulate": True}
         return {"hessians": hessians, "diag": arenas["diag"], **tables, **probe, **options}
     return {
         "params": apart(problem.tensors("param")),
@@ -53,7 +53,7 @@ def arguments(op: str, problem: Problem, curvature: str = "hessian", grad_scale=
         **tables,
         "groups": problem.groups,
         **probe,
-        "draw": True,
+        "is_hvp": True,
         "rounding_seed": 9,
         "grad_scale": torch.tensor(4.0, device=device) if grad_scale else None,
         "found_inf": torch.tensor(0.0, device=device) if found_inf else None,
@@ -65,7 +65,7 @@ def arguments(op: str, problem: Problem, curvature: str = "hessian", grad_scale=
 def call(op, arguments: dict) -> None:
     """By position where the schema has positions."""
     names = list(arguments)
-    keyword_only = {"seed", "sample", "draw", "scale", "save", "accumulate", "grad_scale", "found_inf"}
+    keyword_only = {"seed", "sample", "is_hvp", "scale", "save", "accumulate", "grad_scale", "found_inf"}
     keyword_only = (keyword_only | {"rounding_seed", "means", "missed"}) & set(names)
     keyword_only = set() if "z" in names else keyword_only
     op(*(arguments[n] for n in names if n not in keyword_only), **{n: arguments[n] for n in keyword_only})

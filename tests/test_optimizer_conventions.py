@@ -316,7 +316,7 @@ def test_functional_form_with_options_and_a_diagonal(engine, device, options):
     m, v = (torch.zeros_like(q, dtype=opt.state_dtype) for _ in range(2))
     mean = torch.zeros((), dtype=torch.float64, device=device)
     counts = [torch.zeros((), dtype=torch.int64) for _ in range(2)]
-    hyper = {"lr": 0.1, "beta1": 0.9, "beta2": 0.999, "eps": 1e-4, "weight_decay": 0.0, "draw": False}
+    hyper = {"lr": 0.1, "beta1": 0.9, "beta2": 0.999, "eps": 1e-4, "weight_decay": 0.0, "is_hvp": False}
     for i in range(3):
         g, d = torch.sin((i + 7) * q), torch.cos((i + 5) * q) * (q > -0.5)  # some have none
         p.grad = g.clone()
@@ -342,7 +342,7 @@ def test_functional_form_with_a_diagonal_and_gradient_scaling(engine, device):
         [torch.tensor(1.0, device=device), torch.tensor(0.0, device=device)],
     )
     for found_inf in flags:  # the first call does nothing
-        options = {"draw": False, "grad_scale": scale, "found_inf": found_inf, "backend": engine}
+        options = {"is_hvp": False, "grad_scale": scale, "found_inf": found_inf, "backend": engine}
         adahessian(
             [p], [g], [d], [m], [v], [t], [h], lr=1.0, beta1=0.0, beta2=0.0, eps=0.0, weight_decay=0.0, **options
         )

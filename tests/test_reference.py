@@ -110,7 +110,7 @@ def three_steps(diagonals, hyper, master=False, dtype=torch.float64, rest=PLAIN)
     for g, d in zip(GRADS, diagonals, strict=True):
         problem.window("grad", 0).copy_(torch.tensor(g))
         problem.window("hessian", 0).copy_(torch.tensor(d if d is not None else [math.nan] * 3))
-        problem.run_step(reference, "hessian" if d is not None else "none", draw=False)
+        problem.run_step(reference, "hessian" if d is not None else "none", is_hvp=False)
         problem.steps += torch.tensor([1, d is not None])
     return problem
 

@@ -200,7 +200,7 @@ KEY = {"seed": 0, "sample": 0}
 LAUNCHES = {
     "rademacher": ((FLAT,), KEY),
     "perturb": (([PARAM], FLAT), {**KEY, "scale": 0.5, "save": True}),
-    "hessian_diag": (([PARAM], FLAT), {**KEY, "draw": True, "scale": 1.0, "accumulate": False}),
+    "hessian_diag": (([PARAM], FLAT), {**KEY, "is_hvp": True, "scale": 1.0, "accumulate": False}),
 }
 
 

@@ -9,7 +9,7 @@ inline namespace ADAHESSIAN_ISA {
 
 // The probe of a tile. |z * Hz| = |Hz|: no signs for absolute values.
 ADAHESSIAN_HD void draw(const Tile& tile, const Probe& probe, const ProbeKey& key, SignBits& signs) {
-  probe.draw && !tile.segment->absolute ? signs.draw(key, tile.begin, tile.size()) : signs.clear();
+  probe.is_hvp && !tile.segment->absolute ? signs.draw(key, tile.begin, tile.size()) : signs.clear();
 }
 
 // D of a tile whose elements are stored in logical order.

@@ -55,7 +55,7 @@ ADAHESSIAN_HD Coefficients<S> coefficients_of(const StepArguments<S, M>& argumen
   Coefficients<S> c;
   if (arguments.groups != nullptr) {
     const int64_t* steps = arguments.probe.steps + 2 * row.probe.slot;
-    c = coefficients<S>(arguments.groups[row.group], steps[0] + 1, steps[1] + (row.curvature != Curvature::kNone),
+    c = coefficients<S>(arguments.groups[row.group], steps[0] + 1, steps[1] + (row.curvature != DiagonalSource::kNone),
                         inv_scale, arguments.means != nullptr);
   } else {
     c = constant_of_row(arguments.table, row).coefficients;
@@ -67,12 +67,12 @@ ADAHESSIAN_HD Coefficients<S> coefficients_of(const StepArguments<S, M>& argumen
 }
 
 ADAHESSIAN_HD bool takes_hessian(const StepRow& row) {
-  return row.curvature == Curvature::kElementwise || row.curvature == Curvature::kBlocks;
+  return row.curvature == DiagonalSource::kElementwise || row.curvature == DiagonalSource::kBlocks;
 }
 
 template <typename S, typename M>
 ADAHESSIAN_HD bool draws(const StepArguments<S, M>& arguments, const StepRow& row) {
-  return arguments.probe.draw && row.curvature == Curvature::kBlocks && !(row.flags & StepRow::kAbsolute);
+  return arguments.probe.is_hvp && row.curvature == DiagonalSource::kBlocks && !(row.flags & StepRow::kAbsolute);
 }
 
 // Master weights are float, and only where the states are float too.
@@ -107,7 +107,7 @@ ADAHESSIAN_HD void visit_inputs(const typename Body::Arguments& arguments, const
   const bool state_aligned = row.flags & StepRow::kStateAligned;
   if (takes_hessian(row)) {
     visit_packed(state.d[i], static_cast<const T*>(row.hessian), row.flags & StepRow::kHessianAligned, visit);
-  } else if (row.curvature == Curvature::kDiag) {
+  } else if (row.curvature == DiagonalSource::kDiag) {
     visit(state.d[i], static_cast<const S*>(row.diag), row.flags & StepRow::kDiagAligned);
   }
   visit(state.grad[i], static_cast<const T*>(row.grad), row.flags & StepRow::kGradAligned);
@@ -127,7 +127,7 @@ ADAHESSIAN_HD void visit_outputs(const typename Body::Arguments& arguments, cons
                                  const Vec<typename Body::Param, Body::kVector>& param, int i, const Visit& visit) {
   const bool state_aligned = row.flags & StepRow::kStateAligned;
   visit(state.exp_avg[i], arguments.exp_avg + row.offset, state_aligned);
-  if (row.curvature != Curvature::kNone) {
+  if (row.curvature != DiagonalSource::kNone) {
     visit(state.exp_hessian_diag_sq[i], arguments.exp_hessian_diag_sq + row.offset, state_aligned);
   }
   if (arguments.master != nullptr) {
@@ -168,7 +168,7 @@ ADAHESSIAN_HD void load_all(const typename Body::Arguments& arguments, typename 
   if (takes_hessian(row)) {
     ADAHESSIAN_UNROLL
     for (int i = 0; i < kSlots; ++i) unpack<typename Body::Param>(state.d[i]);
-  } else if (row.curvature == Curvature::kUniform) {
+  } else if (row.curvature == DiagonalSource::kUniform) {
     const S ds = in_global(static_cast<const S*>(row.diag))[tile.first_block];
     ADAHESSIAN_UNROLL
     for (int i = 0; i < kSlots; ++i) {
@@ -185,7 +185,7 @@ ADAHESSIAN_HD void fill_blocks(const typename Body::Arguments& arguments, typena
   using S = typename Body::S;
   constexpr Order kOrder = Body::kOrder;
   const Tile& tile = shared.tile;
-  if (shared.row.curvature == Curvature::kDiagBlocks) {
+  if (shared.row.curvature == DiagonalSource::kDiagBlocks) {
     const auto* diag = in_global(static_cast<const S*>(shared.row.diag)) + tile.first_block;
     for (int unit = thread; unit < tile.units; unit += kThreads) value_at(shared.blocks, unit * tile.unit) = diag[unit];
     return;
@@ -262,7 +262,7 @@ ADAHESSIAN_HD void update_slot(const typename Body::Arguments& arguments, typena
   const Coefficients<S>& c = shared.coefficients;
   Vec<S, kVector> m = computed<S>(state.exp_avg[i]), v = computed<S>(state.exp_hessian_diag_sq[i]);
   Vec<S, kVector>& p = state.weight[i];
-  if (shared.row.curvature != Curvature::kNone) {
+  if (shared.row.curvature != DiagonalSource::kNone) {
     uint32_t missed = 0;
     ADAHESSIAN_UNROLL
     for (int e = 0; e < kVector; ++e) {
@@ -328,7 +328,7 @@ ADAHESSIAN_HD void run(StepBody<T, M, kOrder>, Executor& executor, const StepArg
     if (averages(shared.row.curvature)) {
       executor.phase([&](int thread, auto& state) { fill_blocks<Body>(arguments, shared, state, thread); });
     }
-    if (shared.row.curvature == Curvature::kBlocks) {
+    if (shared.row.curvature == DiagonalSource::kBlocks) {
       const Lengths lengths = {shared.tile.unit, shared.tile.count};
       average_blocks(executor, shared.blocks, shared.tile, lengths);
     }

@@ -57,10 +57,10 @@ ADAHESSIAN_HD double magnitude(double x) { return fabs(x); }
 // D = z * Hz, or |D|, of one slot.
 template <typename T, Order kOrder, int kTile>
 ADAHESSIAN_HD void multiply_probe(Vec<StateOf<T>, Traits<T>::kVector>& d, const Vec<T, Traits<T>::kVector>& hessian,
-                                  const Signs<kTile>& signs, const Tile& tile, const Slot& slot, bool draw,
+                                  const Signs<kTile>& signs, const Tile& tile, const Slot& slot, bool is_hvp,
                                   bool absolute) {
   constexpr int kVector = Traits<T>::kVector;
-  const uint32_t negative = draw && !absolute ? negative_signs<kVector, kOrder>(signs, tile, slot) : 0;
+  const uint32_t negative = is_hvp && !absolute ? negative_signs<kVector, kOrder>(signs, tile, slot) : 0;
   ADAHESSIAN_UNROLL
   for (int e = 0; e < kVector; ++e) {
     const StateOf<T> h = load_as(get(hessian, e));
@@ -98,7 +98,7 @@ ADAHESSIAN_HD void write_elements(const HessianDiagArguments& arguments, typenam
     const Slot slot = slot_of<kVector, Order::kFlat>(shared.tile, thread + i * kThreads);
     Vec<S, kVector> d, old = {};
     if (arguments.accumulate) load<Order::kFlat>(old, target, shared.tile, slot, aligned);
-    multiply_probe<T, Order::kFlat>(d, state.hessian[i], shared.signs, shared.tile, slot, arguments.probe.draw,
+    multiply_probe<T, Order::kFlat>(d, state.hessian[i], shared.signs, shared.tile, slot, arguments.probe.is_hvp,
                                     flags & HessianDiagRow::kAbsolute);
     ADAHESSIAN_UNROLL
     for (int e = 0; e < kVector; ++e) set(d, e, get(old, e) + get(d, e) * S(arguments.scale));
@@ -140,7 +140,7 @@ ADAHESSIAN_HD void run(HessianDiagBody<T>, Executor& executor, const HessianDiag
       load<Order::kAny>(state.hessian[i], static_cast<const T*>(row.hessian), tile, slot,
                         row.flags & HessianDiagRow::kHessianAligned);
     }
-    if (arguments.probe.draw) draw_signs(shared.signs, arguments.probe, row.probe, shared.constant, tile, thread);
+    if (arguments.probe.is_hvp) draw_signs(shared.signs, arguments.probe, row.probe, shared.constant, tile, thread);
   });
   if (row.flags & HessianDiagRow::kElementwise) {
     executor.last([&](int thread, auto& state) { write_elements<T>(arguments, shared, state, thread); });
@@ -151,7 +151,7 @@ ADAHESSIAN_HD void run(HessianDiagBody<T>, Executor& executor, const HessianDiag
     for (int i = 0; i < Traits<T>::kSlots; ++i) {
       const Slot slot = slot_of<kVector, Order::kAny>(tile, thread + i * kThreads);
       Vec<StateOf<T>, kVector> d;
-      multiply_probe<T, Order::kAny>(d, state.hessian[i], shared.signs, tile, slot, arguments.probe.draw,
+      multiply_probe<T, Order::kAny>(d, state.hessian[i], shared.signs, tile, slot, arguments.probe.is_hvp,
                                      row.flags & HessianDiagRow::kAbsolute);
       scatter<Order::kAny>(shared.blocks, d, tile, slot);
     }

@@ -23,13 +23,13 @@ struct ProbeSource {
   uint64_t seed;
   const int64_t* steps;
   uint32_t sample;
-  bool draw;
+  bool is_hvp;
 };
 
 inline ProbeRow probe_row(const Segment& s) { return {s.param_id, uint32_t(s.slot)}; }
 
 inline ProbeSource probe_source(const Probe& probe, const Counts& counts) {
-  return {probe.seed, counts.on_device ? counts.steps : nullptr, probe.sample, probe.draw};
+  return {probe.seed, counts.on_device ? counts.steps : nullptr, probe.sample, probe.is_hvp};
 }
 
 // The constants of a table whose rows differ in nothing but their number of Hessian steps.

@@ -73,7 +73,7 @@ void reduce(Device& device, HessianDiagArguments& arguments, const std::vector<R
   }
   launch_rows<HessianDiagBody<T>>(device, arguments, rows, constants.get());
   if (n_partial == 0) return;
-  arguments.probe.draw = false;
+  arguments.probe.is_hvp = false;
   reduce<double>(device, arguments, rests, constants);
 }
 

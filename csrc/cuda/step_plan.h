@@ -34,23 +34,23 @@ class StepConstants {
 
 // A parameter's source of curvature and the tiles that suit it.
 struct Choice {
-  Curvature curvature;
+  DiagonalSource curvature;
   Geometry geometry;
 
   Choice(const Segment& s, const void* diag, const Tiler& tiler) {
     const int64_t block = std::min(s.block, s.numel);
     const bool is_flat = s.period == 1 || s.stride == 1;
-    curvature = Curvature::kNone;
+    curvature = DiagonalSource::kNone;
     geometry = tiler.flat(s.numel);
     if (s.hessian == nullptr && diag == nullptr) return;
     if (block == 1 && (diag == nullptr || is_flat)) {
-      curvature = diag != nullptr ? Curvature::kDiag : Curvature::kElementwise;
+      curvature = diag != nullptr ? DiagonalSource::kDiag : DiagonalSource::kElementwise;
       return;
     }
     geometry = tiler.ordered(s.numel, block, s.period, s.stride);
-    curvature = diag != nullptr ? Curvature::kDiagBlocks : Curvature::kBlocks;
+    curvature = diag != nullptr ? DiagonalSource::kDiagBlocks : DiagonalSource::kBlocks;
     if (geometry.length > 0) return;
-    curvature = Curvature::kUniform;
+    curvature = DiagonalSource::kUniform;
     geometry = block < s.numel ? tiler.inside_blocks(s.numel, block, s.period, s.stride) : tiler.flat(s.numel);
     geometry.block = block;
   }
@@ -82,7 +82,7 @@ void average_long_blocks(const AdaHessianStepArgs& args, Device& device, std::ve
   ProbeConstants constants(args.counts);
   int64_t n_blocks = 0;
   for (size_t i = 0; i < rows.size(); ++i) {
-    if (rows[i].curvature != Curvature::kUniform || args.diag != nullptr) continue;
+    if (rows[i].curvature != DiagonalSource::kUniform || args.diag != nullptr) continue;
     reductions.push_back(reduction_of(*segments[i], nullptr, constants));
     waiting.push_back(&rows[i]);
     n_blocks += (reductions.back().numel - 1) / reductions.back().block + 1;
@@ -133,7 +133,7 @@ void adahessian_step(const AdaHessianStepArgs& args, Device& device) {
     if (s.numel == 0) continue;
     const Choice choice(s, args.diag, Tiler::of<T, M>());
     const S* diag = args.diag != nullptr ? static_cast<const S*>(args.diag) + s.diag_offset : nullptr;
-    const uint32_t constant = constants.index_of(s, choice.curvature != Curvature::kNone);
+    const uint32_t constant = constants.index_of(s, choice.curvature != DiagonalSource::kNone);
     rows.push_back({choice.geometry, s.param, s.grad, s.hessian, diag, s.offset, probe_row(s), uint32_t(s.group), 0,
                     constant, choice.curvature, 0});
     rows.back().flags = flags_of<T, M>(args, s, rows.back());

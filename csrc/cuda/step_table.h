@@ -7,7 +7,7 @@
 namespace adahessian::gpu {
 
 // Where a parameter's Ds comes from.
-enum class Curvature : uint16_t {
+enum class DiagonalSource : uint16_t {
   kNone,         // an off-step
   kElementwise,  // Hz, blocks of one element: only D^2 = Hz^2 enters
   kBlocks,       // Hz, averaged here
@@ -17,8 +17,8 @@ enum class Curvature : uint16_t {
 };
 
 // Whether the means of a tile's blocks are in shared memory.
-ADAHESSIAN_HD bool averages(Curvature curvature) {
-  return curvature == Curvature::kBlocks || curvature == Curvature::kDiagBlocks;
+ADAHESSIAN_HD bool averages(DiagonalSource curvature) {
+  return curvature == DiagonalSource::kBlocks || curvature == DiagonalSource::kDiagBlocks;
 }
 
 struct StepRow {
@@ -38,7 +38,7 @@ struct StepRow {
   uint32_t group;  // if the step counts are on the device
   uint32_t first_tile;
   uint32_t constant;  // if the step counts are on the host
-  Curvature curvature;
+  DiagonalSource curvature;
   uint16_t flags;
 };
 

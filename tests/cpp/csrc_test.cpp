@@ -21,7 +21,7 @@ void run_list(const Engine& engine, const std::vector<Shape>& shapes, int number
   using Source = typename Problem<T, M>::Source;
   for (const Source source : {Source::kHessian, Source::kDiag, Source::kNone}) {
     Problem<T, M> problem(shapes, options);
-    problem.probe.draw = number % 5 != 4;
+    problem.probe.is_hvp = number % 5 != 4;
     if (number % 3 == 1 && problem.hessian.size() > 1) problem.hessian[1].set(0, NAN);
     problem.run_all(engine, source);
     problem.hessian_diag(engine, 0.3, true);
