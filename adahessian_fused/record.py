@@ -43,6 +43,7 @@ class GradientRecord(hvp.BackwardObserver):
         self._versions = [-1 if grad is None else grad._version for grad in grads]
         self.added: set[int] = set()
         self.ours = False
+        self._thread = threading.get_ident()
 
     @functools.cached_property
     def _left(self) -> dict[int, tuple[Any, int]]:
@@ -58,8 +59,18 @@ class GradientRecord(hvp.BackwardObserver):
         return version == -1 if now is None else now is grad() and now._version == version
 
     def before(self, tensors: Any) -> GradientRecord | None:
-        """Return the gradients before a backward pass."""
-        return None if self.ours else GradientRecord(self._params)
+        """Return the gradients before a backward pass, unless it is another thread's and concerns others' leaves.
+
+        Those of ours that no pass of this thread writes to must not be read while another one does.
+        """
+        return None if self.ours or not self._concerned(tensors) else GradientRecord(self._params)
+
+    def _concerned(self, tensors: Any) -> bool:
+        if threading.get_ident() == self._thread:
+            return True
+        ours = set(map(id, self._params))
+        leaves = hvp.explore([tensors] if isinstance(tensors, Tensor) else tensors).leaves
+        return any(id(leaf) in ours for leaf in leaves)
 
     def after(self, before: GradientRecord | None) -> None:
         """Note which of them it has changed."""

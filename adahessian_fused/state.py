@@ -103,7 +103,10 @@ def _going_on(own: Mapping[str, Any], group: Mapping[str, Any], source: Source) 
     if source is ADAM:
         return {**own, "params": group["params"]}
     by_default = own["block_size"] == "auto" and own["averaging"] == "abs"
-    return {**own, **({**recipes.published, **source.rules} if by_default and source.name else {}), **group}
+    rules = {**recipes.published, **source.rules} if by_default and source.name else {}
+    if not source.name:  # options that ours had not when it was saved
+        rules = {name: recipes.published[name] for name in ("warmup", "clip")}
+    return {**own, **rules, **group}
 
 
 def own_memory(states: Mapping[Any, Mapping[str, Any]]) -> dict[Any, dict[str, Any]]:

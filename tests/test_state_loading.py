@@ -328,3 +328,17 @@ def test_each_parameter_has_its_own_step(device):
     # The first step of b: m / (1 - beta1) = 1 and v / (1 - beta2) = 1, up to the rounding of both.
     assert_within(b, torch.full_like(b, 0.5), 8 * torch.finfo(b.dtype).eps, "weight")
     assert int(opt.state[b]["step"]) == 1
+
+
+def test_what_was_saved_before_there_was_an_option_goes_on_without_it():
+    p = torch.nn.Parameter(torch.ones(2))
+    saved = adahessian_fused.AdaHessian([p], **adahessian_fused.recipes.published).state_dict()
+    for name in ("warmup", "clip"):
+        del saved["param_groups"][0][name]
+    opt = adahessian_fused.AdaHessian([p])
+    opt.load_state_dict(saved)
+    assert {name: opt.param_groups[0][name] for name in ("averaging", "warmup", "clip")} == {
+        "averaging": "signed",
+        "warmup": 0,
+        "clip": None,
+    }

@@ -7,6 +7,7 @@ import threading
 import types
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -34,27 +35,26 @@ class Attention(Operator):
     """
 
     backend: SDPBackend
-    bias: Tensor | None
     is_causal: bool
     scale: float
     diagonal: int | None
 
-    def forward(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensors]:
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensors]:
         qkv = query, key, value
         if not query.is_cuda:
             y, logsumexp = aten._scaled_dot_product_flash_attention_for_cpu.default(
-                *qkv, 0.0, self.is_causal, attn_mask=self.bias, scale=self.scale
+                *qkv, 0.0, self.is_causal, attn_mask=bias, scale=self.scale
             )
-            return y, (*qkv, y, logsumexp)
+            return y, (*qkv, bias, y, logsumexp)
         if self.backend is FLASH:
             y, logsumexp, _, _, _, _, seed, offset, _ = aten._scaled_dot_product_flash_attention.default(
                 *qkv, 0.0, self.is_causal, scale=self.scale
             )
         else:
             y, logsumexp, seed, offset = aten._scaled_dot_product_efficient_attention.default(
-                *qkv, self.bias, True, 0.0, self.is_causal, scale=self.scale
+                *qkv, bias, True, 0.0, self.is_causal, scale=self.scale
             )
-        return y, (*qkv, y, logsumexp, seed, offset)
+        return y, (*qkv, bias, y, logsumexp, seed, offset)
 
     def backward(
         self,
@@ -62,6 +62,7 @@ class Attention(Operator):
         query: Tensor,
         key: Tensor,
         value: Tensor,
+        bias: Tensor | None,
         y: Tensor,
         logsumexp: Tensor,
         *random: Tensor,
@@ -70,7 +71,7 @@ class Attention(Operator):
         qkv = query, key, value
         if not query.is_cuda:
             return aten._scaled_dot_product_flash_attention_for_cpu_backward.default(
-                grad, *qkv, y, logsumexp, 0.0, self.is_causal, attn_mask=self.bias, scale=self.scale
+                grad, *qkv, y, logsumexp, 0.0, self.is_causal, attn_mask=bias, scale=self.scale
             )
         if self.backend is FLASH:
             lengths = None, None, query.shape[2], key.shape[2]
@@ -79,7 +80,7 @@ class Attention(Operator):
             )
         needed = [*mask[:3], False]
         return aten._scaled_dot_product_efficient_attention_backward.default(
-            grad, *qkv, self.bias, y, logsumexp, *random, 0.0, needed, self.is_causal, scale=self.scale
+            grad, *qkv, bias, y, logsumexp, *random, 0.0, needed, self.is_causal, scale=self.scale
         )
 
     def double_backward(
@@ -89,6 +90,7 @@ class Attention(Operator):
         query: Tensor,
         key: Tensor,
         value: Tensor,
+        bias: Tensor | None,
         y: Tensor,
         logsumexp: Tensor,
         *random: Tensor,
@@ -96,16 +98,15 @@ class Attention(Operator):
     ) -> Tensors:
         qkv = query, key, value
         if torch.is_grad_enabled():
-            return by_autograd(self._math, cotangents, grad, *qkv, mask=mask)
-        v = [torch.zeros_like(x) if v is None else v.to(x.dtype) for v, x in zip(cotangents, qkv, strict=True)]
+            return by_autograd(partial(self._math, bias), cotangents[:3], grad, *qkv, mask=mask)
+        v = [torch.zeros_like(x) if v is None else v.to(x.dtype) for v, x in zip(cotangents[:3], qkv, strict=True)]
         wide = torch.promote_types(query.dtype, torch.float32)
-        bias = None if self.bias is None else self.bias.to(wide)
+        bias = None if bias is None else bias.to(wide)
         logsumexp = logsumexp[..., : query.shape[2]].to(wide)
         attention_double_backward.prepare(query.device.type)
         return attention_double_backward.run(*v, grad.to(query.dtype), *qkv, logsumexp, bias, self.scale, self.diagonal)
 
-    def _math(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        bias = self.bias
+    def _math(self, bias: Tensor | None, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         if self.diagonal is not None:
             seen = query.new_ones(query.shape[2], key.shape[2], dtype=torch.bool).tril(self.diagonal)
             bias = _additive(seen, query.dtype) if bias is None else bias.masked_fill(~seen, -math.inf)
@@ -161,14 +162,14 @@ def attention(
         bias = lower(bias)[0] if bias.is_floating_point() else _additive(bias, query.dtype)
     scale = 1 / math.sqrt(query.shape[3]) if scale is None else scale
     if not query.is_cuda:
-        return call(Attention(backend, bias, is_causal, scale, diagonal), *qkv)
+        return call(Attention(backend, is_causal, scale, diagonal), *qkv, bias)
     if backend is EFFICIENT:
         if bias is not None:
             bias = F.pad(bias, (0, -bias.shape[-1] % ALIGNMENT))[..., : bias.shape[-1]]
             bias = bias.expand(*query.shape[:3], key.shape[2])
-        return call(Attention(backend, bias, is_causal, scale, diagonal), *qkv)
+        return call(Attention(backend, is_causal, scale, diagonal), *qkv, bias)
     padded = [F.pad(t, (0, -t.shape[3] % ALIGNMENT)) if t.shape[3] % ALIGNMENT else t for t in qkv]
-    return call(Attention(backend, None, is_causal, scale, diagonal), *padded)[..., : value.shape[3]]
+    return call(Attention(backend, is_causal, scale, diagonal), *padded, None)[..., : value.shape[3]]
 
 
 def _chosen(*arguments: Any, scale: float | None, enable_gqa: bool) -> SDPBackend | None:

@@ -25,37 +25,44 @@ class CrossEntropy(Operator):
     one pass makes of p. PyTorch goes through log-softmax, a dozen passes over rows as long as the vocabulary.
     """
 
-    target: Tensor
     reduction: str
     ignore_index: int
 
-    def _options(self) -> tuple[Any, ...]:
-        return self.target, None, REDUCTIONS[self.reduction], self.ignore_index
+    def _options(self, target: Tensor) -> tuple[Any, ...]:
+        return target, None, REDUCTIONS[self.reduction], self.ignore_index
 
-    def _plain(self, x: Tensor) -> Tensor:
-        return aten.cross_entropy_loss.default(x, *self._options())
-
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensors]:
+    def forward(self, x: Tensor, target: Tensor) -> tuple[Tensor, Tensors]:
         logarithms = aten._log_softmax.default(x, 1, False)
-        y, count = aten.nll_loss_forward.default(logarithms, *self._options())
-        return y, (x, logarithms, count)
+        y, count = aten.nll_loss_forward.default(logarithms, *self._options(target))
+        return y, (x, target, logarithms, count)
 
-    def backward(self, grad: Tensor, x: Tensor, logarithms: Tensor, count: Tensor, *, mask: Sequence[bool]) -> Tensors:
-        g = aten.nll_loss_backward.default(grad, logarithms, *self._options(), count)
+    def backward(
+        self, grad: Tensor, x: Tensor, target: Tensor, logarithms: Tensor, count: Tensor, *, mask: Sequence[bool]
+    ) -> Tensors:
+        g = aten.nll_loss_backward.default(grad, logarithms, *self._options(target), count)
         return (aten._log_softmax_backward_data.default(g, logarithms, 1, x.dtype),)
 
     def double_backward(
-        self, cotangents: Tensors, grad: Tensor, x: Tensor, logarithms: Tensor, count: Tensor, *, mask: Sequence[bool]
+        self,
+        cotangents: Tensors,
+        grad: Tensor,
+        x: Tensor,
+        target: Tensor,
+        logarithms: Tensor,
+        count: Tensor,
+        *,
+        mask: Sequence[bool],
     ) -> Tensors:
         if torch.is_grad_enabled():
-            return by_autograd(self._plain, cotangents, grad, x, mask=mask)
+            plain = aten.cross_entropy_loss.default
+            return by_autograd(lambda x: plain(x, *self._options(target)), cotangents[:1], grad, x, mask=mask)
         wide = torch.promote_types(x.dtype, torch.float32)
         v, p = cotangents[0].to(wide), logarithms.to(wide).exp()
-        seen = self.target != self.ignore_index
-        rows = seen / count if self.reduction == "mean" else seen.to(wide)
+        seen = target != self.ignore_index
+        rows = seen / count.clamp(min=1) if self.reduction == "mean" else seen.to(wide)
         d_grad = d_x = None
         if mask[0]:
-            of_class = v.gather(1, self.target.where(seen, 0).unsqueeze(1)).squeeze(1)
+            of_class = v.gather(1, target.where(seen, 0).unsqueeze(1)).squeeze(1)
             d_grad = (rows * (torch.linalg.vecdot(p, v) - of_class)).to(grad.dtype)
             d_grad = d_grad if self.reduction == "none" else d_grad.sum()
         if mask[1]:
@@ -82,4 +89,4 @@ def cross_entropy(
     if cast or not (plain and rows and reduction in REDUCTIONS):
         options = (size_average, ignore_index, reduce, reduction, label_smoothing)
         return F.cross_entropy(input, target, weight, *options)
-    return call(CrossEntropy(target, reduction, ignore_index), input)
+    return call(CrossEntropy(reduction, ignore_index), input, target)

@@ -54,16 +54,16 @@ class BackwardObserver:
 
     def watch(self) -> None:
         """Begin."""
-        global _original
+        global _original, _installed
         _observers.add(self)
-        if torch.autograd.backward is not _backward:
-            _original, torch.autograd.backward = torch.autograd.backward, _backward
+        if not _installed or torch.autograd.backward is _pytorchs:
+            _original, torch.autograd.backward, _installed = torch.autograd.backward, _backward, True
 
     def close(self) -> None:
-        """End."""
+        """End; the last one gives the function back, unless somebody else has wrapped it since."""
         _observers.discard(self)
-        if not _observers and torch.autograd.backward is _backward:
-            torch.autograd.backward = _original
+        if not _observers:
+            _give_back()
 
     @contextlib.contextmanager
     def around(self, tensors: Any, create_graph: bool) -> Iterator[None]:
@@ -80,7 +80,14 @@ class BackwardObserver:
 
 
 _observers: weakref.WeakSet[BackwardObserver] = weakref.WeakSet()
-_original = torch.autograd.backward
+_original = _pytorchs = torch.autograd.backward
+_installed = False
+
+
+def _give_back() -> None:
+    global _installed
+    if torch.autograd.backward is _backward:
+        torch.autograd.backward, _installed = _original, False
 
 
 @functools.wraps(torch.autograd.backward)
@@ -93,5 +100,5 @@ def _backward(
         for observer in watching:
             stack.enter_context(observer.around(tensors, create_graph))
         _original(tensors, grad_tensors, retain_graph, create_graph, *args, **kwargs)
-    if not watching and torch.autograd.backward is _backward:  # they are all gone, without a word
-        torch.autograd.backward = _original
+    if not watching:  # they are all gone, without a word
+        _give_back()
