@@ -105,6 +105,10 @@ def plots_on(folder: Path) -> list[str]:
     return [f"{PLOTS}/{path.name}" for path in sorted((folder / PLOTS).glob("*.svg"))]
 
 
+def _ways(run: dict[str, Any]) -> int:
+    return sum(len(model["rows"]) for model in run["models"])
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Draw the plots of the newest results of each device and write the page."""
     argparse.ArgumentParser(prog="python -m bench.report", description=__doc__).parse_args(arguments)
@@ -119,7 +123,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             draw(data, folder / device, suffixes=("svg",))
     overheads = load(OVERHEAD)
     for device in DEVICES:
-        for data in list(of_device(overheads, device).values())[:1]:
+        runs = of_device(overheads, device).values()
+        for data in sorted(runs, key=_ways, reverse=True)[:1]:  # runs of few ways are for the tables
             draw_overhead(data, folder / f"{device}-overhead.svg")
     PAGE.write_text(page(files, plots_on(PAGE.parent), overheads))
     print(f"written to {PAGE}")
