@@ -29,8 +29,15 @@ if TYPE_CHECKING:
 
 _GROUP = attrgetter("group")
 # Options that pickles from before lack, as they were then.
-_ADDED = {"hvp_dtype": None, "warmup": 0, "clip": None, "dense_steps": 0, "shrink": 0.0, "nonfinite": "keep"}
-_ADDED["unmeasured"] = "move"
+_ADDED = {
+    "hvp_dtype": None,
+    "warmup": 0,
+    "clip": None,
+    "dense_steps": 0,
+    "shrink": 0.0,
+    "nonfinite": "keep",
+    "unmeasured": "move",
+}
 # Its name differs between versions of torch, which have one or the other or both.
 _check_graph_capture = next(
     vars(torch.optim.Optimizer)[name]
