@@ -1,4 +1,4 @@
-// D of a tile and the means of its averaging blocks (Eq. 6 and 7), for the loops of kernels.cpp.
+// D of a tile and the means of its averaging blocks (Eq. 6 and 7), for the kernels.
 #pragma once
 
 #include "block_mean.h"
@@ -36,30 +36,6 @@ ADAHESSIAN_HD void with_d(const Tile& tile, const Probe& probe, const ProbeKey& 
   body(D<S>(logical, signs, tile.size(), s.absolute));
 }
 
-// Sum of elements begin ... end - 1 of a tile, begin being a multiple of 8, in four parts side by side: a core reads
-// several streams faster than one. As many elements behind them, the next to be summed, are fetched meanwhile.
-template <typename T>
-[[gnu::noinline]] double sum_of(D<T> d, int64_t begin, int64_t end) {
-  using S = StateOf<T>;
-  constexpr int64_t W = kLanes<S>;
-  const int64_t part = (end - begin) / (4 * W) * W;
-  Vector<S> sums[4] = {};
-  for (int64_t i = begin; i < begin + part; i += W) {
-    ADAHESSIAN_UNROLL
-    for (int k = 0; k < 4; ++k) {
-      d.fetch(i + k * part + end - begin);
-      sums[k] += d.whole_vector(i + k * part);
-    }
-  }
-  for (int64_t i = begin + 4 * part; i < end; i += W) {
-    sums[0] += where<S>(lane_numbers<S>() < Signed<S>(end - i), d.vector(i));
-  }
-  const Vector<S> all = (sums[0] + sums[1]) + (sums[2] + sums[3]);
-  double total = 0;
-  for (int l = 0; l < W; ++l) total += double(all[l]);
-  return total;
-}
-
 template <typename S>
 constexpr int64_t kShortBlock = kLanes<S>;  // a vector
 
@@ -89,34 +65,26 @@ class ShortBlocksOf {
   ShortBlocks<S, block> blocks_;
 };
 
-// The mean of each element's block; blocks are short. Writes up to a vector past the tile's last element.
-template <int block, typename T>
-[[gnu::noinline]] void spread_short_blocks(D<T> d, StateOf<T>* ds) {
-  ShortBlocksOf<block, T> blocks(d);
-  for (int64_t i = 0; i < d.size(); i += kLanes<StateOf<T>>) store_vector(ds + i, blocks.next(i));
-}
-
 constexpr int64_t kWideBlock = 1024;
 
 // Whether blocks are summed one by one.
 inline bool is_wide(int64_t block) { return block >= kWideBlock && block % 8 == 0; }
 
+// Sum of elements begin ... end - 1 of a tile, begin being a multiple of 8.
+template <typename T>
+double sum_of(D<T> d, int64_t begin, int64_t end);
+
+// Sum of D over a tile.
+template <typename T>
+double sum_tile(const Tile& tile, const Probe& probe, const ProbeKey& key);
+
+// The mean of each element's block; blocks are short. Writes up to a vector past the tile's last element.
+template <typename T>
+void spread_short_blocks(D<T> d, int64_t block, StateOf<T>* ds);
+
 // The mean of every block of a tile; blocks are longer than a vector.
 template <typename T>
-[[gnu::noinline]] void average_blocks(D<T> d, int64_t block, StateOf<T>* means) {
-  if (is_wide(block)) {
-    for (int64_t begin = 0; begin < d.size(); begin += block) {
-      const int64_t end = std::min(begin + block, d.size());
-      *means++ = StateOf<T>(sum_of(d, begin, end) / double(end - begin));
-    }
-    return;
-  }
-  Vector<StateOf<T>> rows[BlockSums<StateOf<T>>::kRows];
-  BlockWalk<StateOf<T>> walk(block);
-  BlockSums<StateOf<T>> sums(rows);
-  for (int64_t i = 0; i < d.size(); i += kLanes<StateOf<T>>) sums.push(d.vector(i), walk.next());
-  sums.end(d.size(), block, means);
-}
+void average_blocks(D<T> d, int64_t block, StateOf<T>* means);
 
 }  // namespace ADAHESSIAN_ISA
 }  // namespace adahessian::cpu

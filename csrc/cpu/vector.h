@@ -5,8 +5,10 @@
 #include <cmath>
 #include <cstdint>
 #include <utility>
-#if defined(__SSE2__)
+#if defined(__AVX2__)
 #include <immintrin.h>
+#elif defined(__SSE2__)
+#include <emmintrin.h>  // in a fifth of the time
 #endif
 
 #include "../dtypes.h"
