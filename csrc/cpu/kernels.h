@@ -1,6 +1,6 @@
-// The loops over the elements of a tile, compiled once for each instruction set; `kernels<T>()` are those of the best set
-// this machine has. They see plain pointers only, so that no code compiled for a newer machine can end up in a function
-// the rest of the library shares.
+// The loops over the elements of a tile, compiled once for each instruction set; `kernels<T>()` are those of the best
+// set this machine has. They see plain pointers only, so that no code compiled for a newer machine can end up in a
+// function the rest of the library shares.
 #pragma once
 
 #include <type_traits>
