@@ -88,6 +88,7 @@ class Entry:
     version: int = -1  # of the parameter after our last write; -1: others may have written since
     views: dict[str, Tensor] = field(default_factory=dict)
     used_mean: Tensor | None = None  # what the last step has drawn v_hat to
+    hyper: Tensor | None = None  # hyperparameters of the last step, if they were not its group's
     owner: Tensor | None = None  # the parameter as the user sees it, which has the gradient
     first: int | None = 0  # number, in the whole parameter, of the first element here; None: it is no range of them
 
@@ -203,6 +204,10 @@ class Bucket:
         self.missed = torch.zeros(len(entries), dtype=torch.int64, device=self.device)
         self._subsets: dict[tuple[int, ...], tuple[Tensor, Tensor]] = {}  # least recently used first
         self._captured: list[Any] = []  # what CUDA graphs read
+        self.warmed_up: tuple[int, ...] | None = (
+            None  # lengths of the groups' warm-ups that no parameter is in any more
+        )
+        self.warmup_rows: dict[Any, Any] = {}
         if not with_states:
             return
         stored = stored_dtype(first.dtype, state_dtype)
@@ -316,18 +321,45 @@ class Bucket:
             updates: how many Hessian steps each v has had, at least 1.
             backend: the ops.
         """
-        table = self.table_of(entries).clone()
-        table[:, [Segment.PERIOD, Segment.STRIDE]] = 1
-        table[:, Segment.ABSOLUTE] = 0
-        table[:, Segment.BLOCK] = table[:, Segment.NUMEL].clamp_min(1)
-        table[:, Segment.DIAG_OFFSET] = torch.arange(len(entries), device=table.device)
-        flat = [v[r[Segment.OFFSET] : r[Segment.OFFSET] + r[Segment.NUMEL]] for r in table.tolist()]
-        found = torch.zeros(len(entries), dtype=self.compute_dtype, device=self.device)
-        options = {"is_hvp": False, "scale": 1.0, "accumulate": False}
-        backend.hessian_diag(flat, found, table, self.steps, seed=0, sample=0, **options)
+        flat = [v[r[Segment.OFFSET] : r[Segment.OFFSET] + r[Segment.NUMEL]] for r in self.table_of(entries).tolist()]
+        found = self._means_of(flat, self.table_of_wholes(entries, absolute=False), backend)
         for entry, mean, beta2, h in zip(entries, found, beta2s, updates, strict=True):
             view = entry.views.get(MEAN, self.means[entry.row]).copy_(mean.double() / (1 - beta2**h))
             entry.views[MEAN] = entry.state[MEAN] = view
+
+    def mean_magnitudes(self, entries: Sequence[Entry], table: Tensor, backend: Any) -> Tensor:
+        """Return the mean of each parameter's magnitudes, over all ranks, in float64, whatever the number of threads.
+
+        Every rank has to call it.
+
+        Args:
+            entries: the parameters.
+            table: what :meth:`table_of_wholes` has returned for them.
+            backend: the ops.
+        """
+        flat = [entry.stored(entry.param).as_strided((entry.param.numel(),), (1,)) for entry in entries]
+        means, owners = self._means_of(flat, table, backend).double(), [entry.owner for entry in entries]
+        if not sharded.any_sharded(owners):
+            return means
+        sums = [mean * tensor.numel() for mean, tensor in zip(means, flat, strict=True)]
+        whole = sharded.whole(list(zip(sums, owners, strict=True)))
+        return torch.stack([x / max(owner.numel(), 1) for x, owner in zip(whole, owners, strict=True)])
+
+    def table_of_wholes(self, entries: Sequence[Entry], *, absolute: bool) -> Tensor:
+        """Return a segment table in which each parameter is flat, and one averaging block, of its magnitudes or not."""
+        table = self.table_of(entries).clone()
+        table[:, [Segment.PERIOD, Segment.STRIDE]] = 1
+        table[:, Segment.ABSOLUTE] = int(absolute)
+        table[:, Segment.BLOCK] = table[:, Segment.NUMEL].clamp_min(1)
+        table[:, Segment.DIAG_OFFSET] = torch.arange(len(entries), device=table.device)
+        return table
+
+    def _means_of(self, tensors: Sequence[Tensor], table: Tensor, backend: Any) -> Tensor:
+        """Return the means of some flat tensors; ``table`` ties them to parameters."""
+        found = torch.zeros(len(table), dtype=self.compute_dtype, device=self.device)
+        options = {"is_hvp": False, "scale": 1.0, "accumulate": False}
+        backend.hessian_diag(tensors, found, table, self.steps, seed=0, sample=0, **options)
+        return found
 
     def refresh_master(self, entries: Iterable[Entry]) -> None:
         """Take over what was written to 16-bit parameters since the last step; other master weights stay."""

@@ -142,7 +142,7 @@ def adahessian(
     tools = backends.ByDevice(backend)
     group: dict[str, Any] = {"lr": lr, "betas": (beta1, beta2), "eps": eps, "weight_decay": weight_decay}
     group |= {"hessian_power": hessian_power, "maximize": maximize, "unmeasured": unmeasured}
-    group |= {"clip": clip, "shrink": shrink, "warmup": 0}
+    group |= {"clip": clip, "shrink": shrink}
     table = HyperTable().on(torch.device("cpu"), [group])
     curvature = None
     if hvps is not None:
@@ -155,6 +155,7 @@ def adahessian(
             [grads[entry.param_id] for entry in members],
             "hold" if curvature is None else "fresh",
             curvature,
+            bucket.table_of(members),
             table,
             tools[bucket.device.type],
             seed=seed,

@@ -252,7 +252,7 @@ class ParameterLayout:
         pairs = [(entry, new[key]) for key, entry in self.entries.items() if key in new]
         for old, fresh in pairs:
             fresh.missed.copy_(old.missed)
-            fresh.used_mean = old.used_mean
+            fresh.used_mean, fresh.hyper = old.used_mean, old.hyper
         follow = None if self.attached is None else self.attached.follow(pairs)
         self._lay_out(new, pairs)
         if follow is not None:

@@ -55,8 +55,9 @@ class AdaHessian(torch.optim.Optimizer):
         p <- p (1 - lr wd) - lr / (1 - beta1^t) * m / ((sqrt(v) / sqrt(1 - beta2^h))^k + eps)
 
     with Ds the block mean (Eq. 7, of magnitudes) of Hutchinson's estimate z * Hz (Eq. 6), z a Rademacher probe,
-    t the step and h the number of Hessian updates so far. By default lr rises over the first steps (``warmup``) and no
-    element moves by more than lr (``clip``); ``recipes.published`` has the paper's rules. Four ways to step::
+    t the step and h the number of Hessian updates so far. By default no element moves by more than lr (``clip``),
+    nor far in proportion to its parameter in the first steps (``warmup``); ``recipes.published`` has the paper's rules.
+    Four ways to step::
 
         loss.backward(create_graph=True); opt.step()   # as with every other AdaHessian
         opt.backward(loss); opt.step()                 # no reference cycle; may be called for several micro-batches
@@ -80,8 +81,9 @@ class AdaHessian(torch.optim.Optimizer):
             what is averaged. Per group.
         averaging: "abs" averages magnitudes as the official code does, "signed" averages D (Eq. 7). Per group.
         update_each: Hutchinson frequency: curvature at steps 1, 1 + f, 1 + 2f, ... Per group.
-        warmup: N: in the first N steps, while little is known of the curvature, lr is multiplied by t / N, and each of
-            them has curvature. t is the group's step. Per group.
+        warmup: N: in a parameter's first N steps, while little is known of its curvature, no element moves by more than
+            a fifth of the mean magnitude of the parameter's elements (0.1 if that is less), beside ``clip``; and the
+            group's first N steps all have curvature. Per group.
         dense_steps: curvature on each of the first so many steps; None: as many as ``warmup``. Per group.
         off_step: on the steps between, "hold" leaves v and h alone, "stale" feeds the last diagonal in again. Per
             group.

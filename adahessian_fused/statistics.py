@@ -43,7 +43,7 @@ class Statistics:
         hessian_diag_norm: of the root-mean-square diagonal, :math:`\sqrt{v / (1 - \beta_2^h)}`.
         nonfinite: share of the elements whose m or v is infinite or NaN, which lasts: restore a checkpoint. An
             averaging block shares its v, so this is the share of bad blocks too.
-        clipped: share of the elements whose update the last step has cut (``clip``). None where nothing is cut.
+        clipped: share of the elements whose update the last step has cut (``clip``, ``warmup``). None where nothing is cut.
         missed: elements that Hessian steps have left as they were because their curvature was infinite or NaN, or too
             large to be squared, summed over all steps since this optimizer was made or a state loaded.
         missed_in: how many of them each parameter has, by its name; of a sharded one, this rank's part of it.
@@ -115,9 +115,10 @@ def _of_group(
 ) -> Statistics:
     def row(entry: Entry) -> Tensor:
         """Return the hyperparameters of a parameter's last step."""
-        return table.last(entry.bucket.steps.device)[entry.group]
+        return table.last(entry.bucket.steps.device)[entry.group] if entry.hyper is None else entry.hyper
 
-    numel, cut = sum(p.numel() for p in group["params"]), stepped if group["clip"] is not None else []
+    numel = sum(p.numel() for p in group["params"])
+    cut = [entry for entry in stepped if entry.hyper is not None or group["clip"] is not None]
     return Statistics(
         lr=row(stepped[0])[Hyper.LR].clone() if stepped else None,
         step=_largest(entry.views["step"] for entry in entries),

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from . import warmup
 from .bucket import MEAN, Bucket, Entry
 from .capture import capturing
 from .curvature import Curvature, by_bucket
@@ -66,30 +67,23 @@ class HyperTable:
         self._cached: dict[torch.device, tuple[list[list[float]], Tensor]] = {}
         self._captured: list[Tensor] = []  # older tables, which CUDA graphs may read
 
-    def on(self, device: torch.device, groups: Sequence[Mapping[str, Any]], entries: Sequence[Entry] = ()) -> Tensor:
+    def on(self, device: torch.device, groups: Sequence[Mapping[str, Any]]) -> Tensor:
         """Return the table on ``device``.
 
         On a GPU it stays where it is, since CUDA graphs read it: a number that changed is written to it, and so is in
-        every step an lr that is a tensor on a GPU, or that warms up by the counts of ``entries``, with ``capturable``.
+        every step an lr that is a tensor on a GPU.
 
         Raises:
             RuntimeError: a number changed while a CUDA graph is captured, where it cannot be copied.
         """
-        shares = list(map(_share_of_lr, groups))
-        there = [device.type != "cpu" and _lr_is_there(g, s) for g, s in zip(groups, shares, strict=True)]
-        lrs = [g["lr"] if s == 1 else g["lr"] * s for g, s in zip(groups, shares, strict=True)]
-        rows = [self._row(g, 0.0 if t else lr) for g, t, lr in zip(groups, there, lrs, strict=True)]
+        there = [device.type != "cpu" and isinstance(g["lr"], Tensor) and g["lr"].device.type != "cpu" for g in groups]
+        rows = [self._row(g, 0.0 if t else g["lr"]) for g, t in zip(groups, there, strict=True)]
         old = self._cached.get(device)
         if old is None or old[0] != rows:
             self._cached[device] = rows, self._written(rows, device, None if old is None else old[1])
         table = self._cached[device][1]
         for n in (n for n, t in enumerate(there) if t):
-            lr, first = lrs[n], next((entry for entry in entries if entry.group == n), None)
-            if shares[n] < 1 and groups[n]["capturable"] and first is not None:
-                t = first.bucket.steps[first.row, Steps.STEP] + 1
-                lr = groups[n]["lr"] * (t / groups[n]["warmup"]).clamp(max=1.0)
-            if isinstance(lr, Tensor):
-                table[n, Hyper.LR].copy_(lr.reshape(()))
+            table[n, Hyper.LR].copy_(groups[n]["lr"].reshape(()))
         return table
 
     def _written(self, rows: list[list[float]], device: torch.device, old: Tensor | None) -> Tensor:
@@ -118,17 +112,6 @@ class HyperTable:
         numbers = (lr, beta1, beta2, group["eps"], group["weight_decay"], group["hessian_power"], group["maximize"])
         clip = math.inf if group["clip"] is None else group["clip"]
         return [*map(float, (*numbers, group["unmeasured"] == "hold", clip, group["shrink"]))]
-
-
-def _share_of_lr(group: Mapping[str, Any]) -> float:
-    """Return the share of its learning rate that a group's coming step has."""
-    return min(1.0, (group["step"] + 1) / group["warmup"]) if group["warmup"] else 1.0
-
-
-def _lr_is_there(group: Mapping[str, Any], share: float) -> bool:
-    """Tell whether a GPU alone knows the learning rate of its coming step, or of the replays of a CUDA graph."""
-    on_gpu = isinstance(group["lr"], Tensor) and group["lr"].device.type != "cpu"
-    return on_gpu or (share < 1 and group["capturable"])
 
 
 def prepared_updates(
@@ -165,16 +148,17 @@ def prepared_updates(
     grad_of = dict(zip(entries, grads, strict=True))
     updates = []
     for bucket, in_bucket in by_bucket(entries).items():
-        groups = table.on(bucket.steps.device, layout.groups, in_bucket)
+        groups = table.on(bucket.steps.device, layout.groups)
         for kind, members in _by_kind(in_bucket, due, layout.groups).items():
+            backend = layout.backends[bucket.device.type]
             update = prepared_update(
                 bucket,
                 members,
                 grads if len(members) == len(entries) else [grad_of[entry] for entry in members],
                 kind,
                 curvature,
-                groups,
-                layout.backends[bucket.device.type],
+                *warmup.bounded(bucket, members, layout.groups, groups, backend),
+                backend,
                 seed=seed,
                 rounding_seed=layout.options["seed"],
                 grad_scale=None if grad_scale is None else grad_scale.to(bucket.device),
@@ -208,6 +192,7 @@ def prepared_update(
     grads: Sequence[Tensor],
     kind: str,
     curvature: Curvature | None,
+    segments: Tensor,
     groups: Tensor,
     backend: Any,
     *,
@@ -226,6 +211,7 @@ def prepared_update(
         grads: their gradients.
         kind: "fresh" uses ``curvature``, "stale" the diagonal of the last Hessian step, "hold" none.
         curvature: what the backward passes gathered.
+        segments: their segment table.
         groups: hyperparameter table.
         backend: the three ops.
         seed: Philox key of the probe on this rank.
@@ -265,7 +251,7 @@ def prepared_update(
         "exp_avg": bucket.exp_avg,
         "exp_hessian_diag_sq": bucket.exp_hessian_diag_sq,
         "master": bucket.master,
-        "segments": bucket.table_of(members),
+        "segments": segments,
         "steps": bucket.steps,
         "groups": groups,
         "seed": seed,

@@ -72,7 +72,7 @@ def check_tensor_parallelism_equals_one_process(ranks):
     """The same probes too, wherever a parameter is cut."""
     cases = [("tensor", way, {}) for way in (backward, closure, standard_closure, hooked, create_graph)]
     cases += [("sequence", backward, {}), ("tensor", backward, {"n_samples": 2, "block_size": 1})]
-    cases += [("tensor", closure, {"hvp": "finite_difference"})]
+    cases += [("tensor", closure, {"hvp": "finite_difference"}), ("tensor", backward, {"warmup": 4, "lr": 0.5})]
     for plan, way, options in cases:
         expected = alone(make_model(), **options)
         grows = growth(list(alone(nudge(make_model()), **options).parameters()), list(expected.parameters()))

@@ -184,9 +184,10 @@ def _sharded(ranks: Ranks, **options) -> tuple[nn.Module, AdaHessian]:
 
 def check_fsdp_equals_the_joint_batch(ranks):
     """Same probes too: rows of the convolution and of the matrices lie on all ranks, unevenly."""
-    expected = alone(STEPS, hvp="finite_difference")
-    for way in (closure, standard_closure, "function"):
-        model, opt = _sharded(ranks)
+    warmup = {"warmup": 4, "lr": 0.5}
+    for way, options in ((closure, {}), (standard_closure, {}), ("function", {}), (closure, warmup)):
+        expected = alone(STEPS, hvp="finite_difference", **options)
+        model, opt = _sharded(ranks, **options)
         for step in range(STEPS):
             inputs, targets = batch(step)
             x, y = inputs[ranks.share(N)], targets[ranks.share(N)]

@@ -122,22 +122,19 @@ def whole(parts: Sequence[tuple[Tensor, Any]]) -> list[Tensor]:
         parts: the numbers, each with its parameter.
 
     Returns:
-        Numbers of the same sum on every rank: one for each plain parameter, one for each group of ranks.
+        Each parameter's number, the same on every rank that has a part of it.
     """
-    if not any_sharded([param for _, param in parts]):
-        return [number for number, _ in parts]
-    result: list[Tensor] = []
-    by_group: dict[tuple[Any, int], list[Tensor]] = {}
-    for number, param in parts:
+    result = [number for number, _ in parts]
+    by_group: dict[tuple[Any, int], list[int]] = {}
+    for n, (_, param) in enumerate(parts):
         axes = [i for i, placement in enumerate(getattr(param, "placements", ())) if not placement.is_replicate()]
         if axes:
-            by_group.setdefault((param.device_mesh, axes[0]), []).append(number)
-        else:
-            result.append(number)
+            by_group.setdefault((param.device_mesh, axes[0]), []).append(n)
     for (mesh, axis), numbers in by_group.items():
-        total = torch.stack([number.double() for number in numbers]).sum()
+        total = torch.stack([result[n].double() for n in numbers])
         torch.distributed.all_reduce(total, group=mesh.get_group(axis))
-        result.append(total)
+        for n, number in zip(numbers, total, strict=True):
+            result[n] = number
     return result
 
 
