@@ -43,7 +43,8 @@ class Statistics:
         hessian_diag_norm: of the root-mean-square diagonal, :math:`\sqrt{v / (1 - \beta_2^h)}`.
         nonfinite: share of the elements whose m or v is infinite or NaN, which lasts: restore a checkpoint. An
             averaging block shares its v, so this is the share of bad blocks too.
-        clipped: share of the elements whose update the last step has cut (``clip``, ``warmup``). None where nothing is cut.
+        clipped: share of the elements whose update the last step has cut (``clip``, ``warmup``). None where nothing is
+            cut.
         missed: elements that Hessian steps have left as they were because their curvature was infinite or NaN, or too
             large to be squared, summed over all steps since this optimizer was made or a state loaded.
         missed_in: how many of them each parameter has, by its name; of a sharded one, this rank's part of it.
