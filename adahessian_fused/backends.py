@@ -25,7 +25,9 @@ def _native() -> SimpleNamespace:
     from . import _native  # loads the library and registers the operators
 
     ops = getattr(torch.ops, _native.NAMESPACE)
-    return SimpleNamespace(**{op: getattr(ops, op).default for op in OPS})
+    found = SimpleNamespace(**{op: getattr(ops, op).default for op in OPS})
+    found.step_at_addresses = ops.adahessian_step.addresses
+    return found
 
 
 def _python(module: str) -> SimpleNamespace:

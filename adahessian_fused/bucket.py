@@ -18,9 +18,10 @@ from torch import Tensor
 
 from .capture import capturing
 from .distributed import sharded
+from .looks import count, looks_of
 from .segments import Segment, Steps, n_blocks, segment_table
 
-_DTYPE, _STRIDES = attrgetter("dtype"), attrgetter("strides")
+_DTYPE, _STRIDES, _BUCKET = attrgetter("dtype"), attrgetter("strides"), attrgetter("bucket")
 
 _LIKE_PARAM = ("exp_avg", "exp_hessian_diag_sq", "master_param")  # states of the parameter's shape
 MEAN = "hessian_diag_sq_mean"  # state, where v_hat is drawn to its mean
@@ -163,6 +164,16 @@ class Entry:
         return self.stored(z.to(dtype) * h.to(dtype), dtype)
 
 
+@dataclass(slots=True)
+class Subset:
+    """What the ops take for some entries of a bucket: kept, as most steps are of the same ones."""
+
+    segments: Tensor
+    rows: Tensor | None = None  # their numbers, unless all are in it
+    looks: Any = None  # of the parameters
+    addresses: Tensor | None = None
+
+
 class Bucket:
     """Flat states of the parameters of one device and dtype.
 
@@ -202,7 +213,7 @@ class Bucket:
         self.steps = torch.zeros(len(entries), len(Steps), dtype=torch.int64, device=count_device)
         # How many elements of each parameter had no finite curvature in Hessian steps so far.
         self.missed = torch.zeros(len(entries), dtype=torch.int64, device=self.device)
-        self._subsets: dict[tuple[int, ...], tuple[Tensor, Tensor]] = {}  # least recently used first
+        self._all, self._subsets = Subset(self.segments), dict[tuple[int, ...], Subset]()  # least recently used first
         self._captured: list[Any] = []  # what CUDA graphs read
         self.warmed_up: tuple[int, ...] | None = (
             None  # lengths of the groups' warm-ups that no parameter is in any more
@@ -368,11 +379,13 @@ class Bucket:
                 master, p = entry.views["master_param"], entry.param
                 torch.where(master.to(p.dtype) == p, master, p.to(master.dtype), out=master)
 
-    def _select(self, entries: Sequence[Entry]) -> tuple[Tensor, Tensor]:
+    def _subset(self, entries: Sequence[Entry]) -> Subset:
+        if len(entries) == self.count:
+            return self._all
         rows = tuple(entry.row for entry in entries)
         found = self._subsets.pop(rows, None)
         if found is None:
-            found = self.segments[list(rows)], torch.tensor(rows, device=self.steps.device)
+            found = Subset(self.segments[list(rows)], torch.tensor(rows, device=self.steps.device))
         self._subsets[rows] = found
         if len(self._subsets) > MAX_SUBSETS:
             del self._subsets[next(iter(self._subsets))]
@@ -382,10 +395,37 @@ class Bucket:
 
     def table_of(self, entries: Sequence[Entry]) -> Tensor:
         """Return the segment table of some entries, in their order; those asked for last are remembered."""
-        return self.segments if len(entries) == self.count else self._select(entries)[0]
+        return self._subset(entries).segments
+
+    def addresses(
+        self, entries: Sequence[Entry], params: Sequence[Tensor], grads: Sequence[Tensor], hessians: Sequence[Tensor]
+    ) -> Tensor | None:
+        """Return where the tensors of some entries are, one row each: parameter, gradient, and Hz or 0.
+
+        They are looked at in every step, in C, and have to be kept as they are until the op has run.
+
+        Returns:
+            An int64 table of shape (n, 3), valid until the next call; None if the ops cannot take the tensors as they
+            are, or somebody watches operators and is to see which tensors they change.
+        """
+        if self.has_copied or torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
+            return None
+        subset = self._subset(entries)
+        if subset.looks is None:
+            subset.looks = looks_of(params)
+            subset.addresses = torch.zeros(len(entries), 3, dtype=torch.int64, device="cpu")
+        table = subset.addresses
+        if not hessians:
+            table[:, 2] = 0
+        lists, begin = (params, grads, hessians) if hessians else (params, grads), table.data_ptr()
+        fit = all(subset.looks.addresses(list(tensors), begin, 3, column) for column, tensors in enumerate(lists))
+        return table if fit else None
 
     def count_step(self, entries: Sequence[Entry], *, with_curvature: bool, found_inf: Tensor | None) -> None:
         """Advance the step counts of some entries, unless ``found_inf`` says that the step was skipped."""
+        if found_inf is None and len(entries) == self.count and self.steps.device.type == "cpu":
+            count(self.steps, len(Steps) if with_curvature else Steps.HESSIAN_STEP)
+            return
         counted = self.steps if with_curvature else self.steps[:, : Steps.HESSIAN_STEP]
         if len(entries) == self.count:
             counted.add_(1 if found_inf is None else (found_inf == 0))
@@ -393,7 +433,7 @@ class Bucket:
         increment = torch.ones((), dtype=torch.int64, device=self.steps.device)
         if found_inf is not None:
             increment = (found_inf == 0).to(torch.int64)
-        counted.index_add_(0, self._select(entries)[1], increment.expand(len(entries), counted.shape[1]))
+        counted.index_add_(0, self._subset(entries).rows, increment.expand(len(entries), counted.shape[1]))
 
 
 def _same_strides(entries: Iterable[Entry], tensors: Iterable[Tensor]) -> bool:
@@ -406,3 +446,13 @@ def make_buckets(entries: Iterable[Entry], **options: Any) -> list[Bucket]:
     for entry in sorted(entries, key=lambda entry: entry.param_id):
         by_kind.setdefault((entry.param.device, entry.param.dtype), []).append(entry)
     return [Bucket(members, **options) for members in by_kind.values()]
+
+
+def by_bucket(entries: Sequence[Entry]) -> dict[Bucket, list[Entry]]:
+    """Return the entries of each bucket, in the bucket's order."""
+    groups: dict[Bucket, list[Entry]] = {}
+    if len(set(map(_BUCKET, entries))) == 1:  # nearly always
+        return {entries[0].bucket: list(entries)}
+    for entry in entries:
+        groups.setdefault(entry.bucket, []).append(entry)
+    return groups

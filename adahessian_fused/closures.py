@@ -11,7 +11,7 @@ from torch import Tensor
 
 from . import hvp
 from .evaluation import evaluate_repeatedly
-from .friendly import curvature_friendly
+from .friendly.mode import Mode
 from .hessian_step import Differentiate
 from .record import versions
 
@@ -36,9 +36,10 @@ def run(opt: AdaHessian, closure: Callable[[], Any]) -> Any:
     try:
         with torch.enable_grad():
             if due:
-                with curvature_friendly(), hvp.InterceptBackward(opt.backward) as mode:
+                intercept = hvp.InterceptBackward(opt.backward)
+                with _Friendly(intercept):
                     loss = closure()
-                differentiated = mode.called
+                differentiated = intercept.called
             else:
                 loss, differentiated = closure(), False
         before = step.before_closure
@@ -57,6 +58,19 @@ def run(opt: AdaHessian, closure: Callable[[], Any]) -> Any:
     opt.zero_grad()
     opt.backward(loss)
     return loss.detach()
+
+
+class _Friendly(Mode):
+    """The mode of cheap second derivatives with backward passes taken over: one mode for both costs half of two."""
+
+    def __init__(self, intercept: hvp.InterceptBackward) -> None:
+        super().__init__()
+        self._intercept = intercept
+
+    def __torch_function__(self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is Tensor.backward:
+            return self._intercept.take(*args, **(kwargs or {}))
+        return super().__torch_function__(func, types, args, kwargs)
 
 
 def _evaluate(opt: AdaHessian, closure: Callable[[], Any]) -> Any:

@@ -11,23 +11,13 @@ import torch
 from torch import Tensor
 
 from . import hvp
-from .bucket import Bucket, Entry
+from .bucket import Bucket, Entry, by_bucket
 from .distributed.sharded import joined, part_of
 from .reference import block_mean, rademacher_signs
 from .segments import Segment, Steps
 
-_DTYPE, _BUCKET = attrgetter("dtype"), attrgetter("bucket")
+_DTYPE = attrgetter("dtype")
 _BUCKETS_DTYPE = attrgetter("bucket.dtype")
-
-
-def by_bucket(entries: Sequence[Entry]) -> dict[Bucket, list[Entry]]:
-    """Return the entries of each bucket, in the bucket's order."""
-    groups: dict[Bucket, list[Entry]] = {}
-    if len(set(map(_BUCKET, entries))) == 1:  # nearly always
-        return {entries[0].bucket: list(entries)}
-    for entry in entries:
-        groups.setdefault(entry.bucket, []).append(entry)
-    return groups
 
 
 def draw_probe(
@@ -280,9 +270,9 @@ class Curvature:
         """Whether the curvature is in compact diagonals."""
         return bool(self.diags)
 
-    def must_fold(self, entries: Iterable[Entry]) -> bool:
+    def must_fold(self, buckets: Iterable[Bucket]) -> bool:
         """Tell whether the update needs the compact diagonal: some of it is folded, or kept for stale steps."""
-        return self.folded or any(bucket.diag is not None for bucket in set(map(_BUCKET, entries)))
+        return self.folded or any(bucket.diag is not None for bucket in buckets)
 
     def numbers(self, entries: Sequence[Entry]) -> list[Tensor]:
         """Return views of each parameter's part of the folded curvature; zeros if nothing has been taken in.
@@ -325,13 +315,13 @@ class Curvature:
             )
 
     def hessians(self, entries: Sequence[Entry]) -> list[Tensor]:
-        """Return Hz of some of a bucket's parameters; zeros for parameters that are linear in the loss."""
+        """Return Hz of some parameters, as it came; zeros for parameters that are linear in the loss."""
         products = list(map(self.products.get, entries))
         if any(map(is_, products, repeat(None))):
             products = [
                 torch.zeros_like(entry.param) if h is None else h for entry, h in zip(entries, products, strict=True)
             ]
-        return entries[0].bucket.stored(entries, products)
+        return products
 
     def diag(self, bucket: Bucket) -> Tensor:
         """Return the compact diagonal of a bucket, after :meth:`fold`."""

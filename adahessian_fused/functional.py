@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from . import backends, hvp
-from .bucket import MEAN, Entry, make_buckets
+from .bucket import MEAN, Entry, by_bucket, make_buckets
 from .checks import CHOICES, check_block_size, check_choice, check_count, check_param, check_stabilisers
-from .curvature import Curvature, by_bucket, initial_seed
+from .curvature import Curvature, initial_seed
 from .layout import block_length
 from .update import HyperTable, Parts, prepared_update
 

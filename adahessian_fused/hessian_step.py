@@ -192,7 +192,8 @@ class HessianStep:
 
     def _foreign(self, params: Sequence[Tensor]) -> list[Tensor]:
         """Return parameters whose gradient has been written to since the last step, though by no pass of this one."""
-        return [] if self._left is None else [p for p in self._left.changed(params) if not is_zero(p)]
+        present = [p for p in params if p.grad is not None]
+        return [p for p in self._left.changed(present) if not is_zero(p)] if self._left and present else []
 
     def _drop_zeroed(self, params: Sequence[Tensor]) -> None:
         """Forget the curvature of gradients that were zeroed or dropped behind our back (``model.zero_grad()``)."""
@@ -412,7 +413,7 @@ class HessianStep:
     def complete(self, entries: Sequence[Entry], grads: Sequence[Tensor], due: Sequence[bool]) -> None:
         """Take in what the gradients' graphs still hold of the curvature, whichever way the backward passes went."""
         if self.curvature is None:
-            if any(due[entry.group] for entry in entries):
+            if all(due) or (any(due) and any(due[entry.group] for entry in entries)):
                 self.take_graph([entry.owner for entry in entries])
         elif hvp.has_graph(grads):
             raise RuntimeError(hvp.TWO_WAYS)
@@ -442,7 +443,7 @@ class HessianStep:
 
     def begin(self) -> None:
         """Note the gradients as they are, if the coming step is due: none of them is foreign to it."""
-        self._left = GradientRecord([p for _, p in self.layout.trained()]) if self.is_due else None
+        self._left = GradientRecord(self.layout.params()) if self.is_due else None
 
     def close(self) -> None:
         """End the step, and be ready for the gradients of the next one."""

@@ -6,20 +6,19 @@ import math
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import chain, repeat
-from operator import attrgetter, eq, is_, is_not
+from operator import attrgetter, is_, is_not
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from .bucket import Entry, make_buckets, stored_dtype
+from .bucket import Bucket, Entry, by_bucket, make_buckets, stored_dtype
 from .checks import check_grad, check_group, check_hvp_dtype, check_param
 from .distributed import sharded
+from .looks import holds, looks_of
 
-_LAYOUT, _GRAD, _DTYPE = attrgetter("layout"), attrgetter("grad"), attrgetter("dtype")
-# map() over these is several times faster than a loop, and there are thousands of parameters.
-_LOOKS: tuple[Callable[[Tensor], Any], ...] = (Tensor.data_ptr, Tensor.stride, Tensor.numel, _DTYPE)
+_LAYOUT, _GRAD = attrgetter("layout"), attrgetter("grad")
 
 # Options that hold for the whole optimizer although they are stored in every parameter group.
 _OPTIMIZER_WIDE = (
@@ -92,6 +91,7 @@ class ParameterLayout:
 
     Attributes:
         entries: those of all parameters that have had a gradient, by the parameter's id: its own hash is slow.
+        buckets: those they are in.
         stepped: those of the last step that was not skipped; empty once they are in other groups.
         attached: what follows the entries; None for nothing.
     """
@@ -109,6 +109,7 @@ class ParameterLayout:
         self.backends, self.state_dtype = backends, state_dtype
         self._kernels, self._on_all_ranks = kernels, on_all_ranks
         self.entries: dict[int, Entry] = {}
+        self.buckets: list[Bucket] = []
         self.stepped: Sequence[Entry] = []
         self.attached: Attached | None = None
         self._lookup = _Lookup()
@@ -194,6 +195,10 @@ class ParameterLayout:
         if sharded.any_sharded(params):
             grads = [sharded.part_of(grad, p) for grad, p in zip(grads, params, strict=True)]
         return entries, grads
+
+    def by_bucket(self, entries: Sequence[Entry]) -> dict[Bucket, list[Entry]]:
+        """Return the entries of each bucket, in the bucket's order."""
+        return {self.buckets[0]: list(entries)} if len(self.buckets) == 1 else by_bucket(entries)
 
     def with_state(self) -> list[Entry]:
         """Return the entries of the parameters that have been stepped, or loaded."""
@@ -293,6 +298,7 @@ class ParameterLayout:
             entry.publish()
             self._state[entry.owner] = entry.state
         self.entries, self._contents = new, self._state_contents()
+        self.buckets = list(dict.fromkeys(entry.bucket for entry in new.values()))
 
     def _state_contents(self) -> tuple[list[dict[str, Any]], list[Any]]:
         states = list(self._state.values())
@@ -300,13 +306,7 @@ class ParameterLayout:
 
     def _state_replaced(self) -> bool:
         """Tell whether the state, or anything in it, is another object than after the last rebuild."""
-        now, (states, contents) = self._state.values(), self._contents
-        return not (
-            len(now) == len(states)
-            and sum(map(len, now)) == len(contents)
-            and all(map(is_, now, states))
-            and all(map(is_, chain.from_iterable(map(dict.values, now)), contents))
-        )
+        return not holds(self._state, *self._contents)
 
 
 def _keeps_diag(group: Mapping[str, Any]) -> bool:
@@ -327,7 +327,7 @@ class _Lookup:
     def __init__(self) -> None:
         self._params: list[Tensor] = []
         self._entries: list[Entry | None] = []
-        self._then: tuple[list[Any], ...] | None = None
+        self._then: Any = None
 
     def entries(
         self, params: Sequence[Tensor], parts: Sequence[Tensor], known: Mapping[int, Entry]
@@ -341,14 +341,9 @@ class _Lookup:
         """
         if len(params) != len(self._params) or not all(map(is_, params, self._params)):
             self._params, self._entries, self._then = list(params), list(map(known.get, map(id, params))), None
-        if not self._look_as_then(parts):
+        if self._then is None or not self._then.same(list(parts)):
             # A list is faster than a generator.
             if None in self._entries or not all([entry.fits() for entry in self._entries]):  # noqa: C419
                 return None
-            self._then = tuple(list(map(look, parts)) for look in _LOOKS)
+            self._then = looks_of(parts)
         return self._entries
-
-    def _look_as_then(self, parts: Sequence[Tensor]) -> bool:
-        if self._then is None or 0 in self._then[0]:  # the address of an empty parameter tells nothing
-            return False
-        return all(all(map(eq, map(look, parts), then)) for look, then in zip(_LOOKS, self._then, strict=True))

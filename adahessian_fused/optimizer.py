@@ -17,9 +17,10 @@ from .bucket import Entry
 from .checks import check_given_diagonal, check_state_dtype
 from .curvature import initial_seed
 from .distributed.ranks import Together
+from .distributed.sharded import local
 from .hessian_step import Gathered, HessianStep, NoCurvatureError
 from .layout import ParameterLayout, kernels_of
-from .profiling import profiled
+from .profiling import hooked_step, profiled
 from .record import Versions, versions
 from .update import HyperTable, Part, Parts, prepared_updates
 
@@ -250,6 +251,8 @@ class AdaHessian(torch.optim.Optimizer):
         self._together.watch([p for p in group["params"] if p.requires_grad])
         self.coming_step.begin()
 
+    profile_hook_step = staticmethod(hooked_step)  # type: ignore[assignment]  # by which PyTorch wraps step()
+
     def __repr__(self) -> str:
         """Return ``torch.optim.Optimizer``'s text, and what is averaged over blocks."""
         averaged = self.layout.blocks()
@@ -279,8 +282,8 @@ class AdaHessian(torch.optim.Optimizer):
         coming = self.coming_step
         try:
             if coming.unfinished is not None:
-                (parts, loss, grads), coming.unfinished = coming.unfinished, None
-                if self._are_still(grads):
+                (parts, loss, *then), coming.unfinished = coming.unfinished, None
+                if self._are_still(*then):
                     return self._do(parts, loss)
             loss = None if closure is None else closures.run(self, closure)
             if hessian is not None:
@@ -302,7 +305,7 @@ class AdaHessian(torch.optim.Optimizer):
             if found_inf.item() != 0:
                 return Parts([self.coming_step.close, end])
             found_inf = None
-        if curvature is not None:
+        if curvature is not None and any(group["nonfinite"] == "raise" for group in self.param_groups):
             fresh = [entry for entry in entries if due[entry.group]]
             statistics.refuse_nonfinite(curvature, fresh, self.param_groups)
         updates = partial(
@@ -314,7 +317,8 @@ class AdaHessian(torch.optim.Optimizer):
             grad_scale=grad_scale,
             found_inf=found_inf,
         )
-        count = partial(self.coming_step.schedule.count, set(map(_GROUP, entries)), found_inf)
+        groups = set(map(_GROUP, entries)) if len(self.param_groups) > 1 else {0}
+        count = partial(self.coming_step.schedule.count, groups, found_inf)
         settle = partial(self._settle, entries)
         return Parts([*self._before_update(entries, grads, due), updates, count, settle, self.coming_step.close, end])
 
@@ -333,7 +337,7 @@ class AdaHessian(torch.optim.Optimizer):
     def _warn(self, entries: Sequence[Entry], due: Sequence[bool]) -> None:
         """Tell of what was not as one expects; warnings may be errors."""
         if any(due):
-            statistics.warn_of_nonfinite(entries, self._warned)
+            statistics.warn_of_nonfinite(self.layout.by_bucket(entries), self._warned)
             self.coming_step.schedule.warn_of_missed()
 
     def _do(self, parts: Parts, loss: Any) -> Any:
@@ -342,16 +346,22 @@ class AdaHessian(torch.optim.Optimizer):
             parts.finish()
         except BaseException:
             if parts.begun:
-                self.coming_step.unfinished = parts, loss, versions(self.layout.params())
+                self.coming_step.unfinished = parts, loss, versions(self.layout.params()), self._places()
             raise
         return loss
 
-    def _are_still(self, grads: Versions) -> bool:
+    def _places(self) -> list[int]:
+        """Return the addresses that what is left of a step may know: of parameters and gradients."""
+        tensors = [t for p in self.layout.params() if p.grad is not None for t in (p, p.grad)]
+        return [local(tensor).data_ptr() for tensor in tensors]
+
+    def _are_still(self, grads: Versions, places: Sequence[int]) -> bool:
         """Tell whether gradients are those of a failed step; GradScaler writes to them each time it looks."""
         now, scaled = versions(self.layout.params()), getattr(self, "found_inf", None) is not None
-        return len(now) == len(grads) and all(
+        same = len(now) == len(grads) and all(
             g is h and (scaled or v == w) for (g, v), (h, w) in zip(now, grads, strict=True)
         )
+        return same and places == self._places()
 
     # ---- gradients and curvature -------------------------------------------------------------------------------------
 
@@ -471,7 +481,11 @@ class AdaHessian(torch.optim.Optimizer):
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Reset the gradients, and drop curvature that was gathered with them."""
         with self.coming_step.zeroing(to_none=set_to_none):
-            super().zero_grad(set_to_none)
+            if set_to_none:  # PyTorch's way does the same in ten times the time
+                for p in self.layout.params():
+                    p.grad = None
+            else:
+                super().zero_grad(set_to_none)
 
     def batch_weight(self, batch_size: int) -> Tensor:
         """Return the factor on this rank's mean loss of ``batch_size`` examples, if ranks differ in that number.

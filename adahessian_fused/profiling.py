@@ -7,6 +7,9 @@ from collections.abc import Callable
 from typing import Any
 
 from torch.autograd import profiler
+from torch.optim import Optimizer, optimizer
+
+_EVERYBODYS = [getattr(optimizer, f"_global_optimizer_{when}_hooks", {}) for when in ("pre", "post")]
 
 
 def profiled(name: str | Callable[[Any], str]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
@@ -27,3 +30,16 @@ def profiled(name: str | Callable[[Any], str]) -> Callable[[Callable[..., Any]],
         return wrapper
 
     return decorate
+
+
+def hooked_step(step: Callable[..., Any]) -> Callable[..., Any]:
+    """Wrap an optimizer's ``step`` for hooks and profilers as PyTorch does, and not at all where there are none."""
+    watched = Optimizer.profile_hook_step(step)
+
+    @functools.wraps(step)
+    def wrapper(self: Any, *args: Any, **kwargs: Any) -> Any:
+        hooks = (*_EVERYBODYS, self._optimizer_step_pre_hooks, self._optimizer_step_post_hooks)
+        alone = not any(hooks) and not profiler._is_profiler_enabled
+        return (step if alone else watched)(self, *args, **kwargs)
+
+    return wrapper

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import threading
-import weakref
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -14,6 +13,7 @@ from torch import Tensor
 
 from . import hvp
 from .distributed.sharded import part_of
+from .looks import note_gradients
 
 Versions = list[tuple[Tensor | None, int]]  # gradients, and how often each had been written to
 
@@ -36,11 +36,9 @@ class GradientRecord(hvp.BackwardObserver):
     """
 
     def __init__(self, params: Iterable[Tensor]) -> None:
-        # In passes as quick as can be: every step leaves one, and few are looked at.
+        # As quick as can be: every step leaves one, and few are looked at.
         self._params = list(params)
-        grads = [p.grad for p in self._params]
-        self._grads = [_nothing if grad is None else weakref.ref(grad) for grad in grads]
-        self._versions = [-1 if grad is None else grad._version for grad in grads]
+        self._grads, self._versions = note_gradients(self._params)
         self.added: set[int] = set()
         self.ours = False
         self._thread = threading.get_ident()
@@ -54,9 +52,11 @@ class GradientRecord(hvp.BackwardObserver):
         return [p for p in (self._params if params is None else params) if not self._same(p)]
 
     def _same(self, p: Tensor) -> bool:
-        grad, version = self._left.get(id(p), (_nothing, -1))
+        grad, version = self._left.get(id(p), (None, -1))
         now = p.grad
-        return version == -1 if now is None else now is grad() and now._version == version
+        if now is None or grad is None:
+            return now is None and version == -1
+        return now is grad() and now._version == version
 
     def before(self, tensors: Any) -> GradientRecord | None:
         """Return the gradients before a backward pass, unless it is another thread's and concerns others' leaves.
@@ -81,10 +81,6 @@ class GradientRecord(hvp.BackwardObserver):
 def is_zero(p: Tensor) -> bool:
     """Tell whether a parameter has no gradient, or one of zeros."""
     return p.grad is None or not bool(part_of(p.grad, p).detach().any())
-
-
-def _nothing() -> None:
-    return None
 
 
 class OtherLeaves(hvp.BackwardObserver):

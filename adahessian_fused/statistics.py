@@ -11,11 +11,12 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from .bucket import Entry, compute_dtype
+from .bucket import Bucket, Entry, compute_dtype
 from .checks import DTYPES
-from .curvature import Curvature, by_bucket
+from .curvature import Curvature
 from .distributed import sharded
 from .layout import ParameterLayout
+from .looks import any_counted
 from .segments import Hyper, Steps
 from .update import HyperTable
 
@@ -164,22 +165,22 @@ def refuse_nonfinite(curvature: Curvature, entries: Sequence[Entry], groups: Seq
         )
 
 
-def warn_of_nonfinite(entries: Sequence[Entry], warned: set[str]) -> None:
+def warn_of_nonfinite(entries: Mapping[Bucket, Sequence[Entry]], warned: set[str]) -> None:
     """Warn of parameters whose curvature was not finite for the first time.
 
     What a GPU has counted is looked at in a parameter's Hessian steps number 1, 2, 4, 8 and so on, because looking
     waits for it, and with ``capturable`` never.
 
     Args:
-        entries: the parameters.
+        entries: the parameters of each bucket.
         warned: the names of those that have been warned of; becomes more.
     """
-    for bucket, members in by_bucket(entries).items():
+    for bucket, members in entries.items():
         counts_on_host = bucket.steps.device.type == "cpu"
         is_due = bucket.device.type == "cpu" or (
             counts_on_host and int(bucket.steps[members[0].row, Steps.HESSIAN_STEP]).bit_count() == 1
         )
-        if not is_due or not bucket.missed.any():
+        if not is_due or not any_counted(bucket.missed):
             continue
         names = [entry.name for entry in members if entry.missed > 0 and entry.name not in warned]
         if names:

@@ -8,7 +8,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from itertools import chain
-from operator import attrgetter, methodcaller
+from operator import attrgetter, itemgetter, methodcaller
 from typing import Any
 
 import torch
@@ -17,12 +17,15 @@ from torch import Tensor
 from . import warmup
 from .bucket import MEAN, Bucket, Entry
 from .capture import capturing
-from .curvature import Curvature, by_bucket
+from .curvature import Curvature
 from .layout import ParameterLayout
 from .segments import Hyper, Steps
 
 _PARAM = attrgetter("param")
 _CALL = methodcaller("__call__")
+_NUMBERS = itemgetter(
+    *("lr", "eps", "weight_decay", "hessian_power", "maximize", "unmeasured", "clip", "shrink")  # and betas
+)
 Part = Callable[[], Any]  # returns None, or the parts that are to be done in its place
 
 
@@ -65,6 +68,7 @@ class HyperTable:
 
     def __init__(self) -> None:
         self._cached: dict[torch.device, tuple[list[list[float]], Tensor]] = {}
+        self._last: tuple[Any, Any] = None, None  # the table of a CPU, and the options it was made of
         self._captured: list[Tensor] = []  # older tables, which CUDA graphs may read
 
     def on(self, device: torch.device, groups: Sequence[Mapping[str, Any]]) -> Tensor:
@@ -76,12 +80,17 @@ class HyperTable:
         Raises:
             RuntimeError: a number changed while a CUDA graph is captured, where it cannot be copied.
         """
+        raw = [(*group["betas"], *_NUMBERS(group)) for group in groups]
+        if device.type == "cpu" and self._last[0] == raw:
+            return self._last[1]
         there = [device.type != "cpu" and isinstance(g["lr"], Tensor) and g["lr"].device.type != "cpu" for g in groups]
         rows = [self._row(g, 0.0 if t else g["lr"]) for g, t in zip(groups, there, strict=True)]
         old = self._cached.get(device)
         if old is None or old[0] != rows:
             self._cached[device] = rows, self._written(rows, device, None if old is None else old[1])
         table = self._cached[device][1]
+        if device.type == "cpu" and not any(isinstance(group["lr"], Tensor) for group in groups):
+            self._last = raw, table
         for n in (n for n, t in enumerate(there) if t):
             table[n, Hyper.LR].copy_(groups[n]["lr"].reshape(()))
         return table
@@ -108,10 +117,10 @@ class HyperTable:
 
     @staticmethod
     def _row(group: Mapping[str, Any], lr: float | Tensor) -> list[float]:
-        beta1, beta2 = group["betas"]
-        numbers = (lr, beta1, beta2, group["eps"], group["weight_decay"], group["hessian_power"], group["maximize"])
-        clip = math.inf if group["clip"] is None else group["clip"]
-        return [*map(float, (*numbers, group["unmeasured"] == "hold", clip, group["shrink"]))]
+        _, eps, weight_decay, power, maximize, unmeasured, clip, shrink = _NUMBERS(group)
+        clip = math.inf if clip is None else clip
+        numbers = (lr, *group["betas"], eps, weight_decay, power, maximize, unmeasured == "hold", clip, shrink)
+        return [*map(float, numbers)]
 
 
 def prepared_updates(
@@ -143,18 +152,20 @@ def prepared_updates(
         The parts of all updates, those of the first kind first.
     """
     rescaled = grad_scale is not None and curvature is not None and curvature.unscaled
-    if curvature is not None and (rescaled or curvature.must_fold(layout.entries.values())):
+    if curvature is not None and (rescaled or curvature.must_fold(layout.buckets)):
         curvature.fold()
-    grad_of = dict(zip(entries, grads, strict=True))
+    grad_of: dict[Entry, Tensor] = {}
     updates = []
-    for bucket, in_bucket in by_bucket(entries).items():
+    for bucket, in_bucket in layout.by_bucket(entries).items():
         groups = table.on(bucket.steps.device, layout.groups)
         for kind, members in _by_kind(in_bucket, due, layout.groups).items():
             backend = layout.backends[bucket.device.type]
+            if len(members) < len(entries):
+                grad_of = grad_of or dict(zip(entries, grads, strict=True))
             update = prepared_update(
                 bucket,
                 members,
-                grads if len(members) == len(entries) else [grad_of[entry] for entry in members],
+                [grad_of[entry] for entry in members] if grad_of else grads,
                 kind,
                 curvature,
                 *warmup.bounded(bucket, members, layout.groups, groups, backend),
@@ -222,7 +233,6 @@ def prepared_update(
     Returns:
         The parts of the update: the op, what it leaves to be written, the counts, and what is kept for later steps.
     """
-    grads = bucket.stored(members, grads)
     hessians, diag, kept, is_hvp, sample = [], None, None, False, 0
     if kind == "fresh" and bucket.diag is None and not curvature.folded:
         hessians, is_hvp, sample = curvature.hessians(members), curvature.is_hvp, curvature.sample
@@ -244,9 +254,6 @@ def prepared_update(
     if bucket.has_copied:
         params = [p.contiguous() if entry.copied else p for p, entry in zip(params, members, strict=True)]
     arguments = {
-        "params": params,
-        "grads": grads,
-        "hessians": hessians,
         "diag": diag,
         "exp_avg": bucket.exp_avg,
         "exp_hessian_diag_sq": bucket.exp_hessian_diag_sq,
@@ -263,6 +270,14 @@ def prepared_update(
         "means": bucket.means,
         "missed": bucket.missed,
     }
+    op = getattr(backend, "step_at_addresses", None)
+    addresses = None if op is None or bucket.means is not None else bucket.addresses(members, params, grads, hessians)
+    if addresses is None:
+        op = backend.adahessian_step
+        lists = {"params": params, "grads": bucket.stored(members, grads)}
+        arguments = {**lists, "hessians": bucket.stored(members, hessians) if hessians else []} | arguments
+    else:
+        arguments |= {"addresses": addresses, "first": params[0]}
     if bucket.means is not None:
         _first_means(bucket, members, kind, arguments, backend)
 
@@ -285,9 +300,10 @@ def prepared_update(
         if bucket.means is not None and kind != "hold":
             _measure_means(bucket, members, bucket.exp_hessian_diag_sq, 0, groups, backend)
 
-    op = backend.adahessian_step
+    update = partial(getattr(op, "_op", op), **arguments)  # a native op without the Python code around it
+    update.tensors = grads, hessians  # type: ignore[attr-defined]  # which the op may know by address only
     return (
-        partial(getattr(op, "_op", op), **arguments),  # a native op without the Python code around it
+        update,
         write,
         partial(bucket.count_step, members, with_curvature=kind != "hold", found_inf=found_inf),
         keep,

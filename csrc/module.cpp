@@ -1,4 +1,4 @@
-// adahessian_fused._C: what this build is and what the machine offers. The operators live in the library of ops.cpp.
+// adahessian_fused._C: what this build is, and lists of tensors in Python. The operators are in the library of ops.cpp.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "cpu/instruction_set.h"
+#include "looks.h"
 
 namespace py = pybind11;
 namespace cpu = adahessian::cpu;
@@ -43,6 +44,14 @@ py::dict build_info() {
 }  // namespace
 
 PYBIND11_MODULE(_C, module) {
-  module.doc() = "Build information of adahessian_fused's native library.";
+  module.doc() = "Build information of adahessian_fused's native library, and quick looks at lists of tensors.";
   module.def("build_info", &build_info, "How the native library was built and what it uses on this machine.");
+  py::class_<adahessian::Looks>(module, "Looks", "The looks of a list of tensors, as they are now.")
+      .def(py::init<py::list>())
+      .def("same", &adahessian::Looks::same, "Whether tensors look like these, addresses and all.")
+      .def("addresses", &adahessian::Looks::addresses, "Write addresses of tensors like these into a table.");
+  module.def("holds", &adahessian::holds, "Whether a dict of dicts has these dicts, and they these objects.");
+  module.def("count", &adahessian::count, "Add one to the first numbers of every row of a table.");
+  module.def("any", &adahessian::any, "Whether any of some numbers is not zero.");
+  module.def("note_gradients", &adahessian::note_gradients, "Weak references to gradients, and their versions.");
 }

@@ -235,26 +235,13 @@ void hessian_diag(TensorList hessians, Tensor diag, Tensor segments, Tensor step
   Launchers::hessian_diag(args, scope.context());
 }
 
+// What adahessian_step does once the segments have their tensors' addresses.
 template <typename Launchers>
-void adahessian_step(TensorList params, TensorList grads, TensorList hessians, OptionalTensor diag, Tensor exp_avg,
-                     Tensor exp_hessian_diag_sq, OptionalTensor master, Tensor segments, Tensor steps, Tensor groups,
-                     int64_t seed, int64_t sample, bool is_hvp, int64_t rounding_seed, OptionalTensor grad_scale,
-                     OptionalTensor found_inf, OptionalTensor means, OptionalTensor missed) {
+void update_segments(AdaHessianStepArgs& args, ScalarType type, const OptionalTensor& diag, const Tensor& exp_avg,
+                     const Tensor& exp_hessian_diag_sq, const OptionalTensor& master, const Tensor& steps,
+                     const Tensor& groups, const Probe& probe, int64_t rounding_seed, const OptionalTensor& grad_scale,
+                     const OptionalTensor& found_inf, const OptionalTensor& means, const OptionalTensor& missed) {
   const char* op = "adahessian_step";
-  if (params.empty()) {
-    STD_TORCH_CHECK(segments.numel() == 0, op, ": params is empty; expected ", segments.size(0), " tensors");
-    return;
-  }
-  AdaHessianStepArgs args;
-  args.dtype = dtype_of(op, "params[0]", params[0]);
-  const ScalarType type = params[0].scalar_type();
-  args.segments = read_segments(op, segments, steps);
-  attach(op, "params", params, args.segments, type, exp_avg, [](Segment& s, void* data) { s.param = data; });
-  attach(op, "grads", grads, args.segments, type, exp_avg, [](Segment& s, void* data) { s.grad = data; });
-  if (!hessians.empty()) {
-    STD_TORCH_CHECK(!diag.has_value(), op, ": hessians and diag are both given; expected one source of curvature");
-    attach(op, "hessians", hessians, args.segments, type, exp_avg, [](Segment& s, void* data) { s.hessian = data; });
-  }
   const bool rounds = exp_avg.scalar_type() == ScalarType::BFloat16 && args.dtype != Dtype::kFloat64;
   args.state_dtype = rounds ? Dtype::kBFloat16 : args.dtype == Dtype::kFloat64 ? Dtype::kFloat64 : Dtype::kFloat32;
   const ScalarType stored = rounds ? ScalarType::BFloat16 : state_type(args.dtype);
@@ -290,7 +277,7 @@ void adahessian_step(TensorList params, TensorList grads, TensorList hessians, O
                     "which has ", args.n_groups);
   }
   args.counts = read_counts(op, steps, exp_avg);
-  args.probe = {uint64_t(seed), uint32_t(sample), is_hvp};
+  args.probe = probe;
   args.grad_scale = scalar(op, "grad_scale", grad_scale, exp_avg);
   args.found_inf = scalar(op, "found_inf", found_inf, exp_avg);
   args.rounding_seed = uint64_t(rounding_seed);
@@ -298,6 +285,57 @@ void adahessian_step(TensorList params, TensorList grads, TensorList hessians, O
   args.missed = per_slot<int64_t>(op, "missed", missed, ScalarType::Long, steps, exp_avg);
   const Scope scope(exp_avg);
   Launchers::adahessian_step(args, scope.context());
+}
+
+template <typename Launchers>
+void adahessian_step(TensorList params, TensorList grads, TensorList hessians, OptionalTensor diag, Tensor exp_avg,
+                     Tensor exp_hessian_diag_sq, OptionalTensor master, Tensor segments, Tensor steps, Tensor groups,
+                     int64_t seed, int64_t sample, bool is_hvp, int64_t rounding_seed, OptionalTensor grad_scale,
+                     OptionalTensor found_inf, OptionalTensor means, OptionalTensor missed) {
+  const char* op = "adahessian_step";
+  if (params.empty()) {
+    STD_TORCH_CHECK(segments.numel() == 0, op, ": params is empty; expected ", segments.size(0), " tensors");
+    return;
+  }
+  AdaHessianStepArgs args;
+  args.dtype = dtype_of(op, "params[0]", params[0]);
+  const ScalarType type = params[0].scalar_type();
+  args.segments = read_segments(op, segments, steps);
+  attach(op, "params", params, args.segments, type, exp_avg, [](Segment& s, void* data) { s.param = data; });
+  attach(op, "grads", grads, args.segments, type, exp_avg, [](Segment& s, void* data) { s.grad = data; });
+  if (!hessians.empty()) {
+    STD_TORCH_CHECK(!diag.has_value(), op, ": hessians and diag are both given; expected one source of curvature");
+    attach(op, "hessians", hessians, args.segments, type, exp_avg, [](Segment& s, void* data) { s.hessian = data; });
+  }
+  update_segments<Launchers>(args, type, diag, exp_avg, exp_hessian_diag_sq, master, steps, groups,
+                             {uint64_t(seed), uint32_t(sample), is_hvp}, rounding_seed, grad_scale, found_inf, means,
+                             missed);
+}
+
+// The same for tensors that the caller has looked at (csrc/looks.h) and keeps alive: a row of addresses for each
+// segment, of parameter, gradient and Hessian-vector product, and one of the parameters for its dtype.
+template <typename Launchers>
+void step_at_addresses(Tensor addresses, Tensor first, OptionalTensor diag, Tensor exp_avg, Tensor exp_hessian_diag_sq,
+                       OptionalTensor master, Tensor segments, Tensor steps, Tensor groups, int64_t seed,
+                       int64_t sample, bool is_hvp, int64_t rounding_seed, OptionalTensor grad_scale,
+                       OptionalTensor found_inf, OptionalTensor means, OptionalTensor missed) {
+  const char* op = "adahessian_step";
+  AdaHessianStepArgs args;
+  args.dtype = dtype_of(op, "first", first);
+  args.segments = read_segments(op, segments, steps);
+  check_table(op, "addresses", addresses, ScalarType::Long, 3);
+  STD_TORCH_CHECK(!addresses.is_cuda() && addresses.size(0) == segments.size(0), op, ": addresses has ",
+                  addresses.size(0), " rows; expected ", segments.size(0), " in a CPU tensor, one for each segment");
+  const auto* row = static_cast<void* const*>(addresses.const_data_ptr());
+  for (Segment& s : args.segments) {
+    s.param = row[0];
+    s.grad = row[1];
+    s.hessian = row[2];
+    row += 3;
+  }
+  update_segments<Launchers>(args, first.scalar_type(), diag, exp_avg, exp_hessian_diag_sq, master, steps, groups,
+                             {uint64_t(seed), uint32_t(sample), is_hvp}, rounding_seed, grad_scale, found_inf, means,
+                             missed);
 }
 
 constexpr const char* kRademacher =
@@ -308,6 +346,11 @@ constexpr const char* kPerturb =
 constexpr const char* kHessianDiag =
     "hessian_diag(Tensor[] hessians, Tensor(a!) diag, Tensor segments, Tensor steps, *, int seed, int sample, "
     "bool is_hvp, float scale, bool accumulate) -> ()";
+constexpr const char* kStepAtAddresses =
+    "adahessian_step.addresses(Tensor addresses, Tensor first, Tensor? diag, Tensor(b!) exp_avg, "
+    "Tensor(c!) exp_hessian_diag_sq, Tensor(d!)? master, Tensor segments, Tensor steps, Tensor groups, *, int seed, "
+    "int sample, bool is_hvp, int rounding_seed, Tensor? grad_scale, Tensor? found_inf, Tensor? means, "
+    "Tensor(e!)? missed) -> ()";
 constexpr const char* kAdaHessianStep =
     "adahessian_step(Tensor(a!)[] params, Tensor[] grads, Tensor[] hessians, Tensor? diag, Tensor(b!) exp_avg, "
     "Tensor(c!) exp_hessian_diag_sq, Tensor(d!)? master, Tensor segments, Tensor steps, Tensor groups, *, int seed, "
@@ -320,6 +363,7 @@ void define(Library& library) {
   library.def(kPerturb);
   library.def(kHessianDiag);
   library.def(kAdaHessianStep);
+  library.def(kStepAtAddresses);
 }
 
 template <typename Launchers, typename Library>
@@ -328,6 +372,7 @@ void implement(Library& library) {
   library.impl("perturb", TORCH_BOX(&perturb<Launchers>));
   library.impl("hessian_diag", TORCH_BOX(&hessian_diag<Launchers>));
   library.impl("adahessian_step", TORCH_BOX(&adahessian_step<Launchers>));
+  library.impl("adahessian_step.addresses", TORCH_BOX(&step_at_addresses<Launchers>));
 }
 
 }  // namespace

@@ -297,7 +297,7 @@ def test_a_step_that_fails_anywhere_can_be_repeated(make, style):
             torch.testing.assert_close(found, expected, rtol=0, atol=0)
             if not failed:
                 break
-        assert 20 < n < 999
+        assert 10 < n < 999
 
 
 class EveryTime(torch.utils._python_dispatch.TorchDispatchMode):

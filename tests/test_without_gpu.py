@@ -113,8 +113,8 @@ def test_groups_with_different_update_each_share_the_tables(device):
         opt.backward(model(torch.ones(2, 3, device=device)).square().sum())
         opt.step()
         made.append(next(iter(opt.layout.entries.values())).bucket._subsets.values())
-    assert len({id(table) for table, _ in made[5]}) == len(made[5]) == len(made[-1])
-    assert {id(table) for table, _ in made[5]} == {id(table) for table, _ in made[-1]}
+    assert len({id(subset.segments) for subset in made[5]}) == len(made[5]) == len(made[-1])
+    assert {id(subset.segments) for subset in made[5]} == {id(subset.segments) for subset in made[-1]}
 
 
 # ---- several GPUs ----------------------------------------------------------------------------------------------------

@@ -6,7 +6,7 @@ import functools
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -67,11 +67,17 @@ class _Settings:
     """
 
     def __init__(self) -> None:
-        self._lock, self._users, self._changes = threading.RLock(), 0, ExitStack()
+        self._lock, self._users = threading.RLock(), 0
+        self._stance: Any = None  # of compiled code, while it is another than the process's own
 
     def _change(self) -> None:
         if "torch._dynamo" in sys.modules and not torch.compiler.is_compiling():
-            self._changes.enter_context(torch.compiler.set_stance("force_eager"))
+            self._stance = torch.compiler.set_stance("force_eager")
+
+    def _change_back(self) -> None:
+        if self._stance is not None:
+            self._stance.__exit__(None, None, None)
+            self._stance = None
 
     def enter(self) -> None:
         with self._lock:
@@ -83,13 +89,13 @@ class _Settings:
         with self._lock:
             self._users -= 1
             if self._users == 0:
-                self._changes.close()
+                self._change_back()
 
     @contextmanager
     def suspended(self) -> Iterator[None]:
         """Inside it, they are as they were before."""
         with self._lock:
-            self._changes.close()
+            self._change_back()
         try:
             yield
         finally:
@@ -117,6 +123,8 @@ class Mode(TorchFunctionMode):
 
     def __torch_function__(self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if func not in OPERATORS and func is not F.multi_head_attention_forward:
+            return func(*args, **kwargs)
         if func is F.multi_head_attention_forward and not off():
             func = with_attention(functools.partial(self._run, F.scaled_dot_product_attention), func)
         return self._run(func, *args, **kwargs)

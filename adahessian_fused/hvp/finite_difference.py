@@ -13,8 +13,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakIdKeyDictionary
 
-from ..bucket import Bucket, Entry
-from ..curvature import by_bucket, draw_probe, drawable
+from ..bucket import Bucket, Entry, by_bucket
+from ..curvature import draw_probe, drawable
 from ..distributed.sharded import part_of
 from .replay import Replay
 

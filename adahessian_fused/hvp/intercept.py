@@ -29,9 +29,9 @@ class InterceptBackward(TorchFunctionMode):
         kwargs = kwargs or {}
         if func is not torch.Tensor.backward:
             return func(*args, **kwargs)
-        return self._take(*args, **kwargs)
+        return self.take(*args, **kwargs)
 
-    def _take(
+    def take(
         self,
         loss: Tensor,
         gradient: Tensor | None = None,
@@ -39,6 +39,7 @@ class InterceptBackward(TorchFunctionMode):
         create_graph: bool = False,
         inputs: Any = None,
     ) -> None:
+        """Do what ``Tensor.backward`` is asked for."""
         self.called = True
         if inputs is not None or (create_graph and not self._always):
             torch.Tensor.backward(loss, gradient, retain_graph, create_graph, inputs)
