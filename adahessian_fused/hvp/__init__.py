@@ -5,7 +5,7 @@ backward pass, ``finite_difference`` takes the difference of two gradients. The 
 computed; the others evaluate it themselves, with the help of ``replay``.
 """
 
-from .complete import Graphs, check_gradients
+from .complete import Graphs, after_hooks, check_gradients
 from .double_backward import (
     MIXED,
     NEEDS_FUNCTION,
@@ -20,11 +20,11 @@ from .double_backward import (
     hessian_vector_product,
     release_graph,
     run_post_accumulate_hooks,
-    without_hooks,
 )
 from .graph import explore
 from .intercept import BackwardObserver, InterceptBackward
 from .precision import Precision, bfloat16_gain, second_pass
+from .treatment import Refused, treating, without_hooks
 
 __all__ = [
     "MIXED",
@@ -36,7 +36,9 @@ __all__ = [
     "Graphs",
     "InterceptBackward",
     "Precision",
+    "Refused",
     "accumulate_grads",
+    "after_hooks",
     "bfloat16_gain",
     "check_gradients",
     "check_loss",
@@ -48,5 +50,6 @@ __all__ = [
     "release_graph",
     "run_post_accumulate_hooks",
     "second_pass",
+    "treating",
     "without_hooks",
 ]

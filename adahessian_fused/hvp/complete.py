@@ -29,10 +29,11 @@ from torch import Tensor
 from torch.autograd.function import BackwardCFunction
 from torch.autograd.graph import Node
 
-from .errors import HIDDEN_NUMBERS, NO_GRAPH, WRONG_NORM, WRONG_WEIGHT_NORM, explanation
+from .errors import HIDDEN_NUMBERS, HOOK_WITHOUT_GRAPH, NO_GRAPH, WRONG_NORM, WRONG_WEIGHT_NORM, explanation
 from .graph import WEIGHT_NORM, Graph, explore, nodes
 from .intercept import BackwardObserver
 from .replay import Replay
+from .treatment import Hook, Treatment, is_number, name_of, numbers_in, treating
 
 _CUT = {  # names of nodes behind which a graph silently ends
     "torch::autograd::Error": "a torch.autograd.Function whose backward is marked once_differentiable",
@@ -53,7 +54,8 @@ def examined(graph: Graph) -> Iterator[list[str]]:
     later: list[tuple[Node, bool]] = []
     handles = [node.register_hook(_Examination(node, graph, found, later)) for node in graph.functions]
     try:
-        yield found
+        with treating(_Examined(graph, found)):
+            yield found
     finally:
         for handle in handles:
             handle.remove()
@@ -140,19 +142,75 @@ class _Examination:
     def __call__(self, results: Sequence[Tensor | None], grads: Sequence[Tensor | None]) -> None:
         sources = {g.grad_fn for g in grads if g is not None and g.grad_fn is not None}
         problem = None
-        for result in filter(_is_number, results):
+        for result in filter(is_number, results):
             reached = list(_between(result, self._graph, sources))
             problem = problem or next(filter(None, (_cut(n) for n in reached if n not in self._graph.nodes)), None)
             if sources.isdisjoint(reached) and sources and _not_zero(result):
                 problem = problem or NO_GRAPH.format(_name(self._node))
         if problem is None:
-            constant = not sources and not any(result.requires_grad for result in filter(_is_number, results))
+            constant = not sources and not any(result.requires_grad for result in filter(is_number, results))
             try:
                 problem = _unseen(self._node, self._graph, whole=constant)
             except RuntimeError:  # a checkpoint gives what its Functions have kept once only in a pass
                 self._later.append((self._node, constant))
         if problem is not None:
             self._found.append(problem)
+
+
+class _Examined(Treatment):
+    """Of hooks: what they return, or make of what they are given, has to lead to it."""
+
+    def __init__(self, graph: Graph, found: list[str]) -> None:
+        self._graph, self._found = graph, found
+
+    def __call__(self, hook: Hook, args: Sequence[Any]) -> Any:
+        given = [(t, t._version, t.grad_fn) for arg in args for t in numbers_in(arg)]
+        results = hook(*args)
+        problem = self._lost(hook, given, numbers_in(results))
+        if problem is not None:
+            self._found.append(problem)
+        return results
+
+    def _lost(self, hook: Hook, given: Sequence[tuple[Tensor, int, Any]], results: Sequence[Tensor]) -> str | None:
+        sources = {fn for _, _, fn in given if fn is not None}
+        written = any(t._version != version and t.grad_fn is fn for t, version, fn in given)
+        new = [r for r in results if not any(r is t for t, _, _ in given)]
+        lost = any(sources.isdisjoint(_between(r, self._graph, sources)) and _not_zero(r) for r in new)
+        return HOOK_WITHOUT_GRAPH.format(name_of(hook)) if sources and (written or lost) else None
+
+
+def after_hooks(hooks: Iterable[Hook], grad: Tensor, products: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
+    """Return what a leaf's hooks make of its gradient, and what becomes of the gradient's derivatives Hz.
+
+    Args:
+        hooks: called one after the other.
+        grad: without a graph.
+        products: Hz for each sample.
+
+    Raises:
+        RuntimeError: a hook changes the gradient without a graph of how.
+    """
+    if not products:
+        for hook in hooks:
+            changed = hook(grad)
+            grad = grad if changed is None else changed
+        return grad, []
+    found: list[str] = []
+    leaf = grad.detach().requires_grad_()
+    with torch.enable_grad():
+        begin = end = leaf.clone()  # hooks may write to it
+        examined = _Examined(explore([begin])._replace(nodes=set()), found)
+        for hook in list(hooks):
+            changed = examined(hook, (end,))
+            end = end if changed is None else changed
+        _raise(found)
+        if end is begin and not begin._version:
+            return grad, list(products)
+        if not end.requires_grad:  # zeros
+            return end, [torch.zeros_like(h) for h in products]
+        seed = torch.zeros_like(end, requires_grad=True)
+        [pulled] = torch.autograd.grad(end, leaf, seed, create_graph=True)
+    return end.detach(), [torch.autograd.grad(pulled, seed, h, retain_graph=True)[0] for h in products]
 
 
 def _raise(problems: Iterable[str | None]) -> None:
@@ -177,10 +235,6 @@ def _wrong(node: Any) -> str | None:
 def _name(node: Node) -> str:
     cls = getattr(type(node), "_forward_cls", None)
     return node.name() if cls is None else f"the torch.autograd.Function {cls.__qualname__}"
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, Tensor) and (value.is_floating_point() or value.is_complex())
 
 
 def _between(result: Tensor, graph: Graph, sources: set[Node]) -> Iterator[Node]:
@@ -260,7 +314,7 @@ def _hides(node: Any, n_constants: int) -> str | None:
     for value in _kept(node):
         if not isinstance(value, Tensor):
             numbers.add(value.__array_interface__["data"][0])
-        elif not value.requires_grad and _is_number(value) and not _is_mask(value):
+        elif not value.requires_grad and is_number(value) and not _is_mask(value):
             numbers.add(value.data_ptr())
         elif not value.requires_grad:
             n_constants -= 1
@@ -270,7 +324,7 @@ def _hides(node: Any, n_constants: int) -> str | None:
 
 
 def _is_hidden(value: Any) -> bool:
-    return _is_number(value) and not value.requires_grad and not _is_mask(value)
+    return is_number(value) and not value.requires_grad and not _is_mask(value)
 
 
 @torch.enable_grad()
@@ -319,7 +373,7 @@ def _forgets(node: Any, graph: Graph, *, whole: bool) -> str | None:
         return None  # it may wait for other ranks
     saved = _saved(node)
     copies = [
-        t if t is None or not (_is_number(t) and t.requires_grad) else t.detach().requires_grad_().view_as(t)
+        t if t is None or not (is_number(t) and t.requires_grad) else t.detach().requires_grad_().view_as(t)
         for t in saved
     ]
     try:
@@ -352,4 +406,4 @@ def _call(
     own = {**node.__dict__, **(attributes or {})}
     context = SimpleNamespace(**own, saved_tensors=tuple(saved), needs_input_grad=node.needs_input_grad)
     results = node._forward_cls.backward(context, *grads)
-    return [r for r in (results if isinstance(results, tuple) else (results,)) if _is_number(r)]
+    return [r for r in (results if isinstance(results, tuple) else (results,)) if is_number(r)]

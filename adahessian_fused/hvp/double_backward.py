@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from operator import attrgetter
 from typing import Any
 
@@ -15,6 +14,7 @@ from .complete import complete
 from .errors import naming_the_operator
 from .graph import Graph, explore
 from .precision import Precision, second_pass
+from .treatment import without_hooks
 
 _REQUIRES_GRAD = attrgetter("requires_grad")
 
@@ -83,19 +83,6 @@ def hessian_vector_product(
         return torch.autograd.grad(
             grads, params, grad_outputs=z, retain_graph=retain_graph, create_graph=False, allow_unused=True
         )
-
-
-@contextlib.contextmanager
-def without_hooks(params: Sequence[Tensor]) -> Iterator[None]:
-    """Silence the parameters' hooks: they are about gradients, and have seen them."""
-    silenced = [(p._backward_hooks, dict(p._backward_hooks)) for p in params if p._backward_hooks]
-    for hooks, _ in silenced:
-        hooks.clear()
-    try:
-        yield
-    finally:
-        for hooks, kept in silenced:
-            hooks.update(kept)
 
 
 def first_order(

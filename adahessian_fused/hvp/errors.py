@@ -17,7 +17,7 @@ _KNOWN = {
     "Double backwards is not supported for CuDNN RNNs": "cuDNN's RNN",
     "use_reentrant=True, torch.utils.checkpoint is incompatible": "torch.utils.checkpoint with use_reentrant=True",
     "region computed under selective activation checkpoint": "torch.utils.checkpoint with a selective context_fn",
-    "You must implement the jvp function": "a torch.autograd.Function without jvp",
+    "You must implement the jvp function": "a torch.autograd.Function without jvp (PyTorch's for full backward hooks)",
     "ZeroTensors are immutable": "an operator of the model or the loss (such as mse_loss)",
 }
 _LACKS = {
@@ -26,6 +26,8 @@ _LACKS = {
 }
 _OTHER = {"autograd": "forward_over_reverse", "forward_over_reverse": "autograd"}
 NO_GRAPH = "{}, whose backward leaves no graph of itself,"
+HOOK_WITHOUT_GRAPH = "{}, which changes a gradient without a graph of how,"
+HOOK_WITHOUT_TANGENT = "{}, which changes a gradient and drops its tangent,"
 HIDDEN_NUMBERS = "{}, which keeps numbers for its backward that are no inputs and have no graph,"
 WRONG_WEIGHT_NORM = "weight_norm, whose second derivative PyTorch has wrong,"
 WRONG_NORM = "{} in a loss that holds a gradient, where PyTorch has its derivative wrong,"
@@ -54,6 +56,8 @@ def explanation(operator: str, strategy: str) -> str:
         ways.insert(0, "use_reentrant=False")
     elif "selective" in operator:
         ways.insert(0, "torch.utils.checkpoint without context_fn, which may be recomputed more than once")
+    elif "changes a gradient" in operator:
+        ways.insert(0, "PyTorch's operators on the gradient in the hook, without detach(), .data, NumPy or no_grad()")
     elif "torch.autograd.Function" in operator:
         ways.insert(
             0,

@@ -13,9 +13,12 @@ from torch.autograd import forward_ad
 from ..bucket import Entry
 from ..curvature import draw_probe
 from .double_backward import accumulate_grads
-from .errors import naming_the_operator
+from .errors import HOOK_WITHOUT_TANGENT, explanation, naming_the_operator
 from .graph import explore
 from .replay import Replay
+from .treatment import Hook, Treatment, name_of, numbers_in, treating
+
+_TWICE_DIFFERENTIABLE_ONLY = {"SiluBackward0", "MishBackward0", "NativeGroupNormBackward0"}
 
 
 @contextlib.contextmanager
@@ -41,21 +44,45 @@ def gradient_and_product(
 ) -> tuple[list[Tensor | None], list[Tensor | None]]:
     """Return the gradients of a loss computed inside :func:`tangents`, and their tangents, which are Hz.
 
-    Some backward operators (SiLU's, group normalisation's) have a forward-mode derivative only in the form that
-    autograd takes when it is to be differentiated again; they are tried in that form if the usual one fails.
+    Some backward operators have a forward-mode derivative only in the form that autograd takes when it is to be
+    differentiated again. Others than those known are tried in that form if the usual one fails, and hooks called again.
 
     Returns:
         Gradients and products; None for parameters the loss does not depend on, and products None where the gradient
         does not depend on any parameter.
     """
     options: dict[str, Any] = {"grad_outputs": gradient, "allow_unused": True, "retain_graph": True}
-    try:
-        duals = torch.autograd.grad(loss, params, **options)
-    except NotImplementedError:
-        duals = torch.autograd.grad(loss, params, create_graph=True, **options)
+    known = any(node.name() in _TWICE_DIFFERENTIABLE_ONLY for node in explore([loss]).nodes)
+    with treating(_Examined()):
+        try:
+            duals = torch.autograd.grad(loss, params, create_graph=known, **options)
+        except NotImplementedError:
+            duals = torch.autograd.grad(loss, params, create_graph=True, **options)
     pairs = [(None, None) if dual is None else forward_ad.unpack_dual(dual) for dual in duals]
     primals, products = zip(*pairs, strict=True)
     return [g if g is None else g.detach() for g in primals], [h if h is None else h.detach() for h in products]
+
+
+class _Examined(Treatment):
+    """Of hooks: what they return has to have a tangent if what they are given has one."""
+
+    def __call__(self, hook: Hook, args: Sequence[Any]) -> Any:
+        given = [t for arg in args for t in numbers_in(arg)]
+        results = hook(*args)
+        problem = _dropped(hook, given, numbers_in(results))
+        if problem is not None:
+            raise RuntimeError(explanation(problem, "forward_over_reverse"))
+        return results
+
+
+def _dropped(hook: Hook, given: Sequence[Tensor], results: Sequence[Tensor]) -> str | None:
+    new = [r for r in results if not any(r is t for t in given)]
+    lost = any(map(_has_tangent, given)) and any(not _has_tangent(r) and bool(r.any()) for r in new)
+    return HOOK_WITHOUT_TANGENT.format(name_of(hook)) if lost else None
+
+
+def _has_tangent(tensor: Tensor) -> bool:
+    return forward_ad.unpack_dual(tensor).tangent is not None
 
 
 class ForwardOverReverse:

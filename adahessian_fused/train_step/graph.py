@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
+from .. import hvp
 from .compiled import Compiled
 from .cuda_graph import Captured
 from .derivatives import Derivatives, FlatFunction, LossModule, Probe, StepSpec
@@ -41,11 +42,12 @@ class Graph:
         inputs = self._inputs(params, [params] * spec.n_samples, scale, tensors)
         module.tracing = True
         try:
-            self._run: Compiled | FlatFunction | Captured = Compiled(self._flat, inputs) if compiled else self._flat
-            if capture:
-                fixed = self._fixed(params)
-                self._run = Captured(self._run, inputs, len(fixed))
-                self._addresses = list(map(Tensor.data_ptr, fixed))
+            with hvp.treating(hvp.Refused()):
+                self._run: Compiled | FlatFunction | Captured = Compiled(self._flat, inputs) if compiled else self._flat
+                if capture:
+                    fixed = self._fixed(params)
+                    self._run = Captured(self._run, inputs, len(fixed))
+                    self._addresses = list(map(Tensor.data_ptr, fixed))
         finally:
             module.tracing = False
 
@@ -78,7 +80,7 @@ class Graph:
     def __call__(
         self, params: Sequence[Tensor], draw: Probe, scale: Tensor | None, tensors: Sequence[Tensor]
     ) -> Derivatives:
-        """Run with other numbers; gradients have been through the leaves' own hooks."""
+        """Run with other numbers; gradients, and Hz with them, have been through the leaves' own hooks."""
         probed = self._flat.found.probed
         probes: list[Sequence[Tensor]] = []
         for sample in range(self._flat.spec.n_samples if probed else 0):
@@ -90,13 +92,12 @@ class Graph:
             probes = [params] * self._flat.spec.n_samples
         found = self._flat.unpack(self._run(*self._inputs(params, probes, scale, tensors)))
         leaves = [*params, *(t for t in tensors if t.requires_grad)]
-        grads = [g if g is None else _hooked(p, g) for p, g in zip(leaves, found.grads, strict=True)]
-        return found._replace(grads=grads)
-
-
-def _hooked(param: Tensor, grad: Tensor) -> Tensor:
-    """Return what the parameter's hooks make of its gradient: graphs do not call them."""
-    for hook in (param._backward_hooks or {}).values():
-        changed = hook(grad)
-        grad = grad if changed is None else changed
-    return grad
+        grads, products = list(found.grads), list(map(list, found.products))
+        for i, (leaf, g) in enumerate(zip(leaves, grads, strict=True)):
+            if g is not None and leaf._backward_hooks:  # graphs do not call them
+                at = [n for n, number in enumerate(probed) if number == i]
+                h = [of_sample[n] for of_sample in products for n in at]
+                grads[i], h = hvp.after_hooks(leaf._backward_hooks.values(), g, h)
+                for of_sample, product in zip(products, h, strict=bool(at)):
+                    of_sample[at[0]] = product
+        return found._replace(grads=grads, products=products)

@@ -1,0 +1,147 @@
+"""Hooks on tensors and modules: they see each gradient once, and never Hz.
+
+The second differentiation goes through the graph of the loss once more, and autograd has no way to pass by the hooks on
+it. So the functions that register hooks, ``Tensor.register_hook`` and the one behind hooks of nodes, modules and groups
+of tensors, wrap them, as soon as this package is imported: a hook asks whether a pass of ours treats it in another way
+than calling it. Autograd takes the answer along to its own threads, as it does with autocast.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+from torch.utils.weak import WeakTensorKeyDictionary
+
+Hook = Callable[..., Any]
+
+_KEY = __name__
+_OWN = (__package__.split(".")[0], "torch.distributed")  # whose hooks are no user's, and always called
+_retaining = WeakTensorKeyDictionary()  # tensors whose retain_grad() was called, by which thread
+
+
+class Treatment:
+    """How hooks are called in the passes that a thread begins."""
+
+    def __call__(self, hook: Hook, args: Sequence[Any]) -> Any:
+        """Return what the hook, or nothing, makes of the gradients in ``args``."""
+        return hook(*args)
+
+
+class Skipped(Treatment):
+    """Not at all."""
+
+    def __call__(self, hook: Hook, args: Sequence[Any]) -> None:
+        """Return None: gradients stay as they are."""
+
+
+class Refused(Treatment):
+    """With an error, where a graph is made that would not call them; passes within are treated so, too."""
+
+    def __call__(self, hook: Hook, args: Sequence[Any]) -> Any:
+        """Raise."""
+        raise RuntimeError(f"{name_of(hook)} is Python code, which a graph does not call")
+
+
+def name_of(hook: Hook) -> str:
+    """Return what to call a hook in a message."""
+    if getattr(hook, "__module__", "") == "torch.utils.hooks":  # what PyTorch makes of them
+        return "a full backward hook of a module"
+    return f"the hook {getattr(hook, '__qualname__', type(hook).__qualname__)}"
+
+
+def is_number(value: Any) -> bool:
+    """Tell whether something is a tensor that can have a gradient."""
+    return isinstance(value, Tensor) and (value.is_floating_point() or value.is_complex())
+
+
+def numbers_in(gradients: Any) -> list[Tensor]:
+    """Return the tensors among what a hook is given or returns: one, several or nothing."""
+    return [t for t in (gradients if isinstance(gradients, (tuple, list)) else [gradients]) if is_number(t)]
+
+
+def _present() -> Treatment | None:
+    return torch._C._get_obj_in_tls(_KEY) if torch._C._is_key_in_tls(_KEY) else None
+
+
+@contextlib.contextmanager
+def treating(treatment: Treatment) -> Iterator[None]:
+    """Treat hooks in this way in the backward passes inside."""
+    before = _present()
+    if isinstance(before, Refused):
+        yield
+        return
+    torch._C._stash_obj_in_tls(_KEY, treatment)
+    try:
+        yield
+    finally:
+        torch._C._stash_obj_in_tls(_KEY, before)
+
+
+@contextlib.contextmanager
+def without_hooks(params: Sequence[Tensor]) -> Iterator[None]:
+    """Surround a pass whose results are nobody's gradients: no hook is called, and ``retain_grad()`` retains nothing.
+
+    Args:
+        params: leaves of the graph, whose hooks may be older than the import of this package.
+    """
+    silenced = [(p._backward_hooks, dict(p._backward_hooks)) for p in params if p._backward_hooks]
+    retained = [(t, t.grad) for t, thread in list(_retaining.items()) if thread == threading.get_ident()]
+    for hooks, _ in silenced:
+        hooks.clear()
+    try:
+        with treating(Skipped()):
+            yield
+    finally:
+        for hooks, kept in silenced:
+            hooks.update(kept)
+        for t, grad in retained:
+            if t.grad is not grad:
+                t.grad = None if grad is None else grad.detach()
+
+
+class _Asking:
+    """A hook that asks how it is to be treated."""
+
+    def __init__(self, hook: Hook) -> None:
+        functools.update_wrapper(self, hook)
+        self._hook = hook
+
+    def __call__(self, *args: Any) -> Any:
+        treatment = _present()
+        return self._hook(*args) if treatment is None else treatment(self._hook, args)
+
+
+def _asking(hook: Hook) -> Hook:
+    own = (getattr(hook, "__module__", None) or "").startswith(_OWN)
+    return hook if own or isinstance(hook, _Asking) else _Asking(hook)
+
+
+_registers, _registers_on_node, _retains = Tensor.register_hook, Function._register_hook, Tensor.retain_grad
+
+
+@functools.wraps(_registers)
+def _register_hook(self: Tensor, hook: Hook) -> Any:
+    return _registers(self, _asking(hook))
+
+
+@functools.wraps(_registers_on_node)
+def _register_hook_on_node(hooks: Any, hook: Hook) -> Any:
+    return _registers_on_node(hooks, _asking(hook))
+
+
+@functools.wraps(_retains)
+def _retain_grad(self: Tensor) -> None:
+    _retains(self)
+    if not self.is_leaf:
+        _retaining[self] = threading.get_ident()
+
+
+Tensor.register_hook, Tensor.retain_grad = _register_hook, _retain_grad  # type: ignore[method-assign, assignment]
+Function._register_hook = staticmethod(_register_hook_on_node)  # type: ignore[method-assign]
