@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from unittest import mock
 
@@ -87,3 +88,42 @@ def test_a_buffer_written_to_before_its_backward_pass_is_an_error(buffer):
             mask.fill_(1)
         with pytest.raises(RuntimeError, match="modified by an inplace operation"):
             loss.backward()
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_logits_may_be_written_to_after_cross_entropy(reduction):
+    """PyTorch keeps their log-softmax alone."""
+    x, y = torch.randn(4, 5, dtype=torch.float64, requires_grad=True), torch.tensor([0, 4, -100, 2])
+    v = torch.randn(4, 5, dtype=torch.float64)
+
+    def derivatives():
+        logits = 2 * x
+        loss = F.cross_entropy(logits, y, reduction=reduction).pow(2).sum()
+        logits.zero_()
+        [g] = torch.autograd.grad(loss, x, create_graph=True)
+        [h] = torch.autograd.grad(g, x, v, create_graph=True)
+        return g, h, torch.autograd.grad(h, x, v)[0]
+
+    with curvature_friendly():
+        found = derivatives()
+    torch.testing.assert_close(found, derivatives(), rtol=1e-12, atol=1e-13)
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.float64, torch.complex64])
+def test_a_mask_that_pytorch_refuses_is_its_error(dtype):
+    q, mask, errors = torch.randn(1, 2, 4, 8, requires_grad=True), torch.ones(4, 4, dtype=dtype), []
+    for mode in (contextlib.nullcontext(), curvature_friendly()):
+        with mode, pytest.raises(RuntimeError, match="Expected attn_mask dtype") as error:
+            F.scaled_dot_product_attention(q, q, q, mask)
+        errors.append(str(error.value))
+    assert errors[0] == errors[1]
+
+
+def test_a_told_model_in_eval_mode_says_what_to_write():
+    model = nn.EmbeddingBag(5, 3, mode="mean").eval()
+    opt = AdaHessian(model.parameters())
+    with curvature_friendly(model, opt), pytest.raises(RuntimeError, match="training mode; in eval mode"):
+        opt.backward(model(torch.tensor([[1, 2]])).square().sum())
+    with curvature_friendly():
+        loss = model(torch.tensor([[1, 2]])).square().sum()
+    opt.backward(loss)

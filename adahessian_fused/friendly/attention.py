@@ -156,7 +156,8 @@ def attention(
         diagonal = 0 if is_causal else attn_mask.seq_len_kv - attn_mask.seq_len_q
         bias = None if is_causal else attn_mask._materialize(query.device)
     backend = _chosen(*qkv, bias, dropout_p, is_causal, **options)
-    if backend is None or dropout_p > 0:
+    refused = bias is not None and lower(bias)[0].dtype not in (torch.bool, query.dtype)  # by PyTorch
+    if backend is None or dropout_p > 0 or refused:
         return math_kernel(*arguments, **options)
     if bias is not None:
         bias = lower(bias)[0] if bias.is_floating_point() else _additive(bias, query.dtype)

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd import Function
 
 from .operator import Operator, Tensors, by_autograd, call
 
@@ -23,6 +24,8 @@ class CrossEntropy(Operator):
     The gradient of a row is :math:`r (p - e_y)`. For a cotangent v the gradients of :math:`\langle v, r (p - e_y)
     \rangle` are :math:`\langle v, p - e_y \rangle` for r and :math:`r p (v - \langle p, v \rangle)` for the row: what
     one pass makes of p. PyTorch goes through log-softmax, a dozen passes over rows as long as the vocabulary.
+
+    The row comes as its log-softmax, of which it is a function alone: like PyTorch, it keeps nothing else.
     """
 
     reduction: str
@@ -31,32 +34,30 @@ class CrossEntropy(Operator):
     def _options(self, target: Tensor) -> tuple[Any, ...]:
         return target, None, REDUCTIONS[self.reduction], self.ignore_index
 
-    def forward(self, x: Tensor, target: Tensor) -> tuple[Tensor, Tensors]:
-        logarithms = aten._log_softmax.default(x, 1, False)
+    def forward(self, logarithms: Tensor, target: Tensor) -> tuple[Tensor, Tensors]:
         y, count = aten.nll_loss_forward.default(logarithms, *self._options(target))
-        return y, (x, target, logarithms, count)
+        return y, (logarithms, target, count)
 
     def backward(
-        self, grad: Tensor, x: Tensor, target: Tensor, logarithms: Tensor, count: Tensor, *, mask: Sequence[bool]
+        self, grad: Tensor, logarithms: Tensor, target: Tensor, count: Tensor, *, mask: Sequence[bool]
     ) -> Tensors:
         g = aten.nll_loss_backward.default(grad, logarithms, *self._options(target), count)
-        return (aten._log_softmax_backward_data.default(g, logarithms, 1, x.dtype),)
+        return (aten._log_softmax_backward_data.default(g, logarithms, 1, g.dtype),)
 
     def double_backward(
         self,
         cotangents: Tensors,
         grad: Tensor,
-        x: Tensor,
-        target: Tensor,
         logarithms: Tensor,
+        target: Tensor,
         count: Tensor,
         *,
         mask: Sequence[bool],
     ) -> Tensors:
         if torch.is_grad_enabled():
             plain = aten.cross_entropy_loss.default
-            return by_autograd(lambda x: plain(x, *self._options(target)), cotangents[:1], grad, x, mask=mask)
-        wide = torch.promote_types(x.dtype, torch.float32)
+            return by_autograd(lambda x: plain(x, *self._options(target)), cotangents[:1], grad, logarithms, mask=mask)
+        wide = torch.promote_types(logarithms.dtype, torch.float32)
         v, p = cotangents[0].to(wide), logarithms.to(wide).exp()
         seen = target != self.ignore_index
         rows = seen / count.clamp(min=1) if self.reduction == "mean" else seen.to(wide)
@@ -67,8 +68,20 @@ class CrossEntropy(Operator):
             d_grad = d_grad if self.reduction == "none" else d_grad.sum()
         if mask[1]:
             d_x = aten._softmax_backward_data.default(v, p, 1, wide).mul_((rows * grad).to(wide).unsqueeze(1))
-            d_x = d_x.to(x.dtype)
+            d_x = d_x.to(logarithms.dtype)
         return d_grad, d_x
+
+
+class _LogSoftmax(Function):
+    """Log-softmax of rows for functions that see no more of a row: the gradient is the row's, too."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return aten._log_softmax.default(x, 1, False)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return grad
 
 
 def cross_entropy(
@@ -89,4 +102,4 @@ def cross_entropy(
     if cast or not (plain and rows and reduction in REDUCTIONS):
         options = (size_average, ignore_index, reduce, reduction, label_smoothing)
         return F.cross_entropy(input, target, weight, *options)
-    return call(CrossEntropy(reduction, ignore_index), input, target)
+    return call(CrossEntropy(reduction, ignore_index), _LogSoftmax.apply(input), target)

@@ -70,7 +70,7 @@ def explanation(operator: str, strategy: str) -> str:
         ways.insert(
             0,
             "curvature_friendly(model, opt), once after making both (and after torch.compile), for every model that "
-            "the loss goes through",
+            'the loss goes through in training mode; in eval mode "with curvature_friendly():" around the loss',
         )
     return (
         f'{operator} {_LACKS[strategy]}, which hvp="{strategy}" needs. Ways out: {"; or ".join(ways)}. '
