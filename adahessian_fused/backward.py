@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from . import hvp
+from . import hvp, sharing
 from .evaluation import evaluate_loss
 from .fraction import split_batch
 from .friendly import curvature_friendly, plain
@@ -66,7 +66,7 @@ def backward(
         found = evaluate_loss(step, weighted, gradient, scale, weight)
         return found if batch_weight is None else found / batch_weight
     if not given:
-        with curvature_friendly() if wanted else plain():
+        with curvature_friendly() if wanted or (curvature != 0 and sharing.expecting(step)) else plain():
             loss = loss()
     hvp.check_loss(loss, gradient)
     inverse_scale = None
@@ -75,10 +75,11 @@ def backward(
         inverse_scale = 1 / scale(torch.ones((), dtype=torch.float32, device=loss.device))
         scaled = scale(scaled)
     options: dict[str, Any] = {"gradient": gradient, "retain_graph": retain_graph}
-    if wanted:
-        differentiate_twice(scaled, [step], **options, inverse_scale=inverse_scale, weight=weight)
+    others = sharing.joining([step], hvp.explore([scaled]).leaves) if sharing.awaiting([step]) else []
+    if wanted or (others and curvature != 0):
+        differentiate_twice(scaled, [step], others, **options, inverse_scale=inverse_scale, weight=weight)
     else:
-        differentiate_once(scaled, step, **options, by_ddp=batch_size is None and not due)
+        differentiate_once(scaled, step, others, **options, by_ddp=batch_size is None and not due)
     return None if given else loss.detach()
 
 
@@ -102,17 +103,25 @@ def backward_split(
 
 
 def differentiate_once(
-    loss: Tensor, step: HessianStep, *, gradient: Tensor | None, retain_graph: bool, by_ddp: bool
+    loss: Tensor,
+    step: HessianStep,
+    others: Sequence[HessianStep] = (),
+    *,
+    gradient: Tensor | None,
+    retain_graph: bool,
+    by_ddp: bool,
 ) -> None:
     """Compute the gradient alone; averaged by DDP if it may be and DDP does so, otherwise here."""
     ranks = step.ranks
-    with step.passing():
+    with contextlib.ExitStack() as stack:
+        for each in (step, *others):
+            stack.enter_context(each.passing())
         if ranks is None or (by_ddp and ranks.averages_first_order):
             torch.autograd.backward(loss, gradient, retain_graph=retain_graph)
             return
         leaves = hvp.explore([loss]).leaves  # without any hooks of DDP
         grads = torch.autograd.grad(loss, leaves, gradient, retain_graph=retain_graph, allow_unused=True)
-        average = step.start_average(step.own(leaves, grads))
+        average = step.start_average(leaves, grads)
         hvp.accumulate_grads(leaves, grads, gradient)
         hvp.run_post_accumulate_hooks(leaves, grads)
         step.finish_average(average)
@@ -121,19 +130,21 @@ def differentiate_once(
 def differentiate_twice(
     loss: Tensor,
     steps: Sequence[HessianStep],
+    others: Sequence[HessianStep] = (),
     *,
     gradient: Tensor | None,
     retain_graph: bool,
     inverse_scale: Tensor | None = None,
     weight: float = 1.0,
 ) -> None:
-    """Compute the gradients of all leaves, and the curvature of the parameters of some optimizers.
+    """Compute the gradients of all leaves, and the curvature of the parameters of all optimizers that need it.
 
     Either all of it is done, or an error leaves gradients and curvature as they were.
 
     Args:
         loss: what to differentiate.
-        steps: those of the optimizers, all of them due.
+        steps: those of the optimizers whose pass it is.
+        others: those of optimizers that take part, and average over their ranks by themselves.
         gradient: as in ``Tensor.backward``.
         retain_graph: keep the graph of the loss.
         inverse_scale: factor that takes GradScaler's scale out of Hz.
@@ -142,27 +153,20 @@ def differentiate_twice(
     with contextlib.ExitStack() as stack:
         graph = hvp.explore([loss])
         leaves = graph.leaves
-        for step in steps:
+        due = [step for step in (*steps, *others) if step.is_due]
+        for step in due:
             step.check_not_sharded(leaves)
             stack.enter_context(step.passing())
         grads = hvp.first_order(loss, leaves, gradient, graph)
-        found = []
-        for number, step in enumerate(steps):
-            own = step.own(leaves, grads)
-            average = step.start_average(own)  # while Hz is computed
-            last = number + 1 == len(steps)
-            curvature = step.products(
-                [p for (_, p), g in zip(step.layout.trained(), own, strict=True) if g is not None],
-                [g for g in own if g is not None],
-                retain_graph=retain_graph or not last,
-                inverse_scale=inverse_scale,
-                weight=weight,
-            )
-            found.append((step, step.with_all(curvature), average))
+        averages = [step.start_average(leaves, grads) for step in steps]  # while Hz is computed
+        scales: dict[str, Any] = {"inverse_scale": inverse_scale, "weight": weight}
+        found = sharing.products(due, leaves, grads, retain_graph=retain_graph, **scales)
+        totals = [step.with_all(curvature) for step, curvature in zip(due, found, strict=True)]
         hvp.accumulate_grads(leaves, grads, gradient)
-        for step, curvature, _ in found:
-            step.curvature = curvature
+        for step, total in zip(due, totals, strict=True):
+            step.curvature = total
         hvp.run_post_accumulate_hooks(leaves, grads)
-        for step, _, average in found:
+        for step, average in (*zip(steps, averages, strict=True), *((step, None) for step in others)):
             step.finish_average(average)
+        for step in due:
             step.report_overflow(scaled=inverse_scale is not None)

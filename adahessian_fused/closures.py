@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from . import hvp
+from . import hvp, sharing
 from .evaluation import evaluate_repeatedly
 from .friendly.mode import Mode
 from .hessian_step import Differentiate
@@ -35,7 +35,7 @@ def run(opt: AdaHessian, closure: Callable[[], Any]) -> Any:
     step.before_closure = versions(step.layout.params())
     try:
         with torch.enable_grad():
-            if due:
+            if due or sharing.expecting(step):
                 intercept = hvp.InterceptBackward(opt.backward)
                 with _Friendly(intercept):
                     loss = closure()

@@ -95,46 +95,9 @@ class Curvature:
         self.unscaled = False  # of GradScaler's factor
         self.reported = False  # to GradScaler, if it is not finite
 
-    def differentiate(
-        self,
-        pairs: Sequence[tuple[Entry, Tensor]],
-        *,
-        probe: str,
-        n_samples: int,
-        retain_graph: bool = False,
-        precision: hvp.Precision | None = None,
-        weight: float = 1.0,
-        inverse_scale: Tensor | None = None,
-    ) -> None:
-        """Take in the Hz of parameters and their gradients (which carry a graph) along this step's probes.
-
-        Args:
-            pairs: parameters and gradients.
-            probe: "rademacher" or "gaussian".
-            n_samples: probes to average.
-            retain_graph: do not free the graph.
-            precision: of the products in the second differentiation, as AdaHessian's ``hvp_dtype``.
-            weight: factor on Hz.
-            inverse_scale: factor that takes GradScaler's scale out of Hz.
-        """
-        entries, grads = [entry for entry, _ in pairs], [g for _, g in pairs]
-        for sample in range(n_samples if pairs else 0):
-            z = draw_probe(entries, self._backends, probe=probe, seed=self._seed, sample=sample)
-            products = hvp.hessian_vector_product(
-                grads,
-                [entry.owner for entry in entries],
-                [z[entry] if entry.owner is entry.param else joined(z[entry], entry.owner) for entry in entries],
-                retain_graph=retain_graph or sample + 1 < n_samples,
-                precision=precision,
-            )
-            found = {
-                entry: h if entry.owner is entry.param else part_of(h, entry.owner)
-                for entry, h in zip(entries, products, strict=True)
-                if h is not None
-            }
-            scales: dict[str, Any] = {"weight": weight, "inverse_scale": inverse_scale}
-            self.take(found, probe=probe, n_samples=n_samples, sample=sample, z=z, **scales)
-            del z, products, found  # before the next ones come
+    def draw(self, entries: Sequence[Entry], *, probe: str, sample: int) -> dict[Entry, Tensor]:
+        """Draw the probe z of each parameter, see :func:`draw_probe`."""
+        return draw_probe(entries, self._backends, probe=probe, seed=self._seed, sample=sample)
 
     def take(
         self,
@@ -385,6 +348,50 @@ class Curvature:
             begin = bucket.rows[new.row][Segment.OFFSET if fine else Segment.DIAG_OFFSET]
             target[begin : begin + values.numel()] = values
         return diags
+
+
+def differentiate(
+    parts: Sequence[tuple[Curvature, Sequence[tuple[Entry, Tensor]], str]],
+    *,
+    n_samples: int,
+    retain_graph: bool = False,
+    precision: hvp.Precision | None = None,
+    weight: float = 1.0,
+    inverse_scale: Tensor | None = None,
+) -> None:
+    """Take in the Hz of parameters and their gradients (which carry a graph) along a step's probes.
+
+    Args:
+        parts: what takes in Hz, parameters and their gradients, and the probe, "rademacher" or "gaussian", of each
+            optimizer; H is the Hessian by the parameters of all.
+        n_samples: probes to average.
+        retain_graph: do not free the graph.
+        precision: of the products in the second differentiation, as AdaHessian's ``hvp_dtype``.
+        weight: factor on Hz.
+        inverse_scale: factor that takes GradScaler's scale out of Hz.
+    """
+    entries = [entry for _, pairs, _ in parts for entry, _ in pairs]
+    grads = [g for _, pairs, _ in parts for _, g in pairs]
+    for sample in range(n_samples if entries else 0):
+        drawn = [c.draw([entry for entry, _ in pairs], probe=probe, sample=sample) for c, pairs, probe in parts]
+        z = {entry: value for each in drawn for entry, value in each.items()}
+        products = hvp.hessian_vector_product(
+            grads,
+            [entry.owner for entry in entries],
+            [z[entry] if entry.owner is entry.param else joined(z[entry], entry.owner) for entry in entries],
+            retain_graph=retain_graph or sample + 1 < n_samples,
+            precision=precision,
+        )
+        found = {
+            entry: h if entry.owner is entry.param else part_of(h, entry.owner)
+            for entry, h in zip(entries, products, strict=True)
+            if h is not None
+        }
+        scales: dict[str, Any] = {"weight": weight, "inverse_scale": inverse_scale}
+        for (curvature, _, probe), own in zip(parts, drawn, strict=True):
+            mine = {entry: found[entry] for entry in own if entry in found}
+            curvature.take(mine, probe=probe, n_samples=n_samples, sample=sample, z=own, **scales)
+        del z, drawn, products, found, own, mine  # before the next ones come
 
 
 def _scaled(products: Mapping[Entry, Tensor], factor: Tensor) -> dict[Entry, Tensor]:

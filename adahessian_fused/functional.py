@@ -12,7 +12,7 @@ from torch import Tensor
 from . import backends, hvp
 from .bucket import MEAN, Entry, by_bucket, make_buckets
 from .checks import CHOICES, check_block_size, check_choice, check_count, check_param, check_stabilisers
-from .curvature import Curvature, initial_seed
+from .curvature import Curvature, differentiate, initial_seed
 from .layout import block_length
 from .update import HyperTable, Parts, prepared_update
 
@@ -218,7 +218,7 @@ def hutchinson_diagonal(
     chosen = hvp.differentiable(grads)
     curvature = Curvature(tools, initial_seed() if seed is None else seed)
     with torch.no_grad():
-        curvature.differentiate([(entries[i], grads[i]) for i in chosen], probe=probe, n_samples=n_samples)
+        differentiate([(curvature, [(entries[i], grads[i]) for i in chosen], probe)], n_samples=n_samples)
         curvature.fold()
         diags = {bucket: curvature.diag(bucket) for bucket in by_bucket(entries)}
         return [entry.bucket.spread(diags[entry.bucket], entry) for entry in entries]

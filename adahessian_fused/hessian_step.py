@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+import weakref
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from . import hvp
+from . import hvp, sharing
 from .bucket import Entry, compute_dtype
 from .checks import check_grad, integer
-from .curvature import Curvature, draw_probe
+from .curvature import Curvature, draw_probe, mixed
 from .distributed.average import GradientAverage, average_curvature
 from .distributed.ranks import Ranks, Together, agreed, batch_weight
 from .distributed.sharded import EXACT_IS_REFUSED, any_sharded, groups_of, make_twice_differentiable, part_of
@@ -59,6 +60,8 @@ class HessianStep:
         evaluation: differentiates the losses of the closure that a strategy evaluates just now.
         before_closure: all gradients as they were before the closure that runs just now.
         unfinished: what is left of an update that has failed, for the gradients as they are.
+        place: number of this step's probe, where several optimizers share a product.
+        strangers: steps of other optimizers that a pass of this one has had nothing for.
     """
 
     def __init__(self, layout: ParameterLayout, together: Together) -> None:
@@ -66,9 +69,12 @@ class HessianStep:
         self.evaluation: Differentiate | None = None
         self.before_closure: Versions | None = None
         self.unfinished: Any = None
+        self.place = 0
+        self.strangers: weakref.WeakSet[HessianStep] = weakref.WeakSet()
         self._record: GradientRecord | None = None  # of this step, from its first pass on
         self._left: GradientRecord | None = None  # of the gradients after the last step, if the coming one is due
         self._graphs = hvp.Graphs(self._awaited)
+        sharing.register(self)
 
     @property
     def curvature(self) -> Curvature | None:
@@ -112,9 +118,13 @@ class HessianStep:
     @property
     def probe_seed(self) -> int:
         """Key of the probe's generator on this rank."""
+        return self.seed_at(self.place)
+
+    def seed_at(self, place: int) -> int:
+        """Return the key of the probe with a number of its own among those of optimizers that share a product."""
         options = self.layout.options
-        per_rank = self.ranks is not None and options["probe_per_rank"]
-        return self.ranks.probe_seed(options["seed"]) if per_rank else options["seed"]
+        seed = mixed(options["seed"], 0, place) if place else options["seed"]
+        return self.ranks.probe_seed(seed) if self.ranks is not None and options["probe_per_rank"] else seed
 
     def new_curvature(self) -> Curvature:
         """Return a place for the curvature of one backward pass."""
@@ -164,6 +174,29 @@ class HessianStep:
         wanted = self.is_due and self.layout.options["hvp"] == "autograd"
         return [p for _, p in self.layout.trained()] if wanted else []
 
+    # ---- beside other optimizers -------------------------------------------------------------------------------------
+
+    @property
+    def is_orphan(self) -> bool:
+        """Whether the optimizer is gone, and this not yet."""
+        return not self.layout.is_used
+
+    def takes_part_with(self, other: HessianStep) -> bool:
+        """Tell whether a pass of another optimizer can leave curvature here."""
+        mine, theirs = self.layout.options, other.layout.options
+        alike = all(mine[name] == theirs[name] for name in ("hvp", "hessian_fraction"))
+        return alike and mine["hvp"] == "autograd" and self.evaluation is None
+
+    def concerns(self, leaves: Collection[int]) -> bool:
+        """Tell whether any parameter that is trained here is among the leaves with these ids."""
+        return any(id(p) in leaves for _, p in self.layout.trained())
+
+    def is_unmixed(self) -> bool:
+        """Tell whether the gradients are this step's, so far, and have their curvature; zeros and None are."""
+        params = [p for _, p in self.layout.trained()]
+        self._drop_zeroed(params)
+        return all(map(is_zero, params)) if self._record is None else not self._record.added
+
     # ---- backward passes ---------------------------------------------------------------------------------------------
 
     @contextlib.contextmanager
@@ -212,28 +245,19 @@ class HessianStep:
         of = dict(zip(map(id, leaves), grads, strict=True))
         return [of.get(id(p)) for _, p in self.layout.trained()]
 
-    def products(self, params: Sequence[Tensor], grads: Sequence[Tensor], **options: Any) -> Curvature:
-        """Differentiate gradients along this step's probes, those that are due.
+    def due_params(self) -> list[Tensor]:
+        """Return what is trained here and uses new curvature in the coming step."""
+        due = self.schedule.due()
+        return [p for n, p in self.layout.trained() if due[n]]
 
-        Args:
-            params: parameters.
-            grads: their gradients, with their graph.
-            options: as of :meth:`Curvature.differentiate`.
-        """
-        due, group_of = self.schedule.due(), {id(p): n for n, p in self.layout.trained()}
-        entries = self.layout.ensure(params)
-        pairs = [
-            (entry, g)
-            for entry, p, g in zip(entries, params, grads, strict=True)
-            if due[group_of[id(p)]] and g.requires_grad
-        ]
-        for entry, g in zip(entries, grads, strict=True):
+    def due_pairs(self, leaves: Sequence[Tensor], grads: Sequence[Tensor | None]) -> list[tuple[Entry, Tensor]]:
+        """Return what is trained here and due, and its gradients among those of all leaves, if they have a graph."""
+        due, trained = self.schedule.due(), self.layout.trained()
+        found = [(n, p, g) for (n, p), g in zip(trained, self.own(leaves, grads), strict=True) if g is not None]
+        entries = self.layout.ensure([p for _, p, _ in found])
+        for entry, (_, _, g) in zip(entries, found, strict=True):
             check_grad(g, entry.name)
-        wide, curvature = self.layout.options, self.new_curvature()
-        curvature.differentiate(
-            pairs, probe=wide["probe"], n_samples=wide["n_samples"], precision=wide["hvp_dtype"], **options
-        )
-        return curvature
+        return [(entry, g) for entry, (n, _, g) in zip(entries, found, strict=True) if due[n] and g.requires_grad]
 
     def with_all(self, curvature: Curvature | None = None) -> Curvature:
         """Return what has been gathered, with that of one more pass."""
@@ -254,6 +278,7 @@ class HessianStep:
 
     def take(
         self,
+        leaves: Sequence[Tensor],
         grads: Sequence[Tensor | None],
         probed: Sequence[Tensor],
         probes: Sequence[Sequence[Tensor]],
@@ -262,18 +287,23 @@ class HessianStep:
         """Take in gradients and Hz that were computed elsewhere, as a backward pass of ours leaves them.
 
         Args:
-            grads: of everything that is trained, in the order of :meth:`ParameterLayout.trained`.
+            leaves: of the loss.
+            grads: their gradients.
             probed: the parameters that have a product.
             probes: for each sample, z of these.
             products: for each sample, their Hz.
         """
-        params = [p for _, p in self.layout.trained()]
-        average = self.start_average(grads)
-        hvp.accumulate_grads(params, grads)
-        hvp.run_post_accumulate_hooks(params, grads)
+        average = self.start_average(leaves, grads)
+        hvp.accumulate_grads(leaves, grads)
+        hvp.run_post_accumulate_hooks(leaves, grads)
         self.finish_average(average)
-        if not self.is_due:
-            return
+        if self.is_due:
+            self.take_products(probed, probes, products)
+
+    def take_products(
+        self, probed: Sequence[Tensor], probes: Sequence[Sequence[Tensor]], products: Sequence[Sequence[Tensor]]
+    ) -> None:
+        """Take in Hz that was computed elsewhere, see :meth:`take`."""
         curvature, entries, options = self.with_all(), self.layout.ensure(probed), self.layout.options
         for sample, (z, h) in enumerate(zip(probes, products, strict=True)):
             curvature.take(
@@ -287,10 +317,16 @@ class HessianStep:
 
     def take_nothing(self, *, with_curvature: bool) -> None:
         """Take part in the other ranks' backward pass without having any examples."""
-        with self.passing():
+        others = [step for step in sharing.awaiting([self]) if step.is_unmixed()]
+        with contextlib.ExitStack() as stack:
+            for step in (self, *others):
+                stack.enter_context(step.passing())
             if with_curvature:
                 self.curvature = self.with_all()
             self.finish_average(self.start_average())
+            for step in others:  # of which other ranks may have had something
+                step.curvature = step.with_all() if with_curvature else step.curvature
+                step.finish_average(None)
 
     def take_graph(self, params: Sequence[Tensor]) -> None:
         """Take in the curvature of gradients that ``loss.backward(create_graph=True)`` left.
@@ -303,12 +339,31 @@ class HessianStep:
         self.check_whole_batch()
         with_graph = hvp.differentiable(grads)
         self.check_not_sharded([params[i] for i in with_graph])
-        graph = hvp.explore([grads[i] for i in with_graph])
+        leaves, roots = [params[i] for i in with_graph], [grads[i] for i in with_graph]
+        others = [step for step in sharing.awaiting([self]) if step.has_graphs()]
+        for step in others:  # whose graphs end here
+            more = [p for _, p in step.layout.trained() if p.grad is not None and p.grad.requires_grad]
+            leaves, roots = leaves + more, roots + [p.grad for p in more]
+        graph = hvp.explore(roots)
         hvp.check_gradients(graph)
-        found = self.products([params[i] for i in with_graph], [grads[i] for i in with_graph])
+        found, *given = sharing.products([self, *others], leaves, roots)
         self.curvature = self.with_all(found)
+        for step, curvature in zip(others, given, strict=True):
+            step.begin_with(curvature)
         own = set(map(id, params))  # whose graph goes when the step is sure
         hvp.release_graph([leaf.grad for leaf in graph.leaves if id(leaf) not in own and leaf.grad is not None])
+
+    def has_graphs(self) -> bool:
+        """Tell whether the curvature is in the graphs of ``loss.backward(create_graph=True)``, all of them whole."""
+        grads = [p.grad for _, p in self.layout.trained() if p.grad is not None]
+        return self.curvature is None and self._graphs.seen and hvp.has_graph(grads) and self._graphs.are_whole
+
+    def begin_with(self, curvature: Curvature) -> None:
+        """Take in the curvature of all gradients there are, which another optimizer has differentiated with its own."""
+        self.curvature = self.with_all(curvature)
+        self.finish_average(None)
+        self._record = GradientRecord([p for _, p in self.layout.trained()])
+        self._record.watch()
 
     def _take_diagonal(self, hessian: Sequence[Tensor | None], entries: Sequence[Entry]) -> None:
         """Take in curvature that the user brings: D for each parameter, in the order of the groups."""
@@ -344,14 +399,24 @@ class HessianStep:
             raise ValueError(f"batch_size={batch_size!r}; expected a number of examples")
         return like if self.ranks is None else batch_weight(batch_size, self.ranks.group, like)
 
-    def start_average(self, grads: Sequence[Tensor | None] | None = None) -> GradientAverage | None:
-        """Begin to average ``p.grad`` plus ``grads`` over the ranks; None if there are none, or inside no_sync()."""
-        return None if self.ranks is None or self.ranks.silent else self._averaging(grads)
+    def start_average(
+        self, leaves: Sequence[Tensor] = (), grads: Sequence[Tensor | None] = ()
+    ) -> GradientAverage | None:
+        """Begin to average gradients over the ranks, those that DDP has of other optimizers' parameters too.
 
-    def _averaging(self, grads: Sequence[Tensor | None] | None = None) -> GradientAverage:
-        params = [p for _, p in self.layout.trained()]
-        self.ranks.watch(params)
-        return GradientAverage(self.ranks, params, grads)
+        Args:
+            leaves: of a loss.
+            grads: their gradients, which come on top of ``p.grad``.
+
+        Returns:
+            What :meth:`finish_average` waits for; None if there are no ranks, or inside no_sync().
+        """
+        if self.ranks is None or self.ranks.silent:
+            return None
+        trained = [p for _, p in self.layout.trained()]
+        self.ranks.watch(trained)
+        params, of = trained + self.ranks.beside(trained), dict(zip(map(id, leaves), grads, strict=True))
+        return GradientAverage(self.ranks, params, [of.get(id(p)) for p in params])
 
     def finish_average(self, average: GradientAverage | None) -> None:
         """Wait for the means; with None the gradients are this rank's own from now on."""
@@ -368,7 +433,9 @@ class HessianStep:
         wanted = with_curvature and self.curvature is None and self.is_due
         if wanted and params:
             self._check_graphs([p.grad for p in params])
-        average = self._averaging()
+        trained = [p for _, p in self.layout.trained()]
+        self.ranks.watch(trained)
+        average = GradientAverage(self.ranks, trained)
         if wanted and params:
             self.take_graph(params)
         elif wanted:  # another rank may use these parameters
@@ -427,6 +494,7 @@ class HessianStep:
         if self._record is not None:
             self._record.close()
         self.curvature = self._record = self.unfinished = None
+        self.place = 0
         self._graphs.clear()
 
     @contextlib.contextmanager

@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
-from . import hvp
+from . import hvp, sharing
 from .backward import differentiate_twice
 
 if TYPE_CHECKING:
+    from .hessian_step import HessianStep
     from .optimizer import AdaHessian
 
 _hooked: OrderedDict[int, weakref.ref[AdaHessian]] = OrderedDict()
@@ -63,18 +64,26 @@ def _backward(
     create_graph: bool = False,
     inputs: Any = None,
 ) -> None:
-    takers = [] if create_graph or inputs is not None else _takers(self)
-    if not takers:
+    takers, others = ([], []) if create_graph or inputs is not None else _takers(self)
+    if not takers and not others:
         _original(self, gradient, retain_graph, create_graph, inputs)
         return
     for opt in takers:
-        opt.coming_step.check_whole_batch()
-    differentiate_twice(self, [opt.coming_step for opt in takers], gradient=gradient, retain_graph=bool(retain_graph))
+        if opt.needs_hessian:
+            opt.coming_step.check_whole_batch()
+    steps = [opt.coming_step for opt in takers]
+    differentiate_twice(self, steps, others, gradient=gradient, retain_graph=bool(retain_graph))
 
 
-def _takers(loss: Tensor) -> list[AdaHessian]:
-    """Return the hooked optimizers that need this loss's curvature."""
-    optimizers = [ref() for ref in list(_hooked.values())]
-    due = [opt for opt in optimizers if opt is not None and opt.needs_hessian]
-    leaves = set(map(id, hvp.explore([loss]).leaves)) if due else set()
-    return [opt for opt in due if any(id(p) in leaves for _, p in opt.coming_step.layout.trained())]
+def _takers(loss: Tensor) -> tuple[list[AdaHessian], list[HessianStep]]:
+    """Return the hooked optimizers that this loss concerns, if any of it is curvature, and the steps of others."""
+    hooked = [opt for opt in (ref() for ref in list(_hooked.values())) if opt is not None]
+    steps = [opt.coming_step for opt in hooked]
+    if not any(opt.needs_hessian for opt in hooked) and not (steps and sharing.awaiting(steps)):
+        return [], []
+    leaves = hvp.explore([loss]).leaves
+    reached, others = set(map(id, leaves)), sharing.joining(steps, leaves)
+    concerned = [opt for opt in hooked if opt.coming_step.concerns(reached)]
+    if not others and not any(opt.needs_hessian for opt in concerned):
+        return [], []
+    return concerned, others

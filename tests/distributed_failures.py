@@ -24,7 +24,7 @@ from published import AdaHessian
 from ranks import Ranks, worlds
 from torch import nn
 
-from adahessian_fused import TrainStep
+from adahessian_fused import TrainStep, sharing
 from adahessian_fused.distributed.ranks import CHECK_EACH
 
 # ---- what goes over the wire -----------------------------------------------------------------------------------------
@@ -49,7 +49,8 @@ def check_traffic_is_one_and_one_bth(ranks):
 
     per_tensor = len(params)  # the number of ranks that have it travels along
     checksums = 2 * 8 * per_tensor  # once in a hundred steps with curvature
-    assert bytes_reduced(step) == checksums + 4 * (d + per_tensor + blocks + per_tensor)
+    alike = 2 * 8  # once
+    assert bytes_reduced(step) == alike + checksums + 4 * (d + per_tensor + blocks + per_tensor)
     assert bytes_reduced(step) == 4 * (d + per_tensor)
     assert bytes_reduced(step) == 4 * (d + per_tensor + blocks + per_tensor)
     assert bytes_reduced(step) == 4 * (d + per_tensor)
@@ -60,8 +61,8 @@ def check_gradients_travel_while_products_are_computed(ranks):
     model, (x, y) = make_model(), batch(0)
     opt = AdaHessian(model.parameters(), process_group=ranks.group)
     order = []
-    reduce, differentiate = dist.all_reduce, opt.coming_step.products
-    opt.coming_step.products = lambda *args, **kwargs: (order.append("Hz"), differentiate(*args, **kwargs))
+    reduce, differentiate = dist.all_reduce, sharing.products
+    sharing.products = lambda *args, **kwargs: (order.append("Hz"), differentiate(*args, **kwargs))[1]
 
     def all_reduce(tensor, *args, async_op=False, **kwargs):
         order.append(f"{tensor.numel()} async={async_op}")
@@ -71,9 +72,9 @@ def check_gradients_travel_while_products_are_computed(ranks):
     try:
         opt.backward(loss_of(model, x, y))
     finally:
-        dist.all_reduce = reduce
+        dist.all_reduce, sharing.products = reduce, differentiate
     d = sum(p.numel() + 1 for p in model.parameters())
-    assert order == [f"{d} async=True", "Hz"]
+    assert order == ["2 async=False", f"{d} async=True", "Hz"]  # the first looks whether all ranks have the same
 
 
 # ---- GradScaler ------------------------------------------------------------------------------------------------------
@@ -195,6 +196,19 @@ def check_different_parameters_are_an_error_before_the_first_step(ranks):
         with pytest.raises(RuntimeError, match=r"parameter 2 of group 0 is not the same on all ranks"):
             opt.step()
         assert all(map(torch.equal, before[0], everything(model, opt)[: len(before[0])]))
+
+
+def check_ranks_that_train_other_parameters_are_an_error(ranks):
+    """Which would add up numbers of different parameters, or end the process."""
+    x, y = batch(0)
+    for name, run in PASSES.items():
+        model = make_model()
+        opt = AdaHessian(model.parameters(), process_group=ranks.group)
+        if ranks.rank == ranks.size - 1:
+            model[0].requires_grad_(False)
+        if name != "weight":
+            with pytest.raises(RuntimeError, match=r"do not train the same parameters: this one trains \d"):
+                run(opt, model, x, y)
 
 
 def check_parameters_that_drift_apart_later_are_noticed(ranks):

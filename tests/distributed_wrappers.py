@@ -26,6 +26,7 @@ from distributed_problem import (
     make_model,
     same_bits,
     standard_closure,
+    train_step,
 )
 from published import AdaHessian
 from ranks import Ranks, worlds
@@ -146,6 +147,48 @@ def check_several_ddp_modules_of_one_optimizer(ranks):
         assert (bytes_reduced(lambda: backward(both, opt, x, y)) == 0) == off_step  # noqa: B023
     assert_close(model, expected)
     assert same_bits(everything(model, opt), ranks.group)
+
+
+def check_what_another_optimizer_trains_is_averaged(ranks):
+    """Steps with curvature go past DDP's hooks, and so average what it would have averaged for others."""
+
+    def train(model, wrapped, way, share, **options):
+        opt, sgd = (
+            AdaHessian(model[:3].parameters(), **SETTINGS, **options),
+            torch.optim.SGD(model[3:].parameters(), 0.1),
+        )
+        for step in range(STEPS):
+            inputs, targets = batch(step)
+            sgd.zero_grad()
+            way(wrapped, opt, inputs[share], targets[share])
+            sgd.step()
+        return model
+
+    model = make_model()
+    expected = train(model, model, backward, slice(N), process_group="alone")
+    for told in ({}, {"process_group": ranks.group}):
+        for way in (backward, closure, standard_closure, hooked, train_step, ddp_micro_batches):
+            model = make_model()
+            ddp = DistributedDataParallel(model, process_group=ranks.group)
+            train(model, ddp, way, ranks.share(N), probe_per_rank=False, **told)
+            assert_close(model, expected)
+            assert same_bits(list(model.parameters()), ranks.group), way.__name__
+
+
+def check_ddp_that_cannot_be_passed_by_says_so(ranks):
+    x, y = batch(0)
+    ddp = DistributedDataParallel(make_model(), process_group=ranks.group, static_graph=True)
+    with pytest.raises(RuntimeError, match=r"static_graph=True\) learns .* expected static_graph=False"):
+        AdaHessian(ddp.parameters())
+    with pytest.raises(RuntimeError, match="expected static_graph=False"):
+        backward(ddp, AdaHessian(ddp.parameters(), process_group=ranks.group), x, y)
+    ddp = DistributedDataParallel(make_model(), process_group=ranks.group)
+    opt = AdaHessian(ddp.parameters())
+    with (
+        pytest.raises(RuntimeError, match=r"inside join\(\) .* expected opt\.backward\(loss, batch_size=len\(x\)\)"),
+        ddp.join(),
+    ):
+        backward(ddp, opt, x, y)
 
 
 def check_create_graph_through_ddp_says_what_to_write(ranks):

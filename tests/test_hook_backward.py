@@ -44,26 +44,6 @@ def test_micro_batches(device):
     assert_same(weights(a), weights(b))
 
 
-def test_two_optimizers_share_a_loss():
-    """Each sees its own half of the Hessian, as it does alone on a copy whose other half is kept up to date."""
-    model, *copies = mlp(), mlp(), mlp()
-    opts = [AdaHessian(half.parameters()) for half in (model[:2], model[2:])]
-    alone = [AdaHessian(copies[0][:2].parameters()), AdaHessian(copies[1][2:].parameters())]
-    with opts[0].hook_backward(), opts[1].hook_backward():
-        for i in range(3):
-            loss_of(model, i).backward()
-            for opt in opts:
-                opt.step()
-                opt.zero_grad()
-            for opt, copied in zip(alone, copies, strict=True):
-                copied.zero_grad()
-                opt.backward(loss_of(copied, i))
-                opt.step()
-            copies[0][2:].load_state_dict(copies[1][2:].state_dict())
-            copies[1][:2].load_state_dict(copies[0][:2].state_dict())
-    assert_same(weights(model), weights(copies[0]))
-
-
 def test_other_losses_are_left_alone():
     model, other = mlp(), mlp()
     opt = AdaHessian(model.parameters())

@@ -250,7 +250,9 @@ def test_threads():
     assert not failures
 
 
-@pytest.mark.parametrize("how", ["told after", "told before", "in place", "closure"])
+@pytest.mark.parametrize(
+    "how", ["told after", "told before", "in place", "in place, told before", "around it, told before", "closure"]
+)
 def test_compiled_models(how):
     """They run as they were written on steps with curvature, and compiled, without a break, on the others."""
     torch.compiler.reset()
@@ -259,20 +261,18 @@ def test_compiled_models(how):
     model, reference = Watched().encoder, Watched().encoder
     opt, opt_of_reference = (AdaHessian(m.parameters(), lr=0.01, update_each=2) for m in (model, reference))
     counter, run = CompileCounter(), model
-    if how == "told before":
+    if "told before" in how:
         curvature_friendly(model, opt)
-    if how == "in place":
+    if "in place" in how:
         model.compile(backend=counter, fullgraph=True)
     else:
-        run = torch.compile(model, backend=counter, fullgraph=True)
+        whole = nn.Sequential(model) if "around" in how else model
+        run = torch.compile(whole, backend=counter, fullgraph=True)
     if how in ("told after", "in place"):
         curvature_friendly(run, opt)
     for i in range(4):
         if how == "closure":
             opt.step(lambda: run(X).square().mean())
-        elif how == "told before" and i % 2 == 0:
-            with curvature_friendly(run, opt):
-                step(opt, run)
         else:
             step(opt, run)
         assert counter.frame_count == (i > 0)

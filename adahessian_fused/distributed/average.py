@@ -25,6 +25,7 @@ class GradientAverage:
 
     def __init__(self, ranks: Ranks, params: Sequence[Tensor], grads: Sequence[Tensor | None] | None = None) -> None:
         self._ranks, self._params = ranks, params
+        ranks.check_alike(params)
         terms = [[p.grad for p in params], *([] if grads is None else [grads])]
         with torch.no_grad():
             self._mean = FlatMean(params, terms, ranks.group)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import weakref
+import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
@@ -34,6 +35,19 @@ GRAPH_THROUGH_DDP = (
     "loss.backward(create_graph=True) through DistributedDataParallel, whose hooks write to gradients in place and cut "
     "their graph; expected opt.backward(loss) or opt.step(closure), or opt.hook_backward() once before training and "
     "loss.backward()"
+)
+STATIC_GRAPH = (
+    "DistributedDataParallel(static_graph=True) learns in the first backward pass which parameters it averages, and "
+    "steps with curvature go past its hooks: it would average none from then on; expected static_graph=False"
+)
+JOINED = (
+    "inside join() ranks without a batch answer to the communication of DistributedDataParallel only, not to that of "
+    "the curvature; expected opt.backward(loss, batch_size=len(x)) without join(), and opt.backward(None, "
+    "batch_size=0) on ranks that have no batch left"
+)
+UNLIKE = (
+    "the ranks do not train the same parameters: this one trains {}, and another one others; expected requires_grad, "
+    "order and shapes to be the same on all ranks. One that a rank does not use may stay without a gradient there"
 )
 DIFFERENT = (
     "{} is not the same on all ranks, and would never be; expected every rank to begin with the same parameters: wrap "
@@ -181,6 +195,7 @@ class Ranks:
                 f"process_group is a {type(process_group).__name__}; expected a torch.distributed process group, such "
                 'as torch.distributed.group.WORLD, a DistributedDataParallel module, or "alone"'
             )
+        _check_dynamic(ddps if isinstance(ddps, list) else [])
         self.group = group
         self.rank, self.size = dist.get_rank(self.group), dist.get_world_size(self.group)
         if self.rank < 0:
@@ -190,6 +205,8 @@ class Ranks:
         self._watched: set[int] = set()  # ids of parameters
         self._checked = 0  # steps with curvature
         self._ddps = [weakref.ref(ddp) for ddp in ddps] if isinstance(ddps, list) else []
+        self._around: list[weakref.ref[DistributedDataParallel]] | None = self._ddps or None
+        self._alike: set[tuple[int, ...]] = set()  # ids of parameters that all ranks have been found to average
         self._prepared: set[int] = set()  # ids of DDP modules that will average the coming backward pass
         for ddp in self._alive():
             ddp.register_forward_pre_hook(self._ddp_forward)
@@ -260,6 +277,27 @@ class Ranks:
                 self._watched.add(id(p))
                 p.register_post_accumulate_grad_hook(accumulated)
 
+    def beside(self, params: Sequence[Tensor]) -> list[Tensor]:
+        """Return what DDP would average beside these parameters, other optimizers' for instance.
+
+        Raises:
+            RuntimeError: DDP cannot be passed by, or not now.
+        """
+        if self._around is None:  # a group was named; the model may be wrapped by now
+            found = [ddp for ddp in ddps_around(params) if ddp.process_group == self.group]
+            _check_dynamic(found)
+            self._around = [weakref.ref(ddp) for ddp in found]
+        alive = [ddp for ddp in (ref() for ref in self._around) if ddp is not None]
+        if any(ddp._join_config.enable for ddp in alive):
+            raise RuntimeError(JOINED)
+        seen, others = set(map(id, params)), []
+        for ddp in alive:
+            for name, p in ddp.module.named_parameters():
+                if p.requires_grad and id(p) not in seen and name not in ddp.parameters_to_ignore:
+                    seen.add(id(p))
+                    others.append(p)
+        return others
+
     def reset(self) -> None:
         """Note that nothing is averaged any more: gradients are dropped, or their step is done."""
         self.grads_averaged = self.curvature_averaged = self.averaged_late = False
@@ -276,6 +314,17 @@ class Ranks:
             self._prepared.discard(id(ddp))
 
     # ---- what they have to agree on ----------------------------------------------------------------------------------
+
+    def check_alike(self, params: Sequence[Tensor]) -> None:
+        """Raise unless all ranks are about to average the same parameters; looked at when they are others here."""
+        if (now := tuple(map(id, params))) in self._alike:
+            return
+        own = zlib.crc32(repr([(tuple(p.shape), p.dtype) for p in params]).encode())
+        largest = torch.tensor([own, -own], device=params[0].device if params else None)
+        dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=self.group)
+        if largest[0] != -largest[1]:
+            raise RuntimeError(UNLIKE.format(f"{len(params)}, of {sum(map(Tensor.numel, params))} elements"))
+        self._alike.add(now)
 
     @torch.no_grad()
     def check_same(self, params: Sequence[tuple[str, Tensor]]) -> None:
@@ -305,6 +354,11 @@ class Ranks:
         flag = flag.clone()
         dist.all_reduce(flag, op=dist.ReduceOp.MAX, group=self.group)
         return flag
+
+
+def _check_dynamic(ddps: Sequence[DistributedDataParallel]) -> None:
+    if any(ddp.static_graph for ddp in ddps):
+        raise RuntimeError(STATIC_GRAPH)
 
 
 def _refuse_ddp(module: nn.Module, inputs: Any) -> None:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import sys
 import threading
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, overload
 
 import torch
@@ -16,6 +17,7 @@ from torch.optim import Optimizer
 from .mode import Mode, off, on
 
 _SLOT = "_compiled_call_impl"  # nn.Module calls what is there; neither pickles nor copies of a module have it
+_told: weakref.WeakKeyDictionary[nn.Module, tuple[Told, ...]] = weakref.WeakKeyDictionary()  # about compiled modules
 _thread = threading.local()  # .told: who was told about the module whose call this thread is in
 
 
@@ -28,10 +30,12 @@ class Told:
     """
 
     def __init__(self, model: nn.Module, optimizers: Sequence[Optimizer]) -> None:
+        _know_what_is_compiled()
         self._optimizers = [weakref.ref(opt) for opt in optimizers]
         self._calls = [_call_of(module) for module in model.modules()]
         for call in self._calls:
             call.told += (self,)
+        _told.clear()
 
     def due(self) -> bool:
         """Whether the coming step of any of the optimizers differentiates twice."""
@@ -52,6 +56,7 @@ class Told:
                 if call.compiled is not None:
                     module.__dict__[_SLOT] = call.compiled
         self._calls = []
+        _told.clear()
 
     def __enter__(self) -> Told:
         return self
@@ -75,25 +80,65 @@ class _Call:
         caller = sys._getframe(1)  # replicas of nn.DataParallel have the very object that the original has
         module = caller.f_locals["self"] if caller.f_code is _CALLER else self.module()
         call = module._call_impl if self.compiled is None else self.compiled
-        within = getattr(_thread, "told", ())
-        if within == self.told:  # decided when the module around it was called
+        if getattr(_thread, "told", ()) == self.told:  # decided when the module around it was called
             return call(*args, **kwargs)
-        _thread.told = self.told
-        try:
-            if not self._due(module):
-                return call(*args, **kwargs)
-            with Mode():
-                return module._call_impl(*args, **kwargs)
-        finally:
-            _thread.told = within
-
-    def _due(self, module: nn.Module) -> bool:
-        if not (module.training and torch.is_grad_enabled()) or torch._C._get_tracing_state() or on() or off():
-            return False
-        return any(told.due() for told in self.told)
+        with _within(self.told, module.training) as due:
+            return (module._call_impl if due else call)(*args, **kwargs)
 
     def __reduce__(self) -> tuple[type, tuple]:
         return type(None), ()
+
+
+@contextlib.contextmanager
+def _within(told: tuple[Told, ...], training: bool) -> Iterator[bool]:
+    """Surround the call of a module that was told: in the mode if curvature is due, which it yields."""
+    within, _thread.told = getattr(_thread, "told", ()), told
+    try:
+        kept = training and torch.is_grad_enabled() and not torch._C._get_tracing_state()
+        if kept and not on() and not off() and any(each.due() for each in told):
+            with Mode():
+                yield True
+        else:
+            yield False
+    finally:
+        _thread.told = within
+
+
+class _Compiled:
+    """What ``torch.compile`` makes of modules is called as they are, if they or a part of them were told."""
+
+    def __get__(self, compiled: Any, kind: type) -> Callable[..., Any] | None:
+        if compiled is None:
+            return None
+        if compiled not in _told:
+            calls = [inner.__dict__.get(_SLOT) for inner in compiled._orig_mod.modules()]
+            told = dict.fromkeys(each for call in calls if isinstance(call, _Call) for each in call.told)
+            _told[compiled] = tuple(told)
+        return functools.partial(self._call, compiled) if _told[compiled] else None
+
+    def _call(self, compiled: Any, *args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_compiling():
+            return compiled._call_impl(*args, **kwargs)
+        with _within(_told[compiled], compiled._orig_mod.training):
+            return compiled._call_impl(*args, **kwargs)
+
+
+@functools.cache
+def _know_what_is_compiled() -> None:
+    """Let models be compiled after they were told, for all of the process."""
+    from torch._dynamo.eval_frame import OptimizedModule  # slow to import
+
+    OptimizedModule._compiled_call_impl = _Compiled()  # type: ignore[assignment]
+    original = nn.Module.compile
+
+    @functools.wraps(original)
+    def compile(self: nn.Module, *args: Any, **kwargs: Any) -> None:
+        call = self.__dict__.get(_SLOT)
+        original(self, *args, **kwargs)
+        if isinstance(call, _Call):
+            call.compiled, self.__dict__[_SLOT] = self.__dict__[_SLOT], call
+
+    nn.Module.compile = compile  # type: ignore[method-assign]
 
 
 _CALLER = nn.Module._wrapped_call_impl.__code__
@@ -125,7 +170,7 @@ def curvature_friendly(
     stepping costs what closures cost, and differentiates attention and embedding bags twice. Off-steps, eval mode and
     ``torch.no_grad()`` are left alone; so are the state dict, hooks, copies and pickles, which know nothing of it. A
     loss that goes through several models (of a GAN, say) needs each of them told, and a model that several optimizers'
-    losses go through all of these optimizers. What ``torch.compile`` has compiled, told afterwards, runs as it was
+    losses go through all of these optimizers. What ``torch.compile`` makes of it, before or after, runs as it was
     written on steps with curvature, and compiled on all others.
 
     Without arguments it is a context manager for a forward pass::

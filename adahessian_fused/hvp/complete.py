@@ -98,6 +98,11 @@ class Graphs(BackwardObserver):
         self.seen = False
         self._found: list[str] = []
 
+    @property
+    def are_whole(self) -> bool:
+        """Whether nothing was missing in the passes of this step."""
+        return not self._found
+
     def check(self) -> None:
         """Raise if anything was missing in the passes of this step."""
         _raise(self._found)

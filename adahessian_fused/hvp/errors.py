@@ -69,8 +69,8 @@ def explanation(operator: str, strategy: str) -> str:
     if strategy == "autograd" and any(name in operator for name in _FRIENDLY):
         ways.insert(
             0,
-            "curvature_friendly(model, opt), once after making both (and after torch.compile), for every model that "
-            'the loss goes through in training mode; in eval mode "with curvature_friendly():" around the loss',
+            "curvature_friendly(model, opt), once after making both, for every model that the loss goes through in "
+            'training mode; in eval mode, and for compiled functions, "with curvature_friendly():" around the loss',
         )
     return (
         f'{operator} {_LACKS[strategy]}, which hvp="{strategy}" needs. Ways out: {"; or ".join(ways)}. '

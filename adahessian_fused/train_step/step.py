@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import time
 import warnings
@@ -15,10 +16,11 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from .. import hvp
+from .. import hvp, sharing
 from ..fraction import flatten
+from ..hessian_step import HessianStep
 from ..optimizer import AdaHessian
-from .derivatives import Constant, LossModule, OfModel, StepSpec
+from .derivatives import Constant, Derivatives, LossModule, OfModel, StepSpec
 from .graph import Graph
 from .surroundings import (
     CONSTANTS,
@@ -193,15 +195,16 @@ class TrainStep:
         if not trained:
             raise RuntimeError("no parameter of the optimizer requires grad")
         params = [*trained, *self._others(trained)]
+        steps = [opt.coming_step, *sharing.joining([opt.coming_step], params)]
         scale = None
         if self.grad_scaler is not None and self.grad_scaler.is_enabled():
             scale = self.grad_scaler.scale(torch.ones((), device=params[0].device))
         capture = params[0].is_cuda if self.cuda_graph == "auto" else bool(self.cuda_graph)
         graphs = graphs and (capture or self.compile)
-        spec, tensors = self._spec(params, batch, scaled=scale is not None)
-        graph, draw = None, _Probes(opt, params)
+        spec, tensors = self._spec(steps, params, batch, scaled=scale is not None)
+        graph, draw = None, _Probes(steps, params)
         if graphs:
-            graph, tensors = self._graph(params, batch, spec, tensors, scale, capture=capture)
+            graph, tensors = self._graph(steps, params, batch, spec, tensors, scale, capture=capture)
         given = [t for t in tensors if t.requires_grad]
         if graph is not None:
             found = graph(params, draw, scale, tensors)
@@ -218,10 +221,14 @@ class TrainStep:
                 f"parameters of shape {shapes} are the optimizer's, but not in model or "
                 "loss_fn, and nothing would be trained; expected an optimizer of parameters that the loss depends on"
             )
-        with torch.no_grad():
-            probed = [params[i] for i in found.probed]
-            opt.coming_step.take(own, probed, draw.drawn, found.products)
-        _give([*params[len(trained) :], *given], others)
+        with torch.no_grad(), contextlib.ExitStack() as stack:
+            for step in steps[1:]:
+                stack.enter_context(step.passing())
+            others = [g if g is None else g.clone() for g in others]  # of a captured graph, which writes to its own
+            opt.coming_step.take([*params, *given], [*own, *others], *draw.of(0, found))
+            for number, step in enumerate(steps[1:], start=1):
+                step.take_products(*draw.of(number, found))
+                step.finish_average(None)
         if scale is None:
             opt.step()
         else:
@@ -235,14 +242,16 @@ class TrainStep:
         found = {id(p): p for m in walk(self._module) for p in m._parameters.values() if p is not None}
         return [p for number, p in found.items() if p.requires_grad and number not in ours]
 
-    def _spec(self, params: Sequence[Tensor], batch: Any, *, scaled: bool) -> tuple[StepSpec, list[Tensor]]:
+    def _spec(
+        self, steps: Sequence[HessianStep], params: Sequence[Tensor], batch: Any, *, scaled: bool
+    ) -> tuple[StepSpec, list[Tensor]]:
         """Return what the coming step computes, its surroundings left out, and the tensors of its batch."""
-        due, device = self.optimizer.coming_step.schedule.due(), params[0].device
+        device, due = params[0].device, {id(p) for step in steps for p in step.due_params()}
         leaves, structure = flatten(batch)
         constants = tuple(self._constant(i, leaf) for i, leaf in enumerate(leaves))
         tensors = _tensors(leaves, constants, device)
         spec = StepSpec(
-            due=tuple(i for i, (n, _) in enumerate(self.optimizer.layout.trained()) if due[n]),
+            due=tuple(i for i, p in enumerate(params) if id(p) in due),
             n_samples=self.optimizer.param_groups[0]["n_samples"],
             hvp_dtype=self.optimizer.param_groups[0]["hvp_dtype"],
             fraction=self.hessian_fraction,
@@ -288,6 +297,7 @@ class TrainStep:
 
     def _graph(
         self,
+        steps: Sequence[HessianStep],
         params: Sequence[Tensor],
         batch: Any,
         spec: StepSpec,
@@ -321,8 +331,8 @@ class TrainStep:
             # Some of the loss is nothing for tensors: numbers are a part of the kind from now on.
             self._as_constants = True
             self._graphs = {k: g for k, g in self._graphs.items() if not {int, float}.intersection(k.constants)}
-            spec, tensors = self._spec(params, batch, scaled=scale is not None)
-            return self._graph(params, batch, spec, tensors, scale, capture=capture)
+            spec, tensors = self._spec(steps, params, batch, scaled=scale is not None)
+            return self._graph(steps, params, batch, spec, tensors, scale, capture=capture)
         if graph is None:
             warnings.warn(
                 f"TrainStep runs this kind of step eagerly, because it cannot be "
@@ -376,25 +386,33 @@ class TrainStep:
 
 
 class _Probes:
-    """Draws the probes of the coming step."""
+    """Draws the probes of the coming step, of all optimizers that share its product."""
 
-    def __init__(self, optimizer: AdaHessian, params: Sequence[Tensor]) -> None:
-        self._optimizer, self._params = optimizer, params
-        self.drawn: list[list[Tensor]] = []
+    def __init__(self, steps: Sequence[HessianStep], params: Sequence[Tensor]) -> None:
+        sharing.place(steps)
+        self._steps, self._params = steps, params
+        owner = {id(p): number for number, step in enumerate(steps) for p in step.due_params()}
+        self._owners = [owner.get(id(p)) for p in params]
+        self._drawn: list[list[Tensor]] = []
 
     @torch.no_grad()
     def __call__(self, numbers: Sequence[int], sample: int) -> list[Tensor]:
         """Draw z of the parameters with these numbers."""
-        z = self._optimizer.coming_step.draw([self._params[i] for i in numbers], sample)
-        self.drawn.append(z)
-        return z
+        z: dict[int, Tensor] = {}
+        for number, step in enumerate(self._steps):
+            own = [i for i in numbers if self._owners[i] == number]
+            z |= zip(own, step.draw([self._params[i] for i in own], sample) if own else (), strict=True)
+        self._drawn.append([z[i] for i in numbers])
+        return self._drawn[-1]
 
-
-def _give(leaves: Sequence[Tensor], grads: Sequence[Tensor | None]) -> None:
-    """Give leaves that are not the optimizer's what ``loss.backward()`` gives them; a graph's tensors are copied."""
-    copies = [g if g is None else g.clone() for g in grads]
-    hvp.accumulate_grads(leaves, copies)
-    hvp.run_post_accumulate_hooks(leaves, copies)
+    def of(self, number: int, found: Derivatives) -> tuple[list[Tensor], list[list[Tensor]], list[list[Tensor]]]:
+        """Return the parameters of an optimizer that have products, their probes and these products."""
+        own = [k for k, i in enumerate(found.probed) if self._owners[i] == number]
+        return (
+            [self._params[found.probed[k]] for k in own],
+            [[z[k] for k in own] for z in self._drawn],
+            [[h[k] for k in own] for h in found.products],
+        )
 
 
 def _is_constant(value: Any) -> bool:
