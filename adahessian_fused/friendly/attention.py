@@ -98,7 +98,7 @@ class Attention(Operator):
     ) -> Tensors:
         qkv = query, key, value
         if torch.is_grad_enabled():
-            return by_autograd(partial(self._math, bias), cotangents[:3], grad, *qkv, mask=mask)
+            return by_autograd(partial(self._math, bias), cotangents[:3], (grad,), qkv, mask)
         v = [torch.zeros_like(x) if v is None else v.to(x.dtype) for v, x in zip(cotangents[:3], qkv, strict=True)]
         wide = torch.promote_types(query.dtype, torch.float32)
         bias = None if bias is None else bias.to(wide)

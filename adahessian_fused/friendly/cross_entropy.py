@@ -56,7 +56,8 @@ class CrossEntropy(Operator):
     ) -> Tensors:
         if torch.is_grad_enabled():
             plain = aten.cross_entropy_loss.default
-            return by_autograd(lambda x: plain(x, *self._options(target)), cotangents[:1], grad, logarithms, mask=mask)
+            function = lambda x: plain(x, *self._options(target))  # noqa: E731
+            return by_autograd(function, cotangents[:1], (grad,), (logarithms,), mask)
         wide = torch.promote_types(logarithms.dtype, torch.float32)
         v, p = cotangents[0].to(wide), logarithms.to(wide).exp()
         seen = target != self.ignore_index

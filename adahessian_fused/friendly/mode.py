@@ -23,11 +23,12 @@ from .batch_norm import batch_norm, instance_norm, torch_batch_norm, torch_insta
 from .convolution import convolution
 from .cross_entropy import cross_entropy
 from .embedding_bag import embedding_bag
+from .recurrent import cell, layers
 from .relu import relu, relu_
 from .row_norm import group_norm, layer_norm, rms_norm
 from .weight_norm import weight_norm
 
-OPERATORS: dict[Callable, Callable[..., Tensor]] = {
+OPERATORS: dict[Callable, Callable[..., Any]] = {
     F.batch_norm: batch_norm,
     torch.batch_norm: torch_batch_norm,
     F.layer_norm: layer_norm,
@@ -54,6 +55,14 @@ OPERATORS: dict[Callable, Callable[..., Tensor]] = {
     F.cross_entropy: cross_entropy,
     F.scaled_dot_product_attention: attention,
     torch._weight_norm: weight_norm,
+    torch.lstm: layers("lstm"),
+    torch.gru: layers("gru"),
+    torch.rnn_tanh: layers("tanh"),
+    torch.rnn_relu: layers("relu"),
+    torch.lstm_cell: cell("lstm"),
+    torch.gru_cell: cell("gru"),
+    torch.rnn_tanh_cell: cell("tanh"),
+    torch.rnn_relu_cell: cell("relu"),
 }
 OTHERWISE = {F.scaled_dot_product_attention: math_kernel}  # for what ours are not for
 DEVICES = ("cpu", "cuda")
@@ -133,8 +142,9 @@ class Mode(TorchFunctionMode):
         ours = OPERATORS.get(func)
         if ours is None or off():
             return func(*args, **kwargs)
-        if not _differentiable([*args, *kwargs.values()]):
-            ours = OTHERWISE.get(func, func) if _recorded([*args, *kwargs.values()]) else func
+        arguments = [t for a in (*args, *kwargs.values()) for t in (a if isinstance(a, (tuple, list)) else (a,))]
+        if not _differentiable(arguments):
+            ours = OTHERWISE.get(func, func) if _recorded(arguments) else func
         return ours(*args, **kwargs)
 
 

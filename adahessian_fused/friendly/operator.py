@@ -24,12 +24,18 @@ class Operator(ABC):
     """
 
     @abstractmethod
-    def forward(self, *inputs: Tensor | None) -> tuple[Tensor, Tensors]:
-        """The output, and what the backward passes need: inputs, the output, or numbers computed on the way."""
+    def forward(self, *inputs: Tensor | None) -> tuple[Tensor | tuple[Tensor, ...], Tensors]:
+        """The output, and what the backward passes need: inputs, the output, or numbers computed on the way.
+
+        With several outputs, ``backward`` is given a gradient of each, None for zero, in the place of one.
+        """
 
     @abstractmethod
     def backward(self, grad: Tensor, *saved: Tensor | None, mask: Sequence[bool]) -> Tensors:
-        """Gradients of the leading inputs; None, or anything, where ``mask`` is false."""
+        """Gradients of the leading inputs; None, or anything, where ``mask`` is false.
+
+        What comes after one for each input is saved for ``double_backward``, after all that ``forward`` saved.
+        """
 
     @abstractmethod
     def double_backward(
@@ -46,43 +52,51 @@ class Operator(ABC):
         """
 
 
-def call(operator: Operator, *inputs: Tensor | None, inplace: bool = False) -> Tensor:
+def call(operator: Operator, *inputs: Tensor | None, inplace: bool = False) -> Any:
     """Run an operator under autograd; ``inplace``: it overwrites its first input."""
     return _Forward.apply(operator, inplace, *inputs)
 
 
-def gradients(operator: Operator, mask: Sequence[bool], grad: Tensor, *saved: Tensor | None) -> Tensors:
-    """Run the backward pass of an operator under autograd; None for the inputs that are not in the mask."""
+def gradients(operator: Operator, mask: Sequence[bool], *tensors: Tensor | None) -> Tensors:
+    """Run the backward pass of an operator under autograd; None for the inputs that are not in the mask.
+
+    ``tensors``: a gradient for each output, and what its forward pass saved.
+    """
     if torch.is_grad_enabled():
-        return _Backward.apply(operator, mask, grad, *saved)
-    return _wanted(operator.backward(grad, *saved, mask=mask), mask)
+        return _Backward.apply(operator, mask, *tensors)
+    return _wanted(operator.backward(*tensors, mask=mask), mask)
 
 
 def by_autograd(
-    function: Callable[..., Tensor], cotangents: Tensors, grad: Tensor, *inputs: Tensor, mask: Sequence[bool]
+    function: Callable[..., Any], cotangents: Tensors, grads: Tensors, inputs: Tensors, mask: Sequence[bool]
 ) -> Tensors:
     """The double backward of a function by autograd, which can go on from there.
 
     Args:
         function: of the inputs, of operators that have derivatives of every order.
         cotangents: as in :meth:`Operator.double_backward`, which this is for.
-        grad: likewise.
+        grads: likewise, one for each output.
         inputs: likewise, the leading saved tensors.
         mask: likewise.
     """
     # What a tensor was made of is not to be followed: it may have been made of another one of them.
-    grad, *own = tensors = [t.view_as(t) for t in (grad, *inputs)]
+    tensors = [t if t is None else t.view_as(t) for t in (*grads, *inputs)]
+    own = tensors[len(grads) :]
     given = [(x, v) for x, v in zip(own, cotangents, strict=True) if v is not None]
-    grads = torch.autograd.grad(function(*own), [x for x, _ in given], grad, create_graph=True)
+    outputs = function(*own)
+    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+    used = [(y, g) for y, g in zip(outputs, tensors, strict=False) if g is not None]
+    ys, gs = zip(*used, strict=True)
+    first = torch.autograd.grad(ys, [x for x, _ in given], gs, create_graph=True)
     needed = [t for t, wanted in zip(tensors, mask, strict=False) if wanted]
     v = [v for _, v in given]
-    found = iter(torch.autograd.grad(grads, needed, v, create_graph=True, allow_unused=True))
+    found = iter(torch.autograd.grad(first, needed, v, create_graph=True, allow_unused=True))
     return tuple(next(found) if wanted else None for _, wanted in zip(tensors, mask, strict=False))
 
 
 class _Forward(Function):
     @staticmethod
-    def forward(ctx: Any, operator: Operator, inplace: bool, *inputs: Tensor | None) -> Tensor:
+    def forward(ctx: Any, operator: Operator, inplace: bool, *inputs: Tensor | None) -> Any:
         output, saved = operator.forward(*inputs)
         if inplace:
             ctx.mark_dirty(inputs[0])
@@ -92,22 +106,23 @@ class _Forward(Function):
         return output
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor | None) -> Tensors:
+    def backward(ctx: Any, *grads: Tensor | None) -> Tensors:
         mask = ctx.needs_input_grad[2:]
         none = (None,) * len(mask)
-        if grad is None:
+        if all(grad is None for grad in grads):
             return None, None, *none
-        grads = gradients(ctx.operator, mask, grad, *ctx.saved_tensors)
+        grads = gradients(ctx.operator, mask, *grads, *ctx.saved_tensors)
         return None, None, *(*grads, *none)[: len(mask)]
 
 
 class _Backward(Function):
     @staticmethod
-    def forward(ctx: Any, operator: Operator, mask: Sequence[bool], grad: Tensor, *saved: Tensor | None) -> Tensors:
+    def forward(ctx: Any, operator: Operator, mask: Sequence[bool], *tensors: Tensor | None) -> Tensors:
         ctx.operator = operator
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(grad, *saved)
-        return _wanted(operator.backward(grad, *saved, mask=mask), mask)
+        grads = operator.backward(*tensors, mask=mask)
+        ctx.save_for_backward(*tensors, *grads[len(mask) :])
+        return _wanted(grads, mask)
 
     @staticmethod
     def backward(ctx: Any, *cotangents: Tensor | None) -> Tensors:
@@ -116,7 +131,7 @@ class _Backward(Function):
         if all(v is None for v in cotangents):
             return None, None, *none
         grads = ctx.operator.double_backward(cotangents, *ctx.saved_tensors, mask=mask)
-        return None, None, *(*grads, *none)[: len(mask)]
+        return None, None, *_wanted((*grads, *none), mask)
 
 
 def _wanted(grads: Tensors, mask: Sequence[bool]) -> Tensors:

@@ -4,130 +4,19 @@
 // A block of queries has all of its scores at once: four rows of numbers for each, which stay in the cache, so that the
 // twelve products are computed once. Factors are packed into panels, a few vectors wide, as the product's inner loop
 // reads them. Keys after the diagonal are left out, 2 vectors at a time.
-#include <algorithm>
 #include <memory>
 
 #include "../attention.h"
-#include "vector.h"
+#include "products.h"
 
 namespace adahessian::cpu {
 inline namespace ADAHESSIAN_ISA {
 namespace {
 
-constexpr int kWide = 2;  // vectors in a row of a panel
-#if defined(__AVX512F__)
-constexpr int kTall = 8;  // rows of a product that are computed together
-#else
-constexpr int kTall = 4;
-#endif
-template <typename S>
-constexpr int64_t kPanel = kWide * kLanes<S>;
 constexpr int64_t kScores = 96 * 1024;  // numbers of a block of queries in each of its four arrays, at most
 constexpr int64_t kMostRows = 64;       // and its queries
 constexpr int64_t kTasks = 32;          // at least, if there are enough queries
 constexpr int64_t kRowsOfATask = 512;   // at least, where several share a head of keys
-
-ADAHESSIAN_HD int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
-
-// ---- products
-// ---------------------------------------------------------------------------------------------------------
-
-// A matrix of `rows` x `columns`, in panels of kPanel columns that are stored one after the other.
-template <typename S>
-struct Panels {
-  S* data;
-  int64_t rows;
-  const S* at(int64_t row, int64_t column) const { return data + column * rows + row * kPanel<S>; }
-};
-
-// A factor: element (i, k) is data[i * row + k * column].
-template <typename S>
-struct Factor {
-  const S* data;
-  int64_t row, column;
-};
-
-// kTall rows and `wide` vectors of columns of `target` += a b, or = a b.
-template <int wide, typename S>
-ADAHESSIAN_HD void tile(int64_t depth, Factor<S> a, const S* b, S* target, int64_t stride, bool add) {
-  Vector<S> sum[kTall][wide] = {};
-  for (int64_t k = 0; k < depth; ++k, b += kPanel<S>, a.data += a.column) {
-    Vector<S> row[wide];
-    for (int w = 0; w < wide; ++w) row[w] = load_vector<Vector<S>>(b + w * kLanes<S>);
-    for (int i = 0; i < kTall; ++i) {
-      const Vector<S> factor = broadcast<S>(a.data[i * a.row]);
-      for (int w = 0; w < wide; ++w) sum[i][w] += factor * row[w];
-    }
-  }
-  for (int i = 0; i < kTall; ++i) {
-    for (int w = 0; w < wide; ++w) {
-      S* to = target + i * stride + w * kLanes<S>;
-      store_vector(to, add ? load_vector<Vector<S>>(to) + sum[i][w] : sum[i][w]);
-    }
-  }
-}
-
-// The first `rows` rows (a multiple of kTall; those of a that are not there may be anything) and `columns` columns (of
-// whole vectors) of target = or += a b, where b begins at row `first` of its panels.
-template <typename S>
-[[gnu::noinline]] void multiply(int64_t rows, int64_t columns, int64_t depth, Factor<S> a, Panels<S> b, int64_t first,
-                                S* target, int64_t stride, bool add) {
-  for (int64_t j = 0; j < columns; j += kPanel<S>) {
-    for (int64_t i = 0; i < rows; i += kTall) {
-      const Factor<S> part{a.data + i * a.row, a.row, a.column};
-      S* to = target + i * stride + j;
-      if (columns - j > kLanes<S>) {
-        tile<kWide>(depth, part, b.at(first, j), to, stride, add);
-      } else {
-        tile<1>(depth, part, b.at(first, j), to, stride, add);
-      }
-    }
-  }
-}
-
-// Element (i, j) of panels from `first` on = factor * data[i * row + j * column]; zero from `columns` to the next whole
-// panel.
-template <typename T>
-void pack(Panels<StateOf<T>> to, int64_t first, int64_t rows, int64_t columns, const T* data, int64_t row,
-          int64_t column, StateOf<T> factor) {
-  using S = StateOf<T>;
-  for (int64_t j = 0; j < columns; j += kPanel<S>) {
-    const int64_t n = std::min(kPanel<S>, columns - j);
-    for (int64_t i = 0; i < rows; ++i) {
-      S* target = const_cast<S*>(to.at(first + i, j));
-      const T* from = data + i * row + j * column;
-      for (int64_t l = 0; l < n; ++l) target[l] = factor * load_as(from[l * column]);
-      for (int64_t l = n; l < kPanel<S>; ++l) target[l] = S(0);
-    }
-  }
-}
-
-// ---- the softmax
-// ------------------------------------------------------------------------------------------------------
-
-// e^x for x <= about 1, to an ulp or two; 0 where that is no normal number. NaN becomes 0.
-template <typename S>
-ADAHESSIAN_HD Vector<S> exponential(Vector<S> x) {
-  using V = Vector<S>;
-  constexpr bool is_float = sizeof(S) == 4;
-  constexpr int mantissa = is_float ? 23 : 52;
-  const S lowest = is_float ? S(-87.3) : S(-708.3);
-  const V magic = broadcast<S>(is_float ? S(12582912) : S(6755399441055744));  // 1.5 * 2^mantissa: rounds to integers
-  const Index<S> kept = x > broadcast<S>(lowest);
-  x = where<S>(kept, x);
-  const V rounded = x * broadcast<S>(S(1.4426950408889634074)) + magic, n = rounded - magic;
-  V r = x - n * broadcast<S>(is_float ? S(0.693145751953125) : S(6.93147180369123816490e-01));
-  r -= n * broadcast<S>(is_float ? S(1.42860682030941723212e-6) : S(1.90821492927058770002e-10));
-  // Taylor's series up to where |r| <= log(2) / 2 leaves nothing.
-  constexpr int degree = is_float ? 7 : 13;
-  S inverse[degree + 1];
-  inverse[0] = 1;
-  for (int k = 1; k <= degree; ++k) inverse[k] = inverse[k - 1] / S(k);
-  V sum = broadcast<S>(inverse[degree]);
-  for (int k = degree; k-- > 0;) sum = sum * r + broadcast<S>(inverse[k]);
-  const Bits<S> shifted = Bits<S>(rounded) << mantissa;  // the integer is in the lowest bits
-  return where<S>(kept, V(Bits<S>(sum) + shifted));
-}
 
 // A block of queries: four arrays of scores, `stride` apart from row to row.
 template <typename S>
