@@ -23,7 +23,7 @@ from .batch_norm import batch_norm, instance_norm, torch_batch_norm, torch_insta
 from .convolution import convolution
 from .cross_entropy import cross_entropy
 from .embedding_bag import embedding_bag
-from .recurrent import cell, layers
+from .recurrent import layers
 from .relu import relu, relu_
 from .row_norm import group_norm, layer_norm, rms_norm
 from .weight_norm import weight_norm
@@ -59,10 +59,6 @@ OPERATORS: dict[Callable, Callable[..., Any]] = {
     torch.gru: layers("gru"),
     torch.rnn_tanh: layers("tanh"),
     torch.rnn_relu: layers("relu"),
-    torch.lstm_cell: cell("lstm"),
-    torch.gru_cell: cell("gru"),
-    torch.rnn_tanh_cell: cell("tanh"),
-    torch.rnn_relu_cell: cell("relu"),
 }
 OTHERWISE = {F.scaled_dot_product_attention: math_kernel}  # for what ours are not for
 DEVICES = ("cpu", "cuda")

@@ -33,6 +33,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -93,7 +94,7 @@ def _relu(a: Tensor, u: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
     return y.unsqueeze(0), y
 
 
-CELLS = {"lstm": _lstm, "gru": _gru, "tanh": _tanh, "relu": _relu}
+CELLS: dict[str, Callable[..., tuple[Tensor, Tensor]]] = {"lstm": _lstm, "gru": _gru, "tanh": _tanh, "relu": _relu}
 
 
 def recurrence(
@@ -188,12 +189,17 @@ def adjoint(
     """Run the adjoint of all steps, the last one first.
 
     Args:
-        k: as in :func:`tangent`, as carry, out, w, sizes and reverse.
+        k: as in :func:`tangent`.
+        carry: likewise.
+        out: likewise.
+        w: likewise.
         grad: gradient of h of all steps, (rows, H); None: 0.
         final: gradient of the states after the last step, (states, batch, H).
         on_cell: source of c, (rows, H); None: 0.
         on_gates: source of the gates' arguments, (rows, gates * H); None: 0.
         on_previous: source of the states before each step, (states, rows, H); None: 0.
+        sizes: as in :func:`recurrence`.
+        reverse: as there.
 
     Returns:
         Gradients of the gates' arguments (rows, gates * H), of the states after each step (states, rows, H), and of
@@ -254,7 +260,9 @@ def changes(
     """The tangents of :func:`coefficients`; None: 0.
 
     Args:
-        kind: as in :func:`recurrence`, as gates and previous, which it returns.
+        kind: as in :func:`recurrence`.
+        gates: what it returns.
+        previous: likewise.
         d_arguments: tangents of the gates' arguments.
         d_state: of the states after each step.
         d_previous: of the states before each step.
@@ -318,10 +326,16 @@ def double_backward(
     """The double backward but for the products that are of all steps together.
 
     Args:
-        kind: as in :func:`recurrence`, as w, sizes and reverse, and gates and previous, which it returns.
-        p: as in :func:`tangent`, as state.
+        kind: as in :func:`recurrence`.
+        p: as in :func:`tangent`.
+        w: likewise.
+        state: likewise.
+        gates: what :func:`recurrence` returns.
+        previous: likewise.
         d_each: gradients of the states after each step, from :func:`backward`.
         on_h: source of h before each step, (rows, H); None: 0.
+        sizes: as in :func:`recurrence`.
+        reverse: as there.
 
     Returns:
         Gradients of the gradients of h of all steps (rows, H) and of the states after the last one, the tangent of h

@@ -47,10 +47,10 @@ class Recurrence(Operator):
         final = torch.zeros_like(state) if grad_final is None else grad_final.contiguous()
         found = recurrence.run_backward(self.kind, w, grad, final, gates, previous, self.sizes, self.reverse)
         d_gates, d_each, d_state = found
-        d_u = d_gates[:, -len(w) :]
+        d_u = d_gates.narrow(1, d_gates.shape[1] - len(w), len(w))
         d_w = d_u.T @ previous[0] if mask[1] else None
         d_b = d_u[:, -len(b) :].sum(0) if mask[2] else None
-        return d_gates[:, : a.shape[1]], d_w, d_b, d_state, d_gates, d_each
+        return d_gates.narrow(1, 0, a.shape[1]), d_w, d_b, d_state, d_gates, d_each
 
     def double_backward(
         self,
@@ -77,16 +77,16 @@ class Recurrence(Operator):
             terms.append(F.pad(previous[0] @ v_w.T, (width - len(w), 0)))
         if v_b is not None:
             terms.append(F.pad(v_b, (width - len(v_b), 0)).expand_as(d_gates))
-        p = functools.reduce(torch.add, terms or [torch.zeros_like(d_gates)]).contiguous()
+        p = functools.reduce(torch.add, terms or [torch.zeros_like(d_gates)]).to(w.dtype).contiguous()
         v_state = torch.zeros_like(state) if v_state is None else v_state.contiguous()
-        on_h = None if v_w is None else d_u @ v_w
+        on_h = None if v_w is None else (d_u @ v_w).to(w.dtype)  # autocast may be on
         given = p, w, v_state, gates, previous, d_each, on_h
         found = recurrence.run_double_backward(self.kind, *given, self.sizes, self.reverse)
         t_h, t_final, t_before, t_gates, t_state = found
-        t_u = t_gates[:, -len(w) :]
+        t_u = t_gates.narrow(1, width - len(w), len(w))
         t_w = torch.addmm(t_u.T @ previous[0], d_u.T, t_before) if mask[3] else None
         t_b = t_u[:, -len(b) :].sum(0) if mask[4] else None
-        return t_h, t_final, t_gates[:, : a.shape[1]], t_w, t_b, t_state
+        return t_h, t_final, t_gates.narrow(1, 0, a.shape[1]), t_w, t_b, t_state
 
     def _plain(self, a: Tensor, w: Tensor, b: Tensor | None, state: Tensor) -> tuple[Tensor, Tensor]:
         return recurrence.recurrence(self.kind, a, w, b, state, self.sizes, self.reverse)[:2]
@@ -104,11 +104,13 @@ def _direction(
     """Run one layer in one direction: h of each step, and h and c after the last one.
 
     Args:
-        kind: as in :func:`.recurrence.recurrence`, as sizes and reverse.
+        kind: as in :func:`.recurrence.recurrence`.
         x: inputs of all steps, (rows, inputs).
         h: before the first step, (batch, H).
         c: likewise; None if there is none.
         weights: of the input and of h, their biases if any, and the projection if any.
+        sizes: as in :func:`.recurrence.recurrence`.
+        reverse: likewise.
     """
     (w_x, w), biases = weights[:2], weights[2:4] if len(weights) >= 4 else ()
     projection = weights[-1] if len(weights) % 2 else None
@@ -213,19 +215,5 @@ def layers(kind: str) -> Callable[..., tuple[Tensor, ...]]:
     def run(*args: Any, **kwargs: Any) -> tuple[Tensor, ...]:
         packed = "batch_sizes" in kwargs or (len(args) > 3 and not isinstance(args[3], bool))
         return (_packed if packed else _padded)(kind, *args, **kwargs)
-
-    return run
-
-
-def cell(kind: str) -> Callable[..., Any]:
-    """As torch.lstm_cell, torch.gru_cell, torch.rnn_tanh_cell or torch.rnn_relu_cell."""
-
-    def run(
-        input: Tensor, hx: Any, w_ih: Tensor, w_hh: Tensor, b_ih: Tensor | None = None, b_hh: Tensor | None = None
-    ) -> Any:
-        h, c = hx if kind == "lstm" else (hx, None)
-        weights = (w_ih, w_hh) if b_ih is None else (w_ih, w_hh, b_ih, b_hh)
-        _, *final = _direction(kind, input, h, c, weights)
-        return tuple(final) if kind == "lstm" else final[0]
 
     return run

@@ -191,6 +191,8 @@ def curvature_friendly(
       PyTorch chooses and gets a double backward that keeps a few rows of the scores at a time
       (:mod:`.attention_double_backward` has the formula). With dropout inside, or a mask that needs a gradient, it
       runs on the math backend, which keeps all of them; that of nested tensors is refused.
+    * LSTM, GRU and RNN layers: their double backward has one product for all time steps where PyTorch's has one for
+      each (:mod:`.recurrence` has the formulas). Their values are PyTorch's up to rounding.
     * Activation checkpoints (``use_reentrant=False``) are recomputed with the operators of their forward pass.
 
     Everything else stays PyTorch's: operators without a gradient, functorch transforms and forward-mode AD, tensor

@@ -32,7 +32,7 @@ HIDDEN_NUMBERS = "{}, which keeps numbers for its backward that are no inputs an
 WRONG_WEIGHT_NORM = "weight_norm, whose second derivative PyTorch has wrong,"
 WRONG_NORM = "{} in a loss that holds a gradient, where PyTorch has its derivative wrong,"
 # What the mode has, or runs in another way.
-_FRIENDLY = ("scaled_dot_product", "embedding_bag", "torch.compile", "PyTorch has")
+_FRIENDLY = ("scaled_dot_product", "embedding_bag", "cuDNN", "torch.compile", "PyTorch has")
 
 
 def operator_in(message: str) -> str | None:
