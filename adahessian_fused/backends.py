@@ -26,7 +26,7 @@ def _native() -> SimpleNamespace:
 
     ops = getattr(torch.ops, _native.NAMESPACE)
     found = SimpleNamespace(**{op: getattr(ops, op).default for op in OPS})
-    found.step_at_addresses = ops.adahessian_step.addresses
+    found.step_at_addresses = getattr(ops.adahessian_step, "addresses", None)  # which older libraries lack
     return found
 
 
