@@ -31,6 +31,12 @@ def one_thread():
     torch.set_num_threads(before)
 
 
+@pytest.fixture(autouse=True)
+def relu_of_any_size(monkeypatch):
+    """Ours for the few elements of a test, too."""
+    monkeypatch.setattr("adahessian_fused.friendly.relu.SMALL", 0)
+
+
 class Case(NamedTuple):
     """An operator of some tensors: input, weight and so on."""
 
@@ -310,3 +316,13 @@ def test_first_order_of_rms_norm(device, name, dtype):
     for a, b, bound in zip(found, expected, rms_norm_bounds(case, device, dtype), strict=True):
         assert a.dtype == dtype
         assert_within(a, b, bound, "result")
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+@pytest.mark.parametrize("small", [True, False])
+def test_a_relu_of_few_elements_is_pytorchs(small, inplace, device, monkeypatch):
+    monkeypatch.setattr("adahessian_fused.friendly.relu.SMALL", 6 if small else 5)
+    x = torch.randn(6, device=device, requires_grad=True)
+    with curvature_friendly():
+        y = F.relu(x * 2, inplace)
+    assert (type(y.grad_fn).__name__ == "ReluBackward0") == small

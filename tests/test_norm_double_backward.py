@@ -20,7 +20,9 @@ BATCH, ROW = "batch_norm_double_backward", "row_norm_double_backward"
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 # op, shape of x, option: batch norm's `fixed`, a row norm's number of groups
 CASES = {
-    "images": (BATCH, (6, 5, 7, 9), False),
+    "images": (BATCH, (6, 5, 7, 10), False),
+    "short_planes": (BATCH, (300, 33, 2, 2), False),
+    "many_short_planes": (BATCH, (2, 600, 3, 3), False),
     "channels_last": (BATCH, (6, 5, 7, 9), False),
     "channels_last_3d": (BATCH, (3, 17, 2, 3, 4), False),
     "features": (BATCH, (40, 33), False),

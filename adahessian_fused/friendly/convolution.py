@@ -26,9 +26,10 @@ class Convolution(Operator):
 
     .. math:: \langle v_x, A(g, w) \rangle + \langle v_w, B(g, x) \rangle + \langle v_b, \textstyle\sum g \rangle
 
-    are :math:`v_x * w + x * v_w + v_b` for g, :math:`A(g, v_w)` for x and :math:`B(g, v_x)` for w: two convolutions,
-    and one backward pass of a convolution of :math:`v_x` with :math:`v_w`. (PyTorch computes :math:`B(g, v_x)` as a
-    convolution with a kernel of the size of the feature map.)
+    are :math:`v_x * w + x * v_w + v_b` for g, :math:`A(g, v_w)` for x and :math:`B(g, v_x)` for w: a convolution of
+    the channels of :math:`v_x` and x with those of w and :math:`v_w`, and one backward pass of a convolution of
+    :math:`v_x` with :math:`v_w`. (PyTorch computes :math:`B(g, v_x)` as a convolution with a kernel of the size of the
+    feature map.)
     """
 
     stride: Sequence[int]
@@ -58,7 +59,11 @@ class Convolution(Operator):
     ) -> Tensors:
         v_x, v_w, v_b = cotangents
         d_grad = d_x = d_weight = None
-        if mask[0]:
+        if mask[0] and v_x is not None and v_w is not None and self.groups == 1 and not torch.is_grad_enabled():
+            # One convolution of twice as many channels takes less than two, and what adds their results.
+            weights = torch.cat((weight, v_w), 0 if self.transposed else 1)
+            d_grad = self._run(torch.cat((v_x, x), 1), weights, v_b)
+        elif mask[0]:
             if v_x is not None:
                 d_grad = self._run(v_x, weight, v_b)
             if v_w is not None:

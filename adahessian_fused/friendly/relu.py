@@ -10,6 +10,7 @@ from torch import Tensor
 from .operator import Operator, Tensors, call
 
 aten = torch.ops.aten
+SMALL = 2**17  # elements, up to which zeros cost less than calls of Python do
 
 
 class Relu(Operator):
@@ -31,6 +32,8 @@ class Relu(Operator):
 
 def relu(input: Tensor, inplace: bool = False) -> Tensor:
     """As torch.nn.functional.relu."""
+    if input.numel() <= SMALL and type(input) in (Tensor, torch.nn.Parameter):
+        return torch.relu_(input) if inplace else torch.relu(input)
     return call(Relu(inplace), input, inplace=inplace)
 
 

@@ -5,6 +5,10 @@
 namespace adahessian::cpu {
 namespace {
 
+constexpr int64_t kShortPlane =
+    64;                             // elements; the loops over planes that are shorter take longer to start than to run
+constexpr int64_t kWideRow = 4096;  // elements, whose sums and coefficients are still in a cache
+
 enum Sum { kV, kG, kVX, kGX, kVG, kSums };  // of v, g, v (x - mean), g (x - mean), v g
 
 // d_grad = grad_v v + grad_x (x - mean) + grad_1, d_x = x_v v + x_g g + x_x (x - mean) + x_1
@@ -55,7 +59,8 @@ ADAHESSIAN_HD void plane_gradients(const Streams<T>& s, int64_t begin, int64_t c
   }
 }
 
-// ---- rows: one element of every channel, channel by channel ---------------------------------------------------------
+// ---- rows: one element of every channel, channel by channel; or a short plane of each, whose elements count as
+// channels
 
 // Adds the rows' terms to sums[kSums][channels].
 template <typename T>
@@ -179,31 +184,31 @@ template <typename T>
 void rows(const BatchNormArgs& args, const Context& context) {
   using S = StateOf<T>;
   const Streams<T> streams(args.tensors);
-  const int64_t channels = args.channels;
-  const Tasks tasks(args.outer, channels);
-  std::vector<S> sums(tasks.count() * kSums * channels);
+  const int64_t channels = args.channels, inner = args.inner, width = channels * inner;
+  const Tasks tasks(args.outer, width);
+  std::vector<S> table(8 * width);  // the means come first
+  for (int64_t i = 0; i < width; ++i) table[i] = as<S>(args.tensors.mean)[i / inner];
+  std::vector<S> sums(tasks.count() * kSums * width);
   tasks.run(context, [&](int64_t task, int64_t begin, int64_t end) {
-    run_rows_sums(streams, begin, end, channels, as<S>(args.tensors.mean), sums.data() + task * kSums * channels);
+    run_rows_sums(streams, begin, end, width, table.data(), sums.data() + task * kSums * width);
   });
   std::vector<Sums<kSums>> totals(channels);
   for (int64_t task = 0; task < tasks.count(); ++task) {
     for (int64_t k = 0; k < kSums; ++k) {
-      const S* of_task = sums.data() + (task * kSums + k) * channels;
-      for (int64_t c = 0; c < channels; ++c) totals[c].value[k] += double(of_task[c]);
+      const S* of_task = sums.data() + (task * kSums + k) * width;
+      for (int64_t i = 0; i < width; ++i) totals[i / inner].value[k] += double(of_task[i]);
     }
   }
-  std::vector<S> table(8 * channels);
   for (int64_t c = 0; c < channels; ++c) {
-    const auto of = coefficients<S>(args.tensors, c, totals[c], double(args.outer), args.fixed);
-    int64_t i = c;
+    const auto of = coefficients<S>(args.tensors, c, totals[c], double(args.outer * inner), args.fixed);
+    S* first = table.data() + c * inner;
     for (const S number : {of.mean, of.grad_v, of.grad_x, of.grad_1, of.x_v, of.x_g, of.x_x, of.x_1}) {
-      table[i] = number;
-      i += channels;
+      std::fill_n(first, inner, number);
+      first += width;
     }
   }
-  tasks.run(context, [&](int64_t, int64_t begin, int64_t end) {
-    run_rows_gradients(streams, begin, end, channels, table.data());
-  });
+  tasks.run(context,
+            [&](int64_t, int64_t begin, int64_t end) { run_rows_gradients(streams, begin, end, width, table.data()); });
 }
 
 }  // namespace
@@ -211,7 +216,8 @@ void rows(const BatchNormArgs& args, const Context& context) {
 void batch_norm_double_backward(const BatchNormArgs& args, const Context& context) {
   dispatch(args.dtype, [&](auto type) {
     using T = decltype(type);
-    args.inner == 1 ? rows<T>(args, context) : planes<T>(args, context);
+    args.inner == 1 || (args.inner < kShortPlane && args.channels * args.inner <= kWideRow) ? rows<T>(args, context)
+                                                                                            : planes<T>(args, context);
   });
 }
 

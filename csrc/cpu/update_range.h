@@ -23,15 +23,16 @@ ADAHESSIAN_HD Rounding<M> rounding_of(const StepWork<T, M>& work) {
   return Rounding<M>({work.rounding_seed, work.key.param_id, work.c.step});
 }
 
-// Whether the update has no option in use and no scale: the instance of update_range() that has to be fast.
+// Whether the update has no option in use but a clip, and no scale: the instance of update_range() that has to be fast.
 template <typename S>
 ADAHESSIAN_HD bool is_plain(const Coefficients<S>& c) {
-  return c.kind == Power::kPlain && c.hessian_factor == 1 && (c.grad_factor == 1 || c.grad_factor == -1);
+  const bool by_root = c.kind == Power::kPlain || (c.kind == Power::kOne && c.pull == 0);
+  return by_root && c.hessian_factor == 1 && (c.grad_factor == 1 || c.grad_factor == -1);
 }
 
 template <bool plain, typename S>
 ADAHESSIAN_HD Vector<S> quotient_of(Vector<S> m, Vector<S> denom, const Coefficients<S>& c) {
-  return quotient<plain ? Power::kPlain : Power::kGeneral>(m, denom, c);
+  return plain ? cut<S>(m / denom, c.clip) : quotient<Power::kGeneral>(m, denom, c);
 }
 
 template <bool plain, typename S>

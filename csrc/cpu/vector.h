@@ -218,6 +218,19 @@ ADAHESSIAN_HD Vector<S> pick(Vector<S> a, Vector<S> b, Index<S> index) {
 #endif
 }
 
+// Lanes cut at +-limit; NaN stays.
+template <typename S>
+ADAHESSIAN_HD Vector<S> cut(Vector<S> x, S limit) {
+  const Vector<S> high = Vector<S>{} + limit, low = -high;
+#if defined(__AVX512F__)  // of two numbers of which one is NaN, the instructions return the second
+  if constexpr (sizeof(S) == 4) return Vector<S>(_mm512_max_ps(__m512(low), _mm512_min_ps(__m512(high), __m512(x))));
+  if constexpr (sizeof(S) == 8) return Vector<S>(_mm512_max_pd(__m512d(low), _mm512_min_pd(__m512d(high), __m512d(x))));
+#else
+  x = high < x ? high : x;
+  return low > x ? low : x;
+#endif
+}
+
 template <typename S>
 ADAHESSIAN_HD Vector<S> square_root(Vector<S> x) {
 #if defined(__AVX512F__)
