@@ -385,7 +385,8 @@ class AdaHessian(torch.optim.Optimizer):
 
         May be called for several micro-batches before :meth:`step`; all of them see the same probe, so the sum of their
         curvature is that of the summed loss. Off-steps cost what ``loss.backward()`` costs. Every leaf gets the
-        gradient that ``loss.backward()`` gives it, parameters of other optimizers too.
+        gradient that ``loss.backward()`` gives it, parameters of other optimizers too, and of other AdaHessians the
+        curvature, if theirs is due and their gradients begin with this step.
 
         Curvature from one of m micro-batches is an unbiased estimate at a fraction of the cost::
 

@@ -14,7 +14,7 @@ from .table import columns, markdown, notes, rows
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS, PAGE = ROOT / "bench" / "results", ROOT / "docs" / "benchmarks.md"
-OVERHEAD = RESULTS / "overhead"
+OVERHEAD, PROGRAMS = RESULTS / "overhead", RESULTS / "programs"
 
 HEAD = """# Benchmarks
 
@@ -90,6 +90,34 @@ def _overhead(name: str, data: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def programs(folder: Path) -> str:
+    """What programs of their own have measured, as far as they have: first steps, and a loss with derivatives in it."""
+    found = {path.stem: json.loads(path.read_text()) for path in folder.glob("*.json")}
+    text = ""
+    if "warm_up" in found:
+        data = found["warm_up"]
+        waits = [[name, f"{t[0]:.2f}", f"{sum(t):.2f}"] for name, t in data["of_torch_compile"].items()]
+        text += f"""
+## Waiting for the compiler
+
+The first steps of `TrainStep`, in units of what `torch.compile` takes for one forward and backward pass of the same
+model ({data["layers"]} transformer layers) starting for the first time; the second start finds Inductor's caches.
+`python -m bench.warm_up`. Machine: {_facts(data["machine"])}
+
+{markdown(["", "first step (curvature)", "steps of both kinds"], waits)}
+"""
+    if "pinn" in found:
+        steps = [[name, f"{each['of_adamw']:.2f}", f"{each['loss']:.1e}"] for name, each in found["pinn"].items()]
+        text += f"""
+## A loss with derivatives in it
+
+Burgers' equation ([pinn.md](pinn.md)), all in one run that takes turns: `python examples/pinn.py --json FILE`.
+
+{markdown(["", "time of a step, x AdamW eager", "loss at the end"], steps)}
+"""
+    return text
+
+
 def _facts(machine: dict[str, Any]) -> str:
     return ", ".join(f"{key} {_fact(machine[key])}" for key in FACTS if machine.get(key)) + "."
 
@@ -126,7 +154,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         runs = of_device(overheads, device).values()
         for data in sorted(runs, key=_ways, reverse=True)[:1]:  # runs of few ways are for the tables
             draw_overhead(data, folder / f"{device}-overhead.svg")
-    PAGE.write_text(page(files, plots_on(PAGE.parent), overheads))
+    PAGE.write_text(page(files, plots_on(PAGE.parent), overheads) + programs(PROGRAMS))
     print(f"written to {PAGE}")
     return 0
 
