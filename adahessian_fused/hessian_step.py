@@ -193,9 +193,8 @@ class HessianStep:
 
     def is_unmixed(self) -> bool:
         """Tell whether the gradients are this step's, so far, and have their curvature; zeros and None are."""
-        params = [p for _, p in self.layout.trained()]
-        self._drop_zeroed(params)
-        return all(map(is_zero, params)) if self._record is None else not self._record.added
+        added = None if self._record is None else self._record.added
+        return all(is_zero(p) for _, p in self.layout.trained() if added is None or id(p) in added)
 
     # ---- backward passes ---------------------------------------------------------------------------------------------
 

@@ -31,8 +31,9 @@ def awaiting(steps: Sequence[HessianStep]) -> list[HessianStep]:
     """
     taken = set(itertools.chain(*(map(id, step.layout.params()) for step in steps)))
     found = []
-    for step in reversed(list(_alive.values())):
-        if step in steps or step.is_orphan:
+    for ref in reversed(_alive.valuerefs()):  # a copy: other threads make optimizers, too
+        step = ref()
+        if step is None or step in steps or step.is_orphan:
             continue
         own = set(map(id, step.layout.params()))
         if taken.isdisjoint(own) and step.is_due and all(map(step.takes_part_with, steps)):
