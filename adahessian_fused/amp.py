@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
@@ -23,6 +25,8 @@ def complete_curvature(step: HessianStep, grad_scaler: torch.amp.GradScaler | No
         step: what has been gathered.
         grad_scaler: what has scaled the loss, if its factor is to be taken out of the curvature.
     """
+    if step.written is None:  # later it may be us
+        step.written = step.is_written_to()
     _average(step, too_late=grad_scaler is None)
     entries, grads = step.layout.with_gradients()
     if hvp.has_graph(grads):
@@ -73,6 +77,13 @@ def scale_and_flag(
         )
     if found_inf is None or curvature is None:
         return grad_scale, found_inf
+    if grad_scale is not None and step.written and not step.warned:
+        step.warned = True
+        warnings.warn(
+            "gradients were written to while they carried the loss scale. If they were clipped, it was at a norm too "
+            "small by that factor, and hardly anything moves: write opt.unscale_(scaler) before clip_grad_norm_",
+            stacklevel=6,
+        )
     if grad_scale is None and not curvature.unscaled:
         raise RuntimeError(
             "scaler.unscale_(opt) divided the gradients by the loss scale, but not the curvature; write "

@@ -62,6 +62,8 @@ class HessianStep:
         unfinished: what is left of an update that has failed, for the gradients as they are.
         place: number of this step's probe, where several optimizers share a product.
         strangers: steps of other optimizers that a pass of this one has had nothing for.
+        written: whether gradients were written to between their passes and ``scaler.step(opt)``; None before that.
+        warned: of such gradients.
     """
 
     def __init__(self, layout: ParameterLayout, together: Together) -> None:
@@ -71,6 +73,8 @@ class HessianStep:
         self.unfinished: Any = None
         self.place = 0
         self.strangers: weakref.WeakSet[HessianStep] = weakref.WeakSet()
+        self.written: bool | None = None
+        self.warned = False
         self._record: GradientRecord | None = None  # of this step, from its first pass on
         self._left: GradientRecord | None = None  # of the gradients after the last step, if the coming one is due
         self._graphs = hvp.Graphs(self._awaited)
@@ -221,6 +225,12 @@ class HessianStep:
             self._record.close()
         self._record = GradientRecord(params)
         self._record.watch()
+
+    def is_written_to(self) -> bool:
+        """Tell whether gradients have been written to since their passes, and not by another pass."""
+        if self._record is None:
+            return self._graphs.are_written_to()
+        return not self._record.added and any(p.grad is not None for p in self._record.changed())
 
     def _foreign(self, params: Sequence[Tensor]) -> list[Tensor]:
         """Return parameters whose gradient has been written to since the last step, though by no pass of this one."""
@@ -492,7 +502,7 @@ class HessianStep:
         """Drop what has been gathered: its gradients are gone, or their step is done."""
         if self._record is not None:
             self._record.close()
-        self.curvature = self._record = self.unfinished = None
+        self.curvature = self._record = self.unfinished = self.written = None
         self.place = 0
         self._graphs.clear()
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import pytest
 import torch
 from models import assert_same, batch, fresh, loss_of, mlp
@@ -134,6 +136,39 @@ def test_scaling_does_not_change_a_clipped_step(device, way, options):
         other_opt.step()
     assert scaler.get_scale() == 8192
     assert_same(list(model.parameters()), list(other.parameters()))
+
+
+GATHER = {
+    "loss": lambda opt, loss, scaler: opt.backward(scaler.scale(loss)),
+    "scaler": lambda opt, loss, scaler: opt.backward(loss, grad_scaler=scaler),
+    "hooked": lambda opt, loss, scaler: scaler.scale(loss).backward(),
+    "create_graph": lambda opt, loss, scaler: scaler.scale(loss).backward(create_graph=opt.needs_hessian),
+}
+
+
+@pytest.mark.parametrize("gather", GATHER)
+@pytest.mark.parametrize(("unscaled", "clipped"), [(False, True), (True, True), (False, False)])
+def test_clipping_scaled_gradients_is_said_once(device, gather, unscaled, clipped):
+    model, opt = fresh(mlp(torch.float32, device), update_each=2)
+    scaler, said = torch.amp.GradScaler(device, init_scale=1024.0), []
+    handle = opt.hook_backward() if gather == "hooked" else None
+    for i in range(4):
+        opt.zero_grad()
+        GATHER[gather](opt, loss_of(model, i), scaler)
+        if unscaled:
+            opt.unscale_(scaler)
+        if clipped:
+            clip(model)
+        with warnings.catch_warnings(record=True) as found:
+            warnings.simplefilter("always")
+            assert opt._step_supports_amp_scaling  # as others ask
+            scaler.step(opt)
+        said += [str(warning.message) for warning in found]
+        scaler.update()
+    if handle is not None:
+        handle.remove()
+    assert len(said) == (clipped and not unscaled)
+    assert all("write opt.unscale_(scaler) before clip_grad_norm_" in text for text in said)
 
 
 def test_float16_gradients_cannot_be_unscaled(device):

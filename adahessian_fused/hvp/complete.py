@@ -101,6 +101,7 @@ class Graphs(BackwardObserver):
         """Begin with the passes of another step."""
         self.seen = False
         self._found: list[str] = []
+        self._left: list[tuple[Any, int]] = []  # gradients, and how often they had been written to
 
     @property
     def are_whole(self) -> bool:
@@ -110,6 +111,10 @@ class Graphs(BackwardObserver):
     def check(self) -> None:
         """Raise if anything was missing in the passes of this step."""
         _raise(self._found)
+
+    def are_written_to(self) -> bool:
+        """Tell whether gradients have been written to since the last pass."""
+        return any(grad() is not None and grad()._version != version for grad, version in self._left)
 
     @contextlib.contextmanager
     def around(self, tensors: Any, create_graph: bool) -> Iterator[None]:
@@ -126,6 +131,7 @@ class Graphs(BackwardObserver):
             yield
         self.seen = True
         self._found += found
+        self._left = [(weakref.ref(p.grad), p.grad._version) for p in params if p.grad is not None]
 
 
 def check_gradients(graph: Graph) -> None:
