@@ -11,6 +11,7 @@ import pytest
 import torch
 import ways
 from models import assert_same, batch, fresh, mlp, weights
+from tolerances import assert_trajectory, growth, nudge
 
 from adahessian_fused.reference import rademacher_signs
 
@@ -128,8 +129,8 @@ OPTIONS = (
 )
 
 
-def run(way, options, dtype=torch.float64):
-    model, opt = fresh(mlp(dtype), lr=0.05, **options)
+def run(way, options, dtype=torch.float64, start=lambda model: model):
+    model, opt = fresh(start(mlp(dtype)), lr=0.05, **options)
     for i in range(STEPS):
         WAYS[way](opt, functools.partial(squares, model), *batch(i, model))
     return weights(model)
@@ -163,8 +164,8 @@ def test_every_option_in_every_way(option, way):
     found, expected = run(way, option.options, option.dtype), canon(OPTIONS.index(option))
     if option.canon == way or "hessian_fraction" not in option.options:
         assert_same(found, expected)
-    # Two parts of a batch are added up in another order: a few roundings in each of four steps.
-    torch.testing.assert_close(found, expected, rtol=1e-13, atol=1e-13)
+    else:  # the two parts of a batch are added up in another order
+        assert_trajectory(found, expected, STEPS, growth(run(way, option.options, start=nudge), expected))
 
 
 @pytest.mark.parametrize("option", [o for o in OPTIONS if not o.same], ids=lambda option: option.name)

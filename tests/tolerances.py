@@ -31,7 +31,8 @@ The reference's own error counts only when S is float64, which doubles u. Inputs
 **Derivatives of models, measured.** g and Hz are sums over paths through the network whose magnitudes nobody knows. But
 a rounding of an operator's result is like one of its operands, so that the effect of nudging each weight by a relative
 2^-30 says what a relative u does to what was added up, cancellation included. ``strategies.BOUND`` (512 u in the 2-norm
-of all parameters) is UNITS times that for every model there: test_tolerances.py, for several seeds.
+of all parameters) is UNITS times that for every model there: test_tolerances.py, for several seeds. Where u is that of
+a smaller dtype (test_zoo.py, test_hvp_dtype.py), the nudge is measured along with what is expected.
 
 **Trajectories, measured.** Two right ways to take several steps differ by ROUNDINGS u a step, multiplied on the way by
 what the optimizer does with it: where D is nearly 0, m / (|D| + eps) turns a rounding of D into much more. The
@@ -50,8 +51,9 @@ counted to the last rounding and which correct rounding may reach.
 
 from __future__ import annotations
 
+import copy
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from problem import Problem
@@ -244,6 +246,13 @@ def nudge(model: nn.Module) -> nn.Module:
     return model
 
 
+def effect(of: Callable[[nn.Module], Sequence[Tensor]], model: nn.Module, exact: Sequence[Tensor]) -> Tensor:
+    """What a rounding of one in each weight does to the norm of each result ``exact``: the mean of several nudges."""
+    found = [of(nudge(copy.deepcopy(model))) for _ in range(4)]
+    moved = [torch.stack([(a - b).norm() for a, b in zip(results, exact, strict=True)]) for results in found]
+    return torch.stack(moved).square().mean(0).sqrt() / NUDGE
+
+
 def growth(nudged: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
     """By how much a computation multiplies relative errors of the weights it starts from."""
     pairs = [(a.detach(), b.detach()) for a, b in zip(nudged, expected, strict=True) if b.any()]
@@ -255,6 +264,8 @@ def assert_trajectory(
 ) -> None:
     """Both are right up to so many roundings in each step, whose errors grow like those of a nudge before the first."""
     for i, (a, b) in enumerate(zip(found, expected, strict=True)):
+        if not b.numel():
+            continue
         eps = torch.finfo(b.dtype).eps if b.is_floating_point() else 0.0  # counts of batches
         bound = roundings * steps * eps * max(grows, 1) * b.detach().abs().max()
         assert_within(a, b, bound, f"tensor {i}")

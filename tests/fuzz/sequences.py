@@ -15,6 +15,7 @@ from collections import defaultdict
 import pytest
 import torch
 from published import AdaHessian
+from tolerances import assert_trajectory
 from torch import nn
 
 from . import oracle
@@ -267,8 +268,8 @@ class Session:
         return loss, grads, diags, trained
 
     def check(self):
-        for i, (p, expected) in enumerate(zip(self.params, self.plain.values, strict=True)):
-            assert torch.allclose(p.detach(), expected, rtol=1e-11, atol=0), f"parameter {i} after {self.steps} steps"
+        """No parameter minds another, and one moves by at most lr: a step multiplies an error by 1 + 3 lr, or less."""
+        assert_trajectory(self.params, self.plain.values, max(self.steps, 1), grows=1.2**self.steps)
 
 
 # ---- ways of stepping: each returns None if there was no step --------------------------------------------------------
