@@ -131,6 +131,7 @@ def check_all_ranks_skip_if_the_curvature_of_one_overflows(ranks):
 # ---- errors ----------------------------------------------------------------------------------------------------------
 
 
+@worlds(2)
 def check_wrong_use_is_named(ranks):
     model, (x, y) = make_model(), batch(0)
     with pytest.raises(TypeError, match=r"process_group is a str; expected a torch\.distributed process group"):
@@ -168,6 +169,7 @@ PASSES = {
 }
 
 
+@worlds(2)
 def check_one_of_several_processes_has_to_say_what_it_is(ranks):
     x, y = batch(0)
     for name, run in PASSES.items():
@@ -182,6 +184,7 @@ def check_one_of_several_processes_has_to_say_what_it_is(ranks):
             assert bytes_reduced(lambda: run(opt, model, x + ranks.rank, y)) == 0  # noqa: B023 - called at once
 
 
+@worlds(2)
 def check_different_parameters_are_an_error_before_the_first_step(ranks):
     x, y = batch(0, dtype=torch.float32)
     for dtype in (torch.float32, torch.float64, torch.bfloat16):
@@ -198,6 +201,7 @@ def check_different_parameters_are_an_error_before_the_first_step(ranks):
         assert all(map(torch.equal, before[0], everything(model, opt)[: len(before[0])]))
 
 
+@worlds(2)
 def check_ranks_that_train_other_parameters_are_an_error(ranks):
     """Which would add up numbers of different parameters, or end the process."""
     x, y = batch(0)
@@ -211,6 +215,7 @@ def check_ranks_that_train_other_parameters_are_an_error(ranks):
                 run(opt, model, x, y)
 
 
+@worlds(2)
 def check_parameters_that_drift_apart_later_are_noticed(ranks):
     model, (x, y) = nn.Linear(36, 3).double(), batch(0)
     opt = AdaHessian(model.named_parameters(), process_group=ranks.group)
@@ -237,6 +242,7 @@ def _nothing_happened(model, opt, before) -> bool:
     return all(map(torch.equal, tensors, before[0])) and steps == before[1]
 
 
+@worlds(2)
 def check_a_hanging_rank_is_an_error_on_the_others(ranks):
     seconds = 1.5
     for last_call in ("nothing", "backward"):
@@ -258,7 +264,7 @@ def check_a_hanging_rank_is_an_error_on_the_others(ranks):
         assert _nothing_happened(model, opt, before)
 
 
-@worlds(2, 3, kills=True)
+@worlds(3, kills=True)
 def check_a_rank_that_dies_is_an_error_on_the_others(ranks):
     model, opt = _trained(ranks, ranks.group)
     before, (x, y) = snapshot(model, opt), batch(1)

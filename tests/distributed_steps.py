@@ -24,7 +24,7 @@ from distributed_problem import (
     train_step,
 )
 from published import AdaHessian
-from ranks import Ranks
+from ranks import Ranks, worlds
 from seeds import manual_seed
 from tolerances import ROUNDINGS, assert_within, unit
 from torch import nn
@@ -215,6 +215,7 @@ def check_parameters_that_only_some_ranks_use(ranks):
 # ---- the default device ----------------------------------------------------------------------------------------------
 
 
+@worlds(2)
 def check_the_default_device_changes_nothing(ranks):
     def inside(step):
         def run(*args):

@@ -6,7 +6,7 @@ import pytest
 import torch
 from distributed_problem import STEPS, backward, batch, closure, hooked, loss_of, standard_closure, values
 from published import AdaHessian
-from ranks import Ranks
+from ranks import Ranks, worlds
 from tolerances import assert_trajectory, growth, nudge
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
@@ -84,6 +84,7 @@ def check_tensor_parallelism_equals_one_process(ranks):
         assert_trajectory(found, wanted, STEPS, grows, **roundings)
 
 
+@worlds(2)
 def check_what_tensor_parallelism_does_not_allow(ranks):
     x, y = batch(0)
     model, opt = parallel(ranks, "tensor", hvp="forward_over_reverse")

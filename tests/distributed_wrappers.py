@@ -122,6 +122,7 @@ def check_finite_differences_through_ddp(ranks):
         assert same_bits(everything(model, opt), ranks.group)
 
 
+@worlds(2)
 def check_per_rank_differences_refuse_ddp_hooks(ranks):
     """The hooks would mix gradients at the points of different probes."""
     ddp = DistributedDataParallel(make_model(), process_group=ranks.group)
@@ -175,6 +176,7 @@ def check_what_another_optimizer_trains_is_averaged(ranks):
             assert same_bits(list(model.parameters()), ranks.group), way.__name__
 
 
+@worlds(2)
 def check_ddp_that_cannot_be_passed_by_says_so(ranks):
     x, y = batch(0)
     ddp = DistributedDataParallel(make_model(), process_group=ranks.group, static_graph=True)
@@ -191,6 +193,7 @@ def check_ddp_that_cannot_be_passed_by_says_so(ranks):
         backward(ddp, opt, x, y)
 
 
+@worlds(2)
 def check_create_graph_through_ddp_says_what_to_write(ranks):
     x, y = batch(0)
     for told in ("module", "nothing", "nothing, made before"):
@@ -292,6 +295,7 @@ def check_fsdp_communicates_once_for_each_pass(ranks):
     assert with_curvature == {op: 2 * n for op, n in without.items()}
 
 
+@worlds(2)
 def check_what_sharded_parameters_do_not_allow(ranks):
     x, y = batch(0)
     model, opt = _sharded(ranks, block_size="tensor")
@@ -348,6 +352,7 @@ def check_checkpoint_of_two_ranks_resumes_on_one_and_three(ranks):
 # ---- documentation ---------------------------------------------------------------------------------------------------
 
 
+@worlds(2)
 def check_the_recipes_of_the_documentation_run(ranks):
     """The blocks of docs/distributed.md in their order; the ranks agree after each."""
     page = (Path(__file__).parents[1] / "docs" / "distributed.md").read_text()

@@ -1,7 +1,7 @@
 """Runs checks on several ranks: one process that imports torch once and forks the ranks, a group for each check.
 
-``python ranks.py A.py B.py 2 3 1`` runs the functions ``check_*(ranks)`` of these files in a world of 2 ranks, then in
-one of 3, and those for it in a world of 1, and prints a JSON object: world -> check -> error of each rank, or null.
+``python ranks.py A.py B.py 2 3 1`` runs the functions ``check_*(ranks)`` of these files in a world of 2 ranks, of 3 and
+of 1, each with the checks that are for it, and prints a JSON object: world -> check -> error of each rank, or null.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class Ranks:
 
 
 def worlds(*sizes: int, kills: bool = False) -> Callable:
-    """A check for these worlds only; with ``kills`` the last rank does not come back from it."""
+    """A check for these worlds and not for three ranks; with ``kills`` the last rank does not come back from it."""
 
     def mark(check: Callable) -> Callable:
         check.worlds, check.kills = sizes, kills
@@ -91,7 +91,7 @@ def run_here(paths: Sequence[Path], sizes: list[int]) -> dict[str, dict[str, lis
     results, every = {}, checks_of(paths)
     files = tempfile.TemporaryDirectory()
     for size in sizes:
-        checks = {name: check for name, check in every.items() if size in getattr(check, "worlds", (2, 3))}
+        checks = {name: check for name, check in every.items() if size in getattr(check, "worlds", (3,))}
         with tempfile.TemporaryDirectory() as folder:
             ranks = []
             for rank in range(size):
