@@ -54,7 +54,7 @@ paper: $(VENV)/.tools $(VENV)/.built
 	$(PY) -m paper $(ARGS)
 
 test: $(VENV)/.tools $(VENV)/.built cpp-test
-	OMP_WAIT_POLICY=passive $(PY) -m pytest -q -n $(WORKERS) --dist loadfile --require $(REQUIRE) $(ARGS)
+	OMP_WAIT_POLICY=passive $(PY) -m pytest -q -n $(WORKERS) --dist loadfile --no-loadscope-reorder --require $(REQUIRE) $(ARGS)
 
 test-everywhere: $(VENV)/.tools $(VENV)/.built
 	$(PY) tests/everywhere.py --jobs 2 $(ARGS)

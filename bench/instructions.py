@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from . import display, triton_kernels
-from .sass import CUDA, Kernel, compile_cuda, loops, shortest_path
+from .sass import CUDA, Kernel, built, compile_cuda, loops, shortest_path
 
 DTYPES = {"f": "float32", "d": "float64", "N8bfloat16": "bfloat16", "N7float16": "float16"}
 BODIES = {"RademacherBody": "rademacher", "PerturbBody": "perturb"}
@@ -140,11 +140,11 @@ def kernel_name(mangled: str) -> str:
 
 
 def cuda_kernels(folder: Path, arch: str = "sm_90") -> dict[str, Kernel]:
-    """The kernels of all CUDA files, by their names."""
-    found = {}
-    for op in BODIES.values():
-        found |= {kernel_name(name): k for name, k in compile_cuda(CUDA / f"{op}.cu", folder, arch).items()}
-    return found
+    """The kernels of all CUDA files, by their names; compiled where the library has none of them."""
+    found = built(arch)
+    for op in BODIES.values() if not found else ():
+        found |= compile_cuda(CUDA / f"{op}.cu", folder, arch)
+    return {kernel_name(name): kernel for name, kernel in found.items()}
 
 
 def of_triton(compiled: Mapping[str, Mapping[str, Any]]) -> dict[str, Kernel]:
@@ -171,7 +171,7 @@ def measure(kernels: Mapping[str, Kernel]) -> dict[str, dict[str, Any]]:
             "instructions": round(instructions, 1),
             "bytes": loop.bytes,
             "registers": kernel.registers,
-            "spills": kernel.spills + kernel.local,
+            "spills": kernel.local,
             "wide_loads": kernel.wide_loads,
             "wide_stores": kernel.wide_stores,
             "of_copy": round(H200.share_of_copy(instructions, loop.bytes), 2),

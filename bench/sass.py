@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import heapq
 import importlib.util
+import operator
 import re
 import shutil
 import subprocess
@@ -64,6 +66,20 @@ def shortest_path(code: str, required: dict[str, int]) -> int:
     patterns = [re.compile(pattern) for pattern in required]
     goal = tuple(required.values())
     counted = [next((k for k, p in enumerate(patterns) if p.match(one.opcode)), None) for one in program]
+
+    @functools.cache
+    def run(i: int) -> tuple[int, list[int], list[int]]:
+        """Length and counts of the instructions from i to a branch, with nothing to choose, and what follows."""
+        length, counts = 0, [0] * len(goal)
+        while True:
+            length += 1
+            if counted[i] is not None:
+                counts[counted[i]] += 1
+            following = _successors(program, index, i)
+            if len(following) != 1 or following[0] is None or program[i].opcode.startswith("BRA"):
+                return length, counts, [len(program) if j is None else j for j in following]
+            i = following[0]
+
     queue, done = [(0, 0, (0,) * len(goal))], set()
     while queue:
         length, i, counts = heapq.heappop(queue)
@@ -74,18 +90,10 @@ def shortest_path(code: str, required: dict[str, int]) -> int:
             if counts == goal:
                 return length
             continue
-        # In a run of instructions without branches there is nothing to choose.
-        while True:
-            length += 1
-            if counted[i] is not None:
-                k = counted[i]
-                counts = (*counts[:k], min(counts[k] + 1, goal[k]), *counts[k + 1 :])
-            following = _successors(program, index, i)
-            if len(following) != 1 or following[0] is None or program[i].opcode.startswith("BRA"):
-                break
-            i = following[0]
+        more, found, following = run(i)
+        counts = tuple(map(min, map(operator.add, counts, found), goal))
         for j in following:
-            heapq.heappush(queue, (length, len(program) if j is None else j, counts))
+            heapq.heappush(queue, (length + more, j, counts))
     raise ValueError(f"no way through the function executes {required}")
 
 
@@ -111,7 +119,6 @@ class Kernel:
 
     registers: int = 0
     stack: int = 0
-    spills: int = 0
     wide_loads: int = 0  # of 128 bits
     wide_stores: int = 0
     local: int = 0  # accesses to local memory
@@ -139,11 +146,20 @@ def tool(name: str) -> str | None:
     return found
 
 
-def functions(cubin: Path) -> dict[str, str]:
-    """The disassembly of each function, by its mangled name."""
-    command = [str(tool("cuobjdump")), "--dump-sass", str(cubin)]
-    dump = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    return {code.split()[0]: code for code in dump.split("Function : ")[1:]}
+def kernels(binary: Path, arch: str = "sm_90") -> dict[str, Kernel]:
+    """The kernels in a cubin or a library that are for ``arch``; by their mangled names."""
+
+    def say(what: str) -> list[str]:
+        command = [str(tool("cuobjdump")), f"--dump-{what}", "--gpu-architecture", arch, str(binary)]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.split("Function")[1:]
+
+    facts = {}
+    for text in say("resource-usage"):
+        name = text.strip(" ").split(":")[0]
+        registers, stack = (int(re.search(rf"{field}:(\d+)", text)[1]) for field in ("REG", "STACK"))
+        facts[name] = {"registers": registers, "stack": stack}
+    code = {text.split()[1]: text.removeprefix(" : ") for text in say("sass")}
+    return {name: Kernel.of(text, **facts[name]) for name, text in code.items()}
 
 
 def compile_cuda(source: Path, folder: Path, arch: str = "sm_90") -> dict[str, Kernel]:
@@ -153,27 +169,17 @@ def compile_cuda(source: Path, folder: Path, arch: str = "sm_90") -> dict[str, K
         RuntimeError: it does not compile, or not without a warning.
     """
     cubin = folder / f"{source.stem}.cubin"
-    command = [
-        "nvcc",
-        "-O3",
-        "-std=c++20",
-        f"-arch={arch}",
-        "-Xptxas",
-        "-v",
-        f"-I{CUDA}",
-        "-cubin",
-        "-o",
-        cubin,
-        source,
-    ]
+    command = ["nvcc", "-O3", "-std=c++20", f"-arch={arch}", f"-I{CUDA}", "-cubin", "-o", cubin, source]
     compiled = subprocess.run(command, capture_output=True, text=True, check=False)
     if compiled.returncode or "warning" in compiled.stderr:
         raise RuntimeError(compiled.stderr)
-    usage = {}
-    for report in compiled.stderr.split("Compiling entry function ")[1:]:
-        usage[report.split("'")[1]] = {
-            "stack": sum(map(int, re.findall(r"(\d+) bytes stack frame", report))),
-            "spills": sum(map(int, re.findall(r"(\d+) bytes spill", report))),
-            "registers": int(re.search(r"Used (\d+) registers", report)[1]),
-        }
-    return {name: Kernel.of(code, **usage[name]) for name, code in functions(cubin).items() if name in usage}
+    return kernels(cubin, arch)
+
+
+def built(arch: str = "sm_90") -> dict[str, Kernel]:
+    """The kernels of the library that was built from the sources as they are; none if there is no such library."""
+    library = Path(importlib.util.find_spec("adahessian_fused").origin).with_name("libadahessian_ops.so")
+    sources = [*CUDA.parent.glob("*.h"), *CUDA.iterdir()]
+    if not library.exists() or library.stat().st_mtime < max(source.stat().st_mtime for source in sources):
+        return {}
+    return kernels(library, arch)

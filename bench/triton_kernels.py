@@ -19,7 +19,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from .sass import Kernel, functions, tool
+from .sass import kernels
 
 ROOT = Path(__file__).resolve().parent.parent
 STEP, DIAG, RADEMACHER, PERTURB, NORM = (
@@ -139,16 +139,9 @@ def compile_case(module: str, name: str, dtype: str, given: dict[str, Any], arch
     with tempfile.TemporaryDirectory() as folder:
         binary = Path(folder, "kernel.cubin")
         binary.write_bytes(compiled.asm["cubin"])
-        usage = subprocess.run(
-            [str(tool("cuobjdump")), "-res-usage", binary], capture_output=True, text=True, check=True
-        )
-        (code,) = functions(binary).values()
-    facts = {
-        key: int(re.search(rf"{name}:(\d+)", usage.stdout)[1])
-        for key, name in (("registers", "REG"), ("stack", "STACK"))
-    }
+        (found,) = kernels(binary, f"sm_{arch}").values()
     ptx = compiled.asm["ptx"]
-    return asdict(Kernel.of(code, **facts)) | {
+    return asdict(found) | {
         "mul_hi": len(re.findall(r"mul\.(?:hi|wide)\.u32", ptx)),
         "elements_per_thread": tile // (32 * num_warps),
     }

@@ -223,6 +223,8 @@ def cases_for(backend: str, device: str, cases: tuple[Case, ...]) -> list[Case]:
     if backend == "triton" and device == "cpu":
         wanted = _INTERPRETED if len(cases) == len(CASES) else _INTERPRETED_AGAIN
         return [case for case in cases if case.name in wanted]
+    if backend == "native" and device == "cpu":  # there are no tables of parameters, which could be too long
+        return [case for case in cases if case.name != "tiny_1200"]
     return [case for case in cases if backend != "reference" or case not in LARGE_CASES]
 
 

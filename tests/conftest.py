@@ -22,6 +22,11 @@ OPS = ("rademacher", "perturb", "hessian_diag", "adahessian_step")
 BACKENDS = {"cpu": ("reference", "native", "emulated", "triton"), "cuda": ("reference", "native", "triton")}
 # Of tests of the optimizer: every backend that is fast enough to run all of them, and interpreted Triton as well.
 ENGINES = {"engine": ("reference", "native"), "every_engine": ("reference", "native", "triton")}
+# Of `make test`, whose workers take one file after the other: those that take long come first.
+LONG = """
+    adahessian_step distributed triton_inspect cuda_inspect trainers bench train_step instruction_sets demo zoo ops
+    convergence hessian_diag op_properties strategies installation fuzz
+"""
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -39,6 +44,11 @@ def pytest_configure(config: pytest.Config) -> None:
     unknown = set(filter(None, config.getoption("--require").split(","))) - known
     if unknown:
         raise pytest.UsageError(f"--require: unknown backend {sorted(unknown)}; expected some of {sorted(known)}")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    order = {f"test_{name}": place for place, name in enumerate(LONG.split())}
+    items.sort(key=lambda item: order.get(item.path.stem, len(order)))
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

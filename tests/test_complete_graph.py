@@ -9,6 +9,7 @@ import warnings
 import pytest
 import torch
 import ways
+from functions import function, kinds
 from published import AdaHessian
 from strategies import BOUND
 from tolerances import assert_error
@@ -19,50 +20,6 @@ from torch.utils.checkpoint import checkpoint
 
 from adahessian_fused import TrainStep, check_hvp, curvature_friendly, hutchinson_diagonal
 from adahessian_fused.reference import rademacher_signs
-
-
-def function(forward, backward, **attributes):
-    methods = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
-    return type("Custom", (Function,), methods | attributes)
-
-
-def keeps(*kept):
-    """Forward of x^3 that saves what these functions make of x."""
-
-    def forward(ctx, x):
-        ctx.save_for_backward(*(make(x) for make in kept))
-        return x**3
-
-    return forward
-
-
-def keeps_hidden(ctx, x):
-    ctx.x = x.detach()
-    return x**3
-
-
-def keeps_numpy(ctx, x):
-    ctx.x = [x.detach().numpy()]
-    return torch.from_numpy(ctx.x[0] ** 3)
-
-
-def in_numpy(ctx, g):
-    return torch.from_numpy(g.detach().numpy() * 3 * ctx.x[0] ** 2)
-
-
-def without_grad(ctx, g):
-    with torch.no_grad():
-        return g * 3 * ctx.saved_tensors[0] ** 2
-
-
-def by_inner_backward(ctx, g):
-    with torch.enable_grad():
-        x = ctx.saved_tensors[0].detach().requires_grad_()
-        return torch.autograd.grad(x**3, x, g)[0]
-
-
-def slope(ctx, g):
-    return g * 3 * ctx.saved_tensors[0] ** 2
 
 
 class HandMade(Function):
@@ -97,18 +54,12 @@ def dropout(ctx, x):
     return x * mask
 
 
-INCOMPLETE = {
-    "detached": function(keeps_hidden, lambda ctx, g: g * 3 * ctx.x**2),
-    "numpy": function(keeps_numpy, in_numpy),
-    "once_differentiable": function(keeps(lambda x: x), once_differentiable(slope)),
-    "no_grad": function(keeps(lambda x: x), without_grad),
-    "inner_backward": function(keeps(lambda x: x), by_inner_backward),
-    "intermediate": function(keeps(lambda x: 3 * x**2), lambda ctx, g: g * ctx.saved_tensors[0]),
-    "data": function(keeps(lambda x: x), lambda ctx, g: g * 3 * ctx.saved_tensors[0].data ** 2),
-}
+INCOMPLETE = kinds(lambda x: x**3, lambda x: 3 * x**2)
 COMPLETE = {
-    "cube": function(keeps(lambda x: x), slope),
-    "unused": function(keeps(lambda x: x, lambda x: 3 * x**2), slope),  # as for logging
+    "cube": INCOMPLETE.pop("complete"),
+    "unused": function(  # as for logging
+        lambda ctx, x: ctx.save_for_backward(x, 3 * x**2) or x**3, lambda ctx, g: g * 3 * ctx.saved_tensors[0] ** 2
+    ),
     "identity": function(lambda ctx, x: x.view_as(x), lambda ctx, g: g),
     "straight_through": function(
         lambda ctx, x: ctx.save_for_backward(x.abs() < 2) or x.round(), lambda ctx, g: g * ctx.saved_tensors[0]
@@ -117,7 +68,9 @@ COMPLETE = {
     "dropout": function(dropout, lambda ctx, g: g * ctx.saved_tensors[0]),
     "hand_made": HandMade,
     "declared": function(
-        keeps(lambda x: x * 0 + 7), lambda ctx, g: g * ctx.saved_tensors[0], twice_differentiable=True
+        lambda ctx, x: ctx.save_for_backward(x * 0 + 7) or x**3,
+        lambda ctx, g: g * ctx.saved_tensors[0],
+        twice_differentiable=True,
     ),
 }
 
@@ -195,7 +148,7 @@ def test_a_linear_layer_of_ones_own_passes(way):
 
 def test_a_checkpoint_is_run_again_without_a_trace():
     """Kinds of Functions that are new are looked at in one more forward pass of the checkpoint that they are in."""
-    op = function(keeps(lambda x: x), slope)
+    op = COMPLETE["cube"]
     model = nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3))
     twin = copy.deepcopy(model)
     for net, custom in ((model, True), (twin, False)):

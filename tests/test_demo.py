@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import json
-import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -218,14 +217,13 @@ def test_a_wrong_update_is_found_out(measure, change):
 # ---- the program -----------------------------------------------------------------------------------------------------
 
 
-def test_short_run(tmp_path):
+def test_short_run(load_as_the_program_does, set_threads, tmp_path):
     for module in ("sklearn", "matplotlib", "rich"):
         pytest.importorskip(module)
     names = ("sgd", "fused2")
     short = ("--epochs=1", "--batch-size=32", "--batches=2", "--rounds=2", "--threads=1", "--device=cpu", "--seed=3")
-    program = [sys.executable, EXAMPLES / "train_resnet.py", *short, "--out", tmp_path / "new" / "out"]
-    done = subprocess.run([*program, "--optimizers", *names], capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
+    arguments = [*short, "--out", str(tmp_path / "new" / "out"), "--optimizers", *names]
+    assert load_as_the_program_does("train_resnet").main(arguments) == 0
     results = json.loads((tmp_path / "new" / "out" / "results.json").read_text())
     assert {"cpu", "cores", "threads", "device", "backend", "torch", "commit"} <= set(results["machine"])
     assert [check["name"] for check in results["check"]] == ["fused2"]

@@ -11,10 +11,9 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from functions import kinds
 from published import AdaHessian
 from torch import Tensor, nn
-from torch.autograd import Function
-from torch.autograd.function import once_differentiable
 from torch.func import functional_call
 from torch.nn.utils import parametrizations, parametrize
 from torch.utils.checkpoint import checkpoint
@@ -27,54 +26,7 @@ EXAMPLES = 4
 
 # ---- code of somebody's own ------------------------------------------------------------------------------------------
 
-
-def function(forward: Callable, backward: Callable) -> type[Function]:
-    return type("Custom", (Function,), {"forward": staticmethod(forward), "backward": staticmethod(backward)})
-
-
-def _keeps_input(ctx, x):
-    ctx.save_for_backward(x)
-    return x.sin()
-
-
-def _keeps_detached(ctx, x):
-    ctx.x = x.detach()
-    return x.sin()
-
-
-def _keeps_slope(ctx, x):
-    ctx.save_for_backward(x.cos())
-    return x.sin()
-
-
-def _slope(ctx, g):
-    return g * ctx.saved_tensors[0].cos()
-
-
-def _without_grad(ctx, g):
-    with torch.no_grad():
-        return g * ctx.saved_tensors[0].cos()
-
-
-def _in_numpy(ctx, g):
-    return torch.from_numpy(g.detach().numpy() * ctx.x.cos().numpy())
-
-
-def _by_inner_backward(ctx, g):
-    with torch.enable_grad():
-        x = ctx.saved_tensors[0].detach().requires_grad_()
-        return torch.autograd.grad(x.sin(), x, g)[0]
-
-
-SINES = {  # of which only the first can be differentiated twice
-    "complete": function(_keeps_input, _slope),
-    "once_differentiable": function(_keeps_input, once_differentiable(_slope)),
-    "no_grad": function(_keeps_input, _without_grad),
-    "numpy": function(_keeps_detached, _in_numpy),
-    "inner_backward": function(_keeps_input, _by_inner_backward),
-    "slope": function(_keeps_slope, lambda ctx, g: g * ctx.saved_tensors[0]),
-    "detached": function(_keeps_detached, lambda ctx, g: g * ctx.x.cos()),
-}
+SINES = kinds(torch.sin, torch.cos)
 
 
 class Sine(nn.Module):
