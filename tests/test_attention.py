@@ -13,7 +13,9 @@ from published import AdaHessian
 from tolerances import assert_error, relative_error
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention.flex_attention import flex_attention
 from torch.utils._python_dispatch import TorchDispatchMode
+from ways import WAYS
 
 from adahessian_fused import TrainStep, backends, curvature_friendly
 from adahessian_fused.friendly import attention_double_backward as op
@@ -285,6 +287,22 @@ def test_nested_tensors_are_refused(device):
         pytest.raises(RuntimeError, match=r"nested tensors cannot be differentiated twice.*padded"),
     ):
         F.scaled_dot_product_attention(x, x, x)
+
+
+@pytest.mark.parametrize(
+    "way", ["create_graph", "backward", "hook_backward", "function", "closure_standard", "train_step"]
+)
+@pytest.mark.filterwarnings("ignore:(flex_attention called|Using backward\\(\\) with create_graph=True)")
+def test_flex_attention_is_refused(device, way, monkeypatch):
+    """Nothing has changed afterwards. On a CPU it has no first derivative either, by decree."""
+    monkeypatch.setattr("torch.nn.attention.flex_attention._validate_device", lambda *qkv: None)
+    p = nn.Parameter(torch.randn(3, 1, 2, 16, 8, device=device))
+    before, opt = p.detach().clone(), AdaHessian([p])
+    with pytest.raises(
+        RuntimeError, match="flex_attention cannot be differentiated twice.*scaled_dot_product_attention"
+    ):
+        WAYS[way](opt, lambda: flex_attention(*p).square().mean())
+    assert torch.equal(p, before)
 
 
 @pytest.mark.parametrize("shape", [(2, 3, 6, 4), (3, 2, 6, 4), (2, 2, 7, 6, 4)], ids=str)

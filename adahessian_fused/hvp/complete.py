@@ -38,6 +38,7 @@ from .treatment import Hook, Treatment, is_number, name_of, numbers_in, treating
 _CUT = {  # names of nodes behind which a graph silently ends
     "torch::autograd::Error": "a torch.autograd.Function whose backward is marked once_differentiable",
     "CheckpointFunctionBackward": "torch.utils.checkpoint with use_reentrant=True",
+    "FlexAttentionAutogradOpBackward": "flex_attention",
 }
 _known: set[tuple[Any, ...]] = set()  # kinds of Functions that are complete
 _helpers: set[type] = set()  # what their backward is made of, which nobody differentiates twice

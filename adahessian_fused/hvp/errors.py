@@ -50,6 +50,8 @@ def explanation(operator: str, strategy: str) -> str:
     ]
     if "scaled_dot_product" in operator:
         ways.insert(0, "its math kernel, with torch.nn.attention.sdpa_kernel(SDPBackend.MATH)")
+    elif operator == "flex_attention":
+        ways.insert(0, "scaled_dot_product_attention, with attn_mask or is_causal, in curvature_friendly(model, opt)")
     elif "use_reentrant" in operator:
         ways.insert(0, "use_reentrant=False")
     elif "selective" in operator:
