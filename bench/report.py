@@ -11,10 +11,12 @@ from typing import Any
 
 from .overhead.table import HEADER, cells
 from .table import columns, markdown, notes, rows
+from .wider import HEADER as WIDER_HEADER
+from .wider import cells as wider_cells
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS, PAGE = ROOT / "bench" / "results", ROOT / "docs" / "benchmarks.md"
-OVERHEAD, PROGRAMS = RESULTS / "overhead", RESULTS / "programs"
+OVERHEAD, WIDER, PROGRAMS = RESULTS / "overhead", RESULTS / "wider", RESULTS / "programs"
 
 HEAD = """# Benchmarks
 
@@ -38,6 +40,11 @@ Tables of **whole training steps** come from `make overhead`: time over that of 
 right before, median of the rounds. A row is timed only after its gradient and its curvature agreed with float64. f is
 the Hutchinson frequency: the measured costs with and without curvature, averaged. *floor* counts the matrix products of
 a step with curvature in first-order steps. *error g* and *error D* are relative to float64.
+
+**Models of many kinds** are small ones (4 x 128 tokens of 8,192, or 4 to 8 images), by `python -m bench.wider`:
+gradients and an exact product without updates, in processor time over gradients alone. The floor is 3 for all of them,
+as matrix products and convolutions are done three times; less is possible where PyTorch's first order is slow. *Excess*
+is what operators take beyond three times their first order, as shares of a first-order step.
 """
 DEVICES = {"cpu": "CPU", "cuda": "GPU"}
 PLOTS = "benchmarks"
@@ -55,7 +62,10 @@ def of_device(files: dict[str, dict[str, Any]], device: str) -> dict[str, dict[s
 
 
 def page(
-    files: dict[str, dict[str, Any]], plots: Sequence[str], overheads: dict[str, dict[str, Any]] | None = None
+    files: dict[str, dict[str, Any]],
+    plots: Sequence[str],
+    overheads: dict[str, dict[str, Any]] | None = None,
+    wider: dict[str, dict[str, Any]] | None = None,
 ) -> str:
     """The page's text.
 
@@ -63,6 +73,7 @@ def page(
         files: results by name.
         plots: plots that there are, relative to the page; each begins with its device.
         overheads: results of ``make overhead`` by name.
+        wider: results of ``python -m bench.wider`` by name.
     """
     parts = [HEAD]
     for device, title in DEVICES.items():
@@ -70,6 +81,7 @@ def page(
         parts.append(f"## {title}\n" if chosen else f"## {title}\n\nNot measured yet.\n")
         parts += [f"![{Path(plot).stem}]({plot})\n" for plot in plots if Path(plot).name.startswith(device)]
         parts += [_overhead(name, data) for name, data in of_device(overheads or {}, device).items()]
+        parts += [_wider(name, data) for name, data in of_device(wider or {}, device).items()]
         parts += [_section(name, data) for name, data in chosen.items()]
     return "\n".join(parts)
 
@@ -87,6 +99,12 @@ def _overhead(name: str, data: dict[str, Any]) -> str:
         what = f"**{model['model']}**, {model['parameters']:,} parameters, batch {model['batch'][0]}"
         lines += ["", f"{what}; SGD takes {1e3 * model['sgd_seconds']:.0f} ms a step."]
         lines += ["", markdown(HEADER, [cells(row) for row in model["rows"]])]
+    return "\n".join(lines) + "\n"
+
+
+def _wider(name: str, data: dict[str, Any]) -> str:
+    lines = [f"### Models of many kinds: {name}", "", _facts(data["machine"]), ""]
+    lines.append(markdown(WIDER_HEADER, [wider_cells(record) for record in data["models"]]))
     return "\n".join(lines) + "\n"
 
 
@@ -154,7 +172,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         runs = of_device(overheads, device).values()
         for data in sorted(runs, key=_ways, reverse=True)[:1]:  # runs of few ways are for the tables
             draw_overhead(data, folder / f"{device}-overhead.svg")
-    PAGE.write_text(page(files, plots_on(PAGE.parent), overheads) + programs(PROGRAMS))
+    PAGE.write_text(page(files, plots_on(PAGE.parent), overheads, load(WIDER)) + programs(PROGRAMS))
     print(f"written to {PAGE}")
     return 0
 

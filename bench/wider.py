@@ -8,10 +8,14 @@ it takes in a first-order step, as a share of that step, is its excess.
 from __future__ import annotations
 
 import argparse
+import functools
+import json
 import statistics
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -21,7 +25,10 @@ from torch.profiler import ProfilerActivity, profile
 from adahessian_fused import curvature_friendly
 
 from .display import table
+from .machine import machine
 
+HEADER = ("model", "first order", "cost", "excess of operators")
+Record = dict[str, Any]
 Problem = tuple[nn.Module, Callable[[nn.Module], Tensor]]
 WORDS, LENGTH, EXAMPLES = 8192, 128, 4
 SIZES = {"hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -121,6 +128,20 @@ def _unet() -> Problem:
     return model, lambda m: (m(images) - noise).square().mean()
 
 
+class _Recurrent(nn.Module):
+    def __init__(self, kind: type[nn.RNNBase]) -> None:
+        super().__init__()
+        self.words, self.layers, self.head = nn.Embedding(WORDS, 256), kind(256, 256, 2), nn.Linear(256, WORDS)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.head(self.layers(self.words(tokens))[0])
+
+
+def _recurrent(kind: type[nn.RNNBase]) -> Problem:
+    tokens = torch.randint(WORDS, (LENGTH, EXAMPLES))
+    return _Recurrent(kind), lambda m: F.cross_entropy(m(tokens).flatten(0, 1), tokens.flatten())
+
+
 MODELS: dict[str, Callable[[], Problem]] = {
     "GPT-2": _gpt2,
     "Llama": _llama,
@@ -130,6 +151,8 @@ MODELS: dict[str, Callable[[], Problem]] = {
     "ResNet-50's bottlenecks": _bottlenecks,
     "depthwise convolutions": _depthwise,
     "U-Net, GroupNorm and SiLU": _unet,
+    "LSTM": functools.partial(_recurrent, nn.LSTM),
+    "GRU": functools.partial(_recurrent, nn.GRU),
 }
 
 
@@ -177,26 +200,35 @@ def excess(first: Callable[[], None], second: Callable[[], None]) -> list[tuple[
     return sorted(((k, (after[k] - 3 * before[k]) / total) for k in after), key=lambda pair: -pair[1])
 
 
-def rows(names: Sequence[str], rounds: int) -> list[list[str]]:
-    """The table's."""
-    found = []
+def records(names: Sequence[str], rounds: int) -> Iterator[Record]:
+    """What is measured of each model."""
     for name in names:
         torch.manual_seed(0)
         pair = steps(MODELS[name]())
         ratio, seconds = cost(*pair, rounds)
-        most = ", ".join(f"{op.removeprefix('aten::')} {share:.2f}" for op, share in excess(*pair)[:4] if share > 0.02)
-        found.append([name, f"{1e3 * seconds:.0f} ms", f"{ratio:.2f}", most])
-    return found
+        most = {op.removeprefix("aten::"): share for op, share in excess(*pair)[:4] if share > 0.02}
+        yield {"model": name, "first_order_seconds": seconds, "cost": ratio, "excess": most}
+
+
+def cells(record: Record) -> list[str]:
+    """A row of the table."""
+    most = ", ".join(f"{op} {share:.2f}" for op, share in record["excess"].items())
+    return [record["model"], f"{1e3 * record['first_order_seconds']:.0f} ms", f"{record['cost']:.2f}", most]
 
 
 def main() -> None:
-    """Print the table."""
+    """Measure, print the table and write the results."""
     parser = argparse.ArgumentParser(prog="python -m bench.wider", description=__doc__)
     parser.add_argument("--models", nargs="+", default=list(MODELS), choices=MODELS, metavar="NAME")
     parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--out", type=Path, help="JSON file; bench/results/wider holds those of docs/benchmarks.md")
     args = parser.parse_args()
-    title = "exact products over first order; floor 3"
-    table(title, ["model", "first order", "cost", "excess of operators"], rows(args.models, args.rounds))
+    data: dict[str, Any] = {"machine": machine("cpu"), "rounds": args.rounds, "models": []}
+    for record in records(args.models, args.rounds):
+        data["models"].append(record)
+        if args.out is not None:
+            args.out.write_text(json.dumps(data, indent=1) + "\n")
+    table("exact products over first order; floor 3", HEADER, [cells(record) for record in data["models"]])
 
 
 if __name__ == "__main__":

@@ -299,7 +299,7 @@ def test_flex_attention_is_refused(device, way, monkeypatch):
     p = nn.Parameter(torch.randn(3, 1, 2, 16, 8, device=device))
     before, opt = p.detach().clone(), AdaHessian([p])
     with pytest.raises(
-        RuntimeError, match="flex_attention cannot be differentiated twice.*scaled_dot_product_attention"
+        RuntimeError, match=r"flex_attention cannot be differentiated twice.*scaled_dot_product_attention"
     ):
         WAYS[way](opt, lambda: flex_attention(*p).square().mean())
     assert torch.equal(p, before)

@@ -208,7 +208,8 @@ def results(**medians: float) -> dict:
 
 
 def test_the_committed_page_shows_the_committed_results():
-    text = report.page(report.load(report.RESULTS), report.plots_on(report.PAGE.parent), report.load(report.OVERHEAD))
+    results = (report.load(folder) for folder in (report.OVERHEAD, report.WIDER))
+    text = report.page(report.load(report.RESULTS), report.plots_on(report.PAGE.parent), *results)
     assert report.PAGE.read_text() == text + report.programs(report.PROGRAMS), "run python -m bench.report"
 
 
