@@ -24,7 +24,8 @@ from .sass import CUDA, Kernel, built, compile_cuda, loops, shortest_path
 
 DTYPES = {"f": "float32", "d": "float64", "N8bfloat16": "bfloat16", "N7float16": "float16"}
 BODIES = {"RademacherBody": "rademacher", "PerturbBody": "perturb"}
-BODIES |= {"HessianDiagBody": "hessian_diag", "StepBody": "adahessian_step"}
+BODIES |= {"HessianDiagBody": "hessian_diag", "StepBody": "adahessian_step", "ConstantsBody": "constants"}
+SOURCES = ("rademacher", "perturb", "hessian_diag", "adahessian_step", "adahessian_step_float32", "adahessian_step_16")
 ORDERS = {"0": "flat", "1": "logical", "2": "any", None: "any"}
 ROUNDED = " rounded"  # behind the dtype of parameters whose states are in bfloat16
 RESULTS = Path(__file__).parent / "results" / "sass" / "sm_90.json"
@@ -53,8 +54,10 @@ def _way(loads: int, stores: int, **others: int) -> dict[str, int]:
     return {pattern: n for pattern, n in {**wide, **others}.items() if n}
 
 
-STEP = _way(10, 6, MUFU=16)  # Hz, g, m, v, p; m, v, p; a square root and a reciprocal for each of 8 elements
-STEP_16 = _way(5, 3, MUFU=16)
+# Hz, g, m, v, p; m, v, p; a square, a square root and a reciprocal for each of 8 elements.
+SQUARE = r"[FD]MUL R\d+, (R\d+)(\.reuse)?, \1\b"
+EACH = {"MUFU": 16, SQUARE: 8}
+STEP, STEP_16 = _way(10, 6, **EACH), _way(5, 3, **EACH)
 PHILOX = {r"IMAD\.(WIDE|HI)\.U32": 20}  # ten rounds
 WARP = 1 / 8  # a Philox call is 128 signs: 16 threads draw for 2,048 elements, 64 for 8,192
 LOOPS = {
@@ -142,7 +145,7 @@ def kernel_name(mangled: str) -> str:
 def cuda_kernels(folder: Path, arch: str = "sm_90") -> dict[str, Kernel]:
     """The kernels of all CUDA files, by their names; compiled where the library has none of them."""
     found = built(arch)
-    for op in BODIES.values() if not found else ():
+    for op in SOURCES if not found else ():
         found |= compile_cuda(CUDA / f"{op}.cu", folder, arch)
     return {kernel_name(name): kernel for name, kernel in found.items()}
 

@@ -9,7 +9,9 @@ import operator
 import re
 import shutil
 import subprocess
+from collections import defaultdict
 from dataclasses import dataclass, field
+from operator import ge
 from pathlib import Path
 
 CUDA = Path(__file__).resolve().parent.parent / "csrc" / "cuda"
@@ -56,7 +58,7 @@ def shortest_path(code: str, required: dict[str, int]) -> int:
 
     Args:
         code: the function in cuobjdump's output.
-        required: how often at least an opcode that matches the pattern has to be executed, by pattern.
+        required: how often at least an instruction that begins with the pattern has to be executed, by pattern.
 
     Raises:
         ValueError: there is no such way.
@@ -65,7 +67,8 @@ def shortest_path(code: str, required: dict[str, int]) -> int:
     index = {instruction.address: i for i, instruction in enumerate(program)}
     patterns = [re.compile(pattern) for pattern in required]
     goal = tuple(required.values())
-    counted = [next((k for k, p in enumerate(patterns) if p.match(one.opcode)), None) for one in program]
+    lines = [f"{one.opcode} {one.operands}" for one in program]
+    counted = [next((k for k, p in enumerate(patterns) if p.match(line)), None) for line in lines]
 
     @functools.cache
     def run(i: int) -> tuple[int, list[int], list[int]]:
@@ -80,12 +83,12 @@ def shortest_path(code: str, required: dict[str, int]) -> int:
                 return length, counts, [len(program) if j is None else j for j in following]
             i = following[0]
 
-    queue, done = [(0, 0, (0,) * len(goal))], set()
+    queue, done = [(0, 0, (0,) * len(goal))], defaultdict(list)
     while queue:
         length, i, counts = heapq.heappop(queue)
-        if (i, counts) in done:
-            continue
-        done.add((i, counts))
+        if any(all(map(ge, before, counts)) for before in done[i]):
+            continue  # no shorter, and nothing more executed
+        done[i].append(counts)
         if i == len(program):
             if counts == goal:
                 return length
@@ -169,7 +172,7 @@ def compile_cuda(source: Path, folder: Path, arch: str = "sm_90") -> dict[str, K
         RuntimeError: it does not compile, or not without a warning.
     """
     cubin = folder / f"{source.stem}.cubin"
-    command = ["nvcc", "-O3", "-std=c++20", f"-arch={arch}", f"-I{CUDA}", "-cubin", "-o", cubin, source]
+    command = ["nvcc", "-O3", "-std=c++20", "-fmad=false", f"-arch={arch}", f"-I{CUDA}", "-cubin", "-o", cubin, source]
     compiled = subprocess.run(command, capture_output=True, text=True, check=False)
     if compiled.returncode or "warning" in compiled.stderr:
         raise RuntimeError(compiled.stderr)

@@ -1,7 +1,9 @@
 """The Triton kernels compiled as they are launched, for GPUs that are not here: a process of its own prints JSON.
 
 python -m bench.triton_kernels                       # the CASES, for sm_90
-python -m bench.triton_kernels --every --archs 80,90 # every variant that tests and optimizer launch; minutes
+python -m bench.triton_kernels --every --archs 80,90 --jobs 8 # every variant that tests and optimizer launch; minutes
+
+What Triton has compiled before comes from its cache, so that a run which was ended goes on where it stopped.
 """
 
 from __future__ import annotations
@@ -10,11 +12,13 @@ import argparse
 import importlib
 import itertools
 import json
+import multiprocessing
 import os
 import re
 import subprocess
 import sys
 import tempfile
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -157,22 +161,46 @@ def compiled(*arguments: str) -> dict[str, dict[str, Any]]:
     return json.loads(run.stdout)
 
 
+def attempt(task: tuple[int, str]) -> dict[str, Any]:
+    """One of :func:`every` for an architecture, without its disassembly; or why it does not compile."""
+    arch, case = task
+    try:
+        return {key: value for key, value in compile_case(*every()[case], arch).items() if key != "code"}
+    except Exception as error:  # whatever a compiler says
+        return {"failed": f"{type(error).__name__}: {str(error)[-500:]}"}
+
+
+def all_variants(archs: list[int], jobs: int, having: str = "") -> dict[str, dict[str, Any]]:
+    """Compile every variant with ``having`` in its name; each is told on stderr when it is done."""
+    tasks = [(arch, case) for arch in archs for case in every() if having in case]
+    found = {}
+    with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn")) as pool:
+        for (arch, case), kernel in zip(tasks, pool.map(attempt, tasks), strict=True):
+            found[f"sm_{arch} {case}"] = kernel
+            what = kernel.get("failed") or f"{kernel['registers']} registers, {kernel['local']} spilling accesses"
+            print(f"{len(found)} of {len(tasks)}, sm_{arch} {case}: {what}", file=sys.stderr, flush=True)
+    return found
+
+
 def main() -> int:
-    """Compile and print."""
+    """Compile and print; 1 if anything does not compile."""
     parser = argparse.ArgumentParser(prog="python -m bench.triton_kernels", description=__doc__.split("\n\n")[0])
     parser.add_argument("--every", action="store_true", help="every variant; numbers without the disassembly")
     parser.add_argument("--archs", default="90", metavar="80,90")
+    parser.add_argument("--jobs", type=int, default=1, help="processes, with --every")
+    parser.add_argument("--filter", default="", metavar="TEXT", help="only variants with this in their names")
     args = parser.parse_args()
-    found = {}
-    for arch in map(int, args.archs.split(",")):
-        for case, variant in (every() if args.every else CASES).items():
-            kernel = compile_case(*variant, arch)
-            if args.every:
-                del kernel["code"]
-                print(f"{len(found)} {arch} {case}: {kernel['registers']} registers", file=sys.stderr, flush=True)
-            found[case if args.archs == "90" else f"sm_{arch} {case}"] = kernel
+    archs = [*map(int, args.archs.split(","))]
+    if args.every:
+        found = all_variants(archs, args.jobs, args.filter)
+    else:
+        found = {
+            case if args.archs == "90" else f"sm_{arch} {case}": compile_case(*variant, arch)
+            for arch in archs
+            for case, variant in CASES.items()
+        }
     print(json.dumps(found))
-    return 0
+    return int(any("failed" in kernel for kernel in found.values()))
 
 
 if __name__ == "__main__":

@@ -35,8 +35,12 @@ template <typename U>
 struct Product {
   U high, low;
   ADAHESSIAN_MEMBER static Product of(uint32_t a, uint32_t b) {
+#ifdef __CUDA_ARCH__
+    return {__umulhi(a, b), a * b};
+#else
     const uint64_t product = uint64_t{a} * b;
     return {uint32_t(product >> 32), uint32_t(product)};
+#endif
   }
 };
 
@@ -45,18 +49,23 @@ struct PhiloxWords {
   U word[4];
 };
 
+// The keys of Philox's rounds.
+struct PhiloxKeys {
+  uint32_t k0, k1;
+  ADAHESSIAN_MEMBER uint32_t first(int round) const { return k0 + uint32_t(round) * 0x9E3779B9u; }
+  ADAHESSIAN_MEMBER uint32_t second(int round) const { return k1 + uint32_t(round) * 0xBB67AE85u; }
+};
+
 // Philox4x32 (Salmon et al. 2011); U is uint32_t or a vector of them, for several counters at once.
-template <typename U, int rounds = 10>
-ADAHESSIAN_HD PhiloxWords<U> philox4x32(U c0, U c1, U c2, U c3, uint32_t k0, uint32_t k1) {
+template <typename U, int rounds = 10, class Keys>
+ADAHESSIAN_HD PhiloxWords<U> philox4x32(U c0, U c1, U c2, U c3, const Keys& keys) {
   ADAHESSIAN_UNROLL
   for (int round = 0; round < rounds; ++round) {
     const Product<U> product0 = Product<U>::of(0xD2511F53u, c0), product1 = Product<U>::of(0xCD9E8D57u, c2);
-    c0 = product1.high ^ c1 ^ k0;
+    c0 = product1.high ^ c1 ^ keys.first(round);
     c1 = product1.low;
-    c2 = product0.high ^ c3 ^ k1;
+    c2 = product0.high ^ c3 ^ keys.second(round);
     c3 = product0.low;
-    k0 += 0x9E3779B9u;
-    k1 += 0xBB67AE85u;
   }
   return {{c0, c1, c2, c3}};
 }
@@ -74,8 +83,8 @@ struct ProbeKey {
 template <typename U>
 ADAHESSIAN_HD PhiloxWords<U> rademacher_words(const ProbeKey& key, U call) {
   const U zero = call ^ call;
-  return philox4x32<U>(call, zero + key.param_id, zero + key.hessian_step, zero + key.sample, uint32_t(key.seed),
-                       uint32_t(key.seed >> 32));
+  return philox4x32<U>(call, zero + key.param_id, zero + key.hessian_step, zero + key.sample,
+                       PhiloxKeys{uint32_t(key.seed), uint32_t(key.seed >> 32)});
 }
 
 // ---- stochastic rounding of states ---------------------------------------------------------------------------------
@@ -83,21 +92,23 @@ ADAHESSIAN_HD PhiloxWords<U> rademacher_words(const ProbeKey& key, U call) {
 // One Philox call is 128 bits, 16 for each of 8 consecutive elements of a parameter, in storage order.
 constexpr int kRoundingsPerCall = 8;
 
+// Seven rounds pass every test of randomness that ten do (Salmon et al. 2011, Table 2).
+constexpr int kRoundingRounds = 7;
+
 // Identifies the rounding of one parameter's states at one step: everything but the element's index.
 struct RoundingKey {
   uint64_t seed;
   uint32_t param_id;
   uint32_t step;  // t, from 1
+  ADAHESSIAN_MEMBER PhiloxKeys keys() const { return {uint32_t(seed), uint32_t(seed >> 32)}; }
 };
 
-// The bits of stored elements 8 * call ... 8 * call + 7, two to a word, the lower half first. Seven rounds pass every
-// test of randomness that ten do (Salmon et al. 2011, Table 2). The last word of the counter is one that no sample of a
-// probe has.
-template <typename U>
-ADAHESSIAN_HD PhiloxWords<U> rounding_words(const RoundingKey& key, U call) {
+// The bits of stored elements 8 * call ... 8 * call + 7, two to a word, the lower half first. The last word of the
+// counter is one that no sample of a probe has.
+template <typename U, class Key>
+ADAHESSIAN_HD PhiloxWords<U> rounding_words(const Key& key, U call) {
   const U zero = call ^ call;
-  return philox4x32<U, 7>(call, zero + key.param_id, zero + key.step, zero + 0xFFFFFFFFu, uint32_t(key.seed),
-                          uint32_t(key.seed >> 32));
+  return philox4x32<U, kRoundingRounds>(call, zero + key.param_id, zero + key.step, zero + 0xFFFFFFFFu, key.keys());
 }
 
 // v is rounded by the same 16 bits as m, with their bytes exchanged: as uniform, and dependent on m's rounding only
@@ -107,12 +118,15 @@ ADAHESSIAN_HD U swap_bytes(U bits) {
   return (bits & 0xFFu) << 8 | bits >> 8;
 }
 
+constexpr uint32_t kInfinity = 0x7F800000u;
+constexpr uint32_t kRoundsToInfinity = 0x7F7F0000u;  // if it is finite itself
+
 // The bits of a float for its upper half to be the number in bfloat16: away from zero if the half that is cut off, plus
 // 16 random bits, carries, so that the mean is the float itself. A finite number stays finite: one beyond bfloat16's
 // largest is cut off. What arithmetic gives as NaN has its quiet bit in the upper half.
 template <typename U>
 ADAHESSIAN_HD U round_stochastically(U word, U bits) {
-  return (word & 0x7FFFFFFFu) < 0x7F7F0000u ? word + bits : word;
+  return (word & 0x7FFFFFFFu) < kRoundsToInfinity ? word + bits : word;
 }
 
 // ---- the update -----------------------------------------------------------------------------------------------------
@@ -180,10 +194,25 @@ struct Functions {
   ADAHESSIAN_MEMBER static double power(double x, double k) { return pow(x, k); }
 };
 
-// m <- beta1 m + (1 - beta1) g
+// a b + c. On a GPU rounded once, here alone: of a compiler that fuses as it likes, two kernels may round differently.
+template <typename X, typename S>
+ADAHESSIAN_HD X multiply_add(S a, X b, X c) {
+#ifdef __CUDA_ARCH__
+  return fma(a, b, c);
+#else
+  return a * b + c;
+#endif
+}
+
+// m <- beta1 m + (1 - beta1) g, with the gradient's factor in (1 - beta1)
+template <typename X, typename S>
+ADAHESSIAN_HD X averaged_grad(X m, X g, const Coefficients<S>& c) {
+  return multiply_add(c.beta1, m, c.one_minus_beta1 * g);
+}
+
 template <typename X, typename S>
 ADAHESSIAN_HD X update_exp_avg(X m, X g, const Coefficients<S>& c) {
-  return c.beta1 * m + c.one_minus_beta1 * (c.grad_factor * g);
+  return averaged_grad(m, c.grad_factor * g, c);
 }
 
 // Ds^2
@@ -199,10 +228,15 @@ ADAHESSIAN_HD auto is_measured(X square) {
   return square < S(INFINITY);
 }
 
-// v <- beta2 v + (1 - beta2) Ds^2
+// v <- beta2 v + (1 - beta2) Ds^2, where that is to be
+template <typename X, typename S>
+ADAHESSIAN_HD X averaged(X v, X square, const Coefficients<S>& c) {
+  return multiply_add(c.beta2, v, c.one_minus_beta2 * square);
+}
+
 template <typename X, typename S>
 ADAHESSIAN_HD X update_exp_hessian_diag_sq(X v, X square, const Coefficients<S>& c) {
-  return is_measured<S>(square) ? c.beta2 * v + c.one_minus_beta2 * square : v;
+  return is_measured<S>(square) ? averaged(v, square, c) : v;
 }
 
 // sqrt(v_hat)^k + eps
@@ -210,7 +244,7 @@ template <Power kind, typename X, typename S>
 ADAHESSIAN_HD X denominator(X v, const Coefficients<S>& c) {
   using F = Functions<X>;
   if (kind == Power::kPlain) return F::square_root(c.scale * v) + c.eps;
-  const X root = F::square_root(c.scale * v + c.pull);
+  const X root = F::square_root(multiply_add(c.scale, v, X{} + c.pull));
   if (kind == Power::kOne || (kind == Power::kGeneral && c.power == S(1))) return root + c.eps;
   return (kind == Power::kHalf ? F::square_root(root) : F::power(root, c.power)) + c.eps;
 }
@@ -222,10 +256,16 @@ ADAHESSIAN_HD X quotient(X m, X denom, const Coefficients<S>& c) {
   return kind == Power::kPlain ? q : q > clip ? clip : q < -clip ? -clip : q;
 }
 
-// p <- p (1 - lr wd) - lr / (1 - beta1^t) * q        (Eq. 8, 9), unless v has seen no curvature and holds p
+// p <- p (1 - lr wd) - lr / (1 - beta1^t) * q        (Eq. 8, 9)
+template <typename X, typename S>
+ADAHESSIAN_HD X moved(X p, X q, const Coefficients<S>& c) {
+  return multiply_add(-c.step_size, q, p * c.decay);
+}
+
+// The same, unless v has seen no curvature and holds p.
 template <typename X, typename S>
 ADAHESSIAN_HD X update_param(X p, X q, X v, const Coefficients<S>& c) {
-  return v <= c.held ? p : p * c.decay - c.step_size * q;
+  return v <= c.held ? p : moved(p, q, c);
 }
 
 }  // namespace adahessian

@@ -1,7 +1,8 @@
 """The maths of AdaHessian (Yao et al. 2021, Algorithm 1) for one element, and the Philox generator behind the probe
 and the rounding of states.
 
-Same names and order as csrc/adahessian_math.h; adahessian_fused/reference.py is the specification.
+Same names and order as csrc/adahessian_math.h; adahessian_fused/reference.py is the specification. Which products are
+fused with an addition is said here: a compiler that fuses as it likes may round two kernels differently.
 """
 
 from __future__ import annotations
@@ -9,8 +10,12 @@ from __future__ import annotations
 import os
 from typing import Any, NamedTuple
 
+import torch
 import triton
 import triton.language as tl
+
+_INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
+_HAS_PTX = tl.constexpr(not _INTERPRETED.value and torch.version.hip is None)
 
 # ---- Rademacher probe ------------------------------------------------------------------------------------------------
 
@@ -146,6 +151,17 @@ def square_root(x):
 
 
 @triton.jit
+def rough_divide(a, b):
+    """Divide float32 numbers to two units in the last place: enough for a parameter of 16 bits."""
+    if _HAS_PTX:
+        b = tl.inline_asm_elementwise("rcp.approx.ftz.f32 $0, $1;", "=f,f", [b], tl.float32, is_pure=True, pack=1)
+        q = a * b
+    else:
+        q = a / b
+    return q
+
+
+@triton.jit
 def power_of(x, k):
     """Raise x >= 0 to the power k >= 0; 0^0 is 1."""
     zero = x == 0
@@ -156,7 +172,7 @@ def power_of(x, k):
 @triton.jit
 def update_exp_avg(m, g, c):
     """First moment: m <- beta1 m + (1 - beta1) g."""
-    return c.beta1 * m + c.one_minus_beta1 * (c.grad_factor * g)
+    return tl.fma(c.beta1, m, c.one_minus_beta1 * (c.grad_factor * g))
 
 
 @triton.jit
@@ -175,13 +191,14 @@ def is_measured(square):
 @triton.jit
 def update_exp_hessian_diag_sq(v, square, c):
     """Second moment of the averaged diagonal (Eq. 8): v <- beta2 v + (1 - beta2) Ds^2."""
-    return tl.where(is_measured(square), c.beta2 * v + c.one_minus_beta2 * square, v)
+    return tl.where(is_measured(square), tl.fma(c.beta2, v, c.one_minus_beta2 * square), v)
 
 
 @triton.jit
-def denominator(v, c):
-    """sqrt(v_hat)^k + eps."""
-    root = square_root(c.scale * v + c.pull)
+def denominator(v, c, ROUGH: tl.constexpr):
+    """sqrt(v_hat)^k + eps; ROUGH as in :func:`rough_divide`."""
+    v_hat = tl.fma(c.scale, v, c.pull)
+    root = tl.sqrt(v_hat) if ROUGH else square_root(v_hat)
     if c.power == 1.0:
         denom = root
     elif c.power == 0.5:
@@ -192,21 +209,23 @@ def denominator(v, c):
 
 
 @triton.jit
-def quotient(m, denom, c):
+def quotient(m, denom, c, ROUGH: tl.constexpr):
     """M / denominator, cut at +-clip."""
-    q = divide_rn(m, denom)
-    return tl.where(q > c.clip, c.clip, tl.where(q < -c.clip, -c.clip, q))
+    q = rough_divide(m, denom) if ROUGH else divide_rn(m, denom)
+    if q.dtype == tl.float32:  # one instruction, which there is not for float64
+        q = tl.clamp(q, -c.clip, c.clip, propagate_nan=tl.PropagateNan.ALL)
+    else:
+        q = tl.where(q > c.clip, c.clip, tl.where(q < -c.clip, -c.clip, q))
+    return q
 
 
 @triton.jit
 def update_param(p, q, v, c):
     """Eq. 8, 9: p <- p (1 - lr wd) - lr / (1 - beta1^t) * q, unless v has seen no curvature and holds p."""
-    return tl.where(v <= c.held, p, p * c.decay - c.step_size * q)
+    return tl.where(v <= c.held, p, tl.fma(-c.step_size, q, p * c.decay))
 
 
 # ---- storage ---------------------------------------------------------------------------------------------------------
-
-_INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 
 
 @triton.jit

@@ -99,7 +99,8 @@ def update(
     tl.store(at(arrays.exp_avg, lanes.origin, lanes.index, VECTOR), kept_m, mask=lanes.mask)
     if CURVATURE != "none":
         tl.store(at(arrays.exp_hessian_diag_sq, lanes.origin, lanes.index, VECTOR), kept_v, mask=lanes.mask)
-    p = tl.where(c.moves != 0, update_param(p, quotient(m, denominator(v, c), c), v, c), p)
+    rough: tl.constexpr = arrays.param.dtype.element_ty.primitive_bitwidth == 16
+    p = tl.where(c.moves != 0, update_param(p, quotient(m, denominator(v, c, rough), c, rough), v, c), p)
     if arrays.master is not None:
         tl.store(at(arrays.master, lanes.origin, lanes.index, VECTOR), p, mask=lanes.mask)
     tl.store(

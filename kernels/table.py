@@ -35,7 +35,7 @@ if INTERPRETED:
     TILES = dict.fromkeys(TILES, (4096, 4))  # its time goes with the number of programs
 
 FUSION: dict[str, object] = {"enable_fp_fusion": True}  # Triton's default changes with its version
-LAUNCH = dict(FUSION)
+LAUNCH: dict[str, object] = {"enable_fp_fusion": False}  # adahessian_math says which products are
 if torch.version.hip is None:
     LAUNCH["maxnreg"] = 128  # nothing spills yet
 

@@ -112,7 +112,7 @@ ADAHESSIAN_HD void update_range(const StepWork<T, M>& work, int64_t begin, int64
     bits = rounding.from(begin + i);
     m = update_exp_avg(load_as_vector(of.exp_avg), load_as_vector(of.grad), c);
     v = load_as_vector(of.exp_hessian_diag_sq);
-    if constexpr (has_curvature) v = c.beta2 * v + c.one_minus_beta2 * square;
+    if constexpr (has_curvature) v = averaged(v, square, c);
     if (!all_positive<S>(v)) return false;
     store_state(of.exp_avg, m, bits);
     if constexpr (has_curvature) store_state(of.exp_hessian_diag_sq, v, swap_bytes(bits));
@@ -123,7 +123,7 @@ ADAHESSIAN_HD void update_range(const StepWork<T, M>& work, int64_t begin, int64
   const auto move_params = [&](int64_t i, const Quotient<S>& from) ADAHESSIAN_INLINE_LAMBDA {
     const Arrays<T, M> of = arrays(i);
     const Vector<S> q = quotient_of<plain>(from.m, from.denom, c);
-    store_params<has_master>(of, load_params<has_master>(of) * c.decay - c.step_size * q);
+    store_params<has_master>(of, moved(load_params<has_master>(of), q, c));
   };
   int64_t i = 0, missed = 0;
   while (i + W <= size) {

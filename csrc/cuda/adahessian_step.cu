@@ -1,18 +1,8 @@
-#include "launch.cuh"
-#include "step_plan.h"
-
-namespace adahessian::gpu {
-
-// Compiled in hessian_diag.cu.
-extern template void CudaDevice::launch<HessianDiagBody<float>>(const HessianDiagArguments&, uint32_t);
-extern template void CudaDevice::launch<HessianDiagBody<double>>(const HessianDiagArguments&, uint32_t);
-extern template void CudaDevice::launch<HessianDiagBody<bfloat16>>(const HessianDiagArguments&, uint32_t);
-extern template void CudaDevice::launch<HessianDiagBody<float16>>(const HessianDiagArguments&, uint32_t);
-
-}  // namespace adahessian::gpu
+#include "step_launch.cuh"
 
 namespace adahessian::cuda {
 
+// The other types are compiled in files of their own: this one would take as long as all the others together.
 void adahessian_step(const AdaHessianStepArgs& args, const Context& context) {
   gpu::CudaDevice device("adahessian_step", context);
   dispatch(args.dtype, args.state_dtype, [&](auto type, auto state_type) {

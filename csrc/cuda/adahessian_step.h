@@ -4,8 +4,8 @@
 #include <type_traits>
 
 #include "hessian_diag.h"
-#include "rounding.h"
 #include "step_table.h"
+#include "usual.h"
 
 namespace adahessian::gpu {
 
@@ -18,6 +18,7 @@ struct StepBody {
   static constexpr Order kOrder = kOrder_;
   static constexpr int kSlots = Traits<T, M>::kSlots, kVector = Traits<T, M>::kVector, kTile = Traits<T, M>::kTile;
   static constexpr bool kRounds = !std::is_same_v<M, S>;
+  using Arithmetic = std::conditional_t<sizeof(T) == 2, Rough, Exact<S>>;  // of parameters, where nothing is unusual
   using Arguments = StepArguments<S, M>;
   struct NoBlocks {};
   struct Shared {
@@ -52,16 +53,10 @@ ADAHESSIAN_HD void locate(const typename Body::Arguments& arguments, typename Bo
 template <typename S, typename M>
 ADAHESSIAN_HD Coefficients<S> coefficients_of(const StepArguments<S, M>& arguments, const StepRow& row) {
   const double inv_scale = arguments.grad_scale ? 1.0 / double(*arguments.grad_scale) : 1.0;
-  Coefficients<S> c;
-  if (arguments.groups != nullptr) {
-    const int64_t* steps = arguments.probe.steps + 2 * row.probe.slot;
-    c = coefficients<S>(arguments.groups[row.group], steps[0] + 1, steps[1] + (row.curvature != DiagonalSource::kNone),
-                        inv_scale, arguments.means != nullptr);
-  } else {
-    c = constant_of_row(arguments.table, row).coefficients;
-    c.grad_factor *= S(inv_scale);
-    c.hessian_factor *= S(inv_scale);
-  }
+  Coefficients<S> c = constant_of_row(arguments.table, row).coefficients;
+  c.grad_factor *= S(inv_scale);
+  c.hessian_factor *= S(inv_scale);
+  c.one_minus_beta1 *= c.grad_factor;  // for averaged_grad
   if (arguments.means != nullptr) c.pull *= S(arguments.means[row.probe.slot]);
   return c;
 }
@@ -137,6 +132,12 @@ ADAHESSIAN_HD void visit_outputs(const typename Body::Arguments& arguments, cons
   visit(param, static_cast<typename Body::Param*>(row.param), row.flags & StepRow::kParamAligned);
 }
 
+// Whether every array is read and written in one access here.
+template <int kVector>
+ADAHESSIAN_HD bool is_whole(const StepRow& row, const Slot& slot) {
+  return (row.flags & StepRow::kAllAligned) && is_full<kVector>(slot);
+}
+
 // Phase 2: every load is issued before anything waits.
 template <class Body>
 ADAHESSIAN_HD void load_all(const typename Body::Arguments& arguments, typename Body::Shared& shared,
@@ -151,7 +152,10 @@ ADAHESSIAN_HD void load_all(const typename Body::Arguments& arguments, typename 
   ADAHESSIAN_UNROLL
   for (int i = 0; i < kSlots; ++i) {
     const Slot slot = slot_of<kVector, kOrder>(tile, thread + i * kThreads);
-    if (kOrder == Order::kAny && tile.layout == Layout::kGather) {
+    if (is_whole<kVector>(row, slot)) {
+      visit_inputs<Body>(arguments, row, state, i,
+                         [&](auto& vec, const auto* array, bool) { load_aligned(vec, array + slot.first); });
+    } else if (kOrder == Order::kAny && tile.layout == Layout::kGather) {
       for_each_place<kVector>(tile, slot, [&](int e, int64_t index) {
         visit_inputs<Body>(arguments, row, state, i,
                            [&](auto& vec, const auto* array, bool) { set(vec, e, in_global(array)[index]); });
@@ -205,24 +209,20 @@ ADAHESSIAN_HD void fill_blocks(const typename Body::Arguments& arguments, typena
   }
 }
 
-template <Power kind, typename S, int n>
-ADAHESSIAN_HD void move(Vec<S, n>& p, const Vec<S, n>& m, const Vec<S, n>& v, const Coefficients<S>& c) {
-  ADAHESSIAN_UNROLL
-  for (int e = 0; e < n; ++e) {
-    const S q = quotient<kind>(get(m, e), denominator<kind>(get(v, e), c), c);
-    set(p, e, update_param(get(p, e), q, get(v, e), c));
-    if (kind == Power::kGeneral) in_sequence();  // pow is long; several at once would cost registers
-  }
-}
-
-// Counts the elements of a slot that v could not take Ds in for; bit e of `missed` is element e.
+// Elements that v could not take Ds in for, bit e of `missed` for element e: v as it was before, which no register has
+// any more, and their number.
 template <class Body>
-ADAHESSIAN_HD void count_missed(const typename Body::Arguments& arguments, const StepRow& row, uint32_t missed,
-                                const Slot& slot) {
-  if (missed == 0 || arguments.missed == nullptr) return;
+ADAHESSIAN_HD void put_back(Vec<typename Body::S, Body::kVector>& v, const typename Body::Arguments& arguments,
+                            const typename Body::Shared& shared, uint32_t missed, const Slot& slot) {
+  const auto* before = in_global(arguments.exp_hessian_diag_sq + shared.row.offset);
   int count = 0;
-  for (int e = slot.low; e < slot.high; ++e) count += missed >> e & 1;
-  add_atomically(arguments.missed + row.probe.slot, count);
+  ADAHESSIAN_UNROLL
+  for (int e = 0; e < Body::kVector; ++e) {
+    if (!(missed >> e & 1) || !has(slot, e)) continue;
+    set(v, e, typename Body::S(load_as(before[storage_index<Body::kOrder>(shared.tile, slot, e)])));
+    ++count;
+  }
+  if (arguments.missed != nullptr) add_atomically(arguments.missed + shared.row.probe.slot, count);
 }
 
 // States in the type that they are computed in.
@@ -235,24 +235,43 @@ ADAHESSIAN_HD Vec<S, n> computed(const Vec<M, n>& stored) {
 }
 
 // m and v in the type that they are stored in.
-template <class Body>
+template <bool kSmall, class Body>
 ADAHESSIAN_HD void keep(const typename Body::Arguments& arguments, typename Body::Shared& shared,
                         typename Body::Thread& state, const Vec<typename Body::S, Body::kVector>& m,
                         const Vec<typename Body::S, Body::kVector>& v, const Slot& slot, int i) {
   if constexpr (!Body::kRounds) {
     state.exp_avg[i] = m, state.exp_hessian_diag_sq[i] = v;
   } else {
-    const RoundingKey key = {arguments.rounding_seed, shared.row.probe.param_id, shared.coefficients.step};
+    const RoundingKey key = {arguments.rounding_keys, shared.row.probe.param_id, shared.coefficients.step};
     const SlotBits bits = slot_bits<Body::kOrder>(key, shared.tile, slot);
-    ADAHESSIAN_UNROLL
-    for (int e = 0; e < Body::kVector; ++e) {
-      set_rounded(state.exp_avg[i], e, get(m, e), bits_of(bits, e));
-      set_rounded(state.exp_hessian_diag_sq[i], e, get(v, e), swap_bytes(bits_of(bits, e)));
-    }
+    set_rounded<false, kSmall>(state.exp_avg[i], m, bits);
+    set_rounded<true, kSmall>(state.exp_hessian_diag_sq[i], v, bits);
   }
 }
 
-// The last phase: m, v and the parameter of one slot (Eq. 8, 9).
+// Parameters of usual elements, k = 1.
+template <class Body, typename S, int n>
+ADAHESSIAN_HD void move_usual(Vec<S, n>& p, const Vec<S, n>& m, const Vec<S, n>& v, const Coefficients<S>& c) {
+  using F = typename Body::Arithmetic;
+  ADAHESSIAN_UNROLL
+  for (int e = 0; e < n; ++e) {
+    const S denom = F::square_root(multiply_add(c.scale, get(v, e), c.pull)) + c.eps;
+    set(p, e, moved(get(p, e), cut(F::divide(get(m, e), denom), c.clip), c));
+  }
+}
+
+template <Power kind, typename S, int n>
+ADAHESSIAN_HD void move(Vec<S, n>& p, const Vec<S, n>& m, const Vec<S, n>& v, const Coefficients<S>& c) {
+  ADAHESSIAN_UNROLL
+  for (int e = 0; e < n; ++e) {
+    const S q = quotient<kind>(get(m, e), denominator<kind>(get(v, e), c), c);
+    set(p, e, update_param(get(p, e), q, get(v, e), c));
+    in_sequence();  // rare or long; several at once would cost registers
+  }
+}
+
+// The last phase: m, v and the parameter of one slot (Eq. 8, 9). Where v is positive and finite afterwards, there was a
+// Ds^2 to take in, if any, and nothing is held: one look at v for all the rules that are for other elements.
 template <class Body>
 ADAHESSIAN_HD void update_slot(const typename Body::Arguments& arguments, typename Body::Shared& shared,
                                typename Body::Thread& state, const Slot& slot, int i) {
@@ -262,8 +281,8 @@ ADAHESSIAN_HD void update_slot(const typename Body::Arguments& arguments, typena
   const Coefficients<S>& c = shared.coefficients;
   Vec<S, kVector> m = computed<S>(state.exp_avg[i]), v = computed<S>(state.exp_hessian_diag_sq[i]);
   Vec<S, kVector>& p = state.weight[i];
-  if (shared.row.curvature != DiagonalSource::kNone) {
-    uint32_t missed = 0;
+  const bool has_curvature = shared.row.curvature != DiagonalSource::kNone;
+  if (has_curvature) {
     ADAHESSIAN_UNROLL
     for (int e = 0; e < kVector; ++e) {
       S ds = get(state.d[i], e);
@@ -271,22 +290,42 @@ ADAHESSIAN_HD void update_slot(const typename Body::Arguments& arguments, typena
         if (averages(shared.row.curvature))
           ds = mean_at(shared.blocks, shared.tile, logical_index<kOrder>(shared.tile, slot, e));
       }
-      const S square = square_of(ds, c);
-      set(v, e, update_exp_hessian_diag_sq(get(v, e), square, c));
-      missed |= is_measured<S>(square) ? 0 : 1u << e;
+      set(state.d[i], e, square_of(ds, c));
+      set(v, e, averaged(get(v, e), get(state.d[i], e), c));
     }
-    count_missed<Body>(arguments, shared.row, missed, slot);
   }
   ADAHESSIAN_UNROLL
   for (int e = 0; e < kVector; ++e) {
-    set(m, e, update_exp_avg(get(m, e), S(load_as(get(state.grad[i], e))), c));
+    set(m, e, averaged_grad(get(m, e), S(load_as(get(state.grad[i], e))), c));
   }
-  keep<Body>(arguments, shared, state, m, v, slot, i);
+  constexpr uint32_t kLimit = Body::kRounds ? kRoundsToInfinity : kInfinity;
+  Positive<S> of_v;
+  ADAHESSIAN_UNROLL
+  for (int e = 0; e < kVector; ++e) of_v.look_at(get(v, e));
+  bool usual = c.moves && (c.kind == Power::kPlain || c.kind == Power::kOne) && of_v.below(kLimit);
+  if constexpr (Body::kRounds) {
+    Magnitude of_m;
+    ADAHESSIAN_UNROLL
+    for (int e = 0; e < kVector; ++e) of_m.look_at(get(m, e));
+    usual &= of_m.below(kLimit);
+  }
+  if (usual) {
+    keep<true, Body>(arguments, shared, state, m, v, slot, i);
+    if (arguments.master == nullptr) unpack<typename Body::Param>(p);
+    return move_usual<Body>(p, m, v, c);
+  }
+  if (has_curvature) {
+    uint32_t missed = 0;
+    ADAHESSIAN_UNROLL
+    for (int e = 0; e < kVector; ++e) missed |= is_measured<S>(get(state.d[i], e)) ? 0 : 1u << e;
+    if (missed) put_back<Body>(v, arguments, shared, missed, slot);
+  }
+  keep<false, Body>(arguments, shared, state, m, v, slot, i);
   if (arguments.master == nullptr) unpack<typename Body::Param>(p);
   if (c.moves) {
     switch (c.kind) {
-      case Power::kPlain: move<Power::kPlain>(p, m, v, c); break;
       case Power::kHalf: move<Power::kHalf>(p, m, v, c); break;
+      case Power::kPlain:
       case Power::kOne:  // no instance of its own, which would cost registers
       case Power::kGeneral: move<Power::kGeneral>(p, m, v, c); break;
     }
@@ -303,7 +342,10 @@ ADAHESSIAN_HD void store_slot(const typename Body::Arguments& arguments, typenam
   Vec<T, Body::kVector> param = {};
   ADAHESSIAN_UNROLL
   for (int e = 0; e < Body::kVector; ++e) set(param, e, stored<T>(get(state.weight[i], e)));
-  if (kOrder == Order::kAny && tile.layout == Layout::kGather) {
+  if (is_whole<Body::kVector>(shared.row, slot)) {
+    visit_outputs<Body>(arguments, shared.row, moves, state, param, i,
+                        [&](const auto& vec, auto* array, bool) { store_aligned(array + slot.first, vec); });
+  } else if (kOrder == Order::kAny && tile.layout == Layout::kGather) {
     for_each_place<Body::kVector>(tile, slot, [&](int e, int64_t index) {
       visit_outputs<Body>(arguments, shared.row, moves, state, param, i,
                           [&](const auto& vec, auto* array, bool) { in_global(array)[index] = get(vec, e); });
@@ -337,6 +379,7 @@ ADAHESSIAN_HD void run(StepBody<T, M, kOrder>, Executor& executor, const StepArg
     ADAHESSIAN_UNROLL
     for (int i = 0; i < Body::kSlots; ++i) {
       const Slot slot = slot_of<Body::kVector, kOrder>(shared.tile, thread + i * kThreads);
+      if (slot.high <= slot.low) continue;  // whole warps of a short tile
       update_slot<Body>(arguments, shared, state, slot, i);
       store_slot<Body>(arguments, shared, state, slot, i);
     }

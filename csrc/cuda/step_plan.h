@@ -4,18 +4,19 @@
 #include <tuple>
 
 #include "adahessian_step.h"
+#include "constants.h"
 #include "reduction.h"
 
 namespace adahessian::gpu {
 
-// The constants of a step. With the counts on the device there is one, which nobody reads.
+// The constants of a step. With the counts on the device they are computed there, one for each row.
 template <typename S>
 class StepConstants {
  public:
   explicit StepConstants(const AdaHessianStepArgs& args) : args_(args) {}
 
   uint32_t index_of(const Segment& s, bool has_curvature) {
-    if (args_.counts.on_device) return constants_.index_of({}, [] { return StepConstant<S>{}; });
+    if (args_.counts.on_device) return on_device_++;
     const int64_t* counts = args_.counts.steps + 2 * s.slot;
     return constants_.index_of({s.group, counts[0], counts[1], has_curvature}, [&] {
       const Hyper& hyper = reinterpret_cast<const Hyper*>(args_.groups)[s.group];
@@ -29,6 +30,7 @@ class StepConstants {
  private:
   using Key = std::tuple<int32_t, int64_t, int64_t, bool>;  // group, steps and Hessian steps so far, has_curvature
   const AdaHessianStepArgs& args_;
+  uint32_t on_device_ = 0;
   DistinctConstants<Key, StepConstant<S>> constants_;
 };
 
@@ -67,9 +69,14 @@ uint16_t flags_of(const AdaHessianStepArgs& args, const Segment& s, const StepRo
   const bool states = is_aligned(static_cast<M*>(args.exp_avg) + s.offset) &&
                       is_aligned(static_cast<M*>(args.exp_hessian_diag_sq) + s.offset) &&
                       (args.master == nullptr || is_aligned(args.master + s.offset));
-  return (is_aligned(s.param) ? StepRow::kParamAligned : 0) | (is_aligned(s.grad) ? StepRow::kGradAligned : 0) |
-         (is_aligned(s.hessian) ? StepRow::kHessianAligned : 0) | (is_aligned(row.diag) ? StepRow::kDiagAligned : 0) |
-         (states ? StepRow::kStateAligned : 0) | (s.absolute ? StepRow::kAbsolute : 0);
+  const uint16_t aligned =
+      (is_aligned(s.param) ? StepRow::kParamAligned : 0) | (is_aligned(s.grad) ? StepRow::kGradAligned : 0) |
+      (is_aligned(s.hessian) ? StepRow::kHessianAligned : 0) |
+      (is_aligned(row.diag) || row.curvature != DiagonalSource::kDiag ? StepRow::kDiagAligned : 0) |
+      (states ? StepRow::kStateAligned : 0);
+  constexpr uint16_t kEach = StepRow::kParamAligned | StepRow::kGradAligned | StepRow::kHessianAligned |
+                             StepRow::kDiagAligned | StepRow::kStateAligned;
+  return aligned | (aligned == kEach ? StepRow::kAllAligned : 0) | (s.absolute ? StepRow::kAbsolute : 0);
 }
 
 // Means of the averaging blocks that no tile can hold, into a workspace that the rows are told of.
@@ -107,14 +114,22 @@ StepArguments<S, M> step_arguments(const AdaHessianStepArgs& args) {
   arguments.exp_avg = static_cast<M*>(args.exp_avg);
   arguments.exp_hessian_diag_sq = static_cast<M*>(args.exp_hessian_diag_sq);
   arguments.master = args.master;
+  arguments.computed = nullptr;
   arguments.groups = args.counts.on_device ? reinterpret_cast<const Hyper*>(args.groups) : nullptr;
   arguments.grad_scale = args.grad_scale;
   arguments.found_inf = args.found_inf;
   arguments.means = args.means;
   arguments.missed = args.missed;
-  arguments.rounding_seed = args.rounding_seed;
+  arguments.rounding_keys = RoundingKeys::of(args.rounding_seed);
   arguments.probe = probe_source(args.probe, args.counts);
   return arguments;
+}
+
+template <class Body, class Device>
+void launch_step(Device& device, typename Body::Arguments& arguments, std::vector<StepRow>& rows,
+                 const StepConstants<typename Body::S>& constants) {
+  launch_rows<Body>(device, arguments, rows, constants.get(), arguments.computed,
+                    [&] { compute_constants(device, arguments); });
 }
 
 template <typename T, typename M = StateOf<T>, class Device>
@@ -126,8 +141,10 @@ void adahessian_step(const AdaHessianStepArgs& args, Device& device) {
   StepConstants<S> constants(args);
   std::vector<StepRow> rows;
   std::vector<const Segment*> segments;
+  std::vector<bool> gathered;
   rows.reserve(args.segments.size());
   segments.reserve(args.segments.size());
+  gathered.reserve(args.segments.size());
   Order order = Order::kFlat;
   for (const Segment& s : args.segments) {
     if (s.numel == 0) continue;
@@ -138,15 +155,23 @@ void adahessian_step(const AdaHessianStepArgs& args, Device& device) {
                     constant, choice.curvature, 0});
     rows.back().flags = flags_of<T, M>(args, s, rows.back());
     segments.push_back(&s);
-    order = std::max(order, choice.order());
+    gathered.push_back(choice.order() == Order::kAny);
+    if (!gathered.back()) order = std::max(order, choice.order());
   }
   average_long_blocks<T>(args, device, rows, segments);
   StepArguments<S, M> arguments = step_arguments<S, M>(args);
-  switch (order) {
-    case Order::kFlat: return launch_rows<StepBody<T, M, Order::kFlat>>(device, arguments, rows, constants.get());
-    case Order::kLogical: return launch_rows<StepBody<T, M, Order::kLogical>>(device, arguments, rows, constants.get());
-    case Order::kAny: return launch_rows<StepBody<T, M, Order::kAny>>(device, arguments, rows, constants.get());
+  if (args.counts.on_device) {
+    arguments.computed = static_cast<StepConstant<S>*>(device.allocate(rows.size() * sizeof(StepConstant<S>)));
   }
+  // Parameters whose every place is computed have a launch of their own: it takes more registers than the others need.
+  std::vector<StepRow> computed_places, others;
+  for (size_t i = 0; i < rows.size(); ++i) (gathered[i] ? computed_places : others).push_back(rows[i]);
+  if (order == Order::kFlat) {
+    launch_step<StepBody<T, M, Order::kFlat>>(device, arguments, others, constants);
+  } else {
+    launch_step<StepBody<T, M, Order::kLogical>>(device, arguments, others, constants);
+  }
+  launch_step<StepBody<T, M, Order::kAny>>(device, arguments, computed_places, constants);
 }
 
 }  // namespace adahessian::gpu

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "probe.h"
+#include "rounding.h"
 #include "table.h"
 
 namespace adahessian::gpu {
@@ -28,6 +29,7 @@ struct StepRow {
   static constexpr uint16_t kDiagAligned = 8;
   static constexpr uint16_t kStateAligned = 16;
   static constexpr uint16_t kAbsolute = 32;
+  static constexpr uint16_t kAllAligned = 64;
   Geometry geometry;
   void* param;
   const void* grad;
@@ -55,12 +57,13 @@ struct StepArguments {
   M* exp_avg;
   M* exp_hessian_diag_sq;
   float* master;
-  const Hyper* groups;  // null if the step counts are on the host
+  const Hyper* groups;        // these two null if the step counts are on the host
+  StepConstant<S>* computed;  // by ConstantsBody, one for each row
   const float* grad_scale;
   const float* found_inf;
   const double* means;  // or null
   int64_t* missed;      // or null
-  uint64_t rounding_seed;
+  RoundingKeys rounding_keys;
   ProbeSource probe;
   TableType table;
 };

@@ -18,7 +18,7 @@ namespace adahessian::gpu {
 
 // A table travels as part of a kernel's arguments, which CUDA limits to 32,764 bytes; a longer one is uploaded.
 constexpr int kArgumentBytes = 32764;
-constexpr int kTableBytes = kArgumentBytes - 160;
+constexpr int kTableBytes = kArgumentBytes - 216;
 
 // Row has first_tile, constant (an index) and geometry.
 template <class Row, class Constant, int kConstants>
@@ -95,12 +95,16 @@ uint32_t number_tiles(Row* rows, size_t n_rows) {
 // Moves rows from `next` on into the arguments' own table until it is full; returns the first row left over.
 template <class Row, class Constant, int kConstants>
 size_t fill_table(Table<Row, Constant, kConstants>& table, const std::vector<Row>& rows,
-                  const std::vector<Constant>& constants, size_t next) {
+                  const std::vector<Constant>& constants, const Constant* computed, size_t next) {
   std::vector<int64_t> place(constants.size(), -1);
   int n_constants = 0;
   table.uploaded_rows = nullptr;
-  table.uploaded_constants = nullptr;
+  table.uploaded_constants = computed;
   for (table.n_rows = 0; next < rows.size() && table.n_rows < table.kRows; ++next) {
+    if (computed != nullptr) {
+      table.rows[table.n_rows++] = rows[next];
+      continue;
+    }
     int64_t& constant = place[rows[next].constant];
     if (constant < 0) {
       if (n_constants == kConstants) break;
@@ -114,30 +118,36 @@ size_t fill_table(Table<Row, Constant, kConstants>& table, const std::vector<Row
 }
 
 // One launch over all rows. Only where nothing can be uploaded, a long table takes several: during stream capture,
-// since a captured copy would read this call's memory again on every replay.
-template <class Body, class Device>
-void launch_rows(Device& device, typename Body::Arguments& arguments,
-                 std::vector<typename Body::Arguments::TableType::RowType>& rows,
-                 const std::vector<typename Body::Arguments::TableType::ConstantType>& constants) {
+// since a captured copy would read this call's memory again on every replay. Where the constants are computed on the
+// device, `compute` launches that, for the table as it is.
+template <class Body, class Device, class Compute = void (*)()>
+void launch_rows(
+    Device& device, typename Body::Arguments& arguments,
+    std::vector<typename Body::Arguments::TableType::RowType>& rows,
+    const std::vector<typename Body::Arguments::TableType::ConstantType>& constants,
+    const typename Body::Arguments::TableType::ConstantType* computed = nullptr, const Compute& compute = [] {}) {
   using TableType = typename Body::Arguments::TableType;
   static_assert(sizeof(typename Body::Arguments) <= kArgumentBytes, "kernel arguments are limited to 32,764 bytes");
   static_assert(std::has_unique_object_representations_v<typename TableType::RowType>,
                 "rows are compared byte by byte with those that were uploaded before");
   TableType& table = arguments.table;
-  const bool constants_fit = constants.size() <= size_t(table.kMaxConstants);
-  const bool fits = rows.size() <= size_t(table.kRows) && constants_fit;
+  const bool constants_fit = computed == nullptr && constants.size() <= size_t(table.kMaxConstants);
+  const bool fits = rows.size() <= size_t(table.kRows) && (constants_fit || computed != nullptr);
   if (!fits && device.can_upload()) {
     const uint32_t tiles = number_tiles(rows.data(), rows.size());
     table.n_rows = int(rows.size());
     table.uploaded_rows = device.upload(rows);
-    table.uploaded_constants = constants_fit ? nullptr : device.upload(constants);
+    table.uploaded_constants = constants_fit ? nullptr : computed != nullptr ? computed : device.upload(constants);
     if (constants_fit) std::copy(constants.begin(), constants.end(), table.constants);
+    compute();
     device.template launch<Body>(arguments, tiles);
     return;
   }
   for (size_t next = 0; next < rows.size();) {
-    next = fill_table(table, rows, constants, next);
-    device.template launch<Body>(arguments, number_tiles(table.rows, size_t(table.n_rows)));
+    next = fill_table(table, rows, constants, computed, next);
+    const uint32_t tiles = number_tiles(table.rows, size_t(table.n_rows));
+    compute();
+    device.template launch<Body>(arguments, tiles);
   }
 }
 

@@ -138,6 +138,12 @@ void test_number_of_launches() {
   check_equal(lengthy.step(), 3, "block 5000, step");
   Problem huge({{3000001, 3000001}});
   check_equal(huge.hessian_diag(), 3, "block 3000001, hessian_diag");
+  // A transposed parameter whose places have to be computed does not slow the others down.
+  Problem gathered({{576, 9}, {300 * 40, 40, 40, 300}, {7, 1}});
+  check_equal(gathered.step(), 1, "strips and blocks, step");
+  Problem computed_places({{576, 9}, {2 * 5000 * 4, 7, 4, 5000}, {7, 1}});
+  check_equal(computed_places.step(), 2, "computed places and blocks, step");
+  check_equal(Problem({{576, 9}, {7, 1}}).step(true), 2, "counts on the device, step");
   Problem empty({{0, 1}, {0, 5}});
   check_equal(empty.rademacher() + empty.hessian_diag() + empty.step(), 0, "nothing to do");
 }
