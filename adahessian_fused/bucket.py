@@ -19,7 +19,7 @@ from torch import Tensor
 from .capture import capturing
 from .distributed import sharded
 from .looks import count, looks_of
-from .segments import Segment, Steps, n_blocks, segment_table
+from .segments import Segment, Steps, altered, averages_all, averages_magnitudes, n_blocks, segment_table
 
 _DTYPE, _STRIDES, _BUCKET = attrgetter("dtype"), attrgetter("strides"), attrgetter("bucket")
 
@@ -358,12 +358,7 @@ class Bucket:
 
     def table_of_wholes(self, entries: Sequence[Entry], *, absolute: bool) -> Tensor:
         """Return a segment table in which each parameter is flat, and one averaging block, of its magnitudes or not."""
-        table = self.table_of(entries).clone()
-        table[:, [Segment.PERIOD, Segment.STRIDE]] = 1
-        table[:, Segment.ABSOLUTE] = int(absolute)
-        table[:, Segment.BLOCK] = table[:, Segment.NUMEL].clamp_min(1)
-        table[:, Segment.DIAG_OFFSET] = torch.arange(len(entries), device=table.device)
-        return table
+        return altered(self.table_of(entries), averages_magnitudes if absolute else averages_all)
 
     def _means_of(self, tensors: Sequence[Tensor], table: Tensor, backend: Any) -> Tensor:
         """Return the means of some flat tensors; ``table`` ties them to parameters."""

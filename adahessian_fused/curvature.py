@@ -14,19 +14,41 @@ from . import hvp
 from .bucket import Bucket, Entry, by_bucket
 from .distributed.sharded import joined, part_of
 from .reference import block_mean, rademacher_signs
-from .segments import Segment, Steps
+from .segments import Segment, Steps, altered, averages_nothing, of_logical_order
 
 _DTYPE = attrgetter("dtype")
 _BUCKETS_DTYPE = attrgetter("bucket.dtype")
 
 
+Memory = dict[tuple[torch.device, torch.dtype, int], Tensor]  # flat buffers
+
+
 def draw_probe(
-    entries: Sequence[Entry], backends: Mapping[str, Any], *, probe: str, seed: int, sample: int
+    entries: Sequence[Entry],
+    backends: Mapping[str, Any],
+    *,
+    probe: str,
+    seed: int,
+    sample: int,
+    memory: Memory | None = None,
 ) -> dict[Entry, Tensor]:
-    """Draw the probe z of each parameter, in its shape and dtype."""
-    z = {}
+    """Draw the probe z of each parameter, in its shape and dtype.
+
+    Args:
+        entries: the parameters.
+        backends: the backend of each device type.
+        probe: "rademacher" or "gaussian".
+        seed: Philox key.
+        sample: number of the probe within the step.
+        memory: where to draw it again, as the last draw has left it; a CUDA graph reads it there.
+    """
+    z, used = {}, {}
     for bucket, members in by_bucket(entries).items():
-        flat = torch.empty(bucket.numel, dtype=bucket.dtype, device=bucket.device)
+        size = bucket.device, bucket.dtype, bucket.numel
+        flat = None if memory is None else memory.pop(size, None)
+        if flat is None:
+            flat = torch.empty(bucket.numel, dtype=bucket.dtype, device=bucket.device)
+        used[size] = flat
         if probe == "rademacher" and any(map(_is_from_its_first, members)):
             backend = backends[bucket.device.type]
             backend.rademacher(flat, bucket.table_of(members), bucket.steps, seed, sample)
@@ -46,6 +68,8 @@ def draw_probe(
                 signs = rademacher_signs(numel, entry.param_id, h, seed, sample, entry.first or 0)
                 part = part_of(signs.view(entry.owner.shape), entry.owner) if whole else signs
                 z[entry].copy_(part.reshape(entry.param.shape))
+    if memory is not None:
+        memory |= used
     return z
 
 
@@ -268,7 +292,7 @@ class Curvature:
             self._backends[bucket.device.type].hessian_diag(
                 [entry.stored(products[entry], products[entry].dtype) for entry in members],
                 self.diags[bucket],
-                _fine(table) if fine else table,
+                altered(table, averages_nothing) if fine else table,
                 bucket.steps,
                 seed=self._seed,
                 sample=sample,
@@ -294,8 +318,7 @@ class Curvature:
         if not bucket.averages_magnitudes:
             return folded
         # D is complete only now, so only now can its magnitudes be averaged.
-        compact, table = bucket.new_diag(), bucket.segments.clone()
-        table[:, [Segment.PERIOD, Segment.STRIDE]] = 1
+        compact, table = bucket.new_diag(), altered(bucket.segments, of_logical_order)
         flat = [folded[r[Segment.OFFSET] : r[Segment.OFFSET] + r[Segment.NUMEL]] for r in bucket.rows]
         self._backends[bucket.device.type].hessian_diag(
             flat, compact, table, bucket.steps, seed=0, sample=0, is_hvp=False, scale=1.0, accumulate=False
@@ -402,12 +425,3 @@ def _scaled(products: Mapping[Entry, Tensor], factor: Tensor) -> dict[Entry, Ten
         # Not in place: autograd may have handed out one tensor twice.
         scaled |= zip(members, torch._foreach_mul(wide, factor.to(bucket.device)), strict=True)
     return scaled
-
-
-def _fine(table: Tensor) -> Tensor:
-    """Return the table for a diagonal that is not averaged: signed blocks of one element, in logical order."""
-    table = table.clone()
-    table[:, Segment.BLOCK] = 1
-    table[:, Segment.ABSOLUTE] = 0
-    table[:, Segment.DIAG_OFFSET] = table[:, Segment.OFFSET]
-    return table

@@ -13,7 +13,7 @@ from torch import Tensor
 from . import hvp, sharing
 from .bucket import Entry, compute_dtype
 from .checks import check_grad, integer
-from .curvature import Curvature, draw_probe, mixed
+from .curvature import Curvature, Memory, draw_probe, mixed
 from .distributed.average import GradientAverage, average_curvature
 from .distributed.ranks import Ranks, Together, agreed, batch_weight
 from .distributed.sharded import EXACT_IS_REFUSED, any_sharded, groups_of, make_twice_differentiable, part_of
@@ -134,10 +134,11 @@ class HessianStep:
         """Return a place for the curvature of one backward pass."""
         return Curvature(self.layout.backends, self.probe_seed)
 
-    def draw(self, params: Sequence[Tensor], sample: int) -> list[Tensor]:
-        """Draw this step's probe of some parameters."""
-        options, entries = self.layout.options, self.layout.ensure(params)
-        z = draw_probe(entries, self.layout.backends, probe=options["probe"], seed=self.probe_seed, sample=sample)
+    def draw(self, params: Sequence[Tensor], sample: int, memory: Memory | None = None) -> list[Tensor]:
+        """Draw this step's probe of some parameters; ``memory`` is :func:`draw_probe`'s."""
+        entries, seed = self.layout.ensure(params), self.probe_seed
+        kind = {"probe": self.layout.options["probe"], "seed": seed, "sample": sample, "memory": memory}
+        z = draw_probe(entries, self.layout.backends, **kind)
         return [z[entry] for entry in entries]
 
     # ---- checks ------------------------------------------------------------------------------------------------------

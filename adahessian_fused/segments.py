@@ -6,9 +6,11 @@ averages and the averaged diagonal live in flat buffers. A row of the table ties
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from enum import IntEnum
 
 import torch
+from torch.utils.weak import WeakIdKeyDictionary
 
 
 class Segment(IntEnum):
@@ -67,3 +69,41 @@ def n_blocks(numel: int, block: int) -> int:
 def segment_table(rows: list[tuple[int, ...]]) -> torch.Tensor:
     """Return the int64 table the ops take, from one tuple a parameter in the order of :class:`Segment`."""
     return torch.tensor(rows, dtype=torch.int64, device="cpu").reshape(len(rows), len(Segment))
+
+
+_altered: WeakIdKeyDictionary = WeakIdKeyDictionary()
+
+
+def altered(table: torch.Tensor, change: Callable[[torch.Tensor], None]) -> torch.Tensor:
+    """Return a copy of a table that a function has changed; the same each time, for backends keep plans of tables."""
+    copies = _altered.setdefault(table, {})
+    if change not in copies:
+        copies[change] = table.clone()
+        change(copies[change])
+    return copies[change]
+
+
+def averages_nothing(table: torch.Tensor) -> None:
+    """Make the table one for a diagonal that is not averaged: signed blocks of one element, in logical order."""
+    table[:, Segment.BLOCK] = 1
+    table[:, Segment.ABSOLUTE] = 0
+    table[:, Segment.DIAG_OFFSET] = table[:, Segment.OFFSET]
+
+
+def averages_all(table: torch.Tensor) -> None:
+    """Make each parameter flat, and one averaging block."""
+    of_logical_order(table)
+    table[:, Segment.ABSOLUTE] = 0
+    table[:, Segment.BLOCK] = table[:, Segment.NUMEL].clamp_min(1)
+    table[:, Segment.DIAG_OFFSET] = torch.arange(len(table), device=table.device)
+
+
+def averages_magnitudes(table: torch.Tensor) -> None:
+    """Make each parameter flat, and one averaging block of its magnitudes."""
+    averages_all(table)
+    table[:, Segment.ABSOLUTE] = 1
+
+
+def of_logical_order(table: torch.Tensor) -> None:
+    """Make the table one for what is stored in logical order, whatever its parameters are."""
+    table[:, [Segment.PERIOD, Segment.STRIDE]] = 1

@@ -497,6 +497,8 @@ def test_it_says_what_is_waited_for(device, traced, caplog):
         step(*batch(1, model))
     first = [f"TrainStep makes a graph for steps {order} curvature; " for order in ("with", "without")]
     assert [m for m in caplog.messages if "makes" in m] == [f + "the compiler may take minutes" for f in first]
+    # What comes in mid-training is heard where nobody has asked for it.
+    assert [r.levelname for r in caplog.records if "makes" in r.getMessage()] == ["INFO", "WARNING"]
     assert repr(step).endswith("graphs: 1 with curvature, 1 without curvature)")
 
 

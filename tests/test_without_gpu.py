@@ -4,20 +4,25 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import subprocess
+import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+from conftest import OPS
+from models import assert_same, batch, fresh, mlp, train, weights
 from published import AdaHessian
 from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from adahessian_fused import backends, capture
+from adahessian_fused import TrainStep, backends, capture
 from adahessian_fused.friendly.embedding_bag import MAX, EmbeddingBag
 from adahessian_fused.friendly.row_norm import RmsNorm
-from adahessian_fused.segments import segment_table
-from adahessian_fused.train_step import cuda_graph
+from adahessian_fused.segments import Segment, segment_table
+from adahessian_fused.train_step import cuda_graph, graph
 from adahessian_fused.update import HyperTable
 
 aten = torch.ops.aten
@@ -33,6 +38,25 @@ class Called(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         self.packets.append(func.overloadpacket)
         return func(*args, **(kwargs or {}))
+
+
+# ---- tests on a GPU --------------------------------------------------------------------------------------------------
+
+
+COMPUTED_ALIKE = """
+import conftest, os, torch
+conftest.compute_alike()
+x = torch.ones(2, 2)
+assert torch.equal(x @ x, 2 * x) and torch.are_deterministic_algorithms_enabled()
+assert torch.is_deterministic_algorithms_warn_only_enabled() and os.environ["CUBLAS_WORKSPACE_CONFIG"]
+assert not torch.utils.deterministic.fill_uninitialized_memory and torch.backends.cudnn.deterministic
+assert {torch.backends.cudnn.conv.fp32_precision, torch.backends.cuda.matmul.fp32_precision} == {"ieee"}
+"""
+
+
+def test_tests_on_a_gpu_are_deterministic():
+    """In a process of its own, whose settings end with it."""
+    subprocess.run([sys.executable, "-c", COMPUTED_ALIKE], cwd=Path(__file__).parent, check=True)
 
 
 # ---- operators -------------------------------------------------------------------------------------------------------
@@ -117,6 +141,36 @@ def test_groups_with_different_update_each_share_the_tables(device):
     assert {id(subset.segments) for subset in made[5]} == {id(subset.segments) for subset in made[-1]}
 
 
+OPTIONS = {
+    "samples": {"n_samples": 2},
+    "magnitudes": {"averaging": "abs", "block_size": 2, "n_samples": 2},
+    "shrink": {"shrink": 1.0},
+}
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+def test_every_step_has_the_tables_of_the_one_before(monkeypatch, options):
+    """Triton's plan of a table is uploaded once, and kept as long as the table itself."""
+    native, seen = backends.get("reference"), []
+
+    def noting(op):
+        def call(*arguments, **named):
+            tensors = [x for x in (*arguments, *named.values()) if isinstance(x, Tensor)]
+            kept.extend(tensors)  # or another would have its id
+            seen[-1].update(id(x) for x in tensors if x.shape[-1:] == (len(Segment),) and x.dtype == torch.int64)
+            return getattr(native, op)(*arguments, **named)
+
+        return call
+
+    kept = []
+    monkeypatch.setattr(backends, "get", lambda name: SimpleNamespace(**{op: noting(op) for op in OPS}))
+    model, opt = fresh(mlp(), backend="reference", **options)
+    for i in range(4):
+        seen.append(set())
+        train(opt, model, [i])
+    assert seen[1] == seen[2] == seen[3] != set()
+
+
 # ---- several GPUs ----------------------------------------------------------------------------------------------------
 
 
@@ -134,7 +188,7 @@ class OnGpu(Tensor):
 @pytest.fixture
 def gpus(monkeypatch):
     """Two GPUs as far as torch.cuda's calls go: which is current, what is captured where, in what mode."""
-    fake = SimpleNamespace(current=0, captured_on=None, graphs=[])
+    fake = SimpleNamespace(current=0, captured_on=None, graphs=[], pools=[])
 
     @contextlib.contextmanager
     def device(which):
@@ -143,8 +197,9 @@ def gpus(monkeypatch):
         fake.current = before
 
     @contextlib.contextmanager
-    def graph(graph, *, capture_error_mode="global", **options):
+    def capturing(graph, *, pool=None, capture_error_mode="global"):
         fake.graphs.append((graph, fake.current, capture_error_mode))
+        fake.pools.append(pool or f"pool {len(fake.pools)}")
         fake.captured_on = fake.current
         yield
         fake.captured_on = None
@@ -152,10 +207,10 @@ def gpus(monkeypatch):
     stream = SimpleNamespace(wait_stream=lambda other: None, cuda_stream=0)
     replaced = {
         "device": device,
-        "graph": graph,
+        "graph": capturing,
         "current_device": lambda: fake.current,
         "is_current_stream_capturing": lambda: fake.captured_on == fake.current,
-        "CUDAGraph": lambda: SimpleNamespace(replay=lambda: None),
+        "CUDAGraph": lambda: SimpleNamespace(replay=lambda: None, pool=lambda: fake.pools[-1]),
         "Stream": lambda device: stream,
         "stream": lambda stream: contextlib.nullcontext(),
         "current_stream": lambda device: stream,
@@ -179,8 +234,45 @@ def test_graphs_are_captured_on_the_device_of_their_tensors(gpus):
     assert [graph[1:] for graph in gpus.graphs] == [(1, "thread_local")]
     assert gpus.random == (1, 1)
     assert torch.equal(weight, torch.full((3,), 2.0))  # one call, where CUDA would have recorded it: no warm-up is felt
-    run(OnGpu.of(weight), OnGpu.of(x + 1))
+    run(OnGpu.of(x + 1))
     assert torch.equal(run._inputs[1].as_subclass(Tensor), x + 1)
+
+
+def test_what_is_in_the_graphs_buffers_is_not_copied(gpus, monkeypatch):
+    z, x = OnGpu.of(torch.ones(3)), OnGpu.of(torch.ones(2))
+    run = cuda_graph.Captured(lambda weight, z, x: [weight], [OnGpu.of(torch.ones(3)), z, x], 1, 1)
+    copied = []
+    monkeypatch.setattr(torch, "_foreach_copy_", lambda to, of, **options: copied.append(len(to)))
+    run(z, x + 1)
+    run(z.clone(), x + 1)
+    run(z, run._inputs[2])
+    assert copied == [1, 2]
+    assert cuda_graph.Captured(lambda weight: [weight], [x], 1, pool=run.pool).pool == run.pool == "pool 0"
+
+
+def test_graphs_of_a_train_step_draw_into_their_own_memory_and_share_a_pool(gpus, monkeypatch):
+    """Captured here is what runs on a CPU: inputs as the graph has them, and their addresses."""
+    seen = []
+
+    class Captured(cuda_graph.Captured):
+        def __init__(self, function, tensors, n_fixed, n_owned, pool):
+            self.function, self.inputs, self.n_fixed, self.n_owned = function, tensors, n_fixed, n_owned
+            self.pool = pool or object()
+            function(*tensors)
+
+        def __call__(self, *tensors):
+            seen.append((self.pool, [t.data_ptr() for t in tensors[: self.n_owned]]))
+            assert seen[-1][1] == [t.data_ptr() for t in self.inputs[self.n_fixed :][: self.n_owned]]
+            return self.function(*self.inputs[: self.n_fixed], *tensors)
+
+    monkeypatch.setattr(graph, "Captured", Captured)
+    (a, opt_a), (b, opt_b) = (fresh(mlp(), update_each=2, n_samples=2) for _ in range(2))
+    step = TrainStep(a, nn.functional.mse_loss, opt_a, compile=False, cuda_graph=True)
+    for i in range(6):
+        step(*batch(i, a))
+    assert_same(weights(a), train(opt_b, b, 6))
+    assert {len(z) for _, z in seen} == {0, 2 * len(list(a.parameters()))}
+    assert len({pool for pool, _ in seen}) == 1
 
 
 def test_capturing_asks_the_device_it_is_asked_about(gpus):

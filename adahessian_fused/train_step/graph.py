@@ -3,13 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any, Protocol
 
 from torch import Tensor
 
 from .. import hvp
+from ..curvature import Memory
 from .compiled import Compiled
 from .cuda_graph import Captured
-from .derivatives import Derivatives, FlatFunction, LossModule, Probe, StepSpec
+from .derivatives import Derivatives, FlatFunction, LossModule, StepSpec
+
+Memories = dict[int, Memory]  # of each optimizer
+
+
+class Probes(Protocol):
+    """Draws the probes of a step."""
+
+    def __call__(self, numbers: Sequence[int], sample: int, memory: Memories | None = None) -> Sequence[Tensor]:
+        """Draw z of the parameters with these numbers, for the step."""
+
+    def draw(self, numbers: Sequence[int], sample: int, memory: Memories | None) -> Sequence[Tensor]:
+        """Draw it, for nothing but the memory it is in."""
 
 
 class Graph:
@@ -19,10 +33,15 @@ class Graph:
         module: the loss function.
         spec: what the step computes.
         params: parameters to differentiate by.
+        draw: the probes.
         scale: GradScaler's factor on the loss.
         tensors: those of a batch.
         compiled: compile it with TorchInductor.
         capture: capture it as a CUDA graph.
+        pool: of another captured graph, to share its memory.
+
+    Attributes:
+        pool: the memory of a captured graph.
     """
 
     def __init__(
@@ -30,24 +49,32 @@ class Graph:
         module: LossModule,
         spec: StepSpec,
         params: Sequence[Tensor],
+        draw: Probes,
         scale: Tensor | None,
         tensors: Sequence[Tensor],
         *,
         compiled: bool,
         capture: bool,
+        pool: Any = None,
     ) -> None:
-        self._module = module
+        self._module, self.pool = module, None
         self._addresses: list[int] | None = None
         self._flat = FlatFunction(spec, module, params)
-        inputs = self._inputs(params, [params] * spec.n_samples, scale, tensors)
+        # A captured graph reads the probes where they are drawn.
+        self._memory: list[Memories | None] = [{} if capture else None for _ in range(spec.n_samples)]
+        due = list(spec.due)
+        probes: Sequence[Sequence[Tensor]] = [[params[i] for i in due]] * spec.n_samples  # like them
+        if capture and due:
+            probes = [draw.draw(due, sample, memory) for sample, memory in enumerate(self._memory)]
+        fixed, others = self._fixed(params), self._others(probes, scale, tensors)
         module.tracing = True
         try:
             with hvp.treating(hvp.Refused()):
-                self._run: Compiled | FlatFunction | Captured = Compiled(self._flat, inputs) if compiled else self._flat
+                inputs = [*fixed, *others]
+                self._run: Compiled | FlatFunction = Compiled(self._flat, inputs) if compiled else self._flat
                 if capture:
-                    fixed = self._fixed(params)
-                    self._run = Captured(self._run, inputs, len(fixed))
-                    self._addresses = list(map(Tensor.data_ptr, fixed))
+                    self._captured = Captured(self._run, inputs, len(fixed), len(due) * spec.n_samples, pool)
+                    self.pool, self._addresses = self._captured.pool, list(map(Tensor.data_ptr, fixed))
         finally:
             module.tracing = False
 
@@ -57,18 +84,12 @@ class Graph:
         others = [t for t, _ in state.values() if id(t) not in trained]
         return [t.detach() for t in (*params, *others)]
 
-    def _inputs(
-        self,
-        params: Sequence[Tensor],
-        probes: Sequence[Sequence[Tensor]],
-        scale: Tensor | None,
-        tensors: Sequence[Tensor],
+    def _others(
+        self, probes: Sequence[Sequence[Tensor]], scale: Tensor | None, tensors: Sequence[Tensor]
     ) -> list[Tensor]:
-        """Return the flat function's inputs; ``probes``: for each sample one tensor a parameter."""
-        due = self._flat.spec.due
+        """Return the inputs after those; ``probes``: for each sample one tensor for each parameter that is due."""
         return [
-            *self._fixed(params),
-            *(sample[i].detach() for sample in probes for i in due),
+            *(z.detach() for sample in probes for z in sample),
             *([] if scale is None else [scale]),
             *(t.detach() for t in tensors),
         ]
@@ -78,19 +99,19 @@ class Graph:
         return self._addresses is None or list(map(Tensor.data_ptr, self._fixed(params))) == self._addresses
 
     def __call__(
-        self, params: Sequence[Tensor], draw: Probe, scale: Tensor | None, tensors: Sequence[Tensor]
+        self, params: Sequence[Tensor], draw: Probes, scale: Tensor | None, tensors: Sequence[Tensor]
     ) -> Derivatives:
         """Run with other numbers; gradients, and Hz with them, have been through the leaves' own hooks."""
-        probed = self._flat.found.probed
+        due, probed = self._flat.spec.due, self._flat.found.probed
         probes: list[Sequence[Tensor]] = []
-        for sample in range(self._flat.spec.n_samples if probed else 0):
-            of_parameter = list(params)  # any tensor will do where there is no product
-            for i, z in zip(probed, draw(probed, sample), strict=True):
-                of_parameter[i] = z
-            probes.append(of_parameter)
-        if not probed:
-            probes = [params] * self._flat.spec.n_samples
-        found = self._flat.unpack(self._run(*self._inputs(params, probes, scale, tensors)))
+        for sample, memory in enumerate(self._memory):
+            of_due = {i: params[i] for i in due}  # any tensor will do where there is no product
+            of_due |= zip(probed, draw(probed, sample, memory) if probed else (), strict=True)
+            probes.append(list(of_due.values()))
+        others = self._others(probes, scale, tensors)
+        # What a captured graph has the addresses of is not looked for again: it fits.
+        outputs = self._run(*self._fixed(params), *others) if self._addresses is None else self._captured(*others)
+        found = self._flat.unpack(outputs)
         leaves = [*params, *(t for t in tensors if t.requires_grad)]
         grads, products = list(found.grads), list(map(list, found.products))
         for i, (leaf, g) in enumerate(zip(leaves, grads, strict=True)):

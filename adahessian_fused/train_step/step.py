@@ -21,7 +21,7 @@ from ..fraction import flatten
 from ..hessian_step import HessianStep
 from ..optimizer import AdaHessian
 from .derivatives import Constant, Derivatives, LossModule, OfModel, StepSpec
-from .graph import Graph
+from .graph import Graph, Memories
 from .surroundings import (
     CONSTANTS,
     attributes_kept,
@@ -71,9 +71,10 @@ class TrainStep:
     tensors; autocast and PyTorch's other settings. Floating-point numbers in a batch become tensors where the loss can
     do with them, and so do ints that change, so that a temperature that is lowered needs no further graph. The first
     step with and the first without curvature are compiled at once, further kinds (a shorter last batch) after a few
-    steps of theirs; above ``MAX_GRAPHS`` steps run eagerly, with a warning. What else Python code decides on, such as
-    the contents of lists and dicts, is fixed when the graph is made, and what it writes to (counters, logs) is written
-    then only: use ``compile=False, cuda_graph=False`` for such models.
+    steps of theirs; ``adahessian_fused``'s logger tells, all but the first as warnings. Above ``MAX_GRAPHS`` steps run
+    eagerly, with a warning. What else Python code decides on, such as the contents of lists and dicts, is fixed when
+    the graph is made, and what it writes to (counters, logs) is written then only: use ``compile=False,
+    cuda_graph=False`` for such models.
 
     Args:
         model: called as ``model(inputs)``; with ``*inputs`` or ``**inputs`` if they are a tuple or a mapping. Left out
@@ -204,7 +205,7 @@ class TrainStep:
         spec, tensors = self._spec(steps, params, batch, scaled=scale is not None)
         graph, draw = None, _Probes(steps, params)
         if graphs:
-            graph, tensors = self._graph(steps, params, batch, spec, tensors, scale, capture=capture)
+            graph, tensors = self._graph(steps, params, batch, spec, tensors, draw, scale, capture=capture)
         given = [t for t in tensors if t.requires_grad]
         if graph is not None:
             found = graph(params, draw, scale, tensors)
@@ -302,6 +303,7 @@ class TrainStep:
         batch: Any,
         spec: StepSpec,
         tensors: list[Tensor],
+        draw: _Probes,
         scale: Tensor | None,
         *,
         capture: bool,
@@ -326,13 +328,13 @@ class TrainStep:
                     stacklevel=5,
                 )
             return None, tensors
-        graph = self._make(params, spec, tensors, scale, capture=capture)
+        graph = self._make(params, spec, tensors, draw, scale, capture=capture)
         if graph is None and not self._as_constants and {int, float}.intersection(spec.constants):
             # Some of the loss is nothing for tensors: numbers are a part of the kind from now on.
             self._as_constants = True
             self._graphs = {k: g for k, g in self._graphs.items() if not {int, float}.intersection(k.constants)}
             spec, tensors = self._spec(steps, params, batch, scaled=scale is not None)
-            return self._graph(steps, params, batch, spec, tensors, scale, capture=capture)
+            return self._graph(steps, params, batch, spec, tensors, draw, scale, capture=capture)
         if graph is None:
             warnings.warn(
                 f"TrainStep runs this kind of step eagerly, because it cannot be "
@@ -363,16 +365,23 @@ class TrainStep:
         params: Sequence[Tensor],
         spec: StepSpec,
         tensors: Sequence[Tensor],
+        draw: _Probes,
         scale: Tensor | None,
         *,
         capture: bool,
     ) -> Graph | None:
         """Make a graph; return None if there cannot be one, and then ``_failure`` says why."""
         begin, order = time.perf_counter(), "with" if spec.due else "without"
-        logger.info("TrainStep makes a graph for steps %s curvature; the compiler may take minutes", order)
+        # In mid-training it is unexpected, and heard without any logging set up.
+        level = logging.WARNING if self._graphs else logging.INFO
+        way = "the compiler may take minutes" if self.compile else "a capture takes some steps' time"
+        logger.log(level, "TrainStep makes a graph for steps %s curvature; %s", order, way)
         try:
             with attributes_kept(walk(self._module)) as written:
-                graph = Graph(self._module, spec, params, scale, tensors, compiled=self.compile, capture=capture)
+                # Graphs never run at once, and what one leaves is used before the next one runs: they share memory.
+                pool = next((g.pool for g in self._graphs.values() if g is not None and g.pool is not None), None)
+                how: dict[str, Any] = {"compiled": self.compile, "capture": capture, "pool": pool}
+                graph = Graph(self._module, spec, params, draw, scale, tensors, **how)
         except Exception as error:  # anything may go wrong in a compiler
             lines = str(error).strip().splitlines() or [""]
             self._failure = f"{type(error).__name__}: {lines[0]}"
@@ -395,15 +404,20 @@ class _Probes:
         self._owners = [owner.get(id(p)) for p in params]
         self._drawn: list[list[Tensor]] = []
 
+    def __call__(self, numbers: Sequence[int], sample: int, memory: Memories | None = None) -> list[Tensor]:
+        """Draw z of the parameters with these numbers, and note it as this step's."""
+        self._drawn.append(self.draw(numbers, sample, memory))
+        return self._drawn[-1]
+
     @torch.no_grad()
-    def __call__(self, numbers: Sequence[int], sample: int) -> list[Tensor]:
-        """Draw z of the parameters with these numbers."""
+    def draw(self, numbers: Sequence[int], sample: int, memory: Memories | None) -> list[Tensor]:
+        """Draw it; ``memory`` has :func:`adahessian_fused.curvature.draw_probe`'s of each optimizer."""
         z: dict[int, Tensor] = {}
         for number, step in enumerate(self._steps):
             own = [i for i in numbers if self._owners[i] == number]
-            z |= zip(own, step.draw([self._params[i] for i in own], sample) if own else (), strict=True)
-        self._drawn.append([z[i] for i in numbers])
-        return self._drawn[-1]
+            place = None if memory is None else memory.setdefault(number, {})
+            z |= zip(own, step.draw([self._params[i] for i in own], sample, place) if own else (), strict=True)
+        return [z[i] for i in numbers]
 
     def of(self, number: int, found: Derivatives) -> tuple[list[Tensor], list[list[Tensor]], list[list[Tensor]]]:
         """Return the parameters of an optimizer that have products, their probes and these products."""
