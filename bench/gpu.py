@@ -11,9 +11,11 @@ end: ``gpu.json`` (what was measured, with card, driver, versions and commit) an
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -29,6 +31,7 @@ from . import display, instructions, table
 from .cases import ADAMW
 
 ROOT = Path(__file__).resolve().parent.parent
+GRACE = 6  # seconds for a program that is out of time to say what it has found
 OP_TESTS = (
     *("adahessian_step", "rademacher", "hessian_diag", "perturb", "op_properties"),
     *("optimizer_capture", "norm_double_backward"),
@@ -47,11 +50,12 @@ SANITIZED = (
 
 @dataclass(frozen=True)
 class Setting:
-    """Where the stages run: on which device, in small for a rehearsal, with how many processes."""
+    """Where the stages run: on which device, in small for a rehearsal, with how many processes and which backends."""
 
     device: str
     small: bool
     workers: int
+    backends: tuple[str, ...] = ("native", "reference")
 
     @property
     def cuda(self) -> bool:
@@ -83,11 +87,12 @@ def _build(_: Setting, __: Path) -> list[list[str]]:
 
 
 def _pytest(setting: Setting, out: Path, files: Sequence[str], *options: str) -> list[str]:
-    backends = "native,triton,reference" if setting.cuda else "native,reference"
     limit = ("--timeout=120",) if find_spec("pytest_timeout") else ()
+    several = ("-n", setting.workers, "--dist", "worksteal") if find_spec("xdist") else ()
+    # -v: a line for each test as it ends, whatever becomes of the rest.
     return _python(
-        *("-m", "pytest", "-q", "-n", setting.workers, "--dist", "worksteal", "--maxfail=50", *limit),
-        *("--device", setting.device, "--require", backends, f"--junitxml={out / 'tests.xml'}", *options),
+        *("-m", "pytest", "-v", "--tb=short", *several, "--maxfail=50", *limit, "--device", setting.device),
+        *("--require", ",".join(setting.backends), f"--junitxml={out / 'tests.xml'}", *options),
         *(f"tests/test_{name}.py" for name in files),
     )
 
@@ -199,6 +204,9 @@ def run_stage(stage: Stage, setting: Setting, limit: float, log: Path) -> dict[s
     start = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder, log.open("a") as stream:
         for command in stage.commands(setting, Path(folder)):
+            if limit <= 0:
+                found["exit"].append("no time left")
+                break
             print(f"\n==== {stage.name}: {' '.join(command)}", file=stream, flush=True)
             left = limit - (time.perf_counter() - start)
             # A session of its own: what the command has started ends with it.
@@ -206,18 +214,30 @@ def run_stage(stage: Stage, setting: Setting, limit: float, log: Path) -> dict[s
             try:
                 found["exit"].append(process.wait(timeout=max(left, 0.1)))
             except subprocess.TimeoutExpired:
-                os.killpg(process.pid, 9)
-                process.wait()
+                process.send_signal(signal.SIGINT)  # pytest then says what it has found
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    process.wait(timeout=GRACE)
                 found["exit"].append("out of time")
                 print(f"==== {stage.name}: out of time after {limit:.0f} s", file=stream, flush=True)
                 break
             finally:
-                found["results"] = [json.loads(path.read_text()) for path in sorted(Path(folder).glob("*.json"))]
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+                found["results"] = [*filter(None, map(_loaded, sorted(Path(folder).glob("*.json"))))]
         report = Path(folder, "tests.xml")
-        if report.exists():
-            found["tests"] = test_report(report)
+        with contextlib.suppress(ET.ParseError):  # it was being written
+            found |= {"tests": test_report(report)} if report.exists() else {}
     found["seconds"] = round(time.perf_counter() - start, 1)
     return found
+
+
+def _loaded(path: Path) -> Any:
+    """A file of results; None if it was being written when its program ended."""
+    try:
+        return json.loads(path.read_text())
+    except ValueError:
+        return None
 
 
 def test_report(path: Path) -> dict[str, Any]:
@@ -290,26 +310,43 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the stages; 0 if all of them did."""
     args = parse(arguments)
     args.out.mkdir(parents=True, exist_ok=True)
-    setting = Setting(args.device, args.small, min(12, os.cpu_count() or 1))
+    end = time.perf_counter() + args.seconds
     log, path = args.out / "gpu.log", args.out / "gpu.json"
     log.write_text("")
     data: dict[str, Any] = {"machine": facts(args.device), "stages": []}
-    end = time.perf_counter() + args.seconds
+    path.write_text(json.dumps(data, indent=1) + "\n")
+    missing = data["machine"].get("missing", {})
+    able = tuple(name for name, reason in missing.items() if reason is None) or Setting.backends
+    setting = Setting(args.device, args.small, min(12, os.cpu_count() or 1), able)
     for stage in (stage for stage in STAGES if stage.name[0] in args.stages):
         print(f"{stage.name} ...", file=sys.stderr, flush=True)
         limit = min(stage.budget, end - time.perf_counter()) if setting.cuda else 20 * stage.budget
         data["stages"].append(run_stage(stage, setting, limit, log))
         path.write_text(json.dumps(data, indent=1) + "\n")
     display.table("On this machine", ["stage", "", "time", "found"], [summary(found) for found in data["stages"]], 4)
+    for name, reason in missing.items():
+        if reason is not None:
+            print(f"{name} cannot run: {reason}")
     print(f"written to {path} and {log}")
     return int(any(code != 0 for found in data["stages"] for code in found["exit"]))
 
 
+FACTS = """
+import json, sys
+from adahessian_fused.backends import available_backends
+from bench.machine import machine
+print(json.dumps(machine(sys.argv[1]) | {"missing": available_backends(sys.argv[1])}))
+"""
+
+
 def facts(device: str) -> dict[str, Any]:
     """What the figures depend on; empty where not even that can be told."""
-    command = _python("-c", f"import json; from bench.machine import machine; print(json.dumps(machine({device!r})))")
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    return json.loads(done.stdout) if done.returncode == 0 else {"failed": done.stderr[-2000:]}
+    command = _python("-c", FACTS, device)
+    try:
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True, timeout=120)
+        return json.loads(done.stdout.splitlines()[-1])
+    except (subprocess.SubprocessError, ValueError, IndexError) as error:
+        return {"failed": f"{error} {getattr(error, 'stderr', '')}"[-2000:]}
 
 
 if __name__ == "__main__":

@@ -34,12 +34,29 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--require", default="", metavar="A,B", help="backends that fail, not skip, where they cannot run")
 
 
+def compute_alike() -> None:
+    """Have PyTorch's CUDA libraries compute the same numbers each time: many tests compare two runs bit for bit.
+
+    The package's own kernels do so anyway: the order of all sums is fixed, and which products are fused with an
+    addition is written down. Products of float32 are not to be TF32's, either, whose errors no bound expects.
+    """
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # before the first product
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = False
+    torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = True, False
+    for products in (torch.backends.cudnn.conv, torch.backends.cuda.matmul):
+        products.fp32_precision = "ieee"
+
+
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "default_seed: optimizers without a seed take PyTorch's, as outside of tests")
     config.addinivalue_line("markers", "cases(list): run the test once for each backend and case of the list")
     seeds.shift()
     if config.getoption("--device") == "cpu":
         os.environ["TRITON_INTERPRET"] = "1"  # before anything imports the Triton kernels
+    else:
+        config.addinivalue_line("filterwarnings", "ignore:.*does not have a deterministic implementation:UserWarning")
+        compute_alike()
     known = {name for names in BACKENDS.values() for name in names}
     unknown = set(filter(None, config.getoption("--require").split(","))) - known
     if unknown:

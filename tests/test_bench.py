@@ -349,13 +349,52 @@ def test_a_stage_that_fails_does_not_end_the_others(monkeypatch, tmp_path, capsy
     assert "1 stage" in capsys.readouterr().out
 
 
-def test_a_stage_that_hangs_is_ended_with_all_it_has_started(tmp_path):
+def test_a_stage_that_hangs_is_ended_with_all_it_has_started(tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu, "GRACE", 1)
     hangs = "import subprocess, sys; subprocess.run([sys.executable, '-c', 'import time; time.sleep(60)'])"
     (stage,) = stages(hangs)
     start = time.perf_counter()
     found = gpu.run_stage(stage, gpu.Setting("cpu", small=True, workers=1), 0.5, tmp_path / "log")
     assert time.perf_counter() - start < 20
     assert found["exit"] == ["out of time"]
+
+
+def test_a_stage_without_time_is_not_begun(tmp_path):
+    (stage,) = stages("open(sys.argv[1] + '/begun', 'w')")
+    found = gpu.run_stage(stage, gpu.Setting("cpu", small=True, workers=1), -1.0, tmp_path / "log")
+    assert (found["exit"], (tmp_path / "log").read_text()) == (["no time left"], "")
+
+
+def test_a_stage_that_is_out_of_time_says_what_it_has_found(tmp_path, monkeypatch):
+    """Also where it was writing it, and where it does not end by itself."""
+    monkeypatch.setattr(gpu, "GRACE", 1)
+    writes = """if True:
+        import sys, time
+        open(sys.argv[1] + '/a.json', 'w').write('[7]')
+        open(sys.argv[1] + '/b.json', 'w').write('[7')
+        try:
+            time.sleep(60)
+        except KeyboardInterrupt:
+            open(sys.argv[1] + '/tests.xml', 'w').write(
+                '<a><testsuite tests="1" failures="0" errors="0" skipped="0"/></a>'
+            )
+            time.sleep(60)
+    """
+    (stage,) = stages(writes)
+    found = gpu.run_stage(stage, gpu.Setting("cpu", small=True, workers=1), 2.0, tmp_path / "log")
+    assert (found["exit"], found["results"], found["tests"]["tests"]) == (["out of time"], [[7]], 1)
+
+
+def test_backends_that_cannot_run_are_told_and_not_required(monkeypatch, tmp_path, capsys):
+    missing = {"native": "built without CUDA", "triton": None, "reference": None}
+    monkeypatch.setattr(gpu, "facts", lambda device: {"missing": missing})
+    seen = []
+    stage = gpu.Stage("0 stage", 20, lambda setting, out: seen.append(setting) or [])
+    monkeypatch.setattr(gpu, "STAGES", (stage,))
+    assert gpu.main(["--device", "cpu", "--out", str(tmp_path)]) == 0
+    assert seen[0].backends == ("triton", "reference")
+    assert "native cannot run: built without CUDA" in capsys.readouterr().out
+    assert "triton,reference" in gpu._pytest(seen[0], tmp_path, ["ops"])
 
 
 def test_what_is_red_is_named(tmp_path):
