@@ -7,7 +7,7 @@ REQUIRE ?= native,emulated,reference,triton
 SANITIZE ?= address,undefined
 WORKERS ?= $(shell n=$$(nproc 2>/dev/null || echo 2); echo $$((n < 8 ? n : 8)))
 
-.PHONY: help build demo paper test test-everywhere fuzz cpp-test bench overhead docs lint format wheel sdist gpu gpu-build gpu-rehearsal clean
+.PHONY: help build demo paper test test-everywhere test-versions fuzz cpp-test bench overhead docs lint format wheel sdist gpu gpu-build gpu-rehearsal clean
 
 help:
 	@echo "make build   .venv with everything, the native library, and what can run here"
@@ -58,6 +58,10 @@ test: $(VENV)/.tools $(VENV)/.built cpp-test
 
 test-everywhere: $(VENV)/.tools $(VENV)/.built
 	$(PY) tests/everywhere.py --jobs 2 $(ARGS)
+
+# In environments of their own with torch of other versions, in build/versions: ARGS='2.10 newest -k rounding'.
+test-versions:
+	$(PYTHON) tests/versions.py $(ARGS)
 
 fuzz: $(VENV)/.tools $(VENV)/.built
 	PYTHONPATH=tests $(PY) -m fuzz $(ARGS)
@@ -127,8 +131,10 @@ GPU_SITE := $(abspath build/gpu)
 gpu: gpu-build
 	PYTHONUNBUFFERED=1 PYTHONSAFEPATH=1 PYTHONPATH=$(GPU_SITE):$(CURDIR) $(PYTHON) -m bench.gpu --out $(OUT)/gpu $(ARGS)
 
+# Without an nvcc that works there are Triton's kernels to be measured, and without a C++ compiler too.
 gpu-build:
-	ADAHESSIAN_CUDA=ON ADAHESSIAN_NATIVE=ON $(PYTHON) setup.py -q build --build-lib $(GPU_SITE)
+	ADAHESSIAN_NATIVE=ON ADAHESSIAN_BASELINE_ONLY=ON $(PYTHON) setup.py -q build --build-lib $(GPU_SITE) \
+	  || ADAHESSIAN_NATIVE=OFF $(PYTHON) setup.py -q build --build-lib $(GPU_SITE)
 	cd tests && PYTHONPATH=$(GPU_SITE) $(PYTHON) -m adahessian_fused info
 
 # The same stages without a GPU, in small: whether they run, not how fast.
