@@ -49,7 +49,6 @@ def compute_alike() -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    config.addinivalue_line("markers", "default_seed: optimizers without a seed take PyTorch's, as outside of tests")
     config.addinivalue_line("markers", "cases(list): run the test once for each backend and case of the list")
     seeds.shift()
     if config.getoption("--device") == "cpu":
@@ -150,11 +149,3 @@ def set_threads():
     before = torch.get_num_threads()
     yield torch.set_num_threads
     torch.set_num_threads(before)
-
-
-@pytest.fixture(autouse=True)
-def probes_of_seed_0(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Optimizers that are not given a seed have that of ``models.probe``, whatever a test seeds its data with."""
-    if request.node.get_closest_marker("default_seed") is None:
-        for module in ("optimizer", "functional"):
-            monkeypatch.setattr(f"adahessian_fused.{module}.initial_seed", lambda: 0)

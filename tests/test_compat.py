@@ -17,7 +17,6 @@ import adahessian_fused
 from adahessian_fused import accelerate, compat
 
 pytestmark = [
-    pytest.mark.default_seed,
     pytest.mark.filterwarnings("ignore:Using backward\\(\\) with create_graph=True"),
 ]
 

@@ -15,8 +15,6 @@ from torch import nn
 
 from adahessian_fused import compat
 
-pytestmark = pytest.mark.default_seed
-
 
 @pytest.mark.parametrize("module", STATE_KEYS)
 def test_signature_and_defaults_of_the_original(module):

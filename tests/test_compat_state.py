@@ -15,7 +15,6 @@ from test_peers import assert_close
 from adahessian_fused import accelerate, compat
 
 pytestmark = [
-    pytest.mark.default_seed,
     pytest.mark.filterwarnings("ignore:Using backward\\(\\) with create_graph=True"),
 ]
 
