@@ -186,6 +186,11 @@ class HessianStep:
         """Whether the optimizer is gone, and this not yet."""
         return not self.layout.is_used
 
+    @property
+    def has_ranks(self) -> bool:
+        """Whether several ranks are known to train these parameters together."""
+        return self._together.ranks is not None
+
     def takes_part_with(self, other: HessianStep) -> bool:
         """Tell whether a pass of another optimizer can leave curvature here."""
         mine, theirs = self.layout.options, other.layout.options

@@ -176,6 +176,33 @@ def check_what_another_optimizer_trains_is_averaged(ranks):
             assert same_bits(list(model.parameters()), ranks.group), way.__name__
 
 
+class _MayUseHead(nn.Module):
+    def __init__(self, model, head):
+        super().__init__()
+        self.model, self.head = model, head
+
+    def forward(self, x, used):
+        return self.head(self.model(x)) if used else self.model(x)
+
+
+def check_another_adahessian_gets_its_curvature(ranks):
+    """On ranks that do not use its parameters, too."""
+    for group in (None, ranks.group):
+        model, head = make_model(), nn.Linear(3, 3).double()
+        ddp = DistributedDataParallel(_MayUseHead(model, head), process_group=ranks.group, find_unused_parameters=True)
+        options = SETTINGS | {"update_each": 1, "process_group": group}
+        opts = [AdaHessian(part.parameters(), **options) for part in (model, head)]
+        for step in range(STEPS):
+            x, y = batch(step + 10 * ranks.rank)
+            for opt in opts:
+                opt.zero_grad()
+            opts[0].backward(F.cross_entropy(ddp(x, ranks.rank > 0), y))
+            for opt in opts:
+                opt.step()
+        assert int(opts[1].state[head.weight]["hessian_step"]) == STEPS
+        assert same_bits([*everything(model, opts[0]), *everything(head, opts[1])], ranks.group)
+
+
 @worlds(2)
 def check_ddp_that_cannot_be_passed_by_says_so(ranks):
     x, y = batch(0)
