@@ -176,7 +176,7 @@ class HessianStep:
 
     def _awaited(self) -> list[Tensor]:
         """Return the parameters whose curvature a ``loss.backward(create_graph=True)`` may be meant for."""
-        wanted = self.is_due and self.layout.options["hvp"] == "autograd"
+        wanted = not self.is_orphan and self.is_due and self.layout.options["hvp"] == "autograd"
         return [p for _, p in self.layout.trained()] if wanted else []
 
     # ---- beside other optimizers -------------------------------------------------------------------------------------

@@ -78,8 +78,9 @@ def altered(table: torch.Tensor, change: Callable[[torch.Tensor], None]) -> torc
     """Return a copy of a table that a function has changed; the same each time, for backends keep plans of tables."""
     copies = _altered.setdefault(table, {})
     if change not in copies:
-        copies[change] = table.clone()
-        change(copies[change])
+        copy = table.clone()
+        change(copy)
+        copies[change] = copy  # not before it is whole: an error may come in between
     return copies[change]
 
 

@@ -72,7 +72,7 @@ def complete(graph: Graph) -> contextlib.AbstractContextManager[None]:
     Raises:
         RuntimeError: part of the gradient has no graph, or one that is wrong; the message names the Function.
     """
-    return _completed(graph) if graph.functions or graph.wrong else contextlib.nullcontext()
+    return _completed(graph)
 
 
 @contextlib.contextmanager
