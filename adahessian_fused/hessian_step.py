@@ -77,7 +77,7 @@ class HessianStep:
         self.warned = False
         self._record: GradientRecord | None = None  # of this step, from its first pass on
         self._left: GradientRecord | None = None  # of the gradients after the last step, if the coming one is due
-        self._graphs = hvp.Graphs(self._awaited)
+        self._graphs = hvp.Graphs(self._awaited, self._begin_graph)
         sharing.register(self)
 
     @property
@@ -178,6 +178,10 @@ class HessianStep:
         """Return the parameters whose curvature a ``loss.backward(create_graph=True)`` may be meant for."""
         wanted = not self.is_orphan and self.is_due and self.layout.options["hvp"] == "autograd"
         return [p for _, p in self.layout.trained()] if wanted else []
+
+    def _begin_graph(self) -> None:
+        """Forget the curvature of gradients that are gone, as a ``backward(create_graph=True)`` adds others."""
+        self._drop_zeroed([p for _, p in self.layout.trained()])
 
     # ---- beside other optimizers -------------------------------------------------------------------------------------
 
@@ -355,11 +359,13 @@ class HessianStep:
         with_graph = hvp.differentiable(grads)
         self.check_not_sharded([params[i] for i in with_graph])
         leaves, roots = [params[i] for i in with_graph], [grads[i] for i in with_graph]
-        others = [step for step in sharing.awaiting([self]) if step.has_graphs()]
+        graph = hvp.explore(roots)
+        reached = {id(leaf) for leaf in graph.leaves}
+        others = [step for step in sharing.awaiting([self]) if step.concerns(reached) and step.has_graphs()]
         for step in others:  # whose graphs end here
             more = [p for _, p in step.layout.trained() if p.grad is not None and p.grad.requires_grad]
             leaves, roots = leaves + more, roots + [p.grad for p in more]
-        graph = hvp.explore(roots)
+        graph = hvp.explore(roots) if others else graph
         hvp.check_gradients(graph)
         found, *given = sharing.products([self, *others], leaves, roots)
         self.curvature = self.with_all(found)

@@ -125,6 +125,11 @@ class ParameterLayout:
     # ---- what the optimizer shows ------------------------------------------------------------------------------------
 
     @property
+    def optimizer(self) -> Optimizer | None:
+        """The optimizer, if it is still there."""
+        return self._optimizer()
+
+    @property
     def is_used(self) -> bool:
         """Whether the optimizer is still there."""
         return self._optimizer() is not None

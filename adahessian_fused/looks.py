@@ -52,10 +52,15 @@ def _holds(states: Mapping[Any, dict[str, Any]], dicts: Sequence[Any], objects: 
     )
 
 
+def version_of(tensor: Tensor) -> int:
+    """Return how often a tensor has been written to; -2 where torch does not count, in inference mode."""
+    return -2 if tensor.is_inference() else tensor._version
+
+
 def _note_gradients(params: Sequence[Tensor]) -> tuple[list[Any], list[int]]:
     grads = [p.grad for p in params]
     references = [None if grad is None else weakref.ref(grad) for grad in grads]
-    return references, [-1 if grad is None else grad._version for grad in grads]
+    return references, [-1 if grad is None else version_of(grad) for grad in grads]
 
 
 @functools.cache

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from . import hvp
 from .distributed.sharded import part_of
-from .looks import note_gradients
+from .looks import note_gradients, version_of
 
 Versions = list[tuple[Tensor | None, int]]  # gradients, and how often each had been written to
 
@@ -21,7 +21,7 @@ Versions = list[tuple[Tensor | None, int]]  # gradients, and how often each had 
 def versions(params: Iterable[Tensor]) -> Versions:
     """Return the gradients of parameters and how often each has been written to."""
     grads = [p.grad for p in params]
-    return [(grad, -1 if grad is None else grad._version) for grad in grads]
+    return [(grad, -1 if grad is None else version_of(grad)) for grad in grads]
 
 
 class GradientRecord(hvp.BackwardObserver):
@@ -56,7 +56,7 @@ class GradientRecord(hvp.BackwardObserver):
         now = p.grad
         if now is None or grad is None:
             return now is None and version == -1
-        return now is grad() and now._version == version
+        return now is grad() and version_of(now) == version
 
     def before(self, tensors: Any) -> GradientRecord | None:
         """Return the gradients before a backward pass, unless it is another thread's and concerns others' leaves.

@@ -33,7 +33,8 @@ def awaiting(steps: Sequence[HessianStep]) -> list[HessianStep]:
     found = []
     for ref in reversed(_alive.valuerefs()):  # a copy: other threads make optimizers, too
         step = ref()
-        if step is None or step in steps or step.is_orphan:
+        optimizer = None if step is None else step.layout.optimizer  # alive as long as it is looked at
+        if optimizer is None or step in steps:
             continue
         own = set(map(id, step.layout.params()))
         if taken.isdisjoint(own) and step.is_due and all(map(step.takes_part_with, steps)):

@@ -100,6 +100,8 @@ bool Looks::addresses(py::list tensors, int64_t table, int64_t columns, int64_t 
     DlTensor now;
     if (!torch().look(tensor, now) || !same_kind(now, looks_[i]) || !same_order(now, looks_[i])) return false;
     if (checked(PyObject_CallMethodNoArgs(tensor, torch().is_neg)).ptr() != Py_False) return false;
+    const bool empty = std::find(now.shape, now.shape + now.ndim, 0) != now.shape + now.ndim;
+    if (now.data == nullptr && !empty) return false;  // zeros that torch has not made yet
     *out = reinterpret_cast<int64_t>(now.data);
   }
   return true;
@@ -138,7 +140,12 @@ py::tuple note_gradients(py::list tensors) {
     const py::object grad = checked(PyObject_GetAttr(PyList_GET_ITEM(tensors.ptr(), i), torch().grad));
     const bool none = grad.is_none();
     references[i] = none ? grad : checked(PyWeakref_NewRef(grad.ptr(), nullptr));
-    versions[i] = none ? py::int_(-1) : checked(PyObject_GetAttr(grad.ptr(), torch().version));
+    PyObject* version = none ? PyLong_FromLong(-1) : PyObject_GetAttr(grad.ptr(), torch().version);
+    if (version == nullptr && PyErr_ExceptionMatches(PyExc_RuntimeError)) {  // torch does not count in inference mode
+      PyErr_Clear();
+      version = PyLong_FromLong(-2);
+    }
+    versions[i] = checked(version);
   }
   return py::make_tuple(std::move(references), std::move(versions));
 }

@@ -188,3 +188,23 @@ def test_step_hooks_run(watched):
         opt.register_step_post_hook(lambda *args: seen.append("after"))
     opt.step(lambda: (p**2).sum())
     assert seen == (["before", "after"] if watched == "hooks" else [])
+
+
+def test_a_gradient_without_memory_is_no_address():
+    p = P(torch.ones(3))
+    p.register_hook(lambda g: torch._efficientzerotensor(g.shape))
+    p.square().sum().backward()
+    with pytest.raises(RuntimeError, match="adahessian_step"):
+        AdaHessian([p], backend="native").step(hessian=[torch.ones(3)])
+    assert p.tolist() == [1.0, 1.0, 1.0]
+
+
+@pytest.mark.parametrize("kind", ["native", "reference"])
+def test_a_gradient_of_inference_mode_is_stepped_along_once(kind):
+    p = P(torch.ones(3))
+    with torch.inference_mode():
+        p.grad = torch.ones(3)
+    opt = AdaHessian([p], lr=0.1, backend=kind)
+    opt.step(hessian=[torch.ones(3)])
+    assert p.tolist() == pytest.approx([0.9] * 3, rel=1e-4)
+    assert opt.state[p]["step"] == 1

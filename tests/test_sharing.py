@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -223,3 +224,54 @@ def test_one_alone_draws_what_it_always_drew(products):
     opt.backward(model(torch.ones(2, 3, dtype=torch.float64)).square().mean())
     assert all(map(torch.equal, z, products[1].values()))
     assert other.coming_step.curvature is None
+
+
+def quartic(p, factor=1.0):
+    """A loss whose Hessian is diagonal: p^2 times ``factor``."""
+    return factor * (p**4).sum() / 12
+
+
+@pytest.mark.filterwarnings("ignore:Using backward\\(\\) with create_graph=True")
+def test_graphs_of_unrelated_models_are_left_to_their_own_optimizers():
+    a, b = (nn.Parameter(torch.tensor([1.0, 2.0], dtype=torch.float64)) for _ in range(2))
+    opt_a, opt_b = (AdaHessian([p], lr=0.0) for p in (a, b))
+    quartic(b, 0.5).backward(create_graph=True)
+    quartic(a).backward(create_graph=True)
+    opt_a.step()
+    quartic(b, 0.5).backward(create_graph=True)
+    opt_b.step()
+    for opt, p in ((opt_a, a), (opt_b, b)):
+        torch.testing.assert_close(opt.hessian_diag(p), p.detach() ** 2, rtol=1e-12, atol=0)
+
+
+@pytest.mark.filterwarnings("ignore:Using backward\\(\\) with create_graph=True")
+def test_the_modules_zeroing_takes_the_curvature_that_another_optimizer_has_given():
+    a, b = (nn.ParameterList([torch.tensor([1.0, 2.0], dtype=torch.float64)]) for _ in range(2))
+    opt_a, opt_b = (AdaHessian(model.parameters(), lr=0.0) for model in (a, b))
+    (quartic(a[0]) + quartic(b[0], 7.0)).backward(create_graph=True)
+    opt_a.step()  # differentiates b's gradient too, whose turn it is not
+    b.zero_grad()
+    quartic(b[0], 5.0).backward(create_graph=True)
+    opt_b.step()
+    torch.testing.assert_close(opt_b.hessian_diag(b[0]), 5 * b[0].detach() ** 2, rtol=1e-12, atol=0)
+
+
+@pytest.mark.filterwarnings("ignore:Using backward\\(\\) with create_graph=True")
+def test_optimizers_in_threads_of_their_own():
+    models = [mlp() for _ in range(3)]  # here, with the generator of all threads
+
+    def trained(seed):
+        model, opt = fresh(models[seed])
+        for step in range(6):
+            opt.zero_grad()
+            model(torch.full((2, 3), 0.1 * (seed + step), dtype=torch.float64)).square().mean().backward(
+                create_graph=True
+            )
+            opt.step()
+        return weights(model)
+
+    expected = [trained(seed) for seed in range(3)]
+    with ThreadPoolExecutor(3) as pool:
+        found = list(pool.map(trained, range(3)))
+    for ours, theirs in zip(found, expected, strict=True):
+        assert all(map(torch.equal, ours, theirs))

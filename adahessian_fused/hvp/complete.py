@@ -88,13 +88,14 @@ class Graphs(BackwardObserver):
 
     Args:
         wanted: method that returns the parameters whose curvature the coming step takes from such gradients.
+        begin: method that is called before a pass over any of them.
 
     Attributes:
         seen: whether there was such a pass.
     """
 
-    def __init__(self, wanted: Callable[[], Sequence[Tensor]]) -> None:
-        self._wanted = weakref.WeakMethod(wanted)
+    def __init__(self, wanted: Callable[[], Sequence[Tensor]], begin: Callable[[], None]) -> None:
+        self._wanted, self._begin = weakref.WeakMethod(wanted), weakref.WeakMethod(begin)
         self.clear()
         self.watch()
 
@@ -126,6 +127,8 @@ class Graphs(BackwardObserver):
         if graph is None or {id(leaf) for leaf in graph.leaves}.isdisjoint(map(id, params)):
             yield
             return
+        if (begin := self._begin()) is not None:
+            begin()
         if all(p.grad is None for p in params):  # by model.zero_grad()
             self.clear()
         with examined(graph) as found:
