@@ -262,6 +262,7 @@ class AdaHessian(torch.optim.Optimizer):
 
     # ---- the step ----------------------------------------------------------------------------------------------------
 
+    @torch.compiler.disable  # a compiled training loop calls what follows as it is
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None, hessian: Sequence[Tensor | None] | None = None) -> Any:
         """Perform one optimization step.
@@ -370,6 +371,7 @@ class AdaHessian(torch.optim.Optimizer):
         """Whether the coming step uses new curvature: ``loss.backward(create_graph=opt.needs_hessian)``."""
         return self.coming_step.is_due
 
+    @torch.compiler.disable
     @profiled(lambda opt: f"Optimizer.backward#{type(opt).__name__}.backward")
     def backward(
         self,
@@ -425,6 +427,7 @@ class AdaHessian(torch.optim.Optimizer):
             batch_size=batch_size,
         )
 
+    @torch.compiler.disable
     def backward_split(
         self,
         loss_fn: Callable[..., Tensor],
@@ -479,6 +482,7 @@ class AdaHessian(torch.optim.Optimizer):
         """
         return hooks.hook_backward(_unwrapped(self))
 
+    @torch.compiler.disable
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Reset the gradients, and drop curvature that was gathered with them."""
         with self.coming_step.zeroing(to_none=set_to_none):

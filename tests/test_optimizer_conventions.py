@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+from functools import partial
 
 import numpy as np
 import pytest
@@ -357,3 +358,21 @@ def test_functional_form_names_what_does_not_fit(device):
     for name, args in {"grads": ([q], [p], [p]), "hvps": ([p], [q], [p]), "exp_avg": ([p], [p], [q])}.items():
         with pytest.raises(ValueError, match=rf"{name}.*\(3,\); expected.*\(2, 3\)"):
             adahessian([p], args[0], args[1], args[2], [p], [n], [n], **numbers)
+
+
+@pytest.mark.parametrize("compiled", ["step", "loop"])
+def test_in_a_compiled_function(compiled):
+    results = []
+    for compile_ in (lambda f: f, partial(torch.compile, backend="eager")):
+        model, opt = fresh(mlp(), update_each=2)
+
+        def train(x, model=model, opt=opt, compile_=compile_):
+            opt.zero_grad()
+            loss = model(x).square().mean()
+            opt.backward(loss)
+            (opt.step if compiled == "loop" else compile_(opt.step))()
+            return loss
+
+        call = compile_(train) if compiled == "loop" else train
+        results.append([call(torch.full((2, 3), 0.1 * i, dtype=torch.float64)).item() for i in range(4)])
+    assert results[0] == results[1]
