@@ -198,6 +198,10 @@ STAGES = (
 )
 
 
+def _hear_interrupts() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def run_stage(stage: Stage, setting: Setting, limit: float, log: Path) -> dict[str, Any]:
     """Run a stage's commands within its limit; what it found, whatever happened."""
     found: dict[str, Any] = {"stage": stage.name, "budget": stage.budget, "exit": [], "results": []}
@@ -209,8 +213,10 @@ def run_stage(stage: Stage, setting: Setting, limit: float, log: Path) -> dict[s
                 break
             print(f"\n==== {stage.name}: {' '.join(command)}", file=stream, flush=True)
             left = limit - (time.perf_counter() - start)
-            # A session of its own: what the command has started ends with it.
-            process = subprocess.Popen(command, cwd=ROOT, stdout=stream, stderr=stream, start_new_session=True)
+            # A session of its own: what the command has started ends with it. A shell's "&" has us ignore Ctrl-C.
+            process = subprocess.Popen(
+                command, cwd=ROOT, stdout=stream, stderr=stream, start_new_session=True, preexec_fn=_hear_interrupts
+            )
             try:
                 found["exit"].append(process.wait(timeout=max(left, 0.1)))
             except subprocess.TimeoutExpired:

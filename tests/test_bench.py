@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import signal
 import sys
 import time
 
@@ -366,8 +367,9 @@ def test_a_stage_without_time_is_not_begun(tmp_path):
 
 
 def test_a_stage_that_is_out_of_time_says_what_it_has_found(tmp_path, monkeypatch):
-    """Also where it was writing it, and where it does not end by itself."""
+    """Also where it was writing it, where it does not end by itself, and where a shell has begun it with "&"."""
     monkeypatch.setattr(gpu, "GRACE", 1)
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
     writes = """if True:
         import sys, time
         open(sys.argv[1] + '/a.json', 'w').write('[7]')
@@ -382,6 +384,7 @@ def test_a_stage_that_is_out_of_time_says_what_it_has_found(tmp_path, monkeypatc
     """
     (stage,) = stages(writes)
     found = gpu.run_stage(stage, gpu.Setting("cpu", small=True, workers=1), 2.0, tmp_path / "log")
+    signal.signal(signal.SIGINT, before)
     assert (found["exit"], found["results"], found["tests"]["tests"]) == (["out of time"], [[7]], 1)
 
 
