@@ -188,7 +188,7 @@ class HessianStep:
     @property
     def is_orphan(self) -> bool:
         """Whether the optimizer is gone, and this not yet."""
-        return not self.layout.is_used
+        return self.layout.optimizer is None
 
     @property
     def has_ranks(self) -> bool:

@@ -130,11 +130,6 @@ class ParameterLayout:
         return self._optimizer()
 
     @property
-    def is_used(self) -> bool:
-        """Whether the optimizer is still there."""
-        return self._optimizer() is not None
-
-    @property
     def groups(self) -> list[dict[str, Any]]:
         """The parameter groups."""
         return self._optimizer().param_groups

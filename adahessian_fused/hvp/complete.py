@@ -63,7 +63,8 @@ def examined(graph: Graph) -> Iterator[list[str]]:
     found += filter(None, (_computed_again(node, graph, whole=whole) for node, whole in later))
 
 
-def complete(graph: Graph) -> contextlib.AbstractContextManager[None]:
+@contextlib.contextmanager
+def complete(graph: Graph) -> Iterator[None]:
     """Surround the backward pass of a loss that keeps its graph; raise if second derivatives are missing.
 
     Args:
@@ -72,11 +73,6 @@ def complete(graph: Graph) -> contextlib.AbstractContextManager[None]:
     Raises:
         RuntimeError: part of the gradient has no graph, or one that is wrong; the message names the Function.
     """
-    return _completed(graph)
-
-
-@contextlib.contextmanager
-def _completed(graph: Graph) -> Iterator[None]:
     with examined(graph) as found:
         _raise(found)
         yield
