@@ -15,7 +15,7 @@ from .distributed.ranks import batch_weight
 from .fraction import split_batch
 from .friendly import curvature_friendly
 from .functional import adahessian, hutchinson_diagonal
-from .hvp_check import HvpCheck, StrategyCheck, check_hvp
+from .hvp_check import HvpCheck, StrategyCheck, check_along_z, check_hvp
 from .optimizer import AdaHessian
 from .train_step import TrainStep
 
@@ -31,6 +31,7 @@ __all__ = [
     "adahessian",
     "available_backends",
     "batch_weight",
+    "check_along_z",
     "check_hvp",
     "compat",
     "curvature_friendly",

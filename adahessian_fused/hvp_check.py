@@ -26,6 +26,12 @@ TRUSTED = 0.1
 """Relative error of Hz up to which a strategy is trusted. The noise of a single probe is many times as large."""
 
 SAMPLES = 3
+DISTANCES = {torch.float64: (2.0**-16, 2.0**-20, 2.0**-24), torch.float32: (2.0**-9, 2.0**-11, 2.0**-13)}
+"""Of the gradients whose differences Hz has to agree with, by the precision they are computed in."""
+
+AGREES = 0.01
+"""Relative error of Hz, against these differences, above which something is constant for autograd alone."""
+
 DIFFERENCE = "finite_difference"
 LossFn = Callable[..., Tensor]
 
@@ -48,6 +54,7 @@ class StrategyCheck:
         pays: False for a lower precision that is no faster here than the model's own.
         kinks: with finite differences, operators at which the gradient jumps, or may jump, which one batch need not
             show; and "fd_epsilon" if a larger distance gives another Hz.
+        along_z: that of :class:`HvpCheck`.
     """
 
     strategy: str
@@ -59,17 +66,26 @@ class StrategyCheck:
     operator: str | None = None
     pays: bool = True
     kinks: tuple[str, ...] = ()
+    along_z: float | None = None
 
     @property
     def trusted(self) -> bool:
         """Whether it works, and Hz is right to a tenth, on more than this batch as far as can be told."""
-        return self.product_error is not None and self.product_error <= TRUSTED and not self.kinks
+        right = self.product_error is not None and self.product_error <= TRUSTED
+        return right and not self.kinks and not self._doubted
+
+    @property
+    def _doubted(self) -> bool:
+        return self.along_z is not None and self.along_z > AGREES
 
     @property
     def verdict(self) -> str:
         """The result in words."""
         if self.failure is not None:
             return f"fails: {self.operator or self.failure.splitlines()[0][:60]}"
+        if self._doubted:
+            what = "double backward" if self.strategy == DIFFERENCE else "Hz"
+            return f"{what} is off by {self.along_z:.1%} from the change of g along z (detach, rounding, a Function?)"
         if self.product_error is None or self.product_error > TRUSTED:
             return "WRONG for this model"
         if self.kinks:
@@ -85,11 +101,14 @@ class HvpCheck:
         reference: what the errors are relative to.
         strategies: a check for each strategy.
         seconds: duration of a first-order gradient.
+        along_z: relative error of the reference, where that is a double backward, against differences of gradients
+            along a probe; None where these do not agree with one another, as at a kink.
     """
 
     reference: str
     strategies: tuple[StrategyCheck, ...]
     seconds: float
+    along_z: float | None = None
 
     def __getitem__(self, strategy: str) -> StrategyCheck:
         """Return the check of one strategy."""
@@ -117,7 +136,8 @@ class HvpCheck:
         """Print the table; with rich, where that is installed."""
         caption = (
             f"Errors of Hz and g relative to {self.reference}; time and memory of g and Hz relative to "
-            f"those of g alone, which takes {self.seconds * 1e3:.3g} ms."
+            f"those of g alone, which takes {self.seconds * 1e3:.3g} ms. Differences of g along z: "
+            + ("cannot tell." if self.along_z is None else f"Hz is off by {self.along_z:.1e}.")
         )
         try:
             from rich.console import Console
@@ -154,8 +174,11 @@ def check_hvp(
     state of torch's random numbers. Exact is double backward of a copy in float64, with attention in plain operators.
     Whether finite differences cross a kink (ReLU, max pooling) on one batch is a matter of luck: where the graph of the
     loss has any, or functions of somebody's own, or another distance gives another Hz, the verdict is "cannot tell".
-    Where double backward fails, central differences in float64 take its place: right for smooth models only. Where
-    random numbers (dropout on a GPU) come out differently in float64, the copy keeps the model's own precision.
+    Nor is exact believed unseen: differences of gradients along z, at several distances, have to give the same Hz. They
+    do not where gradients depend on what autograd takes for constant, be it meant (a target after ``detach()``) or not
+    (a Function that hides numbers). Where double backward fails, central differences in float64 take its place: right
+    for smooth models only. Where random numbers (dropout on a GPU) come out differently in float64, the copy keeps the
+    model's own precision.
 
     Args:
         model: the model, in the mode it is trained in.
@@ -183,7 +206,8 @@ def check_hvp(
         raise ValueError("no parameter of the model requires a gradient; expected one at least")
     with _random_numbers_kept():
         runs = {name: _Run(model, loss_fn, batch, name, fd_epsilon) for name in _names(model)}
-        reference, exact = _exact(model, loss_fn, batch)
+        reference, exact, precise = _exact(model, loss_fn, batch)
+        along_z = _along_z(precise, exact)
         plain = _Run(model, loss_fn, batch, "first order", fd_epsilon)
         checks: list[StrategyCheck] = []
         seconds: dict[str, list[float]] = {name: [] for name in [*runs, plain.name]}
@@ -204,13 +228,40 @@ def check_hvp(
         used = memory[name] / memory[plain.name] if memory[plain.name] else None
         took = statistics.median(seconds[name])
         pays = name not in LOWER or took < statistics.median(seconds["autograd"])
-        checks.append(
-            StrategyCheck(name, *error, took / base, used, pays=pays, kinks=kinked if name == DIFFERENCE else ())
-        )
-    result = HvpCheck(reference, tuple(checks), base)
+        crossed = kinked if name == DIFFERENCE else ()
+        checks.append(StrategyCheck(name, *error, took / base, used, pays=pays, kinks=crossed, along_z=along_z))
+    result = HvpCheck(reference, tuple(checks), base, along_z)
     if show:
         result.show()
     return result
+
+
+def check_along_z(model: nn.Module, loss_fn: LossFn, batch: Sequence[Any]) -> float | None:
+    """Compare Hz with the change of the gradient along z, in float64 and at several distances.
+
+    Every Hessian step looks for parts of the gradient that have no graph; this looks at the numbers alone, whatever the
+    graph says. It works on a copy of the model, and costs some five gradients in float64: once in a thousand steps is
+    nothing.
+
+    Args:
+        model: the model, in the mode it is trained in; of one inside DistributedDataParallel its ``module``.
+        loss_fn: computes the loss as ``loss_fn(model, *batch)``, with the model it is given.
+        batch: its other arguments.
+
+    Returns:
+        The relative error; None where differences at several distances do not agree with one another, as at a kink, or
+        where there is no Hz. Above a hundredth, gradients depend on what autograd takes for constant.
+
+    Example:
+        >>> import torch, adahessian_fused
+        >>> model = torch.nn.Linear(3, 1)
+        >>> loss_of = lambda model, x, y: (model(x) - y).exp().mean()
+        >>> adahessian_fused.check_along_z(model, loss_of, (torch.randn(16, 3), torch.randn(16, 1))) < 1e-6
+        True
+    """
+    with _random_numbers_kept():
+        _, exact, run = _exact(model, loss_fn, batch)
+        return _along_z(run, exact)
 
 
 def _kinks(
@@ -230,6 +281,25 @@ def _kinks(
         error = _Run(model, loss_fn, batch, DIFFERENCE, wider).errors(exact)
         found = ["fd_epsilon"] if isinstance(error, tuple) and error[0] > TRUSTED else []
     return tuple(found)
+
+
+def _along_z(run: _Run, exact: Callable[[int], tuple[Tensor, Tensor]]) -> float | None:
+    """Return the error of Hz against differences of gradients, on which several distances and both sides agree."""
+    dtypes = {p.dtype for p in run.params}
+    if run.hvp != "autograd" or len(dtypes) > 1 or not dtypes.issubset(DISTANCES):
+        return None
+    (here, product), found = exact(0), list[Tensor]()
+    tolerance = AGREES / 10 if dtypes == {torch.float64} else AGREES
+    for distance in DISTANCES[dtypes.pop()]:
+        plus, minus = run.gradient(distance), run.gradient(-distance)
+        found.append((plus - minus) / (2 * distance))
+        error = _relative(product, found[-1])
+        if error <= tolerance:
+            return error
+        one_sided = (plus - here) / distance, (here - minus) / distance
+        if _relative(*one_sided) <= 0.1 and any(_relative(f, found[-1]) <= tolerance / 2 for f in found[:-1]):
+            return error
+    return None
 
 
 def _names(model: nn.Module) -> list[str]:
@@ -257,13 +327,13 @@ class _Run:
         self.name, self.model = name, copy.deepcopy(model)
         self.loss = lambda: loss_fn(self.model, *batch)
         self.params = [p for p in self.model.parameters() if p.requires_grad]
-        hvp = name if name in CHOICES["hvp"] else "autograd"
+        self.hvp = hvp = name if name in CHOICES["hvp"] else "autograd"
         low = LOWER.get(name)
         self._buffers = [(b, b.clone()) for b in self.model.buffers()]
         epsilon = epsilon if hvp == "finite_difference" else None
         self._options: dict[str, Any] = {"hvp": hvp, "hvp_dtype": low, "fd_epsilon": epsilon}
 
-    def once(self, seed: int) -> AdaHessian:
+    def once(self, seed: int, *, with_curvature: bool = True) -> AdaHessian:
         """Compute gradients, and curvature for the probe of this seed, from the same state each time."""
         for buffer, value in self._buffers:
             buffer.copy_(value)
@@ -273,7 +343,7 @@ class _Run:
         opt = AdaHessian(self.params, seed=seed, **self._options)
         # A loss that is given, so that PyTorch's own double backward is judged.
         loss = self.loss() if self._options["hvp"] == "autograd" else self.loss
-        opt.backward(loss, curvature=float(self.name != "first order"))
+        opt.backward(loss, curvature=float(with_curvature and self.name != "first order"))
         return opt
 
     def gathered(self, seed: int) -> tuple[Tensor, Tensor]:
@@ -283,6 +353,17 @@ class _Run:
         return _flat([p.grad for p in self.params], self.params), _flat(
             [products.get(id(p)) for p in self.params], self.params
         )
+
+    def gradient(self, distance: float) -> Tensor:
+        """Return the gradient at p + distance * z for the probe of seed 0, in one vector."""
+        weights = [p.detach() for p in self.params]
+        held, opt = [p.clone() for p in weights], AdaHessian(self.params, seed=0)
+        torch._foreach_add_(weights, opt.coming_step.draw(self.params, 0), alpha=distance)
+        try:
+            self.once(0, with_curvature=False)
+        finally:
+            torch._foreach_copy_(weights, held)
+        return _flat([p.grad for p in self.params], self.params)
 
     def errors(self, exact: Callable[[int], tuple[Tensor, Tensor]]) -> tuple[float, float] | RuntimeError:
         """Return the largest relative errors of Hz and gradient, or why there are none."""
@@ -328,8 +409,8 @@ def _relative(found: Tensor, exact: Tensor) -> float:
 
 def _exact(
     model: nn.Module, loss_fn: LossFn, batch: Sequence[Any]
-) -> tuple[str, Callable[[int], tuple[Tensor, Tensor]]]:
-    """Return the name of the reference, and a function that computes gradient and Hz for a probe's seed.
+) -> tuple[str, Callable[[int], tuple[Tensor, Tensor]], _Run]:
+    """Return the name of the reference, a function that computes gradient and Hz for a probe's seed, and its run.
 
     Raises:
         RuntimeError: not even first-order gradients can be computed.
@@ -354,7 +435,7 @@ def _exact(
         try:
             if _same_loss(run, _Run(eager, loss_fn, batch, hvp, None)):
                 gathered(0)
-                return name, gathered
+                return name, gathered, run
         except RuntimeError as error:
             failure = error
     raise failure

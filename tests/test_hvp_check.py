@@ -12,7 +12,7 @@ from models import assert_same, batch, conv_net, mlp, weights
 from test_first_order_only import Attention, Bag
 from torch import nn
 
-from adahessian_fused import check_hvp, curvature_friendly
+from adahessian_fused import check_along_z, check_hvp, curvature_friendly
 from adahessian_fused.hvp.kinks import kinks
 
 EXACT = ("autograd", "forward_over_reverse")
@@ -145,6 +145,72 @@ def test_without_any_double_backward_the_reference_is_a_difference():
     assert result.reference.startswith("central differences in float64")
     assert result["finite_difference"].trusted
     assert result["autograd"].operator == "_embedding_bag_backward"
+
+
+class Sworn(torch.autograd.Function):
+    """Hides numbers and denies it, so that nothing but numbers tells."""
+
+    twice_differentiable = True
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.slope = x.detach().cos()
+        return x.sin()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad * ctx.slope
+
+
+CONSTANT = {
+    "function": Sworn.apply,
+    "detach": lambda x: x * x.detach().sigmoid(),
+    "data": lambda x: x * x.data.cos(),
+    "straight_through": lambda x: x + (torch.round(4 * x) / 4 - x).detach(),
+}
+
+
+@pytest.mark.parametrize("case", CONSTANT)
+def test_differences_of_gradients_see_what_is_constant_for_autograd_alone(device, case):
+    result = check(Acting(CONSTANT[case]).to(device))
+    assert result.along_z > 0.02
+    assert not any(each.trusted for each in result.strategies)
+    verdicts = [each.verdict for each in result.strategies if each.failure is None]  # a Function without jvp
+    assert len(verdicts) > 1
+    assert all(f"off by {result.along_z:.1%} from the change of g along z" in verdict for verdict in verdicts)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("act", [nn.Tanh(), nn.ReLU(), nn.Softplus(beta=100), torch.abs, nn.BatchNorm1d(16)], ids=str)
+def test_differences_of_gradients_agree(device, act, dtype):
+    """A kink is crossed at the larger distances at most."""
+    assert check(Acting(act).to(device, dtype)).along_z < 1e-4
+
+
+def test_differences_of_gradients_in_the_precision_of_the_model():
+    assert check(Unequal()).along_z < 0.01
+
+
+def test_differences_alone(device):
+    """For use in training: nothing is left behind, and the number is that of the whole check."""
+    for act in (nn.Sequential(nn.BatchNorm1d(16), nn.Dropout(0.3)), Sworn.apply):
+        model = Acting(act).to(device)
+        before, state = copy.deepcopy(model.state_dict()), torch.get_rng_state()
+        found = check_along_z(model, loss_on, batch(0, model, 16))
+        assert torch.equal(torch.get_rng_state(), state)
+        assert_same(list(model.state_dict().values()), list(before.values()))
+        assert all(p.grad is None for p in model.parameters())
+        assert found == check(model).along_z
+
+
+def test_differences_of_gradients_at_a_kink_tell_nothing(device, capsys):
+    model = Acting(nn.ReLU()).to(device)
+    nn.init.zeros_(model.first.bias)
+    data = torch.zeros(16, 3, device=device), torch.ones(16, 2, device=device)
+    result = check_hvp(model, loss_on, data, repeats=1)
+    assert result.along_z is None
+    assert result["autograd"].trusted
+    assert "g along z: cannot tell" in " ".join(capsys.readouterr().out.split())
 
 
 class Unequal(nn.Module):
