@@ -172,6 +172,7 @@ class Subset:
     rows: Tensor | None = None  # their numbers, unless all are in it
     looks: Any = None  # of the parameters
     addresses: Tensor | None = None
+    places: list[tuple[Any, Any, int]] | None = None  # shape, strides and offset in flat buffers
 
 
 class Bucket:
@@ -259,6 +260,13 @@ class Bucket:
     def view(self, flat: Tensor, entry: Entry) -> Tensor:
         """Return the part of a flat buffer that belongs to a parameter, in its shape and storage order."""
         return flat.as_strided(entry.param.shape, entry.dense_strides, self.rows[entry.row][Segment.OFFSET])
+
+    def views(self, flat: Tensor, entries: Sequence[Entry]) -> list[Tensor]:
+        """Return the parts of a flat buffer that belong to some parameters, see :meth:`view`."""
+        subset = self._subset(entries)
+        if subset.places is None:
+            subset.places = [(e.param.shape, e.dense_strides, self.rows[e.row][Segment.OFFSET]) for e in entries]
+        return [flat.as_strided(*place) for place in subset.places]
 
     def logical_view(self, flat: Tensor, entry: Entry) -> Tensor:
         """Return the part of a flat buffer that belongs to a parameter, in its shape and row-major order."""

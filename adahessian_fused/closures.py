@@ -63,14 +63,17 @@ def run(opt: AdaHessian, closure: Callable[[], Any]) -> Any:
 class _Friendly(Mode):
     """The mode of cheap second derivatives with backward passes taken over: one mode for both costs half of two."""
 
+    replaced: frozenset[Callable] = Mode.replaced.union((Tensor.backward,))
+
     def __init__(self, intercept: hvp.InterceptBackward) -> None:
         super().__init__()
         self._intercept = intercept
 
-    def __torch_function__(self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def replace(self, func: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Run what is in the place of one of the functions in ``replaced``."""
         if func is Tensor.backward:
-            return self._intercept.take(*args, **(kwargs or {}))
-        return super().__torch_function__(func, types, args, kwargs)
+            return self._intercept.take(*args, **kwargs)
+        return super().replace(func, *args, **kwargs)
 
 
 def _evaluate(opt: AdaHessian, closure: Callable[[], Any]) -> Any:

@@ -16,7 +16,7 @@ from .distributed.sharded import joined, part_of
 from .reference import block_mean, rademacher_signs
 from .segments import Segment, Steps, altered, averages_nothing, of_logical_order
 
-_DTYPE = attrgetter("dtype")
+_DTYPE, _FIRST, _STRIDES = attrgetter("dtype"), attrgetter("first"), attrgetter("strides")
 _BUCKETS_DTYPE = attrgetter("bucket.dtype")
 
 
@@ -42,16 +42,20 @@ def draw_probe(
         sample: number of the probe within the step.
         memory: where to draw it again, as the last draw has left it; a CUDA graph reads it there.
     """
-    z, used = {}, {}
+    z: dict[Entry, Tensor] = {}
+    used = {}
     for bucket, members in by_bucket(entries).items():
         size = bucket.device, bucket.dtype, bucket.numel
         flat = None if memory is None else memory.pop(size, None)
         if flat is None:
             flat = torch.empty(bucket.numel, dtype=bucket.dtype, device=bucket.device)
         used[size] = flat
-        if probe == "rademacher" and any(map(_is_from_its_first, members)):
-            backend = backends[bucket.device.type]
-            backend.rademacher(flat, bucket.table_of(members), bucket.steps, seed, sample)
+        if probe == "rademacher" and 0 in map(_FIRST, members):
+            draw = backends[bucket.device.type].rademacher
+            getattr(draw, "_op", draw)(flat, bucket.table_of(members), bucket.steps, seed, sample)
+        if drawable(members, probe):
+            z |= zip(members, bucket.views(flat, members), strict=True)
+            continue
         elif probe == "gaussian":
             generator, counts = torch.Generator(bucket.device), bucket.steps[:, Steps.HESSIAN_STEP].tolist()
             for entry in members:
@@ -62,7 +66,7 @@ def draw_probe(
         for entry in members:
             # Gaussian numbers in logical order: the same probe in any memory format.
             z[entry] = bucket.view(flat, entry) if probe == "rademacher" else bucket.logical_view(flat, entry)
-            if probe == "rademacher" and not _is_from_its_first(entry):  # which the ops do not draw
+            if probe == "rademacher" and entry.first != 0:  # which the ops do not draw
                 h, whole = bucket.steps[entry.row, Steps.HESSIAN_STEP].to(bucket.device), entry.first is None
                 numel = entry.owner.numel() if whole else entry.param.numel()
                 signs = rademacher_signs(numel, entry.param_id, h, seed, sample, entry.first or 0)
@@ -73,14 +77,12 @@ def draw_probe(
     return z
 
 
-def _is_from_its_first(entry: Entry) -> bool:
-    """Tell whether what this rank has of a parameter begins with the parameter's first element, as all of it does."""
-    return entry.first == 0
-
-
 def drawable(entries: Iterable[Entry], probe: str) -> bool:
-    """Tell whether the ops can draw the probe of these parameters themselves."""
-    return probe == "rademacher" and all(map(_is_from_its_first, entries))
+    """Tell whether the ops can draw the probe of these parameters themselves.
+
+    What this rank has of each then begins with the parameter's first element, as all of it does.
+    """
+    return probe == "rademacher" and set(map(_FIRST, entries)) <= {0}
 
 
 def initial_seed() -> int:
@@ -154,7 +156,10 @@ class Curvature:
         is_hvp = drawable(products, probe)
         if not is_hvp and z is None:
             z = draw_probe(list(products), self._backends, probe=probe, seed=self._seed, sample=sample)
-        d = {entry: entry.stored(h, h.dtype) if is_hvp else entry.product(z[entry], h) for entry, h in products.items()}
+        if is_hvp and all(map(eq, map(Tensor.stride, products.values()), map(_STRIDES, products))):
+            d = {entry: h.contiguous() if entry.copied else h for entry, h in products.items()}
+        else:
+            d = {e: e.stored(h, h.dtype) if is_hvp else e.product(z[e], h) for e, h in products.items()}
         self.add(d, sample=sample, is_hvp=is_hvp, weight=1 / n_samples)
 
     def add(self, products: dict[Entry, Tensor], *, sample: int, is_hvp: bool, weight: float = 1.0) -> None:

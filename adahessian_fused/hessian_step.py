@@ -274,8 +274,9 @@ class HessianStep:
         due, trained = self.schedule.due(), self.layout.trained()
         found = [(n, p, g) for (n, p), g in zip(trained, self.own(leaves, grads), strict=True) if g is not None]
         entries = self.layout.ensure([p for _, p, _ in found])
-        for entry, (_, _, g) in zip(entries, found, strict=True):
-            check_grad(g, entry.name)
+        if not {g.layout for _, _, g in found} <= {torch.strided}:
+            for entry, (_, _, g) in zip(entries, found, strict=True):
+                check_grad(g, entry.name)
         return [(entry, g) for entry, (n, _, g) in zip(entries, found, strict=True) if due[n] and g.requires_grad]
 
     def with_all(self, curvature: Curvature | None = None) -> Curvature:
@@ -285,13 +286,14 @@ class HessianStep:
         curvature = curvature or self.new_curvature()
         return curvature if self.curvature is None else self.curvature.plus(curvature)
 
-    @torch.no_grad()
     def report_overflow(self, *, scaled: bool) -> None:
         """Tell ``scaler.unscale_(opt)``, which may be the next call, if the unscaled curvature is not finite.
 
         All ranks hear the same.
         """
-        if scaled:
+        if not scaled:
+            return
+        with torch.no_grad():
             agree = None if self.ranks is None or self.ranks.silent else self.ranks.largest
             self.curvature.report([p.grad for _, p in self.layout.trained() if p.grad is not None], agree)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Collection
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -12,6 +13,8 @@ from torch import Tensor
 from .capture import capturing
 from .layout import ParameterLayout
 from .segments import Segment, Steps
+
+_REQUIRES_GRAD = attrgetter("requires_grad")
 
 
 class Schedule:
@@ -28,10 +31,11 @@ class Schedule:
 
     def due(self) -> list[bool]:
         """Tell for each group whether the coming step uses new curvature."""
-        self._settle()
+        if self._uncertain is not None:
+            self._settle()
         return [
             (group["step"] % group["update_each"] == 0 or group["step"] < _dense_steps(group))
-            and any(p.requires_grad for p in group["params"])
+            and any(map(_REQUIRES_GRAD, group["params"]))
             for group in self._layout.groups
         ]
 

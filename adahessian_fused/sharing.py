@@ -65,6 +65,9 @@ def joining(steps: Sequence[HessianStep], leaves: Iterable[Tensor]) -> list[Hess
 
 def place(steps: Sequence[HessianStep]) -> None:
     """Give each step a probe of its own, unless it has begun with one: equal ones would not be independent."""
+    if len(steps) == 1:
+        steps[0].place = 0 if steps[0].curvature is None else steps[0].place
+        return
     seeds = {step.probe_seed for step in steps if step.curvature is not None}
     for step in steps:
         if step.curvature is None:

@@ -63,22 +63,6 @@ def examined(graph: Graph) -> Iterator[list[str]]:
     found += filter(None, (_computed_again(node, graph, whole=whole) for node, whole in later))
 
 
-@contextlib.contextmanager
-def complete(graph: Graph) -> Iterator[None]:
-    """Surround the backward pass of a loss that keeps its graph; raise if second derivatives are missing.
-
-    Args:
-        graph: that of the loss.
-
-    Raises:
-        RuntimeError: part of the gradient has no graph, or one that is wrong; the message names the Function.
-    """
-    with examined(graph) as found:
-        _raise(found)
-        yield
-    _raise(found)
-
-
 class Graphs(BackwardObserver):
     """What gradients of ``loss.backward(create_graph=True)`` lack; much of it they do not show afterwards.
 
@@ -108,7 +92,7 @@ class Graphs(BackwardObserver):
 
     def check(self) -> None:
         """Raise if anything was missing in the passes of this step."""
-        _raise(self._found)
+        refuse(self._found)
 
     def are_written_to(self) -> bool:
         """Tell whether gradients have been written to since the last pass."""
@@ -142,10 +126,10 @@ def check_gradients(graph: Graph) -> None:
     Args:
         graph: that of the gradients.
     """
-    _raise(map(_wrong, [node for node in graph.wrong if node.name() == WEIGHT_NORM]))  # others are the gradients' own
-    _raise(map(_cut, graph.functions))
+    refuse(map(_wrong, [node for node in graph.wrong if node.name() == WEIGHT_NORM]))  # others are the gradients' own
+    refuse(map(_cut, graph.functions))
     doubts = [(node, _computed_again(node, graph, whole=True)) for node in graph.functions]
-    _raise(problem for node, problem in doubts if type(node) not in _helpers)
+    refuse(problem for node, problem in doubts if type(node) not in _helpers)
 
 
 class _Examination:
@@ -218,7 +202,7 @@ def after_hooks(hooks: Iterable[Hook], grad: Tensor, products: Sequence[Tensor])
         for hook in list(hooks):
             changed = examined(hook, (end,))
             end = end if changed is None else changed
-        _raise(found)
+        refuse(found)
         if end is begin and not begin._version:
             return grad, list(products)
         if not end.requires_grad:  # zeros
@@ -228,7 +212,8 @@ def after_hooks(hooks: Iterable[Hook], grad: Tensor, products: Sequence[Tensor])
     return end.detach(), [torch.autograd.grad(pulled, seed, h, retain_graph=True)[0] for h in products]
 
 
-def _raise(problems: Iterable[str | None]) -> None:
+def refuse(problems: Iterable[str | None]) -> None:
+    """Raise if second derivatives lack anything; the message names the Function."""
     for problem in problems:
         if problem is not None:
             raise RuntimeError(explanation(problem, "autograd"))

@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterable, Sequence
-from operator import attrgetter
+from itertools import chain
+from operator import attrgetter, eq
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import _engine_run_backward
 
 from ..distributed.sharded import any_sharded, joined, part_of
-from .complete import complete
+from .complete import examined, refuse
 from .errors import naming_the_operator
 from .graph import Graph, explore
 from .precision import Precision, second_pass
 from .treatment import without_hooks
 
-_REQUIRES_GRAD = attrgetter("requires_grad")
+_REQUIRES_GRAD, _SHAPE = attrgetter("requires_grad"), attrgetter("shape")
 
 NO_CURVATURE = (
     "this step needs curvature, but no gradient carries a graph. Write opt.backward(loss) instead of loss.backward(), "
@@ -80,9 +83,11 @@ def hessian_vector_product(
         RuntimeError: an operator of the model cannot be differentiated twice; the message names it and the ways out.
     """
     with naming_the_operator("autograd"), second_pass(precision, grads), without_hooks(params):
-        return torch.autograd.grad(
-            grads, params, grad_outputs=z, retain_graph=retain_graph, create_graph=False, allow_unused=True
-        )
+        if set(map(type, chain(grads, z))) == {Tensor} and all(map(eq, map(_SHAPE, grads), map(_SHAPE, z))):
+            # What torch.autograd.grad ends in; before it, that looks at every tensor for some microseconds.
+            options: Any = retain_graph, False, tuple(params), True
+            return _engine_run_backward(tuple(grads), tuple(z), *options, accumulate_grad=False)
+        return torch.autograd.grad(grads, params, grad_outputs=z, retain_graph=retain_graph, allow_unused=True)
 
 
 def first_order(
@@ -100,8 +105,12 @@ def first_order(
         RuntimeError: a gradient, or a part of one, cannot be differentiated again.
     """
     check_loss(loss, gradient)
-    with naming_the_operator("autograd"), complete(graph or explore([loss])):
-        return list(torch.autograd.grad(loss, params, grad_outputs=gradient, create_graph=True, allow_unused=True))
+    with naming_the_operator("autograd"):
+        with examined(graph or explore([loss])) as found:
+            refuse(found)
+            grads = torch.autograd.grad(loss, params, grad_outputs=gradient, create_graph=True, allow_unused=True)
+        refuse(found)
+    return list(grads)
 
 
 def check_loss(loss: Any, gradient: Tensor | None) -> None:
@@ -114,7 +123,6 @@ def check_loss(loss: Any, gradient: Tensor | None) -> None:
         raise RuntimeError(f"loss has shape {tuple(loss.shape)}; expected one number, for example its mean")
 
 
-@torch.no_grad()
 def accumulate_grads(
     params: Sequence[Tensor], grads: Sequence[Tensor | None], seed_gradient: Tensor | None = None
 ) -> None:
@@ -145,23 +153,25 @@ def accumulate_grads(
             # Autograd may hand out one tensor twice, or an expanded one; p.grad has to be the parameter's own.
             shared = g.data_ptr() in seen or g.stride() != p.stride() or g._base is not None
             seen.add(g.data_ptr())
-            first.append((p, torch.empty_like(p).copy_(g) if shared else g))
+            first.append((p, torch.empty_like(p, requires_grad=False).copy_(g) if shared else g))
     # Nothing below takes memory, so that an error leaves all gradients as they were.
     if old:
-        torch._foreach_add_(old, added)
+        with torch.no_grad():
+            torch._foreach_add_(old, added)
     for p, grad in first:
         p.grad = grad
 
 
 def run_post_accumulate_hooks(params: Sequence[Tensor], grads: Sequence[Tensor | None]) -> None:
     """Run what ``register_post_accumulate_grad_hook`` has registered, as the end of a backward pass does."""
-    with torch.no_grad():
-        for p, g in zip(params, grads, strict=True):
-            if g is not None and p._post_accumulate_grad_hooks:
-                for hook in list(p._post_accumulate_grad_hooks.values()):
-                    hook(p)
+    hooked = [p for p, g in zip(params, grads, strict=True) if g is not None and p._post_accumulate_grad_hooks]
+    with torch.no_grad() if hooked else contextlib.nullcontext():
+        for p in hooked:
+            for hook in list(p._post_accumulate_grad_hooks.values()):
+                hook(p)
 
 
+@torch.no_grad()
 def _accumulate_parts(params: Sequence[Tensor], parts: Sequence[Tensor | None]) -> None:
     """Do the same for sharded parameters and their gradients, or this rank's part of those."""
     for p, part in zip(params, parts, strict=True):

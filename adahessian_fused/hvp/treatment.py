@@ -70,18 +70,20 @@ def _present() -> Treatment | None:
     return torch._C._get_obj_in_tls(_KEY) if torch._C._is_key_in_tls(_KEY) else None
 
 
-@contextlib.contextmanager
-def treating(treatment: Treatment) -> Iterator[None]:
+class treating:  # noqa: N801  a class costs every step less than a generator
     """Treat hooks in this way in the backward passes inside."""
-    before = _present()
-    if isinstance(before, Refused):
-        yield
-        return
-    torch._C._stash_obj_in_tls(_KEY, treatment)
-    try:
-        yield
-    finally:
-        torch._C._stash_obj_in_tls(_KEY, before)
+
+    def __init__(self, treatment: Treatment) -> None:
+        self._treatment = treatment
+
+    def __enter__(self) -> None:
+        self._before = _present()
+        if not isinstance(self._before, Refused):
+            torch._C._stash_obj_in_tls(_KEY, self._treatment)
+
+    def __exit__(self, *error: object) -> None:
+        if not isinstance(self._before, Refused):
+            torch._C._stash_obj_in_tls(_KEY, self._before)
 
 
 @contextlib.contextmanager
@@ -92,7 +94,8 @@ def without_hooks(params: Sequence[Tensor]) -> Iterator[None]:
         params: leaves of the graph, whose hooks may be older than the import of this package.
     """
     silenced = [(p._backward_hooks, dict(p._backward_hooks)) for p in params if p._backward_hooks]
-    retained = [(t, t.grad) for t, thread in list(_retaining.items()) if thread == threading.get_ident()]
+    retaining = _retaining.items() if _retaining.data else ()
+    retained = [(t, t.grad) for t, thread in list(retaining) if thread == threading.get_ident()]
     for hooks, _ in silenced:
         hooks.clear()
     try:
