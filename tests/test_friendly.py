@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -32,9 +33,10 @@ def one_thread():
 
 
 @pytest.fixture(autouse=True)
-def relu_of_any_size(monkeypatch):
+def activations_of_any_size(monkeypatch):
     """Ours for the few elements of a test, too."""
     monkeypatch.setattr("adahessian_fused.friendly.relu.SMALL", 0)
+    monkeypatch.setattr("adahessian_fused.friendly.gelu.SMALL", 0)
 
 
 class Case(NamedTuple):
@@ -153,6 +155,8 @@ CASES = {
     "conv_transpose3d": Case(transposed(3), [(1, 2, 2, 1, 2), (2, 1, 2, 2, 1)]),
     "relu": Case(F.relu, [(4, 3)]),
     "relu_in_place": Case(lambda x: F.relu(x * 2, inplace=True), [(4, 3)]),
+    "gelu": Case(F.gelu, [(4, 3)]),
+    "gelu_permuted": Case(lambda x: F.gelu(x.mT), [(4, 3)]),
     "cross_entropy": Case(cross_entropy(), [(4, 3)]),
     "cross_entropy_sum": Case(cross_entropy(reduction="sum", ignore_index=2), [(4, 3)]),
     "cross_entropy_each": Case(cross_entropy(reduction="none", ignore_index=1), [(4, 3)]),
@@ -316,6 +320,17 @@ def test_first_order_of_rms_norm(device, name, dtype):
     for a, b, bound in zip(found, expected, rms_norm_bounds(case, device, dtype), strict=True):
         assert a.dtype == dtype
         assert_within(a, b, bound, "result")
+
+
+def test_the_double_backward_of_gelu_takes_no_more_than_its_results(device):
+    """PyTorch's own takes several times that, which was the peak of a transformer's step."""
+    x, grad, v = (torch.randn(4096, device=device, requires_grad=True) for _ in range(3))
+    with curvature_friendly():
+        (g,) = torch.autograd.grad(F.gelu(x), x, grad, create_graph=True)
+    with torch.profiler.profile(profile_memory=True) as profile:
+        torch.autograd.grad(g, (grad, x), v)
+    sizes = [event.nbytes() for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
+    assert max(itertools.accumulate(sizes)) < 2.1 * x.nbytes
 
 
 @pytest.mark.parametrize("inplace", [False, True])

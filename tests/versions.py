@@ -24,9 +24,10 @@ TEST = ["pytest", "hypothesis", "pytest-timeout", "pytest-xdist", "scikit-learn"
 
 
 def constraints(name: str) -> list[str]:
-    """The lines of constraints.txt, without torch and Triton unless the version is theirs."""
+    """The lines of constraints.txt; without torch, Triton and what torch bounds unless the version is theirs."""
     lines = (ROOT / "constraints.txt").read_text().splitlines()
-    return lines if name == "pinned" else [line for line in lines if not re.match(r"(torch|triton)\b(?!-)", line)]
+    bound = re.compile(r"(torch|triton|setuptools)\b(?!-)")
+    return [line for line in lines if name == "pinned" or not bound.match(line)]
 
 
 def commands(name: str, arguments: list[str], workers: int) -> list[list[str]]:

@@ -23,6 +23,7 @@ from .batch_norm import batch_norm, instance_norm, torch_batch_norm, torch_insta
 from .convolution import convolution
 from .cross_entropy import cross_entropy
 from .embedding_bag import embedding_bag
+from .gelu import gelu
 from .recurrent import layers
 from .relu import relu, relu_
 from .row_norm import group_norm, layer_norm, rms_norm
@@ -51,6 +52,7 @@ OPERATORS: dict[Callable, Callable[..., Any]] = {
     torch.relu_: relu_,
     Tensor.relu: relu,
     Tensor.relu_: relu_,
+    F.gelu: gelu,
     F.embedding_bag: embedding_bag,
     F.cross_entropy: cross_entropy,
     F.scaled_dot_product_attention: attention,
