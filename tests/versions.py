@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parent.parent
 FOLDER = ROOT / "build" / "versions"
 # The oldest that pyproject.toml allows, that of CUDA machines with Triton 3.6, that of constraints.txt, today's.
 VERSIONS = {"2.10": ["torch==2.10.*"], "2.11": ["torch==2.11.*", "triton==3.6.*"], "pinned": [], "newest": ["torch"]}
-BUILD = ["setuptools", "cmake", "ninja", "pybind11", "numpy"]
+BUILD = ["setuptools", "wheel", "cmake", "ninja", "pybind11", "numpy"]
 TEST = ["pytest", "hypothesis", "pytest-timeout", "pytest-xdist", "scikit-learn", "matplotlib", "rich"]
 
 
