@@ -23,11 +23,11 @@ FILES = """
     adahessian_step hessian_diag norm_double_backward op_properties perturb rademacher reference rounding
     amp attention clipping compat compat_state complete_graph default_device distributed fraction friendly
     friendly_models groups hook_backward hutchinson hvp_check hvp_dtype leaves_and_hooks master_weights optimizer
-    optimizer_capture optimizer_conventions optimizer_layout optimizer_schedule options overhead paper peers recompute
+    optimizer_capture optimizer_conventions optimizer_layout optimizer_schedule options overhead paper recompute
     stabilisers state state_dtype state_loading statistics strategies styles told tolerances train_step trainers
     unmeasured zoo
 """
-QUICK = ["compat", "optimizer_layout", "optimizer_schedule", "peers", "strategies"]
+QUICK = ["compat", "optimizer_layout", "optimizer_schedule", "state_loading", "strategies"]
 LEVELS = ["default", "avx2", "avx512"]  # of ATEN_CPU_CAPABILITY, which is taken at its word
 
 

@@ -6,19 +6,22 @@ Every original here takes its probes from ``self.z(p, sample)``, so that it can 
 from __future__ import annotations
 
 import copy
+import itertools
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache
-from types import ModuleType, SimpleNamespace
+from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
-from models import loss_of, weights
+from models import conv_net as with_batch_norm
+from models import fresh, loss_of, mlp, train, weights
 from models import probe as draw_probe
 from published import AdaHessian
+from tolerances import assert_trajectory, growth, nudge
 from torch import Tensor, nn
 
 from adahessian_fused import compat
@@ -221,37 +224,34 @@ def pairs(
     return model, origin.theirs(model), copy.deepcopy(model)
 
 
-# ---- a stand-in for timm, which need not be installed ----------------------------------------------------------------
+STEPS = 10  # of a trajectory, or a few less or more
 
 
-@dataclass(frozen=True)
-class OptimInfo:
-    """The fields of timm's description of an optimizer, with timm's defaults."""
+@cache
+def grows() -> float:
+    """What the optimizer makes of a nudge, for the models here with the options SAME; at most."""
+    found = []
+    for make, averaging in itertools.product((mlp, with_batch_norm, conv_net), ("abs", "signed")):
+        (a, opt_a), (b, opt_b) = (fresh(make(), **SAME, averaging=averaging) for _ in range(2))
+        nudge(a)
+        found.append(growth(train(opt_a, a, STEPS), train(opt_b, b, STEPS)))
+    assert max(found) < 1e6, "a bound that would allow anything"
+    return max(found)
 
-    name: str
-    opt_class: Any
-    description: str = ""
-    has_eps: bool = True
-    has_momentum: bool = False
-    has_betas: bool = False
-    num_betas: int = 2
-    second_order: bool = False
-    defaults: dict[str, Any] | None = None
+
+def assert_close(found: list[Tensor], expected: list[Tensor]) -> None:
+    """The same trajectory, up to roundings."""
+    assert_trajectory(found, expected, STEPS, grows())
+
+
+# ---- the originals under the names that scripts import them by ------------------------------------------------------
 
 
 def stand_in_modules() -> dict[str, ModuleType]:
-    """Modules by the names under which scripts import the originals: timm's registry and factory, and the files."""
-    registered: dict[str, OptimInfo] = {}
-
-    def create_optimizer_v2(model: nn.Module, opt: str, lr: float, **options: Any) -> torch.optim.Optimizer:
-        return registered[opt.lower().split("_")[-1]].opt_class(model.parameters(), lr=lr, **options)
-
+    """Modules by the names under which scripts import the originals that are not installed."""
     names = {
         "timm": {},
-        "timm.optim": {"OptimInfo": OptimInfo, "create_optimizer_v2": create_optimizer_v2, "Adahessian": Timm},
-        "timm.optim._optim_factory": {
-            "default_registry": SimpleNamespace(register=lambda info: registered.update({info.name.lower(): info}))
-        },
+        "timm.optim": {"Adahessian": Timm},
         "optim_adahessian": {"Adahessian": Official},
         "ada_hessian": {"AdaHessian": Davda54},
     }

@@ -8,8 +8,7 @@ import math
 import pytest
 import torch
 from models import assert_same, loss_of, mlp, train, weights
-from originals import SAME, N, Origin, conv_net, every_origin, pairs
-from test_peers import assert_close
+from originals import SAME, N, Origin, assert_close, conv_net, every_origin, pairs
 from tolerances import assert_within, unit
 from torch import nn
 

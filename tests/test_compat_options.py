@@ -9,7 +9,7 @@ import sys
 import pytest
 import torch
 from models import mlp
-from originals import STATE_KEYS, Origin, stand_ins  # noqa: F401
+from originals import STATE_KEYS, Origin
 from seeds import manual_seed
 from torch import nn
 
@@ -71,24 +71,9 @@ def test_a_group_with_an_option_that_cannot_be_had_is_refused():
     assert len(opt.param_groups) == 1
 
 
-# ---- timm's registry -------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.usefixtures("stand_ins")
-def test_timms_factory_makes_ours_once_registered():
-    """Against a stand-in with the interface that timm publishes; test_trainers.py has timm itself."""
-    from timm.optim import create_optimizer_v2
-
-    compat.timm.register()
-    model = mlp()
-    opt = create_optimizer_v2(model, opt="fusedadahessian", lr=0.3, weight_decay=0.1, betas=(0.8, 0.9))
-    assert type(opt) is compat.timm.Adahessian
-    assert [opt.param_groups[0][k] for k in ("lr", "weight_decay", "betas")] == [0.3, 0.1, (0.8, 0.9)]
+def test_without_timm_registering_says_what_to_do(monkeypatch):
     with pytest.raises(ValueError, match="name='fused_adahessian'; expected no underscore"):
         compat.timm.register("fused_adahessian")
-
-
-def test_without_timm_registering_says_what_to_do(monkeypatch):
     for name in ("timm", "timm.optim"):  # another test may have imported it
         monkeypatch.setitem(sys.modules, name, None)
     with pytest.raises(ImportError, match=re.escape("expected timm >= 1.0.12")):

@@ -9,8 +9,7 @@ import pickle
 import pytest
 import torch
 from models import assert_same, mlp, train, weights
-from originals import SAME, STATE_KEYS, N, Official, Origin, conv_net, every_origin, pairs
-from test_peers import assert_close
+from originals import SAME, STATE_KEYS, N, Official, Origin, assert_close, conv_net, every_origin, pairs
 
 from adahessian_fused import accelerate, compat
 

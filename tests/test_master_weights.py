@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from models import assert_same, fresh, weights
+from models import assert_same, fresh, mlp, train, weights
 from published import AdaHessian
 from torch import nn
 
@@ -82,3 +82,15 @@ def test_weights_loaded_from_elsewhere_win_over_a_checkpoints_master_weights(dev
     other_opt.param_groups[0]["lr"], before = 0.0, weights(other)
     other_opt.step(lambda: other(torch.ones(4, 3).to(other.weight)).square().sum())
     assert_same(weights(other), before)
+
+
+def test_a_group_added_later_is_stepped_with_master_weights(engine, device):
+    model = mlp(torch.bfloat16, device)
+    opt = AdaHessian(model[0].parameters(), lr=1e-3, master_weights=True, backend=engine)
+    train(opt, model, 1)
+    opt.add_param_group({"params": model[2:].parameters()})
+    opt.param_groups[0]["lr"] = opt.param_groups[1]["lr"] = 0.1
+    before = weights(model)
+    train(opt, model, [1, 2])
+    assert all((a != b).any() for a, b in zip(weights(model), before, strict=True))
+    assert {str(opt.state[p]["master_param"].dtype) for p in model.parameters()} == {"torch.float32"}

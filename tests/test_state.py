@@ -92,11 +92,6 @@ def test_resumed_through(engine, device, between):
     assert_same(expected, found)
 
 
-def test_resumed_with_master_weights(engine, device):
-    options = {"backend": engine, "master_weights": True, "lr": 1e-3}
-    assert_same(*reversed(uninterrupted_and_resumed(mlp(torch.bfloat16, device), **options)))
-
-
 @pytest.mark.parametrize("probe", ["rademacher", "gaussian"])
 def test_resumed_with_parameters_that_come_and_go(device, probe):
     def run(opt, params, frozen):
@@ -117,26 +112,6 @@ def test_resumed_with_parameters_that_come_and_go(device, probe):
         opt_c.load_state_dict(through_file(opt_b.state_dict()))
         run(opt_c, c, schedule[at:])
         assert_same([p.detach() for p in c], [p.detach() for p in a])
-
-
-def test_resumed_after_a_group_was_added(engine, device):
-    def start(model):
-        return AdaHessian(model[0].parameters(), backend=engine, update_each=3)
-
-    def add(opt, model):
-        opt.add_param_group({"params": model[2:].parameters(), "update_each": 2, "block_size": "row"})
-
-    a, b = mlp(device=device), mlp(device=device)
-    opt_a, opt_b = start(a), start(b)
-    for opt, model in ((opt_a, a), (opt_b, b)):
-        train(opt, model, 2)
-        add(opt, model)
-        train(opt, model, [2])
-    c, opt_c = copy.deepcopy(b), None
-    opt_c = start(c)
-    add(opt_c, c)
-    opt_c.load_state_dict(through_file(opt_b.state_dict()))
-    assert_same(train(opt_c, c, [3, 4, 5]), train(opt_a, a, [3, 4, 5]))
 
 
 def test_loading_goes_on_from_the_checkpoint_again_and_again(device):

@@ -316,20 +316,6 @@ def test_step_as_number_or_tensor(device, kind):
     assert_same(*found)
 
 
-def test_each_parameter_has_its_own_step(device):
-    """A step shared by parameters corrects the bias of a newcomer wrongly (DeepSpeed 8471)."""
-    a, b = (nn.Parameter(torch.ones(3, device=device)) for _ in range(2))
-    opt = AdaHessian([a, b], lr=0.5, eps=0.0)
-    for params in ([a], [a], [a, b]):
-        opt.zero_grad()
-        for p in params:
-            p.grad = torch.ones_like(p)
-        opt.step(hessian=[torch.ones_like(p) for p in (a, b)])
-    # The first step of b: m / (1 - beta1) = 1 and v / (1 - beta2) = 1, up to the rounding of both.
-    assert_within(b, torch.full_like(b, 0.5), 8 * torch.finfo(b.dtype).eps, "weight")
-    assert int(opt.state[b]["step"]) == 1
-
-
 def test_what_was_saved_before_there_was_an_option_goes_on_without_it():
     p = torch.nn.Parameter(torch.ones(2))
     saved = adahessian_fused.AdaHessian([p], **adahessian_fused.recipes.published).state_dict()
@@ -342,3 +328,16 @@ def test_what_was_saved_before_there_was_an_option_goes_on_without_it():
         "warmup": 0,
         "clip": None,
     }
+
+
+@pytest.mark.parametrize("capturable", [False, True])
+def test_counts_are_where_they_belong_after_loading(device, capturable):
+    """PyTorch 103256: a loaded step count landed on the wrong device."""
+    model, opt = fresh(mlp(torch.bfloat16, device), lr=1e-3, capturable=capturable)
+    train(opt, model, 1)
+    again = AdaHessian(model.parameters(), capturable=capturable)
+    again.load_state_dict(opt.state_dict())
+    train(again, model, [1])
+    expected = device if capturable else "cpu"
+    counts = [s[key] for s in again.state.values() for key in ("step", "hessian_step")]
+    assert {(x.device.type, x.dtype, int(x)) for x in counts} == {(expected, torch.int64, 2)}

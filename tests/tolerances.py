@@ -36,7 +36,7 @@ a smaller dtype (test_zoo.py, test_hvp_dtype.py), the nudge is measured along wi
 
 **Trajectories, measured.** Two right ways to take several steps differ by ROUNDINGS u a step, multiplied on the way by
 what the optimizer does with it: where D is nearly 0, m / (|D| + eps) turns a rounding of D into much more. The
-comparisons with other AdaHessians (test_peers.py) and with one process (distributed_problem.py) measure the growth of a
+comparisons with other AdaHessians (originals.py) and with one process (distributed_problem.py) measure the growth of a
 nudge along with the expected numbers; for others it is at most GROWS, which test_tolerances.py tries on several seeds.
 With an eps of 10^-2 that holds by far, and is 10^-8 of a weight after ten steps, and nothing that is wrong is as small.
 

@@ -38,9 +38,6 @@ inline std::vector<Shape> many() {
   return shapes;
 }
 
-// So many blocks longer than a tile that the CPU's step sums each of them right before it updates it.
-inline Shape many_long_blocks() { return {66 * 4104 + 17, 4104}; }
-
 inline std::vector<std::vector<Shape>> all_lists() {
   std::vector<std::vector<Shape>> lists = {{}, {{0}}, many()};
   for (const int64_t block : kBlocks) {
