@@ -9,12 +9,13 @@ from functools import partial
 
 import torch
 from cases import PLAIN
+from fuzz import oracle
 from published import AdaHessian
 from tolerances import assert_within, mean_bound, unit, update_bounds
 from torch import Tensor, nn
 from ways import WAYS
 
-from adahessian_fused.reference import block_mean, rademacher_signs
+from adahessian_fused.reference import rademacher_signs
 
 # ---- models and data ------------------------------------------------------------------------------------------------
 
@@ -83,21 +84,18 @@ def probe(p: Tensor, param_id: int, h: int, seed: int = 0, sample: int = 0) -> T
     return rademacher_signs(p.numel(), param_id, torch.tensor(h), seed, sample).to(p).reshape(p.shape)
 
 
+HYPER = {"lr": 0.15, "betas": (0.9, 0.999), "eps": 1e-4, "weight_decay": 0.0, "hessian_power": 1.0}
+
+
 class ByHand:
-    """Algorithm 1 for one parameter in float64, straight from the paper, one line an equation."""
+    """Algorithm 1 for one parameter in float64: what it is given at which step, and how far off a result may be."""
 
     def __init__(
-        self, p, param_id, *, lr=0.15, betas=(0.9, 0.999), eps=1e-4, weight_decay=0.0, hessian_power=1.0,
-        block_size="auto", averaging="signed", update_each=1, off_step="hold", n_samples=1, seed=0, maximize=False,
-    ):  # fmt: skip
-        self.param_id, self.lr, self.betas, self.eps, self.wd, self.k = (
-            param_id,
-            lr,
-            betas,
-            eps,
-            weight_decay,
-            hessian_power,
-        )
+        self, p: Tensor, param_id: int, *, block_size: int | str = "auto", averaging: str = "signed",
+        update_each: int = 1, off_step: str = "hold", n_samples: int = 1, seed: int = 0, maximize: bool = False,
+        **hyper: object,
+    ) -> None:  # fmt: skip
+        self.param_id, self.hyper = param_id, {**HYPER, **hyper}
         auto = math.prod(p.shape[2:]) if p.dim() in (4, 5) else 1
         self.block = {"auto": auto, "row": p.shape[-1], "tensor": p.numel()}.get(block_size, block_size)
         self.absolute, self.update_each, self.stale = averaging == "abs", update_each, off_step == "stale"
@@ -109,30 +107,23 @@ class ByHand:
         return probe(self.p, self.param_id, self.h, self.seed, sample)
 
     def average(self, d: Tensor) -> Tensor:
-        means = block_mean(d.reshape(-1), self.block).repeat_interleave(self.block)
-        return means[: d.numel()].reshape(self.p.shape)
+        return oracle.block_means(d, self.block)
 
     def step(self, g: Tensor, ds: Sequence[Tensor]) -> None:
         """One step with the gradient and the samples' D, which are used on Hessian steps only; all of them exact."""
-        (b1, b2), g = self.betas, self.sign * g
-        if self.t % self.update_each == 0:
+        fresh, betas, g = self.t % self.update_each == 0, self.hyper["betas"], self.sign * g
+        if fresh:
             d = sum(ds) / self.n_samples
             self.d = self.average(d.abs() if self.absolute else d)
             self.d_error = mean_bound(self.average(sum(d.abs() for d in ds)), self.n_samples, self.block)
-        fresh_or_stale = self.t % self.update_each == 0 or self.stale
-        before = self.p, self.m, g
-        self.t += 1
-        self.m = b1 * self.m + (1 - b1) * g
-        if fresh_or_stale:
-            self.h += 1
-            self.v = b2 * self.v + (1 - b2) * self.d**2
-        denominator = (self.v / (1 - b2**self.h)).sqrt() ** self.k + self.eps
-        moved = self.p * (1 - self.lr * self.wd) - self.lr * self.m / (1 - b1**self.t) / denominator
-        self.p = torch.where((self.v == 0) & (self.k > 0), self.p, moved)
-        hyper, d_and_error = (self.lr, b1, b2, self.eps, self.wd, self.k, 0, *PLAIN), (self.d, self.d_error)
-        self.bounds = update_bounds(
-            unit(g.dtype), hyper, self.t, self.h, before, (self.m, self.v), d_and_error if fresh_or_stale else None
-        )
+        d, before = (self.d if fresh or self.stale else None), (self.p, self.m, g)
+        self.t, self.h = self.t + 1, self.h + (d is not None)
+        self.m, self.v = oracle.averages(self.m, self.v, g, d, betas)
+        self.p = oracle.moved(self.p, self.m, self.v, self.t, self.h, **self.hyper)
+        numbers = [self.hyper[name] for name in HYPER if name != "betas"]
+        row = (numbers[0], *betas, *numbers[1:], 0, *PLAIN)
+        d_and_error = None if d is None else (d, self.d_error)
+        self.bounds = update_bounds(unit(g.dtype), row, self.t, self.h, before, (self.m, self.v), d_and_error)
 
     def check(self, p: Tensor, state: dict[str, Tensor]) -> None:
         """The optimizer has found the same; go on from its numbers, so that roundings do not add up over the steps."""

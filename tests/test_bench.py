@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import signal
 import sys
 import time
@@ -16,7 +15,6 @@ from bench import (
     cases,
     check,
     compare,
-    compiled,
     contestants,
     display,
     gpu,
@@ -25,7 +23,6 @@ from bench import (
     measure,
     report,
     run,
-    shapes,
     table,
 )
 from bench.cases import Case
@@ -171,24 +168,6 @@ def test_the_floor_moves_the_bytes_of_the_step(dtype, state_dtype, hessian_step,
         contestants.floor(Problem(case, "cpu")).step()
 
 
-def test_compiling_is_limited_in_time():
-    with pytest.raises(compiled.SkippedError, match="more than 1 s"), compiled._time_limit(1):
-        time.sleep(10)
-
-
-@pytest.mark.parametrize(
-    ("model", "tensors", "numel"),
-    [
-        (shapes.resnet20(), 59, 269_722),
-        (shapes.resnet50(), 161, 25_557_032),
-        (shapes.gpt2(12, 768), 148, 124_439_808),
-        (shapes.gpt2(24, 1024), 292, 354_823_168),
-    ],
-)
-def test_models_have_their_size(model, tensors, numel):
-    assert (len(model), sum(map(math.prod, model))) == (tensors, numel)
-
-
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 def test_suites(device):
     quick, default, full = ([c.name for c in cases.cases(device, suite)] for suite in ("quick", "default", "full"))
@@ -237,12 +216,6 @@ def test_what_was_measured_stays_if_a_later_case_fails(tmp_path, monkeypatch):
         run.main(["--quick", "--out", str(tmp_path)])
     [path] = tmp_path.glob("*.json")
     assert [result["case"] for result in json.loads(path.read_text())["results"]] == done
-
-
-def test_the_page_follows_its_data():
-    text = report.page({"a-file": results(native=2e-3, floor=1e-3)}, ["benchmarks/cpu-peers.svg"])
-    assert "| x | native | 2 ms | 2 ms - 2 ms | 0.0 | 2.00 |" in text
-    assert text.index("benchmarks/cpu-peers.svg") < text.index("## GPU") < text.index("Not measured yet.")
 
 
 def test_plots(tmp_path):

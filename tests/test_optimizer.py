@@ -25,6 +25,20 @@ def test_diagonal_hessian_is_found_bit_for_bit(every_engine, device, dtype):
     assert torch.equal(opt.hessian_diag(p), diagonal.to(opt.hessian_diag(p)))
 
 
+def test_three_steps_of_algorithm_1_with_numbers_worked_out_by_hand(engine, device):
+    # Loss p^2 / 2: g = p, D = 1, so v / (1 - beta2^t) = 1 and p <- p - lr m / (1 - beta1^t), beta1 = lr = 1/2:
+    # m = 1/2, p = 1 - 1/2 = 1/2;  m = 1/4 + 1/4 = 1/2, p = 1/2 - 1/2 (1/2) / (3/4) = 1/6;  m = 1/4 + 1/12 = 1/3,
+    # p = 1/6 - 1/2 (1/3) / (7/8) = -1/42
+    p, found = nn.Parameter(torch.ones(1, dtype=torch.float64, device=device)), []
+    opt = AdaHessian([p], lr=0.5, betas=(0.5, 0.5), eps=0.0, backend=engine)
+    for _ in range(3):
+        opt.zero_grad()
+        opt.backward(p.square().sum() / 2)
+        opt.step()
+        found.append(p.item())
+    assert found == pytest.approx([1 / 2, 1 / 6, -1 / 42], rel=0, abs=16 * torch.finfo(torch.float64).eps)
+
+
 # ---- off-steps -------------------------------------------------------------------------------------------------------
 
 

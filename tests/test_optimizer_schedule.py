@@ -82,7 +82,8 @@ def test_options_changed_while_training(engine, device):
     for options in changes:
         opt.param_groups[0].update(options)
         for hand in hands:
-            hand.lr, hand.update_each = options.get("lr", hand.lr), options.get("update_each", hand.update_each)
+            hand.hyper["lr"] = options.get("lr", hand.hyper["lr"])
+            hand.update_each = options.get("update_each", hand.update_each)
             hand.block, hand.absolute = options.get("block_size", hand.block), "averaging" in options
             hand.stale = "off_step" not in options
         assert_follows_paper(opt, model, hands, steps=2)

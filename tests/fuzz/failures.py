@@ -5,14 +5,14 @@ from __future__ import annotations
 import contextlib
 import random
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import torch
+import ways
 from published import AdaHessian
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
-
-from adahessian_fused import TrainStep
 
 ERRORS = (MemoryError, KeyboardInterrupt, torch.OutOfMemoryError, ArithmeticError)
 
@@ -39,10 +39,7 @@ class Run:
         torch.manual_seed(0)
         self.model = nn.ModuleList([nn.Linear(3, 4), nn.Linear(4, 2).double(), nn.Linear(2, 2)])
         self.opt = AdaHessian(self.model.parameters(), lr=0.1, seed=0, **options)
-        self.scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
         self.way = way
-        if way == "train_step":
-            self.train_step = TrainStep(self.loss, optimizer=self.opt, compile=False, modules=[self.model])
 
     def loss(self, x: Tensor) -> Tensor:
         a, b, c = self.model
@@ -51,7 +48,7 @@ class Run:
     def step(self, number: int) -> None:
         x = torch.randn(4, 3, generator=torch.Generator().manual_seed(number))
         self.opt.zero_grad()
-        WAYS[self.way](self, x)
+        WAYS[self.way](self.opt, self.loss, x)
 
     def now(self) -> list[Any]:
         """Parameters, states and counts."""
@@ -60,78 +57,33 @@ class Run:
         return [[p.detach().clone() for p in self.model.parameters()], states, counts]
 
 
-def _given(run: Run, x: Tensor) -> None:
-    run.opt.backward(run.loss(x))
-    run.opt.step()
+def _accumulated(opt: AdaHessian, loss: Callable[[Tensor], Tensor], x: Tensor) -> None:
+    opt.backward(loss(x[:2]) / 2)
+    opt.backward(loss(x[2:]) / 2)
+    opt.step()
 
 
-def _create_graph(run: Run, x: Tensor) -> None:
-    run.loss(x).backward(create_graph=run.opt.needs_hessian)
-    run.opt.step()
+def _diagonal(opt: AdaHessian, loss: Callable[[Tensor], Tensor], x: Tensor) -> None:
+    loss(x).backward()
+    opt.step(hessian=[p.grad.detach() for group in opt.param_groups for p in group["params"]])
 
 
-def _function(run: Run, x: Tensor) -> None:
-    run.opt.backward(lambda: run.loss(x))
-    run.opt.step()
+def _scaled(opt: AdaHessian, loss: Callable[[Tensor], Tensor], x: Tensor) -> None:
+    scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+    opt.backward(scaler.scale(loss(x)))
+    scaler.step(opt)
+    scaler.update()
 
 
-def _split(run: Run, x: Tensor) -> None:
-    run.opt.backward_split(run.loss, x)
-    run.opt.step()
-
-
-def _closure(run: Run, x: Tensor) -> None:
-    run.opt.step(lambda: run.loss(x))
-
-
-def _closure_backward(run: Run, x: Tensor) -> None:
-    def closure() -> Tensor:
-        run.opt.zero_grad()
-        loss = run.loss(x)
-        loss.backward()
-        return loss
-
-    run.opt.step(closure)
-
-
-def _hooked(run: Run, x: Tensor) -> None:
-    with run.opt.hook_backward():
-        run.loss(x).backward()
-    run.opt.step()
-
-
-def _accumulated(run: Run, x: Tensor) -> None:
-    run.opt.backward(run.loss(x[:2]) / 2)
-    run.opt.backward(run.loss(x[2:]) / 2)
-    run.opt.step()
-
-
-def _diagonal(run: Run, x: Tensor) -> None:
-    run.loss(x).backward()
-    run.opt.step(hessian=[p.grad.detach() for p in run.model.parameters()])
-
-
-def _scaled(run: Run, x: Tensor) -> None:
-    run.opt.backward(run.scaler.scale(run.loss(x)))
-    run.scaler.step(run.opt)
-    run.scaler.update()
-
-
-def _train_step(run: Run, x: Tensor) -> None:
-    run.train_step(x)
-
-
-WAYS = {
-    "given": _given, "create_graph": _create_graph, "function": _function, "split": _split, "closure": _closure,
-    "closure_backward": _closure_backward, "hooked": _hooked, "accumulated": _accumulated, "diagonal": _diagonal,
-    "scaled": _scaled, "train_step": _train_step,
-}  # fmt: skip
+EVALUATE = ("function", "closure_returns_loss", "closure_standard")  # which the strategies work with that evaluate
+USUAL = ("backward", "needs_hessian", *EVALUATE, "backward_split", "hook_backward", "train_step")
+WAYS = {name: ways.WAYS[name] for name in USUAL}
+WAYS |= {"accumulated": _accumulated, "diagonal": _diagonal, "scaled": _scaled}
 OPTIONS = (
     {}, {"update_each": 2}, {"block_size": 2, "averaging": "abs"}, {"update_each": 2, "off_step": "stale"},
     {"shrink": 2.0, "clip": 0.5}, {"weight_decay": 0.1, "betas": (0.5, 0.9)}, {"hvp": "finite_difference"},
     {"hvp": "forward_over_reverse"}, {"n_samples": 2}, {"capturable": True},
 )  # fmt: skip
-EVALUATE = ("function", "closure", "closure_backward")  # what the strategies work with that evaluate the loss
 GIVEN = ({}, {"update_each": 2}, {"weight_decay": 0.1, "betas": (0.5, 0.9)}, {"shrink": 2.0, "clip": 0.5})
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+import ways
 from functions import kinds
 from published import AdaHessian
 from torch import Tensor, nn
@@ -408,7 +409,7 @@ class Trial:
         self.fraction = r.choice([0.5, 1.0])
         self.told = r.random() < 0.5
         self.lazy = r.random() < 0.2  # another loss in later steps
-        self.way = r.choice(list(WAYS))
+        self.way = r.choice(WAYS)
         self.train_step = None
 
     def value(self, model: nn.Module, *batch: Tensor) -> Tensor:
@@ -496,7 +497,10 @@ class Trial:
         due = self.opt.coming_step.schedule.due()
         self.opt.zero_grad()
         try:
-            WAYS[self.way](self, x)
+            if self.way in OWN:
+                OWN[self.way](self, x)
+            else:
+                ways.WAYS[self.way](self.opt, lambda *batch: self.value(self.model, *batch), x)
         except (RuntimeError, NotImplementedError) as error:
             self.refused(error, before)
             return f"refused: {str(error)[:60]}"
@@ -519,7 +523,7 @@ class Trial:
         hides = any(isinstance(m, Sine) and m.kind != "complete" for m in self.model.modules())
         hides |= self.loss_name.startswith("hidden")
         reentrant = any(isinstance(m, Checkpoint) and m.reentrant for m in self.model.modules())
-        untold = not self.told and self.way in ("create_graph", "given", "accumulated", "one_of_two", "hooked")
+        untold = not self.told and self.way in FROM_LOSS
         attention = any(
             isinstance(m, (Attention, nn.TransformerEncoderLayer, nn.EmbeddingBag)) for m in self.model.modules()
         )
@@ -629,46 +633,6 @@ class Trial:
         )
 
 
-def _given(trial: Trial, x: Tensor) -> None:
-    trial.opt.backward(trial.value(trial.model, x))
-    trial.opt.step()
-
-
-def _create_graph(trial: Trial, x: Tensor) -> None:
-    trial.value(trial.model, x).backward(create_graph=trial.opt.needs_hessian)
-    trial.opt.step()
-
-
-def _function(trial: Trial, x: Tensor) -> None:
-    trial.opt.backward(lambda: trial.value(trial.model, x))
-    trial.opt.step()
-
-
-def _split(trial: Trial, x: Tensor) -> None:
-    trial.opt.backward_split(lambda part: trial.value(trial.model, part), x)
-    trial.opt.step()
-
-
-def _closure(trial: Trial, x: Tensor) -> None:
-    trial.opt.step(lambda: trial.value(trial.model, x))
-
-
-def _closure_backward(trial: Trial, x: Tensor) -> None:
-    def closure():
-        trial.opt.zero_grad()
-        loss = trial.value(trial.model, x)
-        loss.backward()
-        return loss
-
-    trial.opt.step(closure)
-
-
-def _hooked(trial: Trial, x: Tensor) -> None:
-    with trial.opt.hook_backward():
-        trial.value(trial.model, x).backward()
-    trial.opt.step()
-
-
 def _accumulated(trial: Trial, x: Tensor) -> None:
     for part, weight, _ in trial.parts(x):
         trial.opt.backward(trial.value(trial.model, part) * weight)
@@ -682,26 +646,6 @@ def _one_of_two(trial: Trial, x: Tensor) -> None:
     trial.opt.step()
 
 
-def _diagonal(trial: Trial, x: Tensor) -> None:
-    order = [*trial.params[::2], *trial.params[1::2]]
-    loss = trial.value(trial.model, x)
-    if not trial.opt.needs_hessian:
-        loss.backward()
-        trial.opt.step()
-        return
-    grads = torch.autograd.grad(loss, [p for p in order if p.requires_grad], create_graph=True, allow_unused=True)
-    of = dict(zip([id(p) for p in order if p.requires_grad], grads, strict=True))
-    numbers = {id(p): i for i, p in enumerate(trial.params)}
-    used = [p for p in order if of.get(id(p)) is not None and of[id(p)].requires_grad]
-    z = [trial.probe(numbers[id(p)]).to(p) for p in used]
-    found = torch.autograd.grad([of[id(p)] for p in used], used, z, materialize_grads=True)
-    d = {id(p): h * sign for p, h, sign in zip(used, found, z, strict=True)}
-    for p in order:
-        g = of.get(id(p))
-        p.grad = None if g is None else g.detach()
-    trial.opt.step(hessian=[None if p.grad is None else d.get(id(p), torch.zeros_like(p)) for p in order])
-
-
 def _train_step(trial: Trial, x: Tensor) -> None:
     if trial.train_step is None:
         loss_fn = lambda x: trial.value(trial.model, x)  # noqa: E731
@@ -709,11 +653,9 @@ def _train_step(trial: Trial, x: Tensor) -> None:
     trial.train_step(x)
 
 
-WAYS: dict[str, Callable[[Trial, Tensor], None]] = {
-    "given": _given, "create_graph": _create_graph, "function": _function, "backward_split": _split,
-    "closure": _closure, "closure_backward": _closure_backward, "hooked": _hooked, "accumulated": _accumulated,
-    "one_of_two": _one_of_two, "train_step": _train_step,
-}  # fmt: skip
+OWN = {"accumulated": _accumulated, "one_of_two": _one_of_two, "train_step": _train_step}
+FROM_LOSS = ("backward", "needs_hessian", "hook_backward", "accumulated", "one_of_two")  # the model has to be told
+WAYS = (*FROM_LOSS, "function", "backward_split", "closure_returns_loss", "closure_standard", "train_step")
 
 
 def case(seed: int, dtype: torch.dtype | None = None) -> str:

@@ -17,10 +17,10 @@ from torch.overrides import TorchFunctionMode
 MASK = 2**32 - 1
 
 
-def philox(counter: Sequence[int], seed: int) -> list[int]:
-    """One call of Philox4x32-10 (Salmon et al. 2011)."""
+def philox(counter: Sequence[int], seed: int, rounds: int = 10) -> list[int]:
+    """One call of Philox4x32 (Salmon et al. 2011)."""
     c, key = list(counter), [seed & MASK, seed >> 32 & MASK]
-    for _ in range(10):
+    for _ in range(rounds):
         a, b = 0xD2511F53 * c[0], 0xCD9E8D57 * c[2]
         c = [b >> 32 ^ c[1] ^ key[0], b & MASK, a >> 32 ^ c[3] ^ key[1], a & MASK]
         key = [key[0] + 0x9E3779B9 & MASK, key[1] + 0xBB67AE85 & MASK]

@@ -14,6 +14,7 @@ from collections import defaultdict
 
 import pytest
 import torch
+import ways
 from published import AdaHessian
 from tolerances import assert_trajectory
 from torch import nn
@@ -58,17 +59,11 @@ class Plain:
             group["count"] += bool(found)
 
     def update(self, i, g, d, due, group):
-        p, s, (b1, b2) = self.values[i], self.state[i], group["betas"]
-        s["t"] += 1
-        s["m"] = b1 * s["m"] + (1 - b1) * (-g if group["maximize"] else g)
-        if due:
-            s["h"] += 1
-            ds = self.average(d.abs() if group["averaging"] == "abs" else d, group["block_size"])
-            s["v"] = b2 * s["v"] + (1 - b2) * ds**2
-        if s["h"]:
-            denominator = (s["v"] / (1 - b2 ** s["h"])).sqrt() ** group["hessian_power"] + 1e-4
-            p.mul_(1 - group["lr"] * group["weight_decay"])
-            p.sub_(group["lr"] / (1 - b1 ** s["t"]) * s["m"] / denominator)
+        s, options = self.state[i], {name: group[name] for name in ("lr", "betas", "weight_decay", "hessian_power")}
+        s["t"], s["h"] = s["t"] + 1, s["h"] + due
+        d = self.average(d.abs() if group["averaging"] == "abs" else d, group["block_size"]) if due else None
+        s["m"], s["v"] = oracle.averages(s["m"], s["v"], -g if group["maximize"] else g, d, group["betas"])
+        self.values[i].copy_(oracle.moved(self.values[i], s["m"], s["v"], s["t"], s["h"], **options))
 
     @staticmethod
     def average(d, block):
@@ -275,66 +270,27 @@ class Session:
 # ---- ways of stepping: each returns None if there was no step --------------------------------------------------------
 
 
-def _create_graph(session, a, loss, diags, meanwhile):
-    loss.backward(create_graph=True)
-    meanwhile()
-    session.opt.step()
-    return "step"
-
-
-def _backward(session, a, loss, diags, meanwhile):
-    session.opt.backward(loss)
-    meanwhile()
-    session.opt.step()
-    return "step"
-
-
-def _micro_batches(session, a, loss, diags, meanwhile):
-    session.opt.backward(loss / 4, retain_graph=True)
-    session.opt.backward(loss * 0.75)
-    meanwhile()
-    session.opt.step()
-    return "step"
-
-
-def _function(session, a, loss, diags, meanwhile):
-    session.opt.backward(lambda: session.loss(a)[0])
-    meanwhile()
-    session.opt.step()
-    return "step"
-
-
 def _trains_here(session, a):
     placed = {i for group in session.plain.groups for i in group["params"]}
     return any((a >> i) % 2 and session.params[i].requires_grad for i in placed)
 
 
-def _closure(session, a, loss, diags, meanwhile):
-    if not _trains_here(session, a):
-        return None
-    session.opt.step(lambda: session.loss(a)[0])
-    return "step"
+def _usual(name):
+    """A way of tests/ways.py; of those with a closure only where there is something to train."""
+
+    def way(session, a, loss, diags, meanwhile):
+        if name.startswith("closure") and not _trains_here(session, a):
+            return None
+        ways.WAYS[name](session.opt, lambda: session.loss(a)[0], then=meanwhile)
+        return "step"
+
+    way.__name__ = name
+    return way
 
 
-def _closure_backward(session, a, loss, diags, meanwhile):
-    if not _trains_here(session, a):
-        return None
-
-    def closure():
-        session.opt.zero_grad(set_to_none=session.steps % 2 == 0)
-        loss = session.loss(a)[0]
-        loss.backward()
-        return loss
-
-    used = [p.grad is None for p in session.params]
-    assert all(used)
-    session.opt.step(closure)
-    return "step"
-
-
-def _hooked(session, a, loss, diags, meanwhile):
-    with session.opt.hook_backward():
-        loss.backward()
+def _micro_batches(session, a, loss, diags, meanwhile):
+    session.opt.backward(loss / 4, retain_graph=True)
+    session.opt.backward(loss * 0.75)
     meanwhile()
     session.opt.step()
     return "step"
@@ -360,7 +316,8 @@ def _scaled(session, a, loss, diags, meanwhile):
 
 
 WAYS = (
-    _create_graph, _backward, _micro_batches, _function, _closure, _closure_backward, _hooked, _diagonal, _scaled,
+    _usual("create_graph"), _usual("backward"), _micro_batches, _usual("function"), _usual("closure_returns_loss"),
+    _usual("closure_standard"), _usual("hook_backward"), _diagonal, _scaled, _usual("closure_zeroes_in_place"),
 )  # fmt: skip
 ACTIONS = (
     "move", "remove", "add", "change", "freeze", "rebind", "deepcopy", "pickle", "resume", "abandon", "fail",
