@@ -6,7 +6,7 @@ import copy
 
 import pytest
 import torch
-from models import assert_same, conv_net, fresh, loss_of, mlp, train, weights
+from models import assert_same, fresh, loss_of, mlp, train, weights
 from published import AdaHessian
 from torch import nn
 
@@ -78,12 +78,6 @@ def test_scaling_changes_nothing(device, way, options):
 
 
 @pytest.mark.parametrize("way", SCALED.values(), ids=SCALED)
-def test_scaling_changes_nothing_in_every_backend(engine, device, way):
-    (a, opt_a), (b, opt_b) = (fresh(mlp(torch.float32, device), backend=engine) for _ in range(2))
-    assert_same(scaled_training(way, opt_a, a, scaler_for(device), 2), train(opt_b, b, 2))
-
-
-@pytest.mark.parametrize("way", SCALED.values(), ids=SCALED)
 def test_micro_batches_with_scaling(device, way):
     found = []
     for scaler in (scaler_for(device), scaler_for(device, enabled=False)):
@@ -105,11 +99,10 @@ def test_one_step_has_one_way_to_scale(device, order):
 
 
 @pytest.mark.parametrize("way", SCALED.values(), ids=SCALED)
-@pytest.mark.parametrize("asked", range(3))
-def test_asking_for_amp_support_changes_nothing(device, way, asked):
+def test_asking_for_amp_support_changes_nothing(device, way):
     """Reading the attribute that GradScaler reads completes the curvature, and that is all."""
     found = []
-    for times in (asked, 0):
+    for times in (2, 0):
         model, opt = fresh(mlp(torch.float32, device), n_samples=2)
         scaler = scaler_for(device)
         for i in range(2):
@@ -178,21 +171,11 @@ def test_an_infinity_skips_the_whole_step(device, way, overflow, options):
     way(opt_a, loss_of(a, 5) + overflow(a[0].weight), scaler)
     scaler.step(opt_a)
     scaler.update()
+    assert scaler.get_scale() == 2.0**15
     for state, old in zip(opt_a.state_dict()["state"].values(), before, strict=True):
         assert_same(list(state.values()), list(old.values()))
     train(opt_a, a, [1, 2])
     assert_same(weights(a), train(opt_b, b, 3))
-
-
-@pytest.mark.parametrize("overflow", OVERFLOWS.values(), ids=OVERFLOWS)
-@pytest.mark.parametrize("way", WAYS.values(), ids=WAYS)
-def test_an_infinity_lowers_the_scale(device, way, overflow):
-    model, opt = fresh(mlp(torch.float32, device))
-    scaler = scaler_for(device, 2.0**16)
-    way(opt, overflow(model[0].weight), scaler)
-    scaler.step(opt)
-    scaler.update()
-    assert scaler.get_scale() == 2.0**15
 
 
 @pytest.mark.parametrize("way", [*SCALED.values(), backward_and_unscale], ids=lambda f: f.__name__)
@@ -256,24 +239,3 @@ def test_skipped_steps_do_not_count_for_the_schedule(device, update_each, captur
         scaler.step(opt)
         scaler.update()
     assert due == [True, False, False, False, update_each == 2]
-
-
-# ---- autocast --------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("style", ["create_graph", "backward", "closure"])
-def test_autocast(engine, device, style):
-    model, opt = fresh(conv_net(torch.float32, device), lr=0.01, backend=engine)
-    start, losses = weights(model), []
-    for _ in range(6):
-        with torch.autocast(device, dtype=torch.bfloat16):
-            loss = loss_of(model, 0)
-        losses.append(loss.item())
-        opt.zero_grad()
-        if style == "create_graph":
-            loss.backward(create_graph=True)
-        elif style == "backward":
-            opt.backward(loss)
-        opt.step(None if style != "closure" else lambda loss=loss: loss)
-    assert losses[-1] < losses[0]
-    assert all((a != b).any() for a, b in zip(weights(model), start, strict=True))

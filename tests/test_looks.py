@@ -179,17 +179,6 @@ def test_what_is_left_of_a_step_does_not_write_to_memory_that_was_given_back(mon
     assert (params[1] < 1).all()
 
 
-@pytest.mark.parametrize("watched", ["hooks", "nothing"])
-def test_step_hooks_run(watched):
-    seen, p = [], P(torch.ones(3))
-    opt = AdaHessian([p])
-    if watched == "hooks":
-        opt.register_step_pre_hook(lambda *args: seen.append("before"))
-        opt.register_step_post_hook(lambda *args: seen.append("after"))
-    opt.step(lambda: (p**2).sum())
-    assert seen == (["before", "after"] if watched == "hooks" else [])
-
-
 def test_a_gradient_without_memory_is_no_address():
     p = P(torch.ones(3))
     p.register_hook(lambda g: torch._efficientzerotensor(g.shape))

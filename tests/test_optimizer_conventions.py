@@ -46,46 +46,6 @@ def test_step_hooks(device):
     assert calls == ["before", "after"] * 2
 
 
-@pytest.mark.parametrize("set_to_none", [True, False])
-def test_zero_grad(device, set_to_none):
-    (a, opt_a), (b, opt_b) = (fresh(mlp(device=device)) for _ in range(2))
-    for i in range(3):
-        opt_a.zero_grad(set_to_none)
-        opt_a.backward(loss_of(a, i))
-        opt_a.step()
-    assert_same(weights(a), train(opt_b, b, 3))
-
-
-def test_tied_parameters_are_stepped_once(engine, device):
-    model = nn.Sequential(nn.Linear(3, 3), nn.Tanh(), nn.Linear(3, 2)).to(device).double()
-    model[0].weight = nn.Parameter(model[2].weight.new_ones(3, 3))
-    tied = nn.Sequential(*model, nn.Linear(2, 3).to(device).double(), nn.Tanh(), nn.Linear(3, 2).to(device).double())
-    tied[5].weight = tied[2].weight
-    opt = AdaHessian(tied.parameters(), backend=engine)
-    train(opt, tied, 2)
-    assert len(opt.param_groups[0]["params"]) == 7
-    assert [int(opt.state[p]["step"]) for p in tied.parameters()] == [2] * 7
-
-
-def test_empty_parameters(every_engine, device):
-    model = conv_net(device=device) if every_engine == "reference" else mlp(device=device)
-    with_empty, without = fresh(model, backend=every_engine), fresh(model, backend=every_engine)
-    empty = nn.Parameter(torch.empty(0, 4, dtype=torch.float64, device=device))
-    with_empty[1].add_param_group({"params": [empty]})
-    for i in range(2):
-        with_empty[1].zero_grad()
-        with_empty[1].backward(loss_of(with_empty[0], i) + empty.square().sum())
-        with_empty[1].step()
-    assert_same(weights(with_empty[0]), train(without[1], without[0], 2))
-
-
-def test_named_parameters(device):
-    model = mlp(device=device)
-    opt = AdaHessian(model.named_parameters())
-    train(opt, model, 1)
-    assert opt.param_groups[0]["param_names"][0] == "0.weight"
-
-
 def test_many_groups_are_one_call(device, monkeypatch):
     model, calls = mlp(device=device), []
     opt = AdaHessian(

@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import random
-import signal
 import sys
 import threading
-import time
 from pathlib import Path
 
 import pytest
@@ -19,7 +16,6 @@ from published import AdaHessian
 from strategies import BOUND, CASES, compare, exact, found, optimizer, step
 from tolerances import assert_error, relative_error
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
 from ways import STYLES
 
 import adahessian_fused.hvp.finite_difference as fd
@@ -326,12 +322,6 @@ def test_distance_of_the_coarsest_dtype_for_all():
     assert fd.epsilon_of([torch.float32, torch.bfloat16, torch.float16]) == 2.0**-8
 
 
-@pytest.mark.parametrize("dtype", fd.EPSILON, ids=str)
-def test_distances_follow_the_cube_root_of_the_unit_roundoff(dtype):
-    rule = (torch.finfo(dtype).eps / 2) ** (1 / 3) / 32
-    assert fd.EPSILON[dtype] / rule == pytest.approx(1, abs=0.42)  # the nearest power of two is at most sqrt(2) away
-
-
 @pytest.mark.parametrize("hvp", EVALUATING)
 def test_autocast_around_the_step(hvp, device):
     """Autocast keeps 16-bit copies of the weights: they must not outlive a move or a tangent."""
@@ -417,65 +407,6 @@ def test_interrupted_at_any_line(kind, device):
             opt.backward(lambda: model(x).square().mean() + model.strided.square().sum())
         assert_same(weights(model), before)
     assert line > 200
-
-
-class After(TorchDispatchMode):
-    """An interruption that arrives while the n-th operator of a name runs is delivered right after it."""
-
-    def __init__(self, name: str, n: int) -> None:
-        super().__init__()
-        self.name, self.left = name, n
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        result = func(*args, **(kwargs or {}))
-        self.left -= self.name in str(func)
-        if self.name in str(func) and self.left == 0:
-            raise KeyboardInterrupt
-        return result
-
-
-@pytest.mark.parametrize("name", ["perturb", "copy_"])
-def test_interrupted_after_any_operator(engine, device, name):
-    for n in range(1, 20):
-        model = mlp(torch.float32, device)
-        model.strided = nn.Parameter(torch.randn(6, 4, device=device)[:, ::2])
-        opt, before = optimizer(model, "finite_difference", backend=engine), weights(model)
-        try:
-            with After(name, n):
-                opt.backward(lambda m=model: loss_of(m) + m.strided.square().sum())
-        except KeyboardInterrupt:
-            assert_same(weights(model), before)
-
-
-@pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="no timers that send signals")
-def test_signals(device):
-    model = nn.Sequential(nn.Linear(300, 300), nn.Tanh(), nn.Linear(300, 300)).to(device)
-    opt, x = optimizer(model, "finite_difference", lr=0.0), torch.randn(4, 300, device=device)
-    before, random_numbers = weights(model), random.Random(0)
-
-    def step():
-        torch.set_grad_enabled(True)  # an interrupted exit from torch.no_grad() leaves it off
-        opt.zero_grad()  # and an interrupted step may leave gradients whose curvature is not there yet
-        opt.backward(lambda: model(x).square().mean())
-
-    def stop(*_):
-        raise KeyboardInterrupt
-
-    step()
-    begin = time.perf_counter()
-    step()
-    duration, old = time.perf_counter() - begin, signal.signal(signal.SIGALRM, stop)
-    try:
-        for _ in range(40):
-            with contextlib.suppress(KeyboardInterrupt):
-                signal.setitimer(signal.ITIMER_REAL, random_numbers.uniform(1e-5, duration))
-                step()
-                signal.setitimer(signal.ITIMER_REAL, 0)
-            assert_same(weights(model), before)
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, old)
-        torch.set_grad_enabled(True)
 
 
 # ---- losses that write to their parameters ---------------------------------------------------------------------------
