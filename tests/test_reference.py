@@ -77,7 +77,7 @@ CLOSE = {"rel": 64 * torch.finfo(torch.float64).eps, "abs": 0}  # three steps of
 
 
 def algorithm_1(p, grads, diagonals, block, lr, beta1, beta2, eps, weight_decay, k, maximize):
-    """Algorithm 1 in the fuzzer's words, which share nothing with the package; a diagonal that is None is an off-step."""
+    """Algorithm 1 in the fuzzer's words, which share nothing with the package; without a diagonal: an off-step."""
     m, v, h, betas = torch.zeros_like(p), torch.zeros_like(p), 0, (beta1, beta2)
     hyper = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "hessian_power": k}
     for t, (g, d) in enumerate(zip(grads, diagonals, strict=True), start=1):
