@@ -113,8 +113,9 @@ def differentiate_once(
 ) -> None:
     """Compute the gradient alone; averaged by DDP if it may be and DDP does so, otherwise here."""
     ranks = step.ranks
-    with contextlib.ExitStack() as stack:
-        for each in (step, *others):
+    due = [each for each in (step, *others) if each.is_due]  # a pass is nothing to the others
+    with contextlib.ExitStack() if due else contextlib.nullcontext() as stack:
+        for each in due:
             stack.enter_context(each.passing())
         if ranks is None or (by_ddp and ranks.averages_first_order):
             torch.autograd.backward(loss, gradient, retain_graph=retain_graph)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable
+from operator import is_
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,7 +14,7 @@ from . import hvp, sharing
 from .evaluation import evaluate_repeatedly
 from .friendly.mode import Mode
 from .hessian_step import Differentiate
-from .record import versions
+from .looks import note_gradients
 
 if TYPE_CHECKING:
     from .optimizer import AdaHessian
@@ -32,7 +33,7 @@ def run(opt: AdaHessian, closure: Callable[[], Any]) -> Any:
     due, step = opt.needs_hessian, opt.coming_step
     if due and opt.param_groups[0]["hvp"] != "autograd":
         return _evaluate(opt, closure)
-    step.before_closure = versions(step.layout.params())
+    step.before_closure = note_gradients(list(step.layout.params()))
     try:
         with torch.enable_grad():
             if due or sharing.expecting(step):
@@ -45,16 +46,11 @@ def run(opt: AdaHessian, closure: Callable[[], Any]) -> Any:
         before = step.before_closure
     finally:
         step.before_closure = None
-    changed = any(
-        grad is not None and (grad is not old or version != old_version)
-        for (grad, version), (old, old_version) in zip(versions(step.layout.params()), before, strict=True)
-    )
-    if differentiated or changed:
+    if differentiated or _are_new(note_gradients(list(step.layout.params())), before):
         return loss
     if loss is None and any(p.grad is not None for _, p in step.layout.trained()):
         return loss  # Lightning passes a closure that does nothing after manual_backward()
     _check_returned(loss)
-    del before
     opt.zero_grad()
     opt.backward(loss)
     return loss.detach()
@@ -97,6 +93,14 @@ def _evaluate(opt: AdaHessian, closure: Callable[[], Any]) -> Any:
 
     opt.zero_grad()
     return evaluate_repeatedly(step, evaluate)
+
+
+def _are_new(now: Any, before: Any) -> bool:
+    """Tell whether any gradient is another one than before, or was written to, by what was noted of them."""
+    if now[1] == before[1] and all(map(is_, now[0], before[0])):
+        return False
+    looks = zip(*now, *before, strict=True)
+    return any(grad is not None and (grad is not old or n != m) for grad, n, old, m in looks)
 
 
 def _check_returned(loss: Any) -> None:

@@ -18,7 +18,8 @@ from .distributed.average import GradientAverage, average_curvature
 from .distributed.ranks import Ranks, Together, agreed, batch_weight
 from .distributed.sharded import EXACT_IS_REFUSED, any_sharded, groups_of, make_twice_differentiable, part_of
 from .layout import ParameterLayout
-from .record import GradientRecord, Versions, is_zero, versions
+from .looks import note_gradients
+from .record import GradientRecord, is_zero
 from .schedule import Schedule
 
 Differentiate = Callable[..., None]
@@ -58,7 +59,7 @@ class HessianStep:
     Attributes:
         schedule: when curvature is due.
         evaluation: differentiates the losses of the closure that a strategy evaluates just now.
-        before_closure: all gradients as they were before the closure that runs just now.
+        before_closure: what was noted of all gradients before the closure that runs just now.
         unfinished: what is left of an update that has failed, for the gradients as they are.
         place: number of this step's probe, where several optimizers share a product.
         strangers: steps of other optimizers that a pass of this one has had nothing for.
@@ -69,7 +70,7 @@ class HessianStep:
     def __init__(self, layout: ParameterLayout, together: Together) -> None:
         self.layout, self._together, self.schedule = layout, together, Schedule(layout)
         self.evaluation: Differentiate | None = None
-        self.before_closure: Versions | None = None
+        self.before_closure: Any = None
         self.unfinished: Any = None
         self.place = 0
         self.strangers: weakref.WeakSet[HessianStep] = weakref.WeakSet()
@@ -530,7 +531,7 @@ class HessianStep:
         if not to_none:
             self.begin()
         if self.before_closure is not None:  # called by a closure: zeros are not what its backward() leaves
-            self.before_closure = versions(self.layout.params())
+            self.before_closure = note_gradients(list(self.layout.params()))
 
     def begin(self) -> None:
         """Note the gradients as they are, if the coming step is due: none of them is foreign to it."""

@@ -29,6 +29,8 @@ def awaiting(steps: Sequence[HessianStep]) -> list[HessianStep]:
     They differentiate the losses of the given ones as these do: with the same fraction of a batch, and twice. Of
     optimizers that have a parameter in common the last one counts, and none that has one of the given ones'.
     """
+    if len(_alive) == 1:  # the given one's
+        return []
     taken = set(itertools.chain(*(map(id, step.layout.params()) for step in steps)))
     found = []
     for ref in reversed(_alive.valuerefs()):  # a copy: other threads make optimizers, too

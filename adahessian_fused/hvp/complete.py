@@ -74,6 +74,8 @@ class Graphs(BackwardObserver):
         seen: whether there was such a pass.
     """
 
+    of_graphs = True
+
     def __init__(self, wanted: Callable[[], Sequence[Tensor]], begin: Callable[[], None]) -> None:
         self._wanted, self._begin = weakref.WeakMethod(wanted), weakref.WeakMethod(begin)
         self.clear()
@@ -102,7 +104,7 @@ class Graphs(BackwardObserver):
     def around(self, tensors: Any, create_graph: bool) -> Iterator[None]:
         """Look at a pass that keeps its graph."""
         wanted = self._wanted()
-        params = wanted() if create_graph and wanted is not None else []
+        params = wanted() if wanted is not None else []
         graph = explore([tensors] if isinstance(tensors, Tensor) else tensors) if params else None
         if graph is None or {id(leaf) for leaf in graph.leaves}.isdisjoint(map(id, params)):
             yield

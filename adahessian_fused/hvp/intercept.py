@@ -51,7 +51,12 @@ class BackwardObserver:
     """Told about every call of ``torch.autograd.backward``, which ``Tensor.backward`` ends in, while it watches.
 
     That function is replaced as long as somebody watches.
+
+    Attributes:
+        of_graphs: whether it looks at passes with ``create_graph=True`` only.
     """
+
+    of_graphs = False
 
     def watch(self) -> None:
         """Begin."""
@@ -97,9 +102,11 @@ def _backward(
     **kwargs: Any,
 ) -> None:  # fmt: skip
     watching = list(_observers)
-    with contextlib.ExitStack() as stack:
+    if not watching:  # they are all gone, without a word
+        _give_back()
+    if not create_graph:
+        watching = [observer for observer in watching if not observer.of_graphs]
+    with contextlib.ExitStack() if watching else contextlib.nullcontext() as stack:
         for observer in watching:
             stack.enter_context(observer.around(tensors, create_graph))
         _original(tensors, grad_tensors, retain_graph, create_graph, *args, **kwargs)
-    if not watching:  # they are all gone, without a word
-        _give_back()
