@@ -113,7 +113,7 @@ def test_compiled_follows_the_closure(device):
 
 
 def test_operators_stay_in_autograds_order(monkeypatch):
-    """Put off until they are used, they took 422 MiB in a transformer of 2,048 tokens instead of 345; a test is small."""
+    """Put off until they are used, they took 422 MiB in a transformer of 2,048 tokens instead of 345."""
     found = []
 
     def compiler(graph, inputs):

@@ -29,8 +29,8 @@ class Compiled:
 
         graph = make_fx(function, tracing_mode="fake", _allow_non_fake_inputs=True)(*tensors)
         self._held = _as_inputs(graph)
-        # In autograd's order. TorchInductor would put operators off until their results are used, and those of the second
-        # pass then keep the first one's gradients alive: a fifth of a transformer's memory.
+        # In autograd's order. TorchInductor would put operators off until their results are used, and those of the
+        # second pass then keep the first one's gradients alive: a fifth of a transformer's memory.
         with torch.no_grad(), torch._inductor.config.patch(reorder_for_locality=False):
             self._function = torch._inductor.compile(graph, [*self._held, *tensors])
 
