@@ -10,6 +10,11 @@ using namespace adahessian::test;
 
 namespace {
 
+const Engine kEngines[] = {
+    {"cpu", cpu::rademacher, cpu::perturb, cpu::hessian_diag, cpu::adahessian_step},
+    {"emulated", emulated::rademacher, emulated::perturb, emulated::hessian_diag, emulated::adahessian_step},
+};
+
 // All ops, with options that differ from list to list; some Hessian-vector products are not finite.
 template <typename T, typename M>
 void run_list(const Engine& engine, const std::vector<Shape>& shapes, int number) {

@@ -1,9 +1,6 @@
 // What Python cannot reach of the CUDA planning: how many launches there are, the table during stream capture, step
 // counts on the device, and parameters of more than 2^31 elements. Runs on the host; prints what failed.
 #include <array>
-#include <cstring>
-#include <functional>
-#include <memory>
 #include <string>
 #include <vector>
 
@@ -12,6 +9,7 @@
 #include "../../csrc/cuda/step_plan.h"
 #include "../../csrc/upload_cache.h"
 #include "check.h"
+#include "problem.h"
 
 namespace {
 
@@ -19,100 +17,36 @@ using namespace adahessian;
 using gpu::EmulatedDevice;
 using test::check;
 using test::check_equal;
+using test::Shape;
 
-struct Shape {
-  int64_t numel, block, period = 1, stride = 1;
-};
-
-// Tensors of one step, with a context whose workspaces live as long as it does.
-struct Problem {
-  explicit Problem(std::vector<Shape> shapes, int n_groups = 1, int n_slots = 1) {
-    int64_t offset = 0, diag_offset = 0;
-    for (const Shape& s : shapes) {
-      const int64_t i = int64_t(segments.size());
-      segments.push_back({offset, s.numel, s.block, s.period, s.stride, diag_offset, i % n_slots, uint32_t(i),
-                          int32_t(i % n_groups), false, nullptr, nullptr, nullptr});
-      offset += (s.numel + 3) / 4 * 4;
-      diag_offset += (s.numel + s.block - 1) / s.block;
-    }
-    for (auto* array : {&param, &grad, &hessian, &exp_avg, &exp_hessian_diag_sq, &z}) array->resize(offset);
-    diag.resize(diag_offset);
-    for (int64_t i = 0; i < offset; ++i) {
-      param[i] = float(i % 17) - 8;
-      grad[i] = float(i % 29) / 16 - 1;
-      hessian[i] = float(i % 37) / 8 - 2;
-      exp_hessian_diag_sq[i] = float(i % 5);
-    }
-    for (Segment& s : segments) {
-      s.param = param.data() + s.offset;
-      s.grad = grad.data() + s.offset;
-      s.hessian = hessian.data() + s.offset;
-    }
-    for (int i = 0; i < n_slots; ++i) steps.insert(steps.end(), {i, i});
-    for (int i = 0; i < n_groups; ++i) groups.push_back({0.1 + i, 0.9, 0.99, 1e-3, 0.01, 1.0, double(i % 2)});
-    context.allocate = [this](size_t bytes) {
-      workspaces.push_back(std::make_unique<double[]>(bytes / sizeof(double) + 1));
-      return static_cast<void*>(workspaces.back().get());
-    };
+// The tensors of one step, what is uploaded for it, and how many launches each op takes.
+struct Launches : test::Problem<float> {
+  explicit Launches(const std::vector<Shape>& shapes, int n_groups = 1, int n_slots = 1)
+      : Problem(shapes, {.n_groups = n_groups, .n_slots = n_slots}) {
     context.upload = [this](const void* bytes, size_t size) {
-      return uploads
-          .find(bytes, size,
-                [&] {
-                  ++n_uploads;
-                  const auto* begin = static_cast<const char*>(bytes);
-                  return std::vector<char>(begin, begin + size);
-                })
-          .data();
+      const auto* begin = static_cast<const char*>(bytes);
+      return uploads.find(bytes, size, [&] { return ++n_uploads, std::vector<char>(begin, begin + size); }).data();
     };
   }
 
   int step(bool counts_on_device = false) {
     EmulatedDevice device(context);
-    gpu::adahessian_step<float>({Dtype::kFloat32,
-                                 Dtype::kFloat32,
-                                 segments,
-                                 nullptr,
-                                 exp_avg.data(),
-                                 exp_hessian_diag_sq.data(),
-                                 nullptr,
-                                 {steps.data(), counts_on_device},
-                                 reinterpret_cast<const double*>(groups.data()),
-                                 int64_t(groups.size()),
-                                 {7, 0, true},
-                                 nullptr,
-                                 nullptr,
-                                 7,
-                                 nullptr,
-                                 nullptr},
-                                device);
+    gpu::adahessian_step<float>(step_args(Source::kHessian, counts_on_device), device);
     return device.launches;
   }
 
   int hessian_diag() {
     EmulatedDevice device(context);
-    gpu::hessian_diag<float>({Dtype::kFloat32, diag.data(), segments, {steps.data(), false}, {7, 0, true}, 1.0, false},
-                             device);
+    gpu::hessian_diag<float>(hessian_diag_args(), device);
     return device.launches;
   }
 
   int rademacher() {
     EmulatedDevice device(context);
-    gpu::rademacher<float>({Dtype::kFloat32, z.data(), segments, {steps.data(), false}, {7, 0, true}}, device);
+    gpu::rademacher<float>(rademacher_args(), device);
     return device.launches;
   }
 
-  bool same_results(const Problem& other) const {
-    return param == other.param && exp_avg == other.exp_avg && exp_hessian_diag_sq == other.exp_hessian_diag_sq &&
-           diag == other.diag && z == other.z;
-  }
-
-  Problem(const Problem&) = delete;
-  std::vector<Segment> segments;
-  std::vector<float> param, grad, hessian, exp_avg, exp_hessian_diag_sq, z, diag;
-  std::vector<int64_t> steps;
-  std::vector<Hyper> groups;
-  Context context;
-  std::vector<std::unique_ptr<double[]>> workspaces;
   UploadCache<std::vector<char>> uploads;
   int n_uploads = 0;
 };
@@ -127,31 +61,31 @@ std::vector<Shape> mixed_shapes(int n) {
 // Blocks that fit into a tile: one launch an op, whatever the number of tensors. Longer ones: a launch a level more.
 void test_number_of_launches() {
   for (const int n : {7, 1000}) {
-    Problem problem(mixed_shapes(n), 3);
+    Launches problem(mixed_shapes(n), 3);
     const std::string name = std::to_string(n) + " tensors, ";
     check_equal(problem.rademacher(), 1, name + "rademacher");
     check_equal(problem.hessian_diag(), 1, name + "hessian_diag");
     check_equal(problem.step(), 1, name + "step");
   }
-  Problem lengthy({{5, 1}, {9000, 5000}, {10001, 10001}});
+  Launches lengthy({{5, 1}, {9000, 5000}, {10001, 10001}});
   check_equal(lengthy.hessian_diag(), 2, "block 5000, hessian_diag");
   check_equal(lengthy.step(), 3, "block 5000, step");
-  Problem huge({{3000001, 3000001}});
+  Launches huge({{3000001, 3000001}});
   check_equal(huge.hessian_diag(), 3, "block 3000001, hessian_diag");
   // A transposed parameter whose places have to be computed does not slow the others down.
-  Problem gathered({{576, 9}, {300 * 40, 40, 40, 300}, {7, 1}});
+  Launches gathered({{576, 9}, {300 * 40, 40, 40, 300}, {7, 1}});
   check_equal(gathered.step(), 1, "strips and blocks, step");
-  Problem computed_places({{576, 9}, {2 * 5000 * 4, 7, 4, 5000}, {7, 1}});
+  Launches computed_places({{576, 9}, {2 * 5000 * 4, 7, 4, 5000}, {7, 1}});
   check_equal(computed_places.step(), 2, "computed places and blocks, step");
-  check_equal(Problem({{576, 9}, {7, 1}}).step(true), 2, "counts on the device, step");
-  Problem empty({{0, 1}, {0, 5}});
+  check_equal(Launches({{576, 9}, {7, 1}}).step(true), 2, "counts on the device, step");
+  Launches empty({{0, 1}, {0, 5}});
   check_equal(empty.rademacher() + empty.hessian_diag() + empty.step(), 0, "nothing to do");
 }
 
 // A table that is uploaded, and one that is spread over launches because nothing may be, give the same numbers.
 void test_long_tables() {
   for (const int n_groups : {1, 60}) {
-    Problem uploaded(mixed_shapes(1000), n_groups, 7), captured(mixed_shapes(1000), n_groups, 7);
+    Launches uploaded(mixed_shapes(1000), n_groups, 7), captured(mixed_shapes(1000), n_groups, 7);
     captured.context.upload = nullptr;
     uploaded.rademacher(), uploaded.hessian_diag(), uploaded.step();
     check(captured.rademacher() > 1 && captured.hessian_diag() > 1 && captured.step() > 3, "capture takes launches");
@@ -162,15 +96,14 @@ void test_long_tables() {
 // What a step sends is not sent again by the next one, whose step counts and learning rate are others; what a new
 // address changes is.
 void test_unchanged_tables_stay() {
-  Problem problem(mixed_shapes(1000), 3, 7);
+  Launches problem(mixed_shapes(1000), 3, 7);
   problem.rademacher(), problem.hessian_diag(), problem.step();
   check_equal(problem.n_uploads, 3, "a table for each op");
   for (int64_t& count : problem.steps) ++count;
   for (Hyper& hyper : problem.groups) hyper.lr /= 2;
   problem.rademacher(), problem.hessian_diag(), problem.step();
   check_equal(problem.n_uploads, 3, "the same tables in the next step");
-  std::vector<float> other = problem.grad;
-  problem.segments[999].grad = other.data() + problem.segments[999].offset;
+  problem.grad[999] = test::Array<float>(problem.grad[999].size());
   problem.rademacher(), problem.hessian_diag(), problem.step();
   check_equal(problem.n_uploads, 4, "a gradient that has moved");
 }
@@ -191,7 +124,7 @@ void test_upload_cache() {
 
 void test_counts_on_the_device() {
   for (const int n : {20, 1000}) {
-    Problem on_host(mixed_shapes(n), 3, 5), on_device(mixed_shapes(n), 3, 5);
+    Launches on_host(mixed_shapes(n), 3, 5), on_device(mixed_shapes(n), 3, 5);
     on_host.step(), on_device.step(true);
     check(on_host.same_results(on_device), "counts on the device give the same results");
   }

@@ -13,18 +13,13 @@
 
 namespace adahessian::test {
 
-// Both sets of launchers that run on the host.
+// A set of launchers that run on the host.
 struct Engine {
   std::string name;
   decltype(&cpu::rademacher) rademacher;
   decltype(&cpu::perturb) perturb;
   decltype(&cpu::hessian_diag) hessian_diag;
   decltype(&cpu::adahessian_step) adahessian_step;
-};
-
-inline const Engine kEngines[] = {
-    {"cpu", cpu::rademacher, cpu::perturb, cpu::hessian_diag, cpu::adahessian_step},
-    {"emulated", emulated::rademacher, emulated::perturb, emulated::hessian_diag, emulated::adahessian_step},
 };
 
 template <typename T>
@@ -137,9 +132,7 @@ struct Problem {
 
   static int64_t blocks_of(const Segment& s) { return (s.numel + s.block - 1) / s.block; }
 
-  void rademacher(const Engine& engine) {
-    engine.rademacher({kDtype<T>, z.data(), segments, {steps.data(), false}, probe}, context);
-  }
+  void rademacher(const Engine& engine) { engine.rademacher(rademacher_args(), context); }
 
   // With scale 0 the saved values are put back; a move from the saved values does not save.
   void perturb(const Engine& engine, double scale, bool save) {
@@ -147,30 +140,38 @@ struct Problem {
   }
 
   void hessian_diag(const Engine& engine, double scale = 1, bool accumulate = false) {
-    engine.hessian_diag({kDtype<T>, diag.data(), table(true), {steps.data(), false}, probe, scale, accumulate},
-                        context);
+    engine.hessian_diag(hessian_diag_args(scale, accumulate), context);
   }
 
   enum class Source { kHessian, kDiag, kNone };
 
   void adahessian_step(const Engine& engine, Source source = Source::kHessian) {
-    engine.adahessian_step({kDtype<T>,
-                            kDtype<M>,
-                            table(source == Source::kHessian),
-                            source == Source::kDiag ? diag.data() : nullptr,
-                            exp_avg.data(),
-                            exp_hessian_diag_sq.data(),
-                            master.size() ? master.data() : nullptr,
-                            {steps.data(), false},
-                            reinterpret_cast<const double*>(groups.data()),
-                            int64_t(groups.size()),
-                            probe,
-                            with_scale ? &grad_scale : nullptr,
-                            with_scale ? &found_inf : nullptr,
-                            rounding_seed,
-                            means.data(),
-                            missed.data()},
-                           context);
+    engine.adahessian_step(step_args(source), context);
+  }
+
+  RademacherArgs rademacher_args() { return {kDtype<T>, z.data(), segments, {steps.data(), false}, probe}; }
+
+  HessianDiagArgs hessian_diag_args(double scale = 1, bool accumulate = false) {
+    return {kDtype<T>, diag.data(), table(true), {steps.data(), false}, probe, scale, accumulate};
+  }
+
+  AdaHessianStepArgs step_args(Source source, bool counts_on_device = false) {
+    return {kDtype<T>,
+            kDtype<M>,
+            table(source == Source::kHessian),
+            source == Source::kDiag ? diag.data() : nullptr,
+            exp_avg.data(),
+            exp_hessian_diag_sq.data(),
+            master.size() ? master.data() : nullptr,
+            {steps.data(), counts_on_device},
+            reinterpret_cast<const double*>(groups.data()),
+            int64_t(groups.size()),
+            probe,
+            with_scale ? &grad_scale : nullptr,
+            with_scale ? &found_inf : nullptr,
+            rounding_seed,
+            means.data(),
+            missed.data()};
   }
 
   // The ops one after the other.
