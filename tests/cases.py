@@ -168,7 +168,6 @@ LARGE_CASES = (
     *(case for number, block in enumerate(_EDGES) for case in _edge_cases(block, number)),
     Case("many_long_blocks", specs((66 * 4104 + 17,), block=4104)),  # so many that the step sums each as it comes to it
     Case("tiny_300", specs(*[(1 + i % 5,) for i in range(300)], block=2), groups=GROUPS, steps=MIXED_STEPS),
-    Case("tiny_1200", specs(*[(i % 4,) for i in range(1200)]), groups=GROUPS, steps=MIXED_STEPS),
     *(Case(f"chunk_edges_block_{b}", specs((65535,), (65536,), (65537,), block=b)) for b in (1, 9, 32, 4095)),
     Case("primes", specs((65521,), (104729,), (127,), block=127), torch.bfloat16),
     *(Case(f"long_block_{b}", specs((100_001,), (5, 20_000), block=b)) for b in (5000, 100_000, "tensor")),
@@ -223,8 +222,6 @@ def cases_for(backend: str, device: str, cases: tuple[Case, ...]) -> list[Case]:
     if backend == "triton" and device == "cpu":
         wanted = _INTERPRETED if len(cases) == len(CASES) else _INTERPRETED_AGAIN
         return [case for case in cases if case.name in wanted]
-    if backend == "native" and device == "cpu":  # there are no tables of parameters, which could be too long
-        return [case for case in cases if case.name != "tiny_1200"]
     return [case for case in cases if backend != "reference" or case not in LARGE_CASES]
 
 

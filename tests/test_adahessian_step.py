@@ -109,8 +109,7 @@ def test_any_layout(backend, device):
 
 
 @pytest.mark.parametrize("curvature", ["hessian", "diag", "none"])
-@pytest.mark.parametrize("stored", STORED, ids=str)
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(("dtype", "stored"), [(torch.bfloat16, None), (torch.float16, torch.bfloat16)], ids=str)
 def test_master_weights(backend, dtype, stored, curvature, device):
     check_step(backend, build(dataclasses.replace(MIXED, dtype=dtype, stored=stored, master=True), device), curvature)
 
@@ -121,7 +120,7 @@ def test_options(backend, options, device):
 
 
 @pytest.mark.parametrize("holds", [0, 1])
-@pytest.mark.parametrize("power", [0.0, 0.5, 0.75, 1.0, 1.5])
+@pytest.mark.parametrize("power", [0.0, 0.75, 1.0])
 def test_no_curvature_at_all_anywhere(backend, power, holds, device):
     problem = build(dataclasses.replace(MIXED, steps=((0, 0), (0, 0))), device)  # v = 0
     problem.groups[:, [Hyper.HESSIAN_POWER, Hyper.HOLDS]] = torch.tensor([power, holds], dtype=torch.float64)
@@ -132,8 +131,7 @@ def test_no_curvature_at_all_anywhere(backend, power, holds, device):
     assert moved == (not holds or power == 0)
 
 
-@pytest.mark.parametrize("master", [False, True], ids=["", "master"])
-@pytest.mark.parametrize("stored", STORED, ids=str)
+@pytest.mark.parametrize(("stored", "master"), [(None, False), (torch.bfloat16, True)], ids=["", "rounded_master"])
 @pytest.mark.parametrize("curvature", ["hessian", "diag", "none"])
 def test_elements_without_curvature_do_not_move(backend, curvature, stored, master, device):
     """Others of the same parameter do; all of them collect momentum."""
@@ -219,8 +217,7 @@ def outputs_that_differ(clean: Problem, dirty: Problem, kind: str) -> list[int]:
     return (differs - clean.begins[kind][1]).tolist()
 
 
-@pytest.mark.parametrize("stored", STORED, ids=str)
-@pytest.mark.parametrize("curvature", ["hessian", "diag"])
+@pytest.mark.parametrize(("curvature", "stored"), [("hessian", None), ("diag", torch.bfloat16)], ids=str)
 @pytest.mark.parametrize(("block", "place", "value"), NOT_FINITE)
 def test_curvature_that_is_not_finite_leaves_its_block_as_on_an_off_step(
     backend, block, place, value, curvature, stored, device

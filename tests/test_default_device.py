@@ -116,10 +116,10 @@ def mse(output, target):
     return (output - target).square().mean()
 
 
-def steps(way, options, where, engine, make):
+def steps(way, options, where, make=mlp):
     """Parameters and statistics after three steps, of which the second leaves a parameter out."""
     model = make(F32)
-    opt = AdaHessian(model.parameters(), lr=0.01, seed=1, backend=engine, **options)
+    opt = AdaHessian(model.parameters(), lr=0.01, seed=1, **options)
     batches = [batch(i, model) for i in range(3)]
     with where():
         for i, (x, y) in enumerate(batches):
@@ -134,9 +134,9 @@ def steps(way, options, where, engine, make):
 @pytest.mark.filterwarnings("ignore:Using backward")
 @pytest.mark.parametrize("where", DEFAULTS.values(), ids=DEFAULTS)
 @pytest.mark.parametrize(("way", "options"), CASES, ids=[f"{way.__name__}-{o}" for way, o in CASES])
-def test_steps(engine, way, options, where):
-    expected, numbers = steps(way, options, contextlib.nullcontext, engine, mlp)
-    found, same_numbers = steps(way, options, where, engine, mlp)
+def test_steps(way, options, where):
+    expected, numbers = steps(way, options, contextlib.nullcontext)
+    found, same_numbers = steps(way, options, where)
     assert_same(found, expected)
     assert same_numbers == numbers
 
@@ -144,7 +144,7 @@ def test_steps(engine, way, options, where):
 @pytest.mark.parametrize("where", DEFAULTS.values(), ids=DEFAULTS)
 @pytest.mark.parametrize("way", [closure, backward])
 def test_models_of_other_operators(way, where):
-    found = [steps(way, {}, each, "auto", conv_net) for each in (where, contextlib.nullcontext)]
+    found = [steps(way, {}, each, conv_net) for each in (where, contextlib.nullcontext)]
     assert_same(found[0][0], found[1][0])
 
 

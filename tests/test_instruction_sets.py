@@ -29,6 +29,7 @@ def test_every_instruction_set_passes_the_op_tests(name):
     used = run("-c", script, capability=name).stdout.strip()
     if used != name:
         pytest.skip(f"this machine has no {name}")
-    chosen = "native and not tiny"  # hundreds of tensors take their time, and their widths are those of few
+    # Each loop once; hundreds of tensors take their time, and their widths are those of few.
+    chosen = "native and (products or reference or off_step or every_backend or threads) and not tiny"
     result = run("-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", chosen, *OP_TESTS, capability=name)
     assert result.returncode == 0, result.stdout[-5000:]
