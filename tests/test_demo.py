@@ -39,15 +39,6 @@ def test_parameter_count(model, count):
     assert sum(p.numel() for p in resnet.MODELS[model]().parameters()) == count
 
 
-def test_shortcut_has_no_parameters_and_pads_with_zero_channels():
-    block = resnet.Block(16, 32, stride=2)
-    x = torch.randn(2, 16, 8, 8)
-    y = block.shortcut(x)
-    assert torch.equal(y[:, 8:24], x[:, :, ::2, ::2])
-    assert not y[:, :8].any()
-    assert not y[:, 24:].any()
-
-
 # ---- digits ----------------------------------------------------------------------------------------------------------
 
 
@@ -60,16 +51,6 @@ def test_digits_split_is_deterministic_disjoint_and_stratified():
     assert sorted([*train, *test]) == list(range(len(images)))
     shares = np.bincount(labels[test]) / np.bincount(labels)
     assert np.abs(shares - data.DIGITS_TEST_SHARE).max() < 1 / np.bincount(labels).min()
-
-
-def test_digits_are_normalised():
-    pytest.importorskip("sklearn")
-    digits = data.load_digits()
-    x = digits.normalise(digits.train_x)
-    assert x.shape[1:] == digits.image_shape == (1, 8, 8)
-    # x is rounded to float32 at |x| < 2, and so are mean and std.
-    assert abs(x.double().mean()) < 4 * torch.finfo(torch.float32).eps
-    assert abs(x.double().std(correction=0) - 1) < 4 * torch.finfo(torch.float32).eps
 
 
 def test_batches_depend_on_seed_and_epoch_alone():
@@ -135,14 +116,6 @@ def test_cifar_file_missing(cifar):
     root, _ = cifar
     (root / "test_batch.bin").unlink()
     with pytest.raises(data.DataError, match=r"test_batch\.bin is missing; expected a file of 61,460 bytes"):
-        data.load_cifar10(root, RECORDS)
-
-
-def test_cifar_bad_label(cifar):
-    root, files = cifar
-    files["data_batch_1.bin"][7, 0] = 11
-    files["data_batch_1.bin"].tofile(root / "data_batch_1.bin")
-    with pytest.raises(data.DataError, match=r"data_batch_1\.bin: record 7 has label 11; expected 0 to 9"):
         data.load_cifar10(root, RECORDS)
 
 
