@@ -224,7 +224,7 @@ def adahessian_step(
     means: Tensor | None,
     missed: Tensor | None,
 ) -> None:
-    """Perform one AdaHessian step (Algorithm 1, lines 6-9) on every segment, in place.
+    """Perform one AdaHessian step (Eq. 6-9) on every segment, in place.
 
     The curvature comes from ``hessians`` (Hz; z is drawn again) or, already averaged, from ``diag``. With neither this
     is an off-step: exp_hessian_diag_sq and its bias correction stay as they are. So does exp_hessian_diag_sq of an
@@ -289,7 +289,7 @@ def adahessian_step(
         n, c = (1 - beta2**h) / (1 - beta2), shrink if means is not None else 0.0
         mean = means[row[Segment.SLOT]].to(dtype) if means is not None else 0.0
         v_hat = (v / (1 - beta2) + c * mean) / (n + c)  # Eq. 8; with c = 0 it is v / (1 - beta2^h)
-        denom = v_hat.sqrt() ** power + eps  # Eq. 8, 9
+        denom = v_hat.sqrt() ** power + eps  # Eq. 8 and 9
         bound = clip * (1 - beta1**t)
         moved = p * (1 - lr * weight_decay) - lr / (1 - beta1**t) * (m / denom).clamp(-bound, bound)  # Eq. 9
         stays = (h == 0) | ((holds != 0) & (power != 0) & (v == 0))

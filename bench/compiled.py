@@ -46,7 +46,7 @@ def _update(
     inv_sqrt_bias2: Tensor,
     decay: float,
 ) -> None:
-    """Algorithm 1, lines 5-9, in place."""
+    """Eq. 7-9, in place."""
     m.lerp_(g.float(), 1 - BETA1)
     if hessian is not None:
         d = _spread_mean(hessian.float() if z is None else hessian.float() * z, block)

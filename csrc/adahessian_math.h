@@ -204,7 +204,7 @@ ADAHESSIAN_HD X multiply_add(S a, X b, X c) {
 #endif
 }
 
-// m <- beta1 m + (1 - beta1) g, with the gradient's factor in (1 - beta1)
+// Eq. 9: m <- beta1 m + (1 - beta1) g, with the gradient's factor in (1 - beta1)
 template <typename X, typename S>
 ADAHESSIAN_HD X averaged_grad(X m, X g, const Coefficients<S>& c) {
   return multiply_add(c.beta1, m, c.one_minus_beta1 * g);
@@ -215,7 +215,7 @@ ADAHESSIAN_HD X update_exp_avg(X m, X g, const Coefficients<S>& c) {
   return averaged_grad(m, c.grad_factor * g, c);
 }
 
-// Ds^2
+// Ds^2, of the block means (Eq. 7) in cpu/block_mean.h and cuda/block_mean.h
 template <typename X, typename S>
 ADAHESSIAN_HD X square_of(X ds, const Coefficients<S>& c) {
   const X scaled = c.hessian_factor * ds;
@@ -228,7 +228,7 @@ ADAHESSIAN_HD auto is_measured(X square) {
   return square < S(INFINITY);
 }
 
-// v <- beta2 v + (1 - beta2) Ds^2, where that is to be
+// Eq. 8: v <- beta2 v + (1 - beta2) Ds^2, where that is to be
 template <typename X, typename S>
 ADAHESSIAN_HD X averaged(X v, X square, const Coefficients<S>& c) {
   return multiply_add(c.beta2, v, c.one_minus_beta2 * square);
@@ -239,7 +239,7 @@ ADAHESSIAN_HD X update_exp_hessian_diag_sq(X v, X square, const Coefficients<S>&
   return is_measured<S>(square) ? averaged(v, square, c) : v;
 }
 
-// sqrt(v_hat)^k + eps
+// Eq. 8 and 9: sqrt(v_hat)^k + eps
 template <Power kind, typename X, typename S>
 ADAHESSIAN_HD X denominator(X v, const Coefficients<S>& c) {
   using F = Functions<X>;
@@ -249,14 +249,14 @@ ADAHESSIAN_HD X denominator(X v, const Coefficients<S>& c) {
   return (kind == Power::kHalf ? F::square_root(root) : F::power(root, c.power)) + c.eps;
 }
 
-// m / denominator, cut at +-clip
+// Eq. 9: m / denominator, cut at +-clip
 template <Power kind, typename X, typename S>
 ADAHESSIAN_HD X quotient(X m, X denom, const Coefficients<S>& c) {
   const X q = m / denom, clip = X{} + c.clip;
   return kind == Power::kPlain ? q : q > clip ? clip : q < -clip ? -clip : q;
 }
 
-// p <- p (1 - lr wd) - lr / (1 - beta1^t) * q        (Eq. 8, 9)
+// Eq. 9: p <- p (1 - lr wd) - lr / (1 - beta1^t) * q
 template <typename X, typename S>
 ADAHESSIAN_HD X moved(X p, X q, const Coefficients<S>& c) {
   return multiply_add(-c.step_size, q, p * c.decay);

@@ -171,13 +171,13 @@ def power_of(x, k):
 
 @triton.jit
 def update_exp_avg(m, g, c):
-    """First moment: m <- beta1 m + (1 - beta1) g."""
+    """Eq. 9: m <- beta1 m + (1 - beta1) g."""
     return tl.fma(c.beta1, m, c.one_minus_beta1 * (c.grad_factor * g))
 
 
 @triton.jit
 def square_of(ds, c):
-    """Ds^2."""
+    """Ds^2, of the block means (Eq. 7) in tile.py."""
     scaled = c.hessian_factor * ds
     return scaled * scaled
 
@@ -190,13 +190,13 @@ def is_measured(square):
 
 @triton.jit
 def update_exp_hessian_diag_sq(v, square, c):
-    """Second moment of the averaged diagonal (Eq. 8): v <- beta2 v + (1 - beta2) Ds^2."""
+    """Eq. 8: v <- beta2 v + (1 - beta2) Ds^2, where that is to be."""
     return tl.where(is_measured(square), tl.fma(c.beta2, v, c.one_minus_beta2 * square), v)
 
 
 @triton.jit
 def denominator(v, c, ROUGH: tl.constexpr):
-    """sqrt(v_hat)^k + eps; ROUGH as in :func:`rough_divide`."""
+    """Eq. 8 and 9: sqrt(v_hat)^k + eps; ROUGH as in :func:`rough_divide`."""
     v_hat = tl.fma(c.scale, v, c.pull)
     root = tl.sqrt(v_hat) if ROUGH else square_root(v_hat)
     if c.power == 1.0:
@@ -210,7 +210,7 @@ def denominator(v, c, ROUGH: tl.constexpr):
 
 @triton.jit
 def quotient(m, denom, c, ROUGH: tl.constexpr):
-    """M / denominator, cut at +-clip."""
+    """Eq. 9: m / denominator, cut at +-clip."""
     q = rough_divide(m, denom) if ROUGH else divide_rn(m, denom)
     if q.dtype == tl.float32:  # one instruction, which there is not for float64
         q = tl.clamp(q, -c.clip, c.clip, propagate_nan=tl.PropagateNan.ALL)
@@ -221,7 +221,7 @@ def quotient(m, denom, c, ROUGH: tl.constexpr):
 
 @triton.jit
 def update_param(p, q, v, c):
-    """Eq. 8, 9: p <- p (1 - lr wd) - lr / (1 - beta1^t) * q, unless v has seen no curvature and holds p."""
+    """Eq. 9: p <- p (1 - lr wd) - lr / (1 - beta1^t) * q, unless v has seen no curvature and holds p."""
     return tl.where(v <= c.held, p, tl.fma(-c.step_size, q, p * c.decay))
 
 

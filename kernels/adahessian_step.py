@@ -1,4 +1,4 @@
-"""The whole AdaHessian step (Algorithm 1, lines 6-9) of all parameters in one launch."""
+"""The whole AdaHessian step (Eq. 6-9) of all parameters in one launch."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def load_state(arrays, lanes, S: tl.constexpr, VECTOR: tl.constexpr):
 def update(
     arrays, lanes, p, g, m, v, ds, c, rounding, CURVATURE: tl.constexpr, VECTOR: tl.constexpr, LANES: tl.constexpr
 ):
-    """Algorithm 1, lines 7-9; ``ds`` is ignored on an off-step, ``rounding`` unless the states are bfloat16."""
+    """Eq. 8 and 9; ``ds`` is ignored on an off-step, ``rounding`` unless the states are bfloat16."""
     m = update_exp_avg(m, g, c)
     if CURVATURE != "none":
         square = square_of(ds, c)
@@ -272,7 +272,7 @@ def adahessian_step(
     means: Tensor | None,
     missed: Tensor | None,
 ) -> None:
-    """One AdaHessian step (Algorithm 1, lines 6-9) on every segment, in place.
+    """One AdaHessian step (Eq. 6-9) on every segment, in place.
 
     Everything is as in :func:`adahessian_fused.reference.adahessian_step`. With ``steps`` or ``groups`` on the device
     the call never waits for it and can be captured in a CUDA graph, after a call outside of one.

@@ -1,5 +1,5 @@
 // adahessian_step on the CPU: probe, block mean, moving averages and update of every segment in one pass
-// (Algorithm 1, lines 5-9).
+// (Eq. 6-9).
 #include "kernels.h"
 #include "long_blocks.h"
 #include "tile.h"

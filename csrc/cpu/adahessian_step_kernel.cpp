@@ -1,4 +1,4 @@
-// adahessian_step on a run of tiles (Algorithm 1, lines 5-9); compiled once for each pair of types of parameters
+// adahessian_step on a run of tiles (Eq. 6-9); compiled once for each pair of types of parameters
 // and states, ADAHESSIAN_STEP.
 #include "kernels.h"
 #include "tile_means.h"

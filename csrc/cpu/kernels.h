@@ -60,7 +60,7 @@ struct Kernels {
   double (*sum)(const Tile& tile, const Probe& probe, const ProbeKey& key);
   // Means over averaging blocks that are no longer than a tile.
   void (*hessian_diag)(const Tile& tile, const AverageWork<T>& work);
-  // Algorithm 1, lines 5-9.
+  // Eq. 6-9.
   void (*adahessian_step)(const Run& run, const StepWork<T, StateOf<T>>& work);
   // The same with m and v in bfloat16; null for double.
   void (*adahessian_step_bfloat16)(const Run& run, const StepWork<T, bfloat16>& work);

@@ -1,4 +1,4 @@
-// The update of a range of elements, vector by vector (Algorithm 1, lines 6-9), wherever their Ds come from.
+// The update of a range of elements, vector by vector (Eq. 8 and 9), wherever their Ds come from.
 #pragma once
 
 #include "kernels.h"

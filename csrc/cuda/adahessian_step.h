@@ -1,4 +1,4 @@
-// One AdaHessian step (Algorithm 1, lines 6-9) of all parameters in one pass: the kernel's body.
+// One AdaHessian step (Eq. 6-9) of all parameters in one pass: the kernel's body.
 #pragma once
 
 #include <type_traits>
