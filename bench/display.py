@@ -1,34 +1,22 @@
-"""Progress and table on a terminal: rich where it is installed, plain lines elsewhere."""
+"""Progress and tables on a terminal; rich where it is installed, plain lines elsewhere."""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from importlib.util import find_spec
+from typing import Any
 
-from .cases import Case
 from .table import Result, columns, notes, rows
 
 HAS_RICH = find_spec("rich") is not None
 
 
-def progress(chosen: list[Case]) -> Iterator[Case]:
-    """The cases one by one, with a progress bar or a line each."""
-    if HAS_RICH:
-        from rich.console import Console
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-
-        parts = (TextColumn("{task.description:<30}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-        with Progress(*parts, console=Console(stderr=True)) as bar:
-            task = bar.add_task("", total=len(chosen))
-            for case in chosen:
-                bar.update(task, description=case.name)
-                yield case
-                bar.advance(task)
-        return
-    for number, case in enumerate(chosen, 1):
-        print(f"[{number}/{len(chosen)}] {case.name}", file=sys.stderr, flush=True)
-        yield case
+def progress(items: Sequence[Any], title: str = "") -> Iterator[Any]:
+    """What is to be done, one by one, said aloud: some of it takes minutes."""
+    for number, item in enumerate(items, 1):
+        print(f"[{title}{number}/{len(items)}] {item.name}", file=sys.stderr, flush=True)
+        yield item
 
 
 def show(results: list[Result]) -> None:

@@ -15,7 +15,7 @@ import subprocess
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ import torch
 
 from examples.memory import meter
 
+from ..display import progress
 from ..machine import machine
 from ..measure import in_turns, wall_clock
 from .check import MOST, errors
@@ -93,7 +94,7 @@ def measure_memory(problem: Problem, way: Way, device: str) -> int:
 def run_model(problem: Problem, ways: Iterable[Way], args: argparse.Namespace) -> dict[str, Any]:
     """All rows of one model."""
     rows, steps = {}, {}
-    for way in progress(list(ways), problem.name):
+    for way in progress(list(ways), f"{problem.name} "):
         rows[way.name], step = start(problem, way, args.device)
         if step is not None:
             steps[way.name] = step
@@ -111,13 +112,6 @@ def run_model(problem: Problem, ways: Iterable[Way], args: argparse.Namespace) -
             row["peak_memory"] = peak_memory(problem.name, name, args.device, args.batch)
         rows[name] = row
     return {**describe(problem), "sgd_seconds": float(np.median(base)), "rows": list(rows.values())}
-
-
-def progress(ways: list[Way], title: str) -> Iterator[Way]:
-    """The rows one by one, said aloud: compiling takes minutes."""
-    for number, way in enumerate(ways, 1):
-        print(f"[{title} {number}/{len(ways)}] {way.name}", file=sys.stderr, flush=True)
-        yield way
 
 
 def main() -> int:
