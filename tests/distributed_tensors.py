@@ -4,7 +4,17 @@ from __future__ import annotations
 
 import pytest
 import torch
-from distributed_problem import STEPS, backward, batch, closure, hooked, loss_of, standard_closure, values
+from distributed_problem import (
+    SETTINGS,
+    STEPS,
+    backward,
+    batch,
+    closure,
+    create_graph,
+    hooked,
+    standard_closure,
+    values,
+)
 from published import AdaHessian
 from ranks import Ranks, worlds
 from tolerances import assert_trajectory, growth, nudge
@@ -17,8 +27,6 @@ from torch.distributed.tensor.parallel import (
     SequenceParallel,
     parallelize_module,
 )
-
-SETTINGS = {"lr": 0.05, "weight_decay": 0.01, "update_each": 2, "seed": 0}
 
 
 def make_model() -> nn.Module:
@@ -60,12 +68,6 @@ def trained(model: nn.Module, opt: AdaHessian, way) -> nn.Module:
 
 def alone(model: nn.Module, **options) -> nn.Module:
     return trained(model, AdaHessian(model.parameters(), process_group="alone", **SETTINGS | options), closure)
-
-
-def create_graph(model, opt, x, y):
-    opt.zero_grad()
-    loss_of(model, x, y).backward(create_graph=opt.needs_hessian)
-    opt.step()
 
 
 def check_tensor_parallelism_equals_one_process(ranks):

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import flex_attention
 from torch.utils._python_dispatch import TorchDispatchMode
+from watching import Operators, nodes
 from ways import WAYS
 
 from adahessian_fused import TrainStep, backends, curvature_friendly
@@ -196,15 +197,6 @@ def heads(device, *, length=6, size=4, dtype=torch.float64, number=2) -> list[Te
     return [torch.randn(2, number, length, size, dtype=dtype, device=device, requires_grad=True) for _ in range(3)]
 
 
-def nodes(y: Tensor) -> set[str]:
-    found, todo = set(), [y.grad_fn]
-    while todo:
-        node = todo.pop()
-        found.add(type(node).__name__)
-        todo += [n for n, _ in node.next_functions if n is not None]
-    return found
-
-
 def product(y: Tensor, inputs: list[Tensor]) -> list[Tensor]:
     """Gradients of the squares, and their product with ones."""
     grads = torch.autograd.grad(y.float().square().sum(), inputs, create_graph=True)
@@ -367,25 +359,15 @@ def test_modules(device, around):
         assert_error(ours, product(model(x), list(model.parameters())), 1e-11)
 
 
-class Seen(TorchDispatchMode):
-    def __init__(self) -> None:
-        super().__init__()
-        self.names = set()
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.names.add(func.overloadpacket.__name__)
-        return func(*args, **(kwargs or {}))
-
-
 def test_train_step_has_the_fused_operators(device):
     model, x = Encoder().to(device), torch.randn(3, 5, 8, device=device)
     opt = AdaHessian(model.parameters())
     step = TrainStep(model, lambda y, _: y.square().mean(), opt, compile=False)
     step(x, x)
-    with Seen() as seen:
+    with Operators() as seen:
         step(x, x)
-    assert "attention_double_backward" in seen.names
-    assert "_softmax" not in seen.names
+    assert "attention_double_backward" in seen.counts
+    assert "_softmax" not in seen.counts
 
 
 def test_memory_is_linear(device):

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from tolerances import assert_within, unit
 from torch import Tensor
 from torch.nn.attention.bias import causal_lower_right, causal_upper_left
+from watching import nodes
 
 from adahessian_fused import curvature_friendly
 
@@ -193,12 +194,7 @@ def friendly(case: Case) -> Callable[..., Tensor]:
     def run(*tensors: Tensor) -> Tensor:
         with curvature_friendly():
             y = case.run(*tensors)
-        nodes, found = [y.grad_fn], set()
-        while nodes:
-            node = nodes.pop()
-            found.add(type(node).__name__)
-            nodes += [n for n, _ in node.next_functions if n is not None]
-        assert "_ForwardBackward" in found, found
+        assert "_ForwardBackward" in nodes(y), nodes(y)
         return y
 
     return run

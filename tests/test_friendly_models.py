@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections import Counter
 from contextlib import nullcontext
 
 import pytest
@@ -13,7 +12,7 @@ from models import batch, conv_net
 from published import AdaHessian
 from tolerances import assert_error, relative_error
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
+from watching import Operators, nodes
 
 from adahessian_fused import available_backends, curvature_friendly
 from examples.resnet import ResNet
@@ -116,29 +115,14 @@ def test_batch_norm_module(device, options, mode):
         assert torch.equal(a, b)
 
 
-class Launches(TorchDispatchMode):
-    """Counts dispatched operators; ``launches`` leaves out views and allocations, which start no kernel."""
-
-    FREE = ("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "detach", "_unsafe_view", "alias")
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.counts = Counter()
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        free = func.is_view or func.overloadpacket.__name__ in self.FREE
-        self.counts["free" if free else "launches"] += 1
-        return func(*args, **(kwargs or {}))
-
-
 def test_operators_of_a_step(device):
     model, (x, y) = resnet20().to(device), images(2, device, torch.float32)
     opt = AdaHessian(model.parameters(), lr=0.01)
     opt.step(lambda: F.cross_entropy(model(x), y))  # the first one lays out the states
-    with Launches() as mode:
+    with Operators() as mode:
         opt.step(lambda: F.cross_entropy(model(x), y))
     fused = available_backends(device)["native"] is None
-    assert mode.counts["launches"] <= (500 if fused else 1200), mode.counts
+    assert mode.launched <= (500 if fused else 1200), mode.counts
     assert mode.counts.total() <= (1000 if fused else 1800), mode.counts
 
 
@@ -150,11 +134,7 @@ def test_off_steps_enter_nothing(device):
 
     def closure():
         loss = F.cross_entropy(model(x), y)
-        nodes = [loss.grad_fn]
-        while nodes:
-            node = nodes.pop()
-            seen.append(type(node).__name__)
-            nodes += [n for n, _ in node.next_functions if n is not None]
+        seen.extend(nodes(loss))
         return loss
 
     for ours in (True, False, True):

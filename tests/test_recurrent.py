@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections import Counter
 from contextlib import nullcontext
 
 import pytest
@@ -12,7 +11,7 @@ from published import AdaHessian
 from tolerances import assert_error, relative_error
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
-from torch.utils._python_dispatch import TorchDispatchMode
+from watching import Operators
 
 from adahessian_fused import TrainStep, backends, curvature_friendly
 from adahessian_fused.friendly import recurrence as op
@@ -309,18 +308,6 @@ def test_several_probes_from_one_graph(device, kind):
         assert_error([h[i] for h in together], list(apart), 1e-13)
 
 
-class Launches(TorchDispatchMode):
-    """Counts dispatched operators."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.counts = Counter()
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.counts[func.overloadpacket.__name__] += 1
-        return func(*args, **(kwargs or {}))
-
-
 @pytest.mark.parametrize("train_step", [False, True], ids=["closure", "train_step"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_step_has_as_many_products_for_any_length(device, kind, train_step):
@@ -332,7 +319,7 @@ def test_a_step_has_as_many_products_for_any_length(device, kind, train_step):
         loss = lambda x: model(x)[0].square().mean()  # noqa: B023, E731
         step = TrainStep(loss, opt, compile=False) if train_step else lambda x: opt.step(lambda: loss(x))  # noqa: B023
         step(x)
-        with Launches() as mode:
+        with Operators() as mode:
             step(x)
         counts.append(mode.counts["mm"] + mode.counts["addmm"])
     assert counts[0] == counts[1], counts
