@@ -115,7 +115,7 @@ class Attention(Operator):
 
 
 def math_kernel(*args: Any, **kwargs: Any) -> Tensor:
-    """As torch.nn.functional.scaled_dot_product_attention, of operators that have derivatives of every order."""
+    """Compute scaled_dot_product_attention of operators that have derivatives of every order."""
     if any(isinstance(t, Tensor) and t.is_nested for t in (*args, *kwargs.values())):
         raise RuntimeError(
             "scaled_dot_product_attention of nested tensors cannot be differentiated twice; expected padded tensors "
@@ -139,7 +139,7 @@ def attention(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> Tensor:
-    """As torch.nn.functional.scaled_dot_product_attention.
+    """Stand in for torch.nn.functional.scaled_dot_product_attention.
 
     Ours is what PyTorch would run one of its fused kernels for, except with dropout, whose mask they keep to
     themselves. What is not for them (dropout on a CPU, a mask with a gradient) is the math kernel's anyway.
@@ -174,7 +174,7 @@ def attention(
 
 
 def _chosen(*arguments: Any, scale: float | None, enable_gqa: bool) -> SDPBackend | None:
-    """The fused kernel that PyTorch would take; None for its math kernel, or one that ours does not stand for."""
+    """Return the fused kernel that PyTorch would take; None for its math kernel, or one ours does not stand for."""
     if any(isinstance(t, FakeTensor) for t in arguments):  # for which it gives the answer of another device
         with unset_fake_temporarily():
             return _chosen(*map(_real, arguments), scale=scale, enable_gqa=enable_gqa)
@@ -189,7 +189,7 @@ _CAN = {FLASH: can_use_flash_attention, EFFICIENT: can_use_efficient_attention}
 
 
 def _real(value: Any) -> Any:
-    """A tensor of the same geometry for a fake one."""
+    """Return a tensor of the same geometry for a fake one."""
     if not isinstance(value, FakeTensor):
         return value
     real = torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=value.device)
@@ -197,12 +197,12 @@ def _real(value: Any) -> Any:
 
 
 def _additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
-    """What a mask of those that may be seen adds to the scores."""
+    """Return what a mask of those that may be seen adds to the scores."""
     return torch.zeros_like(mask, dtype=dtype).masked_fill_(~mask, -math.inf)
 
 
 def with_attention(run: Callable[..., Tensor], function: Any) -> Callable[..., Any]:
-    """A Python function of torch.nn.functional with this attention in it, where modes would not see PyTorch's."""
+    """Return a function of torch.nn.functional with this attention in it, where modes would not see PyTorch's."""
     names = {**function.__globals__, "scaled_dot_product_attention": run}
     twin = types.FunctionType(function.__code__, names, function.__name__, function.__defaults__, function.__closure__)
     twin.__kwdefaults__ = function.__kwdefaults__

@@ -117,7 +117,7 @@ def _shapes(a: Tensor, b: Tensor, c: Tensor, grad: Tensor, query: Tensor, key: T
 
 @torch.library.register_vmap(NAME, lib=_library)
 def _batched(info: Any, dims: tuple, *arguments: Any) -> tuple[Gradients, tuple[int, ...]]:
-    """A batch of several is one long batch."""
+    """Take a batch of several as one long batch."""
     *tensors, bias, scale, diagonal = arguments
 
     def long(t: Tensor, dim: int | None) -> Tensor:

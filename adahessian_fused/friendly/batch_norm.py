@@ -104,7 +104,7 @@ def batch_norm(
     momentum: float = 0.1,
     eps: float = 1e-5,
 ) -> Tensor:
-    """As torch.nn.functional.batch_norm."""
+    """Stand in for torch.nn.functional.batch_norm."""
     if training:
         F._verify_batch_size(input.size())  # type: ignore[attr-defined]
     return call(BatchNorm(training, momentum, eps), input, weight, bias, running_mean, running_var)
@@ -121,7 +121,7 @@ def torch_batch_norm(
     eps: float,
     cudnn_enabled: bool,
 ) -> Tensor:
-    """As torch.batch_norm, which orders its arguments in another way."""
+    """Stand in for torch.batch_norm, which orders its arguments in another way."""
     return call(BatchNorm(training, momentum, eps), input, weight, bias, running_mean, running_var)
 
 
@@ -135,7 +135,7 @@ def instance_norm(
     momentum: float = 0.1,
     eps: float = 1e-5,
 ) -> Tensor:
-    """As torch.nn.functional.instance_norm."""
+    """Stand in for torch.nn.functional.instance_norm."""
     if use_input_stats:
         F._verify_spatial_size(input.size())  # type: ignore[attr-defined]
     return torch_instance_norm(
@@ -154,7 +154,7 @@ def torch_instance_norm(
     eps: float,
     cudnn_enabled: bool,
 ) -> Tensor:
-    """As torch.instance_norm, which is batch norm of one example with as many channels as all examples have."""
+    """Stand in for torch.instance_norm: batch norm of one example with as many channels as all examples have."""
     examples, channels = input.shape[:2]
     weight, bias, mean, var = (
         None if t is None else t.repeat(examples) for t in (weight, bias, running_mean, running_var)

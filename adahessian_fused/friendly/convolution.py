@@ -101,7 +101,7 @@ def _convolution(
     dilation: int | Sequence[int] = 1,
     groups: int = 1,
 ) -> Tensor:
-    """As torch.nn.functional.conv1d, conv2d, conv3d."""
+    """Stand in for torch.nn.functional.conv1d, conv2d, conv3d."""
     stride, dilation = _each(stride, dims), _each(dilation, dims)
     if padding == "valid":
         padding = 0
@@ -128,7 +128,7 @@ def _transposed(
     groups: int = 1,
     dilation: int | Sequence[int] = 1,
 ) -> Tensor:
-    """As torch.nn.functional.conv_transpose1d, conv_transpose2d, conv_transpose3d."""
+    """Stand in for torch.nn.functional.conv_transpose1d, conv_transpose2d, conv_transpose3d."""
     stride, padding, dilation = (_each(value, dims) for value in (stride, padding, dilation))
     return _run(
         dims, input, weight, bias, Convolution(stride, padding, dilation, True, _each(output_padding, dims), groups)
@@ -136,5 +136,5 @@ def _transposed(
 
 
 def convolution(dims: int, transposed: bool = False) -> Callable[..., Tensor]:
-    """The convolution of this many dimensions, with the signature of torch.nn.functional's."""
+    """Return the convolution of this many dimensions, with the signature of torch.nn.functional's."""
     return functools.partial(_transposed if transposed else _convolution, dims)

@@ -95,7 +95,7 @@ def cross_entropy(
     reduction: str = "mean",
     label_smoothing: float = 0.0,
 ) -> Tensor:
-    """As torch.nn.functional.cross_entropy; other than of rows and their classes it is PyTorch's."""
+    """Stand in for torch.nn.functional.cross_entropy; other than of rows and their classes it is PyTorch's."""
     plain = weight is None and size_average is None and reduce is None and label_smoothing == 0
     rows = input.dim() == 2 and target.shape == input.shape[:1] and target.dtype == torch.int64
     # Autocast would compute it in float32.

@@ -56,7 +56,7 @@ def row_norm(
     shape: tuple[int, int, int],
     groups: int = 1,
 ) -> Gradients:
-    """The same for :func:`.formulas.row_norm_double_backward`; ``shape`` is (rows, channels, pixels) of x."""
+    """Do the same for :func:`.formulas.row_norm_double_backward`; ``shape`` is (rows, channels, pixels) of x."""
     like_x = (t.reshape(shape).contiguous() for t in (_or_zeros(v, x), grad.to(x.dtype), x))
     found = _run("row_norm_double_backward", *like_x, v_weight, v_bias, weight, mean, invstd, groups)
     return tuple(map(_like, found, (grad, x, weight)))
@@ -75,7 +75,7 @@ def _run(name: str, v: Tensor, grad: Tensor, x: Tensor, *others: Any) -> Gradien
 
 @functools.cache
 def _kernels(device_type: str) -> Any:
-    """What has the two functions for this kind of device: operators, for only they can be traced, or the formulas."""
+    """Return what has the two functions for a kind of device: operators, which can be traced, or the formulas."""
     native = backends.unavailable_reason("native") is None
     if device_type == "cuda" and backends.unavailable_reason("triton", device_type) is None:
         norm_operators.register_triton(native)
@@ -90,5 +90,5 @@ def _or_zeros(v: Tensor | None, x: Tensor) -> Tensor:
 
 
 def _like(result: Tensor, tensor: Tensor | None) -> Tensor | None:
-    """A result in the shape and dtype of the tensor it is the gradient of."""
+    """Return a result in the shape and dtype of the tensor it is the gradient of."""
     return None if tensor is None else result.reshape(tensor.shape).to(tensor.dtype)

@@ -49,7 +49,7 @@ class EmbeddingBag(Operator):
         )
 
     def _output(self, weight: Tensor, per_sample_weights: Tensor | None) -> Tensor:
-        """The bags alone, under autograd where gradients are enabled."""
+        """Compute the bags alone, under autograd where gradients are enabled."""
         if torch.is_grad_enabled():
             return call(self, weight, per_sample_weights)
         return self._bags(weight, per_sample_weights)[0]
@@ -124,7 +124,7 @@ class EmbeddingBag(Operator):
 
 
 def embedding_bag(input: Tensor, weight: Tensor, offsets: Tensor | None = None, *args: Any, **kwargs: Any) -> Tensor:
-    """As torch.nn.functional.embedding_bag; what has no dense gradient, or is wrong, goes to it."""
+    """Stand in for torch.nn.functional.embedding_bag; what has no dense gradient, or is wrong, goes to it."""
     bound = _SIGNATURE.bind(input, weight, offsets, *args, **kwargs)
     bound.apply_defaults()
     given = SimpleNamespace(**bound.arguments)
@@ -146,7 +146,7 @@ _SIGNATURE = inspect.signature(F.embedding_bag)
 
 
 def _is_ours(given: SimpleNamespace) -> bool:
-    """Whether the arguments are right, and the gradient dense and a derivative (not scaled by frequencies)."""
+    """Tell whether the arguments are right, and the gradient dense and a derivative (not scaled by frequencies)."""
     bags = given.input.dim() == 2 if given.offsets is None else given.input.dim() == given.offsets.dim() == 1
     samples = given.per_sample_weights
     return (

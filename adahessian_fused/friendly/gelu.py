@@ -46,7 +46,7 @@ class Gelu(Operator):
 
 
 def gelu(input: Tensor, *, approximate: str = "none") -> Tensor:
-    """As torch.nn.functional.gelu; the approximation by tanh is PyTorch's."""
+    """Stand in for torch.nn.functional.gelu; the approximation by tanh is PyTorch's."""
     if approximate != "none" or input.numel() <= SMALL:
         return F.gelu(input, approximate=approximate)
     return call(Gelu(), input)

@@ -124,7 +124,7 @@ class _ForcedEager:
 
 @functools.cache
 def _stances() -> tuple[Callable[[Any], Any], Any]:
-    """How to set the compiler's stance, which returns the one before, and the stance of no compiled code."""
+    """Return how to set the compiler's stance, which returns the one before, and the stance of no compiled code."""
     from torch._dynamo.eval_frame import DynamoStance, _set_stance  # slow to import
 
     return _set_stance, DynamoStance("force_eager")
@@ -171,12 +171,12 @@ class Mode(TorchFunctionMode):
 
 
 def off() -> bool:
-    """Whether this thread runs PyTorch's own operators although it is in the mode, or about to enter it."""
+    """Tell whether this thread runs PyTorch's own operators although it is in the mode, or about to enter it."""
     return getattr(_thread, "off", False)
 
 
 def on() -> bool:
-    """Whether this thread runs our operators."""
+    """Tell whether this thread runs our operators."""
     return not off() and any(isinstance(mode, Mode) for mode in _get_current_function_mode_stack())
 
 
@@ -210,13 +210,13 @@ checkpoint._CheckpointFrame = _Checkpoint  # type: ignore[misc]
 
 
 def _differentiable(arguments: list) -> bool:
-    """Whether these are ordinary tensors whose operator autograd, and nothing else, is about to record."""
+    """Tell whether these are ordinary tensors whose operator autograd, and nothing else, is about to record."""
     tensors = [a for a in arguments if isinstance(a, Tensor) and type(a) is not CausalBias]
     return _recorded(arguments) and not _transformed() and all(map(_ordinary, tensors))
 
 
 def _recorded(arguments: list) -> bool:
-    """Whether the operator of these is about to be recorded."""
+    """Tell whether the operator of these is about to be recorded."""
     if torch.compiler.is_dynamo_compiling():
         return False
     records = torch.is_grad_enabled() and any(a.requires_grad for a in arguments if isinstance(a, Tensor))

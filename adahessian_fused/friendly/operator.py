@@ -25,7 +25,7 @@ class Operator(ABC):
 
     @abstractmethod
     def forward(self, *inputs: Tensor | None) -> tuple[Tensor | tuple[Tensor, ...], Tensors]:
-        """The output, and what the backward passes need: inputs, the output, or numbers computed on the way.
+        """Return the output, and what the backward passes need: inputs, the output, or numbers computed on the way.
 
         With several outputs, ``backward`` is given a gradient of each, None for zero, in the place of one.
         """
@@ -70,7 +70,7 @@ def gradients(operator: Operator, mask: Sequence[bool], *tensors: Tensor | None)
 def by_autograd(
     function: Callable[..., Any], cotangents: Tensors, grads: Tensors, inputs: Tensors, mask: Sequence[bool]
 ) -> Tensors:
-    """The double backward of a function by autograd, which can go on from there.
+    """Compute the double backward of a function by autograd, which can go on from there.
 
     Args:
         function: of the inputs, of operators that have derivatives of every order.

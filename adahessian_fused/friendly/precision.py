@@ -17,12 +17,12 @@ def _cast(tensors: tuple[Tensor | None, ...], dtype: torch.dtype) -> tuple[Tenso
 
 
 def lower(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
-    """The arguments of an operator that autocast runs in low precision."""
+    """Cast the arguments of an operator that autocast runs in low precision."""
     device = tensors[0].device.type
     return _cast(tensors, torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else tensors
 
 
 def full(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
-    """The arguments of an operator that autocast runs in float32 on CUDA, and leaves alone on CPU."""
+    """Cast the arguments of an operator that autocast runs in float32 on CUDA, and leaves alone on CPU."""
     on_cuda = tensors[0].device.type == "cuda" and torch.is_autocast_enabled("cuda")
     return _cast(tensors, torch.float32) if on_cuda else tensors

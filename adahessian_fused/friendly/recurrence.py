@@ -63,7 +63,7 @@ _library.define(
 
 
 def _steps(n: int, batch: int, sizes: Tensor | None, reverse: bool) -> list[slice]:
-    """The rows of each step, in the order of the steps."""
+    """Return the rows of each step, in the order of the steps."""
     lengths = [batch] * (n // batch) if sizes is None else sizes.tolist()
     found = [slice(end - k, end) for end, k in zip(itertools.accumulate(lengths), lengths, strict=True)]
     return found[::-1] if reverse else found
@@ -239,7 +239,7 @@ def spread(k: Tensor, states: Tensor) -> Tensor:
 
 
 def coefficients(kind: str, gates: Tensor, previous: Tensor) -> Pair:
-    """The coefficients k, carry and out of a step's tangent, for all steps."""
+    """Compute the coefficients k, carry and out of a step's tangent, for all steps."""
     if kind == "lstm":
         i, f, g, o, t = gates.chunk(5, 1)
         slopes = _slope(gates[:, : 4 * f.shape[1]])
@@ -257,7 +257,7 @@ def coefficients(kind: str, gates: Tensor, previous: Tensor) -> Pair:
 def changes(
     kind: str, gates: Tensor, previous: Tensor, d_arguments: Tensor, d_state: Tensor, d_previous: Tensor
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """The tangents of :func:`coefficients`; None: 0.
+    """Compute the tangents of :func:`coefficients`; None: 0.
 
     Args:
         kind: as in :func:`recurrence`.
@@ -307,7 +307,7 @@ def backward(
     sizes: Tensor | None,
     reverse: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The backward pass: :func:`adjoint` with the coefficients of ``gates`` and ``previous`` and without sources."""
+    """Compute the backward pass: :func:`adjoint` with the coefficients of ``gates``, ``previous`` and no sources."""
     return adjoint(*coefficients(kind, gates, previous), w, grad, final, None, None, None, sizes, reverse)
 
 
@@ -323,7 +323,7 @@ def double_backward(
     sizes: Tensor | None,
     reverse: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The double backward but for the products that are of all steps together.
+    """Compute the double backward but for the products that are of all steps together.
 
     Args:
         kind: as in :func:`recurrence`.
@@ -380,7 +380,7 @@ def _(kind: str, p: Tensor, w: Tensor, state: Tensor, *_: Any) -> tuple[Tensor, 
 
 
 def _one_by_one(operator: Any, info: Any, dims: tuple, *arguments: Any) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
-    """A batch under vmap."""
+    """Take a batch under vmap one by one."""
     found = [
         operator(*(t if d is None else t.select(d, i).contiguous() for t, d in zip(arguments, dims, strict=True)))
         for i in range(info.batch_size)

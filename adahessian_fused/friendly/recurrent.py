@@ -138,7 +138,7 @@ def _direction(
 
 
 def _first_rows(n: int, batch: int, sizes: Tensor | None, reverse: bool) -> Tensor:
-    """The rows of the first step of each sequence."""
+    """Return the rows of the first step of each sequence."""
     if sizes is None or not reverse:
         return torch.arange(n - batch, n) if reverse else torch.arange(batch)
     sequences = torch.arange(batch)
@@ -210,7 +210,7 @@ def _packed(
 
 
 def layers(kind: str) -> Callable[..., tuple[Tensor, ...]]:
-    """As torch.lstm, torch.gru, torch.rnn_tanh or torch.rnn_relu: of a padded batch, or of a packed one."""
+    """Stand in for torch.lstm, torch.gru, torch.rnn_tanh or torch.rnn_relu: of a padded batch, or of a packed one."""
 
     def run(*args: Any, **kwargs: Any) -> tuple[Tensor, ...]:
         packed = "batch_sizes" in kwargs or (len(args) > 3 and not isinstance(args[3], bool))

@@ -31,12 +31,12 @@ class Relu(Operator):
 
 
 def relu(input: Tensor, inplace: bool = False) -> Tensor:
-    """As torch.nn.functional.relu."""
+    """Stand in for torch.nn.functional.relu."""
     if input.numel() <= SMALL and type(input) in (Tensor, torch.nn.Parameter):
         return torch.relu_(input) if inplace else torch.relu(input)
     return call(Relu(inplace), input, inplace=inplace)
 
 
 def relu_(input: Tensor) -> Tensor:
-    """As torch.relu_."""
+    """Stand in for torch.relu_."""
     return relu(input, inplace=True)

@@ -67,7 +67,7 @@ class RmsNorm(Operator):
 
     @staticmethod
     def _is_fused(x: Tensor, weight: Tensor | None) -> bool:
-        """Whether PyTorch has kernels: on a GPU, for a weight of the dtype of x."""
+        """Tell whether PyTorch has kernels: on a GPU, for a weight of the dtype of x."""
         return x.is_cuda and (weight is None or weight.dtype == x.dtype)
 
     def forward(self, x: Tensor, weight: Tensor | None) -> tuple[Tensor, Tensors]:
@@ -160,7 +160,7 @@ def _rows(x: Tensor, shape: Sequence[int]) -> tuple[int, int, int]:
 
 
 def _format(x: Tensor) -> torch.memory_format:
-    """The memory format that PyTorch's kernels work in: that of x on a CPU."""
+    """Return the memory format that PyTorch's kernels work in: that of x on a CPU."""
     formats = {4: torch.channels_last, 5: torch.channels_last_3d}
     dense = x.dim() in formats and x.is_contiguous(memory_format=formats[x.dim()]) and not x.is_contiguous()
     return formats[x.dim()] if dense and not x.is_cuda else torch.contiguous_format
@@ -174,14 +174,14 @@ def layer_norm(
     eps: float = 1e-5,
     cudnn_enable: bool = True,
 ) -> Tensor:
-    """As torch.nn.functional.layer_norm."""
+    """Stand in for torch.nn.functional.layer_norm."""
     return call(LayerNorm(normalized_shape, eps), *full(input, weight, bias))
 
 
 def rms_norm(
     input: Tensor, normalized_shape: Sequence[int], weight: Tensor | None = None, eps: float | None = None
 ) -> Tensor:
-    """As torch.nn.functional.rms_norm."""
+    """Stand in for torch.nn.functional.rms_norm."""
     input, weight = full(input, weight)
     if eps is None:
         eps = torch.finfo(torch.promote_types(input.dtype, torch.float32)).eps
@@ -196,7 +196,7 @@ def group_norm(
     eps: float = 1e-5,
     cudnn_enabled: bool = True,
 ) -> Tensor:
-    """As torch.nn.functional.group_norm."""
+    """Stand in for torch.nn.functional.group_norm."""
     if input.dim() < 2 or input.shape[1] % num_groups or input[0].numel() == num_groups:
         return F.group_norm(input, num_groups, weight, bias, eps)  # raises
     input, weight, bias = full(input, weight, bias)

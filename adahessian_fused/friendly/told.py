@@ -38,7 +38,7 @@ class Told:
         _told.clear()
 
     def due(self) -> bool:
-        """Whether the coming step of any of the optimizers differentiates twice."""
+        """Tell whether the coming step of any of the optimizers differentiates twice."""
         optimizers = [ref() for ref in self._optimizers]
         return any(
             opt.needs_hessian and opt.param_groups[0]["hvp"] == "autograd"  # type: ignore[attr-defined]
@@ -145,7 +145,7 @@ _CALLER = nn.Module._wrapped_call_impl.__code__
 
 
 def _call_of(module: nn.Module) -> _Call:
-    """The call of a module, in its place."""
+    """Return the call of a module, in its place."""
     call = module.__dict__.get(_SLOT)
     if not isinstance(call, _Call):
         call = module.__dict__[_SLOT] = _Call(module)
