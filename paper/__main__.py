@@ -1,15 +1,15 @@
 """The paper's experiments in small: trains what has no result yet, then writes the report.
 
 python -m paper                                     # all experiments on data that need no download
-python -m paper cv --data cifar10 --root DIR        # one of them on the paper's data, with its settings
+python -m paper resnet20 --data cifar10 --root DIR        # one of them on the paper's data, with its settings
 python -m paper --report-only                       # from the results there are
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -19,11 +19,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from bench.machine import machine
 from examples.data import DataError
 
-from .plan import FULL, QUICK, Extent
-from .pool import Pool, carry_out
+from .plan import FULL, QUICK, TABLES, Extent
+from .pool import Pool
 from .report import write
 from .results import OtherSettingsError, Results
-from .tasks import BUILT_IN, EXPERIMENTS, MAKERS, Spec, make
+from .tasks import MAKERS, Spec, make
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -32,22 +32,22 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     """The arguments."""
     parser = argparse.ArgumentParser(prog="python -m paper", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
-    parser.add_argument("experiments", nargs="*", metavar="NAME", help=f"of {', '.join(EXPERIMENTS)}; default: all")
-    data = sorted({name for _, names in MAKERS.values() for name in names})
+    parser.add_argument("experiments", nargs="*", metavar="NAME", help=f"of {', '.join(MAKERS)}; default: all")
+    data = sorted({name for _, names in MAKERS.values() for name in names[1:]})
     parser.add_argument("--data", choices=data, help="for one experiment: other data than its own, with full settings")
     parser.add_argument("--root", type=Path, help="folder with the files of --data")
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--workers", type=int, default=2, help="processes, each with one thread")
     parser.add_argument("--quick", action="store_true", help="one seed and a few steps: shows that everything runs")
-    parser.add_argument("--recalibrate", action="store_true", help="measure the step times again")
+    parser.add_argument("--recalibrate", action="store_true", help="only measure the step times again")
     parser.add_argument("--report-only", action="store_true", help="train nothing")
     parser.add_argument("--out", type=Path, help="folder of the results; default: paper/results, quick: build/paper")
     parser.add_argument("--pages", type=Path, help="folder of the report; default: docs, quick: build/paper")
     args = parser.parse_args(argv)
-    unknown = set(args.experiments) - set(EXPERIMENTS)
+    unknown = set(args.experiments) - set(MAKERS)
     if unknown:
-        parser.error(f"no experiment {', '.join(sorted(unknown))}; there are {', '.join(EXPERIMENTS)}")
-    args.experiments = args.experiments or list(EXPERIMENTS)
+        parser.error(f"no experiment {', '.join(sorted(unknown))}; there are {', '.join(MAKERS)}")
+    args.experiments = args.experiments or list(MAKERS)
     args.out = args.out or ROOT / ("build/paper" if args.quick else "paper/results")
     args.pages = args.pages or (ROOT / "build/paper" if args.quick else ROOT / "docs")
     return args
@@ -57,39 +57,42 @@ def specs(args: argparse.Namespace) -> list[Spec]:
     """The tasks that are asked for.
 
     Raises:
-        DataError: the experiment does not know the data.
+        DataError: a task does not know the data.
     """
-    wanted = BUILT_IN if args.data is None else (args.data,)
     found = []
-    for experiment in args.experiments:
-        chosen = [(name, data) for name in EXPERIMENTS[experiment] for data in MAKERS[name][1] if data in wanted]
-        if not chosen:
-            raise DataError(f"--data {args.data} is not for {experiment}; name the experiment it is for")
-        found += [Spec(name, data, args.root, args.device, args.out) for name, data in chosen]
+    for name in args.experiments:
+        data = args.data or MAKERS[name][1][0]
+        if data not in MAKERS[name][1]:
+            raise DataError(f"--data {data} is not for {name}; name the experiment it is for")
+        found.append(Spec(name, data, args.root, args.device, args.out))
     return found
 
 
 def train(args: argparse.Namespace, extent: Extent, console: Console) -> None:
-    """All runs that have no result yet."""
+    """All runs and step times that are missing: table by table, each for all tasks."""
     parts = (
-        TextColumn("{task.description:<10}"),
+        TextColumn("{task.description:<20}"),
         BarColumn(),
         MofNCompleteColumn(),
         TimeElapsedColumn(),
         TimeRemainingColumn(),
     )
     with Progress(*parts, console=console) as bars, Pool(args.workers) as pool:
+        chosen = []
         for spec in specs(args):
             task = make(spec)
             task.prepare()
-            bar = bars.add_task(spec.stem, total=0)
             results = Results(args.out / f"{spec.stem}.json", task.describe())
-            results.machine = results.machine or machine(args.device)
-            lender = task.tuned_on and Results(args.out / f"{replace(spec, name=task.tuned_on).stem}.json")
-
-            pool.on_total = lambda n, bar=bar: bars.update(bar, total=bars.tasks[bar].total + n)
-            pool.on_done = lambda bar=bar: bars.advance(bar)
-            carry_out(pool, spec, results, lender or None, extent, 3 if args.quick else 15, args.recalibrate)
+            results.machine = machine(args.device)
+            if args.recalibrate or not results.step_times:
+                pool.calibrate(spec, results, extent, 3 if args.quick else 15)
+            chosen.append((spec, task, results))
+        for name, (spec, task, results) in itertools.product([] if args.recalibrate else TABLES, chosen):
+            if name in task.tables:
+                bar = bars.add_task(f"{spec.stem}: {name}", total=0)
+                pool.on_total = lambda n, bar=bar: bars.update(bar, total=bars.tasks[bar].total + n)
+                pool.on_done = lambda bar=bar: bars.advance(bar)
+                pool.table(spec, results, extent, name)
 
 
 def main(argv: list[str] | None = None) -> int:

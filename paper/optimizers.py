@@ -12,8 +12,21 @@ from adahessian_fused import AdaHessian, recipes
 from .run import Setup
 from .task import Batch, Task
 
-OURS = "AdaHessian"
 EPS = 1e-4  # of AdaHessian, as published
+OURS, CHEAP, SIGNED, SOPHIA = "AdaHessian", "AdaHessian, cheap", "AdaHessian, Eq. 7", "Sophia's rule"
+EXACT = {**recipes.cheap, "update_each": 1}
+SETUPS = {
+    "SGD": Setup("SGD"),
+    "AdaGrad": Setup("AdaGrad"),
+    "AdamW": Setup("AdamW"),
+    SOPHIA: Setup(  # Liu et al. 2023: elements of m / h cut at rho = 0.05, curvature on every tenth step
+        OURS,
+        {"update_each": 10, "warmup": 0, "averaging": "abs", "block_size": 1, "clip": 0.05, "unmeasured": "move"},
+    ),
+    SIGNED: Setup(OURS, {**recipes.published, "update_each": 1}),
+    OURS: Setup(OURS, EXACT),
+    CHEAP: Setup(OURS, recipes.cheap),
+}
 
 
 def make(setup: Setup, lr: float, seed: int, task: Task, params: Iterable[Tensor]) -> torch.optim.Optimizer:
@@ -25,8 +38,9 @@ def make(setup: Setup, lr: float, seed: int, task: Task, params: Iterable[Tensor
         return torch.optim.Adagrad(params, lr, weight_decay=decay)
     if setup.optimizer == "AdamW":
         return torch.optim.AdamW(params, lr, task.betas, weight_decay=decay, fused=True)
-    options = {**recipes.published, "block_size": task.block_size, "seed": seed, **setup.options}
-    return AdaHessian(params, lr, task.betas, EPS, decay, **options)
+    return AdaHessian(
+        params, lr, task.betas, EPS, decay, **{"block_size": task.block_size, "seed": seed, **setup.options}
+    )
 
 
 def stepper(opt: torch.optim.Optimizer, loss_fn: Callable[..., Tensor]) -> Callable[[Batch], Tensor]:

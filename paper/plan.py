@@ -3,60 +3,42 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
-from .optimizers import OURS
+from .optimizers import CHEAP, EXACT, OURS, SETUPS, SIGNED
 from .run import Run, Setup
-from .task import Task
 
 TUNING_SEED = 100
+TABLES = ("optimizers", "lr_scaling", "block_size", "frontier")  # the first ones first
+IN_TIME = ", in AdamW's time"  # of the labels of runs with fewer steps
 
 
 @dataclass(frozen=True)
 class Extent:
     """How much of everything there is."""
 
-    seeds: tuple[int, ...] = (0, 1, 2)
-    frequencies: tuple[int, ...] = (1, 2, 3, 4, 5)
-    lr_scales: tuple[float, ...] = (0.5, 1, 2, 4, 6, 10, 20)
-    block_sizes: tuple[int, ...] = (1, 4, 16, 32, 64, 128)
-    trials: int | None = None  # learning rates an optimizer; None: its whole grid
+    seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
+    curve_seeds: tuple[int, ...] = (0, 1, 2)
+    frequencies: tuple[int, ...] = (1, 2, 5, 10, 20)
+    fractions: tuple[float, ...] = (1, 0.5, 0.25, 0.125)
+    lr_scales: tuple[float, ...] = (0.5, 1, 2, 4, 10)
+    block_sizes: tuple[int, ...] = (1, 4, 32, 128)
+    trials: int | None = None  # learning rates a setting; None: its whole grid
     refine: bool = True  # two more trials around the grid's best
     steps: int | None = None  # of a run; None: the task's
 
 
 FULL = Extent()
-QUICK = Extent(seeds=(0,), frequencies=(1, 2), lr_scales=(1, 10), block_sizes=(1, 32), trials=1, refine=False, steps=4)
+QUICK = Extent((0,), (0,), (1, 2), (1, 0.25), (1, 10), (1, 32), trials=1, refine=False, steps=4)
+Table = Mapping[tuple[str, str], tuple[Run, ...]]  # runs, one for each seed, by row and column
 
 
-@dataclass(frozen=True)
-class Comparison:
-    """A table: runs, one for each seed, by row and column."""
-
-    name: str
-    cells: Mapping[tuple[str, str], tuple[Run, ...]]
-
-    def runs(self) -> list[Run]:
-        """All of them."""
-        return [run for runs in self.cells.values() for run in runs]
-
-
-def tuning(task: Task, extent: Extent) -> dict[str, list[Run]]:
-    """The trials of every optimizer: the same number for each, on a seed that no table uses."""
-    return {name: [trial(task, extent, name, lr) for lr in grid[: extent.trials]]
-            for name, grid in task.learning_rates.items()}  # fmt: skip
-
-
-def refinement(task: Task, extent: Extent, best: Mapping[str, float]) -> dict[str, list[Run]]:
-    """Two more trials of every optimizer, around the best of its grid; none unless the extent refines."""
-    return {name: [trial(task, extent, name, lr) for lr in around(best[name], grid) if extent.refine]
-            for name, grid in task.learning_rates.items()}  # fmt: skip
-
-
-def trial(task: Task, extent: Extent, optimizer: str, lr: float) -> Run:
-    """One of them."""
-    return Run(Setup(optimizer), lr, TUNING_SEED, extent.steps or task.steps)
+def runs_of(tables: Iterable[Table]) -> list[Run]:
+    """All of them, without repetitions; those of the first seed come first."""
+    runs = {run.key: run for table in tables for runs in table.values() for run in runs}
+    return sorted(runs.values(), key=lambda run: run.seed)
 
 
 def around(best: float, grid: tuple[float, ...]) -> tuple[float, float]:
@@ -68,92 +50,99 @@ def around(best: float, grid: tuple[float, ...]) -> tuple[float, float]:
 
 
 class Planner:
-    """The tables of one task."""
+    """The tables of one task.
 
-    def __init__(self, task: Task, lrs: Mapping[str, float], extent: Extent) -> None:
-        self.task, self.lrs, self.extent = task, lrs, extent
+    Args:
+        task: its settings.
+        extent: how much of each.
+        lrs: best learning rates by setting, as far as they are known; a table leaves out what has none.
+    """
+
+    def __init__(self, task: Any, extent: Extent, lrs: Mapping[str, float] = {}) -> None:
+        self.task, self.extent, self.lrs = task, extent, lrs
         self.steps = extent.steps or task.steps
+        self.refines = extent.refine and task.tuning_steps == task.steps  # not where trials are shorter than runs
 
-    def runs(self, setup: Setup, *, scale: float = 1, steps: int | None = None) -> tuple[Run, ...]:
-        """A run for each seed."""
-        lr = self.lrs[setup.optimizer] * scale
-        return tuple(Run(setup, lr, seed, steps or self.steps) for seed in self.extent.seeds)
+    # ---- learning rates ----------------------------------------------------------------------------------------------
 
-    def optimizers(self) -> Comparison:
-        """Tables 1 to 3: every optimizer at its best learning rate."""
-        return Comparison("optimizers", {(name, self.task.name): self.runs(Setup(name)) for name in self.lrs})
+    def settings(self, table: str) -> dict[str, Setup]:
+        """Those whose learning rates a table needs."""
+        if table == "block_size":
+            blocks = {f"{OURS}, b = {b}": Setup(OURS, {**EXACT, "block_size": b}) for b in self._other_blocks()}
+            return {name: SETUPS[name] for name in (OURS, SIGNED)} | blocks
+        names = {"optimizers": self.task.learning_rates, "lr_scaling": ("AdamW", OURS), "frontier": (OURS, CHEAP)}
+        return {name: SETUPS[name] for name in names[table]}
 
-    def frequency(self) -> Comparison:
-        """Table 6: AdaHessian with the Hessian every f steps."""
-        cells = {("", str(f)): self.runs(frequency(f)) for f in self.extent.frequencies}
-        return Comparison("frequency", cells)
+    def trials(self, name: str, setup: Setup, best: float | None = None) -> list[Run]:
+        """The learning rates that are tried for a setting: as many for each, on a seed that no table uses.
 
-    def lr_scaling(self) -> Comparison:
-        """Table 4: learning rates scaled."""
-        cells = {
-            (name, f"{scale:g}"): self.runs(Setup(name), scale=scale)
-            for name in ("AdamW", OURS)
-            for scale in self.extent.lr_scales
-        }
-        return Comparison("lr_scaling", cells)
-
-    def block_size(self) -> Comparison:
-        """Table 5: length of the averaging blocks."""
-        default = self.task.block_size
-        cells = {
-            (OURS, str(b)): self.runs(Setup(OURS, {} if b == default else {"block_size": b}))
-            for b in self.extent.block_sizes
-        }
-        return Comparison("block_size", cells)
-
-    def cheap(self) -> Comparison:
-        """AdaHessian's cheaper settings beside the first-order optimizers; the last rows fit into AdamW's time.
-
-        A step with exact curvature from a fraction r of the batch on every f-th step counts 1 + 2r/f first-order ones.
+        Args:
+            name: of the setting.
+            setup: the setting.
+            best: of the grid; two more trials around it.
         """
-        ways = {
-            OURS: {},
-            "every 5 steps": {"update_each": 5},
-            "from 1/4 of the batch": {"hessian_fraction": 0.25},
-            "every 5 steps, from 1/4": {"update_each": 5, "hessian_fraction": 0.25},
+        grid = tuple(self.task.learning_rates.get(name, self.task.learning_rates[OURS]))
+        rates = grid[: self.extent.trials] if best is None else around(best, grid)
+        steps = self.extent.steps or self.task.tuning_steps
+        return [Run(setup, lr, TUNING_SEED, steps) for lr in rates]
+
+    # ---- tables ------------------------------------------------------------------------------------------------------
+
+    def table(self, name: str) -> Table:
+        """One of them."""
+        return getattr(self, name)()
+
+    def optimizers(self) -> Table:
+        """Tables 1 to 3: every optimizer at its best learning rate, in as many steps and in as much time as AdamW."""
+        settings = {name: setup for name, setup in self.settings("optimizers").items() if name in self.lrs}
+        cells = {(name, ""): self._runs(setup, self.lrs[name]) for name, setup in settings.items()}
+        for name in (OURS, CHEAP):
+            if name in settings:
+                steps = max(n for n in range(1, self.steps + 1) if settings[name].cost(n) <= max(self.steps, 3))
+                cells[name + IN_TIME, ""] = self._runs(settings[name], self.lrs[name], steps)
+        return cells
+
+    def frontier(self) -> Table:
+        """Table 6 and beyond: curvature on every f-th step from a fraction r of the batch.
+
+        All at the rate that was tuned for f = 1 or f = 10, whichever f is nearer.
+        """
+        if not {OURS, CHEAP} <= set(self.lrs):
+            return {}
+        cells = {}
+        for r in self.extent.fractions:
+            for f in self.extent.frequencies:
+                options = {**EXACT, "update_each": f} | ({} if r == 1 else {"hessian_fraction": r})
+                lr = self.lrs[OURS if f * f < 10 else CHEAP]
+                cells[f"{r:g}", str(f)] = self._runs(Setup(OURS, options), lr, seeds=self.extent.curve_seeds)
+        return cells
+
+    def lr_scaling(self) -> Table:
+        """Table 4: learning rates scaled."""
+        return {
+            (name, f"{scale:g}"): self._runs(setup, self.lrs[name] * scale)
+            for name, setup in self.settings("lr_scaling").items()
+            for scale in self.extent.lr_scales
+            if name in self.lrs
         }
-        cells = {(name, self.task.name): self.runs(Setup(name)) for name in self.lrs if name != OURS}
-        for label, options in ways.items():
-            label = label if label == OURS else f"{OURS}, {label}"
-            cells[label, self.task.name] = self.runs(Setup(OURS, options))
-        for label in ("every step", "every 5 steps"):
-            options = {} if label == "every step" else ways[label]
-            steps = max(1, round(self.steps / nominal_cost(options)))
-            cells[f"{OURS}, {label}, fewer steps", self.task.name] = self.runs(Setup(OURS, options), steps=steps)
-        return Comparison("cheap", cells)
 
-    def bags(self) -> Comparison:
-        """Three ways round the missing double backward of embedding bags."""
-        ways = {
-            "curvature_friendly": Setup(OURS),
-            "dense embeddings": Setup(OURS, variant="dense"),
-            "finite differences": Setup(OURS, {"hvp": "finite_difference"}, "gelu"),
-            "curvature_friendly, GELU": Setup(OURS, variant="gelu"),
-        }
-        return Comparison("bags", {(label, self.task.name): self.runs(setup) for label, setup in ways.items()})
+    def block_size(self) -> Table:
+        """Table 5: length of the averaging blocks, each at its own learning rate, and signed averages, all at one."""
+        cells = {}
+        for b in self.extent.block_sizes:
+            other = b in self._other_blocks()
+            name = f"{OURS}, b = {b}" if other else OURS
+            if name in self.lrs:
+                cells[OURS, str(b)] = self._runs(self.settings("block_size")[name], self.lrs[name])
+            if SIGNED in self.lrs:
+                setup = Setup(OURS, SETUPS[SIGNED].options | ({"block_size": b} if other else {}))
+                cells[SIGNED, str(b)] = self._runs(setup, self.lrs[SIGNED], seeds=self.extent.curve_seeds)
+        return dict(sorted(cells.items(), key=lambda item: item[0][0]))
 
+    def _other_blocks(self) -> list[int]:
+        return [b for b in self.extent.block_sizes if b != self.task.block_size]
 
-def frequency(f: int) -> Setup:
-    """AdaHessian with a Hutchinson frequency."""
-    return Setup(OURS, {"update_each": f} if f > 1 else {})
-
-
-def nominal_cost(options: Mapping[str, float]) -> float:
-    """First-order steps that a step costs by its matrix products."""
-    return 1 + 2 * options.get("hessian_fraction", 1.0) / options.get("update_each", 1)
-
-
-def comparisons(task: Task, lrs: Mapping[str, float], extent: Extent) -> list[Comparison]:
-    """The task's tables."""
-    planner = Planner(task, lrs, extent)
-    return [getattr(planner, name)() for name in task.tables]
-
-
-def small(runs: list[Run]) -> list[Run]:
-    """Without repetitions, in order."""
-    return list({run.key: run for run in runs}.values())
+    def _runs(
+        self, setup: Setup, lr: float, steps: int | None = None, seeds: tuple[int, ...] | None = None
+    ) -> tuple[Run, ...]:
+        return tuple(Run(setup, float(f"{lr:g}"), seed, steps or self.steps) for seed in seeds or self.extent.seeds)

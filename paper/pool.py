@@ -9,14 +9,14 @@ from typing import Any
 
 import torch
 
-from .plan import Extent, comparisons, small
+from .plan import Extent, Planner, runs_of
 from .results import Results
-from .run import Run, Setup
-from .step_time import measure
+from .run import Run
+from .step_time import StepTimes, measure
 from .tasks import Spec, make
 from .training import train
 
-CALIBRATED = ("optimizers", "frequency", "cheap", "bags")  # comparisons whose rows cost differently
+FIRST_ORDER = ("SGD", "AdaGrad", "AdamW")
 
 
 def one_thread() -> None:
@@ -30,9 +30,10 @@ def work(spec: Spec, run: Run) -> dict[str, Any]:
     return train(make(spec), run)
 
 
-def calibrate(spec: Spec, setups: list[Setup], rounds: int) -> dict[str, dict[str, float]]:
+def calibrate(spec: Spec, extent: Extent, rounds: int) -> StepTimes:
     """Step times, in a worker."""
-    return measure(make(spec), setups, rounds)
+    task = make(spec)
+    return measure(task, [name for name in FIRST_ORDER if name in task.learning_rates], extent.fractions, rounds)
 
 
 class Pool:
@@ -52,43 +53,23 @@ class Pool:
 
     def carry_out(self, spec: Spec, results: Results, runs: Iterable[Run]) -> None:
         """Those of the runs that are missing; each is on the disk as soon as it is done."""
-        missing = results.missing(small(list(runs)))
+        missing = results.missing(runs)
         self.on_total(len(missing))
         futures = {self.executor.submit(work, spec, run): run for run in missing}
         for future in as_completed(futures):
             results.add(futures[future], future.result())
             self.on_done()
 
-    def calibrate(self, spec: Spec, results: Results, setups: list[Setup], rounds: int, again: bool) -> None:
-        """The step times that are missing, or all of them; alone, so that workers do not slow each other down."""
-        missing = [setup for setup in setups if again or setup.key not in results.step_times]
-        if missing:
-            first_order = [Setup("SGD"), Setup("AdamW")]
-            missing = list({setup.key: setup for setup in (*first_order, *setups)}.values())
-            results.step_times = self.executor.submit(calibrate, spec, missing, rounds).result()
-            results.write()
-
-
-def setups_of(tables: Iterable) -> list[Setup]:
-    """Those whose cost the report shows."""
-    runs = [run for table in tables if table.name in CALIBRATED for run in table.runs()]
-    return list({run.setup.key: run.setup for run in runs}.values())
-
-
-def learn_rates(pool: Pool, spec: Spec, results: Results, lender: Results | None, extent: Extent) -> dict[str, float]:
-    """The learning rates of a task: tuned here, or taken over from the task it names."""
-    task = make(spec)
-    if lender is None:
+    def table(self, spec: Spec, results: Results, extent: Extent, name: str) -> None:
+        """A table of a task: first its settings' learning rates, on the grid and around the grid's best."""
+        task = make(spec)
         for _ in ("the grid", "around its best"):
-            pool.carry_out(spec, results, [run for runs in results.trials(task, extent).values() for run in runs])
-    return (lender or results).best_lrs(task, extent)
+            trials = results.trials(Planner(task, extent), name)
+            self.carry_out(spec, results, [run for runs in trials.values() for run in runs])
+        lrs = results.best_lrs(Planner(task, extent), name)
+        self.carry_out(spec, results, runs_of([Planner(task, extent, lrs).table(name)]))
 
-
-def carry_out(
-    pool: Pool, spec: Spec, results: Results, lender: Results | None, extent: Extent, rounds: int, again: bool
-) -> None:
-    """Everything of one task."""
-    lrs = learn_rates(pool, spec, results, lender, extent)
-    tables = comparisons(make(spec), lrs, extent)
-    pool.carry_out(spec, results, [run for table in tables for run in table.runs()])
-    pool.calibrate(spec, results, setups_of(tables), rounds, again)
+    def calibrate(self, spec: Spec, results: Results, extent: Extent, rounds: int) -> None:
+        """The step times, alone, so that workers do not slow each other down."""
+        results.step_times = self.executor.submit(calibrate, spec, extent, rounds).result()
+        results.write()

@@ -9,9 +9,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from .plan import Extent, refinement, tuning
+from .plan import Planner
 from .run import Run
-from .task import Task
 
 
 class OtherSettingsError(Exception):
@@ -46,8 +45,9 @@ class Results:
 
     def add(self, run: Run, record: dict[str, Any]) -> None:
         """Keep a run's record, on the disk too."""
-        setup = {"optimizer": run.setup.optimizer, "options": dict(run.setup.options), "variant": run.setup.variant}
-        self.runs[run.key] = {**setup, "lr": run.lr, "steps": run.steps, "seed": run.seed, **record}
+        setup = {"optimizer": run.setup.optimizer, "options": dict(run.setup.options)}
+        commit = str(self.machine.get("commit"))[:7]
+        self.runs[run.key] = {**setup, "lr": run.lr, "steps": run.steps, "seed": run.seed, "commit": commit, **record}
         self.write()
 
     def write(self) -> None:
@@ -69,24 +69,28 @@ class Results:
         """One for each run that there is; None where the loss was not finite."""
         return [self.runs[run.key]["scores"][split] for run in runs if run.key in self.runs]
 
-    def trials(self, task: Task, extent: Extent) -> dict[str, list[Run]]:
-        """Those of the grid, and as soon as they are done those around its best."""
-        trials = tuning(task, extent)
-        best = self._best_of(trials, task)
-        more = refinement(task, extent, best) if best else {}
-        return {name: [*runs, *more.get(name, [])] for name, runs in trials.items()}
+    def trials(self, planner: Planner, table: str) -> dict[str, list[Run]]:
+        """Of the settings of a table those of the grid, and as soon as they are done those around its best."""
+        found = {}
+        for name, setup in planner.settings(table).items():
+            runs = planner.trials(name, setup)
+            best = self._best_of(runs, planner)
+            more = planner.trials(name, setup, best) if best is not None and planner.refines else []
+            found[name] = [*runs, *more]
+        return found
 
-    def best_lrs(self, task: Task, extent: Extent) -> dict[str, float] | None:
-        """The learning rate with the best validation score, by optimizer; None while trials are missing."""
-        return self._best_of(self.trials(task, extent), task)
+    def best_lrs(self, planner: Planner, table: str) -> dict[str, float]:
+        """Learning rates with the best validation score, by setting; without those whose trials are missing."""
+        best = {name: self._best_of(runs, planner) for name, runs in self.trials(planner, table).items()}
+        return {name: lr for name, lr in best.items() if lr is not None}
 
-    def _best_of(self, trials: dict[str, list[Run]], task: Task) -> dict[str, float] | None:
-        if any(self.missing(runs) for runs in trials.values()):
+    def _best_of(self, trials: list[Run], planner: Planner) -> float | None:
+        if self.missing(trials):
             return None
-        sign = 1 if task.higher_is_better else -1
+        sign = 1 if planner.task.higher_is_better else -1
 
         def value(run: Run) -> float:
             score = self.scores([run], "validation")[0]
             return -math.inf if score is None else sign * score
 
-        return {name: max(runs, key=value).lr for name, runs in trials.items()}
+        return max(trials, key=value).lr

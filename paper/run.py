@@ -9,23 +9,26 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Setup:
-    """An optimizer without its learning rate, and the form of the model it trains.
-
-    Attributes:
-        optimizer: a name in :data:`paper.optimizers.MAKE`.
-        options: arguments of AdaHessian that differ from the task's.
-        variant: form of the model; "" is the task's own.
-    """
+    """An optimizer without its learning rate; ``options`` are arguments of AdaHessian beside the task's."""
 
     optimizer: str
     options: Mapping[str, Any] = field(default_factory=dict)
-    variant: str = ""
 
     @property
     def key(self) -> str:
         """Unique name."""
-        options = [f"{name}={value}" for name, value in sorted(self.options.items())]
-        return " ".join([self.optimizer, *options, *([f"({self.variant})"] if self.variant else [])])
+        return " ".join([self.optimizer, *(f"{name}={value}" for name, value in sorted(self.options.items()))])
+
+    def hessian_steps(self, steps: int) -> int:
+        """How many of that many steps, from the first on, have curvature."""
+        if "update_each" not in self.options:
+            return 0
+        dense = self.options["warmup"]
+        return sum(step < dense or step % self.options["update_each"] == 0 for step in range(steps))
+
+    def cost(self, steps: int) -> float:
+        """First-order steps that they take, by their matrix products."""
+        return steps + 2 * self.options.get("hessian_fraction", 1.0) * self.hessian_steps(steps)
 
 
 @dataclass(frozen=True)

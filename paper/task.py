@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -21,9 +21,8 @@ class Task(ABC):
         metric, unit, higher_is_better: of :meth:`score`.
         steps: length of a run.
         betas, weight_decay, block_size: as AdamW and AdaHessian get them.
-        learning_rates: the grid of every optimizer, equally long for each.
+        learning_rates: the grid of every setting of :data:`paper.optimizers.SETUPS` that is compared, equally long.
         tables: the comparisons of :class:`paper.plan.Planner` it takes part in.
-        tuned_on: name of the task whose learning rates are taken over, if not this one's.
     """
 
     name: str
@@ -36,13 +35,17 @@ class Task(ABC):
     betas: tuple[float, float] = (0.9, 0.98)
     weight_decay: float = 1e-4
     block_size: int | str = "auto"
-    learning_rates: Mapping[str, tuple[float, ...]]
-    tuned_on: str | None = None
+    learning_rates: Mapping[str, Sequence[float]]
     tables: tuple[str, ...]
     device: str = "cpu"
 
+    @property
+    def tuning_steps(self) -> int:
+        """As long as a run; less where a run takes minutes."""
+        return self.steps
+
     @abstractmethod
-    def model(self, variant: str = "") -> nn.Module:
+    def model(self) -> nn.Module:
         """A fresh model, from torch's global generator."""
 
     @abstractmethod
@@ -83,12 +86,12 @@ class Task(ABC):
             "higher_is_better": self.higher_is_better,
             "parameters": sum(p.numel() for p in self.model().parameters()),
             "steps": self.steps,
+            "tuning_steps": self.tuning_steps,
             "batch_size": self.batch_size,
             "betas": list(self.betas),
             "weight_decay": self.weight_decay,
             "block_size": self.block_size,
             "learning_rates": {name: list(grid) for name, grid in self.learning_rates.items()},
-            "tuned_on": self.tuned_on,
             "tables": list(self.tables),
             "schedule": [round(self.schedule((i + 0.5) / 8), 4) for i in range(8)],
         }

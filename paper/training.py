@@ -34,7 +34,7 @@ def train(task: Task, run: Run) -> dict[str, Any]:
     """
     began = time.process_time()
     torch.manual_seed(run.seed)
-    model = task.model(run.setup.variant).to(task.device)
+    model = task.model().to(task.device)
     opt = make(run.setup, run.lr, run.seed, task, model.parameters())
     schedule = torch.optim.lr_scheduler.LambdaLR(opt, lambda step: task.schedule(min((step + 0.5) / run.steps, 1.0)))
     step = stepper(opt, lambda *batch: task.loss(model, *batch))

@@ -49,6 +49,13 @@ def test_text_that_ships_with_python():
     assert (corpus.test == 0).float().mean() < 0.2  # unknown words
 
 
+def test_bytes_that_ship_with_python():
+    corpus = text.python_library()
+    assert len(corpus.train) > 1_000_000
+    assert min(map(len, (corpus.validation, corpus.test))) > 10_000
+    assert "".join(corpus.words[i] for i in corpus.train[:3]) == '"""'
+
+
 # ---- parallel text ---------------------------------------------------------------------------------------------------
 
 
@@ -111,46 +118,6 @@ def test_no_sentence_is_in_two_parts():
 
 
 # ---- sentences to classify -------------------------------------------------------------------------------------------
-
-TSV = {
-    "sst2": ("sentence\tlabel", 'a "good film\t1', "a bad one\t0"),
-    "cola": (None, "x\t1\t\tthey know", "x\t0\t*\tthey knows"),
-    "mrpc": ("\ufeffQuality\t#1 ID\t#2 ID\t#1 String\t#2 String", "1\t7\t8\ta b\tb a", "0\t7\t8\ta b\tc d"),
-    "rte": ("index\tsentence1\tsentence2\tlabel", "0\ta b\ta\tentailment", "1\ta b\tc\tnot_entailment"),
-    "qnli": ("index\tquestion\tsentence\tlabel", "0\ta b\ta\tentailment", "1\ta b\tc\tnot_entailment"),
-    "qqp": ("id\tqid1\tqid2\tquestion1\tquestion2\tis_duplicate", "0\t1\t2\ta b\tb a\t1", "0\t1\t2\ta b\tc d\t0"),
-    "mnli": (
-        "index\tsentence1\tsentence2\tlabel1\tgold_label",
-        "0\ta b\ta\tx\tentailment",
-        "1\ta b\tc\tx\tneutral",
-    ),
-}
-
-
-@pytest.mark.parametrize("name", sentences.GLUE)
-def test_glue(tmp_path, name):
-    folder, dev, columns, _ = sentences.GLUE[name]
-    header, first, second = TSV[name]
-    head = [] if header is None else [header]
-    write(tmp_path / folder / "train.tsv", *head, *[first, second] * 5)
-    write(tmp_path / folder / dev, *head, second)
-    parts = sentences.read_glue(tmp_path, name)
-    assert [len(parts[part]) for part in ("train", "validation", "test")] == [9, 1, 1]
-    (one, first_class), (other, second_class) = parts["train"][:2]
-    assert {first_class, second_class} == {0, 1}
-    assert one.count(sentences.SEPARATOR) == len(columns) - 1
-    assert parts["test"] == [(other, second_class)]
-    words = sentences.words_of([parts["train"]])
-    tokens = sentences.padded(parts["train"], words, longest=4).tokens
-    assert tokens.shape[1] == min(4, max(len(sentence) for sentence, _ in parts["train"]))
-    assert [words[i] for i in tokens[0] if i] == one[:4]
-
-
-def test_glue_without_the_column(tmp_path):
-    write(tmp_path / "SST-2" / "train.tsv", "text\tlabel", "a\t1")
-    write(tmp_path / "SST-2" / "dev.tsv", "text\tlabel", "a\t1")
-    with pytest.raises(DataError, match="has no column sentence; found text, label"):
-        sentences.read_glue(tmp_path, "sst2")
 
 
 @pytest.mark.parametrize("name", sentences.RULES)

@@ -9,19 +9,11 @@ import torch
 from torch import Tensor, nn
 
 
-class DenseBag(nn.Embedding):
-    """The sum of a bag's rows from an ordinary embedding, which can be differentiated twice as it is."""
-
-    def forward(self, bags: Tensor) -> Tensor:
-        """(N, bag) to (N, width)."""
-        return super().forward(bags).sum(1)
-
-
-def perceptron(widths: Sequence[int], activation: type[nn.Module], *, last: bool) -> nn.Sequential:
-    """Linear layers with an activation between them, and behind the last one if asked for."""
+def perceptron(widths: Sequence[int], *, last: bool) -> nn.Sequential:
+    """Linear layers with a ReLU between them, and behind the last one if asked for."""
     layers: list[nn.Module] = []
     for a, b in pairwise(widths):
-        layers += [nn.Linear(a, b), activation()]
+        layers += [nn.Linear(a, b), nn.ReLU()]
     return nn.Sequential(*(layers if last else layers[:-1]))
 
 
@@ -33,34 +25,21 @@ class Dlrm(nn.Module):
         sizes: rows of every field's table; row 0 stands for no category.
         width: of an embedding.
         bottom, top: hidden widths of the perceptrons.
-        dense: ordinary embeddings instead of embedding bags.
-        activation: between linear layers.
     """
 
     def __init__(
-        self,
-        n_dense: int,
-        sizes: Sequence[int],
-        width: int,
-        bottom: Sequence[int],
-        top: Sequence[int],
-        *,
-        dense: bool = False,
-        activation: type[nn.Module] = nn.ReLU,
+        self, n_dense: int, sizes: Sequence[int], width: int, bottom: Sequence[int], top: Sequence[int]
     ) -> None:
         super().__init__()
-        make = (
-            DenseBag if dense else lambda n, d, padding_idx: nn.EmbeddingBag(n, d, mode="sum", padding_idx=padding_idx)
-        )
-        self.tables = nn.ModuleList(make(size, width, padding_idx=0) for size in sizes)
+        self.tables = nn.ModuleList(nn.EmbeddingBag(size, width, mode="sum", padding_idx=0) for size in sizes)
         for table in self.tables:
             nn.init.uniform_(table.weight, -(table.weight.shape[0] ** -0.5), table.weight.shape[0] ** -0.5)
             with torch.no_grad():
                 table.weight[0] = 0
-        self.bottom = perceptron((n_dense, *bottom, width), activation, last=True)
+        self.bottom = perceptron((n_dense, *bottom, width), last=True)
         n_vectors = len(sizes) + 1
         self.register_buffer("pairs", torch.tril_indices(n_vectors, n_vectors, -1), persistent=False)
-        self.top = perceptron((width + self.pairs.shape[1], *top, 1), activation, last=False)
+        self.top = perceptron((width + self.pairs.shape[1], *top, 1), last=False)
 
     def forward(self, dense: Tensor, sparse: Tensor) -> Tensor:
         """(N, n_dense) and (N, fields, bag) to (N,)."""

@@ -13,17 +13,20 @@ PAD = 0
 
 @dataclass(frozen=True)
 class Size:
-    """Width, feed-forward width, heads, layers (of each half) and dropout."""
+    """Width, feed-forward width, heads, layers (of each half), dropout; ``gpt`` means pre-norm and GELU."""
 
     width: int
     hidden: int
     heads: int
     layers: int
     dropout: float
+    gpt: bool = False
 
     def options(self) -> dict:
         """For torch's layers."""
-        return {"nhead": self.heads, "dim_feedforward": self.hidden, "dropout": self.dropout, "batch_first": True}
+        form = {"norm_first": True, "activation": "gelu"} if self.gpt else {}
+        sizes = {"nhead": self.heads, "dim_feedforward": self.hidden, "dropout": self.dropout}
+        return {**sizes, **form, "batch_first": True}
 
 
 class Tokens(nn.Module):
@@ -58,7 +61,8 @@ class Encoder(nn.Module):
         super().__init__()
         self.embed, self.causal = Tokens(n_tokens, size, length), causal
         layer = nn.TransformerEncoderLayer(size.width, **size.options())
-        self.layers = nn.TransformerEncoder(layer, size.layers, enable_nested_tensor=False)
+        norm = nn.LayerNorm(size.width) if size.gpt else None
+        self.layers = nn.TransformerEncoder(layer, size.layers, norm, enable_nested_tensor=False)
         _xavier(self.layers)
 
     def hidden(self, tokens: Tensor) -> Tensor:

@@ -4,36 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import cache
 from pathlib import Path
 
-from ..data.sentences import GLUE, RULES
 from ..task import Task
 from .cv import Images
-from .lm import Language
-from .nlu import Sentences
+from .lm import Bytes, Language
+from .nlu import Acceptability
 from .nmt import Translation
 from .recsys import Recommendation
 
 # Task: how it is made, and the data it can have, its own first.
 MAKERS: dict[str, tuple[Callable[..., Task], tuple[str, ...]]] = {
-    "resnet20": (partial(Images, "resnet20"), ("digits", "cifar10")),
-    "resnet32": (partial(Images, "resnet32"), ("digits", "cifar10")),
     "nmt": (Translation, ("grammar", "iwslt14")),
     "lm": (Language, ("topics", "ptb", "wikitext")),
-    **{name: (partial(Sentences, name), ("rules",)) for name in RULES},
-    **{name: (partial(Sentences, name), ("glue",)) for name in GLUE},
+    "acceptability": (Acceptability, ("rules",)),
     "recsys": (Recommendation, ("generated", "criteo")),
+    "resnet20": (Images, ("digits", "cifar10")),
+    "gpt": (Bytes, ("library",)),
+    "mnist": (Images, ("mnist",)),
 }
-# What a person calls them.
-EXPERIMENTS = {
-    "cv": ("resnet20", "resnet32"),
-    "nmt": ("nmt",),
-    "lm": ("lm",),
-    "nlu": (*RULES, *GLUE),
-    "recsys": ("recsys",),
-}
-BUILT_IN = ("digits", "grammar", "topics", "rules", "generated")
 
 
 @dataclass(frozen=True)
@@ -49,7 +39,7 @@ class Spec:
     @property
     def stem(self) -> str:
         """Of its results file."""
-        return self.name if self.data in BUILT_IN else f"{self.name}-{self.data}"
+        return self.name if self.data == MAKERS[self.name][1][0] else f"{self.name}-{self.data}"
 
 
 @cache

@@ -1,4 +1,4 @@
-"""Sentence classification, fine-tuned from a checkpoint that is trained in the same run."""
+"""Classification of sentences, fine-tuned from an encoder that is pre-trained once."""
 
 from __future__ import annotations
 
@@ -14,68 +14,53 @@ from torch import Tensor, nn
 
 from .. import schedules
 from ..data.files import DataError
-from ..data.sentences import GLUE, MASK, RULES, SPECIAL, by_rule, padded, read_glue, words_of
+from ..data.sentences import MASK, RULES, SPECIAL, by_rule, padded, words_of
 from ..models.transformer import Classifier, Encoder, Size
+from ..optimizers import CHEAP, OURS, SIGNED, SOPHIA
 from ..task import Batch, Task
 
 SMALL = Size(width=64, hidden=128, heads=4, layers=2, dropout=0.1)
-FULL = Size(width=256, hidden=1024, heads=4, layers=4, dropout=0.1)
+LONGEST = 32  # words
 SIZES = {"validation": 400, "test": 1000, "train": 2000, "unlabelled": 3000}
+CHECKPOINT = "nlu-checkpoint.pt"
 MASKED = 0.15  # share of the words that pre-training hides
 
 
-@lru_cache(maxsize=1)
-def corpus(data: str, root: Path | None) -> tuple[dict, list[str]]:
-    """Examples by kind and part, and the words of all of them."""
-    if data == "rules":
-        kinds = {name: by_rule(name, SIZES) for name in RULES}
-    else:
-        kinds = {
-            name: read_glue(root, name) for name, (folder, *_) in GLUE.items() if root and (root / folder).is_dir()
-        }
-    return kinds, words_of([parts.get("unlabelled", []) + parts["train"] for parts in kinds.values()])
+class Acceptability(Task):
+    """Accuracy of telling sentences whose verb agrees with its subject; all start from the same encoder."""
 
-
-class Sentences(Task):
-    """Accuracy of one kind of classification; all start from the same encoder."""
-
-    metric = "accuracy, %"
-    betas, weight_decay, block_size = (0.9, 0.999), 0.01, 32
-    tables = ("optimizers",)
+    name, title, metric = "acceptability", "acceptability", "accuracy, %"
+    betas, weight_decay, block_size, batch_size, steps = (0.9, 0.999), 0.01, 32, 32, 120
+    pretraining_steps = 400
+    tables = ("optimizers", "frontier")
     learning_rates: ClassVar = {
         "SGD": (0.01, 0.03, 0.1, 0.3),
         "AdamW": (0.0003, 0.001, 0.003, 0.01),
-        "AdaHessian": (0.005, 0.015, 0.05, 0.15),
+        SIGNED: (0.005, 0.015, 0.05, 0.15),
+        **dict.fromkeys((SOPHIA, OURS, CHEAP), (0.015, 0.05, 0.15, 0.5)),
     }
     folder = Path()
 
-    def __init__(self, name: str, data: str = "rules", root: Path | None = None) -> None:
-        self.name = self.title = name
-        small = data == "rules"
-        self.kinds, self.words = corpus(data, root)
-        self.size, self.longest, self.batch_size, self.steps = (SMALL, 32, 32, 120) if small else (FULL, 128, 32, 3000)
-        self.pretraining_steps = 400 if small else 50_000
-        if name not in self.kinds:
-            raise DataError(f"{root} has no folder {GLUE[name][0]} of GLUE; pass the folder that has it as --root")
-        self.parts = {part: padded(rows, self.words, self.longest) for part, rows in self.kinds[name].items()}
-        self.checkpoint = "nlu-checkpoint.pt" if small else f"nlu-checkpoint-{data}.pt"
-        self.classes = int(self.parts["train"].labels.max()) + 1
-        what = "sentences made by rules" if small else "GLUE"
-        self.data = f"{what}, {len(self.parts['train'].labels):,} to fine-tune on"
+    def __init__(self, data: str = "rules", root: Path | None = None) -> None:
+        del data, root  # of other tasks
+        self.kinds = {name: by_rule(name, SIZES) for name in RULES}
+        self.words = words_of([parts["unlabelled"] + parts["train"] for parts in self.kinds.values()])
+        self.parts = {part: padded(rows, self.words, LONGEST) for part, rows in self.kinds[self.name].items()}
+        self.data = f"sentences made by rules, {len(self.parts['train'].labels):,} to fine-tune on"
 
     # ---- the checkpoint ----------------------------------------------------------------------------------------------
 
     def encoder(self) -> Encoder:
         """Before any training."""
-        return Encoder(len(self.words), self.size, self.longest, causal=False)
+        return Encoder(len(self.words), SMALL, LONGEST, causal=False)
 
     def prepare(self) -> None:
         """Pre-train the encoder on the sentences of all kinds, to guess hidden words (Devlin et al. 2019)."""
-        path = self.folder / self.checkpoint
+        path = self.folder / CHECKPOINT
         if path.exists():
             return
         rows = [row for parts in self.kinds.values() for row in parts.get("unlabelled", []) + parts["train"]]
-        tokens = padded(rows, self.words, self.longest).tokens
+        tokens = padded(rows, self.words, LONGEST).tokens
         torch.manual_seed(0)
         encoder = self.encoder().to(self.device).train()
         steps = self.pretraining_steps
@@ -92,7 +77,7 @@ class Sentences(Task):
 
     @lru_cache(maxsize=1)  # noqa: B019 - tasks live as long as their process
     def _pretrained(self) -> Encoder:
-        path = self.folder / self.checkpoint
+        path = self.folder / CHECKPOINT
         if not path.exists():
             raise DataError(f"{path} is missing; task.prepare() makes it")
         encoder = self.encoder()
@@ -101,10 +86,9 @@ class Sentences(Task):
 
     # ---- fine-tuning -------------------------------------------------------------------------------------------------
 
-    def model(self, variant: str = "") -> nn.Module:
+    def model(self) -> nn.Module:
         """The checkpoint and a new last layer."""
-        del variant
-        return Classifier(copy.deepcopy(self._pretrained()), self.size.width, self.classes)
+        return Classifier(copy.deepcopy(self._pretrained()), SMALL.width, 2)
 
     def batches(self, seed: int) -> Iterator[Batch]:
         generator = torch.Generator().manual_seed(seed)

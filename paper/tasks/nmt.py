@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from .. import schedules
 from ..data.parallel import END, PAD, START, from_grammar, read
 from ..models.transformer import EncoderDecoder, Size
+from ..optimizers import CHEAP, OURS, SIGNED, SOPHIA
 from ..task import Batch, Task
 
 SMALL = Size(width=64, hidden=128, heads=4, layers=1, dropout=0.1)
@@ -24,11 +25,12 @@ class Translation(Task):
 
     name, title, metric = "nmt", "translation", "BLEU"
     block_size = 32
-    tables = ("optimizers", "lr_scaling", "block_size", "cheap")
+    tables = ("optimizers", "lr_scaling", "block_size", "frontier")
     learning_rates: ClassVar = {
         "SGD": (0.03, 0.1, 0.3, 1.0),
         "AdamW": (0.001, 0.003, 0.01, 0.03),
-        "AdaHessian": (0.005, 0.015, 0.05, 0.15),
+        SIGNED: (0.005, 0.015, 0.05, 0.15),
+        **dict.fromkeys((SOPHIA, OURS, CHEAP), (0.05, 0.15, 0.5, 1.5)),
     }
 
     def __init__(self, data: str = "grammar", root: Path | None = None) -> None:
@@ -39,8 +41,7 @@ class Translation(Task):
         what = "sentences of a grammar, English to German" if small else data
         self.data = f"{what}, {len(self.text.references['train']):,} training pairs"
 
-    def model(self, variant: str = "") -> nn.Module:
-        del variant
+    def model(self) -> nn.Module:
         return EncoderDecoder(len(self.text.source.words), len(self.text.target.words), self.size, self.longest)
 
     def batches(self, seed: int) -> Iterator[Batch]:

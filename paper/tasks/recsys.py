@@ -1,8 +1,7 @@
 """Click prediction: DLRM on generated logs, or on Criteo's.
 
-PyTorch's embedding bags cannot be differentiated twice. There are three ways round that: ``curvature_friendly()``,
-which closures enter by themselves and which has an embedding bag of its own; ordinary embeddings (the variant "dense");
-and finite differences, for which the perceptrons must be smooth (the variant "gelu").
+PyTorch's embedding bags cannot be differentiated twice; ``curvature_friendly()``, which closures enter by themselves,
+has one of its own.
 """
 
 from __future__ import annotations
@@ -18,6 +17,7 @@ from torch import Tensor, nn
 from .. import schedules
 from ..data.clicks import N_DENSE, N_SPARSE, SIZES, generate, in_order, read_criteo
 from ..models.dlrm import Dlrm
+from ..optimizers import CHEAP, OURS, SIGNED, SOPHIA
 from ..task import Batch, Task
 
 N_TRAIN, N_HELD = 60_000, 20_000
@@ -29,12 +29,12 @@ class Recommendation(Task):
 
     name, title, metric = "recsys", "click prediction", "accuracy, %"
     betas, weight_decay = (0.9, 0.999), 0.0
-    tables = ("optimizers", "bags", "cheap")
+    tables = ("optimizers", "frontier")
     learning_rates: ClassVar = {
         "SGD": (0.03, 0.1, 0.3, 1.0),
         "AdaGrad": (0.03, 0.1, 0.3, 1.0),
         "AdamW": (0.001, 0.003, 0.01, 0.03),
-        "AdaHessian": (0.015, 0.05, 0.15, 0.5),
+        **dict.fromkeys((SIGNED, SOPHIA, OURS, CHEAP), (0.015, 0.05, 0.15, 0.5)),
     }
 
     def __init__(self, data: str = "generated", root: Path | None = None) -> None:
@@ -54,10 +54,8 @@ class Recommendation(Task):
         self.parts = in_order(logs, held)
         self.data = f"{data} click logs, {len(self.parts['train']):,} to train on"
 
-    def model(self, variant: str = "") -> nn.Module:
-        width, bottom, top = self.widths
-        activation = nn.GELU if variant == "gelu" else nn.ReLU
-        return Dlrm(N_DENSE, self.sizes, width, bottom, top, dense=variant == "dense", activation=activation)
+    def model(self) -> nn.Module:
+        return Dlrm(N_DENSE, self.sizes, *self.widths)
 
     def batches(self, seed: int) -> Iterator[Batch]:
         generator = torch.Generator().manual_seed(seed)
