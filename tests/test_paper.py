@@ -387,6 +387,19 @@ def test_a_report_of_half_of_the_runs_says_so(invent):
     assert "not decided: fewer than two seeds" in said
 
 
+def test_a_report_of_half_of_the_trials_says_so(invent):
+    outcome = invent(gaining())
+    block = Planner(outcome.task, GRID_ONLY).settings("block_size")[f"{OURS}, b = 4"]
+    keys = [key for key in outcome.results.runs if key.startswith(f"{block.key} lr") and key.endswith("=100")]
+    for key in keys:
+        del outcome.results.runs[key]
+    outcome.results.write()
+    found = Outcome(outcome.results.path, GRID_ONLY)
+    assert found.done() == f"tuning of {OURS}, b = 4"
+    assert f"| {OURS} | 21.01 ± 1.01 | - | 21.01 ± 1.01 |" in tables.blocks(found)
+    assert "not decided" in judged.blocks(found)[0]
+
+
 def test_scores_are_compared_seed_by_seed(invent):
     """With the first seed of one side missing, the others are not paired with their neighbours."""
     outcome = invent(lambda run: 10.0 * run.seed + (run.setup.optimizer == OURS) * (1 + 0.1 * run.seed))

@@ -45,8 +45,10 @@ def scaling(o: Outcome) -> str:
 def blocks(o: Outcome) -> str:
     """Table 5, with the rate of each block size."""
     found = _grid(o, "block_size", "block size", {OURS: PAPER_BLOCKS} if o.stem == "nmt" else {})
-    rates = [f"{runs[0].lr:g}" for (row, _), runs in o.tables["block_size"].items() if row == OURS]
-    return f"{found}\n| {OURS}, its learning rate | {' | '.join(rates)} |"
+    rates = {b: runs[0].lr for (row, b), runs in o.tables["block_size"].items() if row == OURS}
+    columns = sorted({column for _, column in o.tables["block_size"]}, key=float)
+    row = [f"{OURS}, its learning rate", *(f"{rates[b]:g}" if b in rates else "-" for b in columns)]
+    return f"{found}\n| {' | '.join(row)} |"
 
 
 def frontier(o: Outcome) -> str:
@@ -64,9 +66,9 @@ def frontier(o: Outcome) -> str:
 def _grid(o: Outcome, name: str, corner: str, paper: dict[str, dict[str, str]]) -> str:
     """Any table as it is, with the paper's row behind each."""
     cells = o.tables[name]
-    columns, rows = list(dict.fromkeys(column for _, column in cells)), []
+    columns, rows = sorted({column for _, column in cells}, key=float), []
     for row in dict.fromkeys(row for row, _ in cells):
-        rows.append([row, *(o.cell(cells[row, column]) for column in columns)])
+        rows.append([row, *(o.cell(cells.get((row, column), ())) for column in columns)])
         if row in paper:
             rows.append([f"{row}, the paper", *(paper[row].get(column, "") for column in columns)])
     return markdown([corner, *columns], rows)
