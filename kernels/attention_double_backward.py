@@ -122,7 +122,7 @@ def attention_queries_kernel(
     SIZE: tl.constexpr,
     VALUE_SIZE: tl.constexpr,
 ):
-    """The sums of a block of rows (mu, D and sum P W), and its part of the gradients of ``grad`` and query."""
+    """The sums of a block of rows (mu, D, sum P W, 1 / sum P), and its part of the gradients of ``grad`` and query."""
     head = tl.program_id(1).to(tl.int64)
     first = tl.program_id(0) * BLOCK
     rows = first + tl.arange(0, BLOCK)
@@ -138,7 +138,7 @@ def attention_queries_kernel(
     if CAUSAL:
         end = tl.maximum(tl.minimum(keys, first + BLOCK + diagonal), 0)
     mu = tl.zeros([BLOCK], tl.float32)
-    d, w = mu, mu
+    d, w, of_p = mu, mu, mu
     for start in range(0, end, OTHER):
         columns = start + tl.arange(0, OTHER)
         b_rows = _load(b + of_key, columns, keys, size, SIZE)
@@ -149,15 +149,19 @@ def attention_queries_kernel(
             a_rows, b_rows, c_rows, grad_rows, query_rows, key_rows, value_rows, lse, bias, stride_row, stride_column,
             rows, columns, queries, keys, scale, diagonal, CAUSAL, PRECISION,
         )  # fmt: skip
+        of_p += tl.sum(p, 1)
         mu += tl.sum(p * tangent, 1)
         d += tl.sum(p * g, 1)
         w += tl.sum(p * (tangent * g + h), 1)
-    w -= 2 * mu * d
+    factor = 1 / tl.maximum(of_p, 1e-30)  # the logsumexp of large scores is rounded
+    mu, d = factor * mu, factor * d
+    w = factor * w - 2 * mu * d
     total = tl.num_programs(1).to(tl.int64) * queries
     to = sums + head * queries + rows
     tl.store(to, mu, mask=rows < queries)
     tl.store(to + total, d, mask=rows < queries)
     tl.store(to + 2 * total, w, mask=rows < queries)
+    tl.store(to + 3 * total, factor, mask=rows < queries)
     dtype: tl.constexpr = query.dtype.element_ty
     grad_sum, query_sum = tl.zeros([BLOCK, VALUE_SIZE], tl.float32), tl.zeros([BLOCK, SIZE], tl.float32)
     for start in range(0, end, OTHER):
@@ -170,6 +174,7 @@ def attention_queries_kernel(
             a_rows, b_rows, c_rows, grad_rows, query_rows, key_rows, value_rows, lse, bias, stride_row, stride_column,
             rows, columns, queries, keys, scale, diagonal, CAUSAL, PRECISION,
         )  # fmt: skip
+        p *= factor[:, None]
         p_dot, s_grad, s_bar = _gradients(p, tangent, g, h, mu, d, w)
         grad_sum += _dot(round_to(p_dot, dtype), value_rows, PRECISION) + _dot(round_to(p, dtype), c_rows, PRECISION)
         query_sum += _dot(round_to(s_grad, dtype), b_rows, PRECISION)
@@ -242,10 +247,12 @@ def attention_keys_kernel(
             mu = tl.load(sums + of_rows, mask=rows < queries, other=0.0)
             d = tl.load(sums + total + of_rows, mask=rows < queries, other=0.0)
             w = tl.load(sums + 2 * total + of_rows, mask=rows < queries, other=0.0)
+            factor = tl.load(sums + 3 * total + of_rows, mask=rows < queries, other=0.0)
             p, tangent, g, h = _scores(
                 a_rows, b_rows, c_rows, grad_rows, query_rows, key_rows, value_rows, lse, bias_head, stride_row,
                 stride_column, rows, columns, queries, keys, scale, diagonal, CAUSAL, PRECISION,
             )  # fmt: skip
+            p *= factor[:, None]
             p_dot, s_grad, s_bar = _gradients(p, tangent, g, h, mu, d, w)
             key_sum += _dot(tl.trans(round_to(s_grad, dtype)), a_rows, PRECISION)
             key_sum += _dot(tl.trans(round_to(s_bar, dtype)), query_rows, PRECISION)
@@ -271,7 +278,7 @@ def attention_double_backward(a, b, c, grad, query, key, value, logsumexp, bias,
     (batch, heads, queries, size), (kv_heads, keys) = query.shape, key.shape[1:3]
     value_size, shared = value.shape[3], heads // kv_heads
     results = [torch.empty_like(t) for t in (tensors[3], tensors[4], tensors[5], tensors[6])]
-    sums = logsumexp.new_empty(3, batch, heads, queries)
+    sums = logsumexp.new_empty(4, batch, heads, queries)
     strides = [0] * 4
     if bias is not None:
         strides = bias.expand(batch, heads, queries, keys).stride()

@@ -16,10 +16,12 @@ three, :math:`\dot S = s (a K^T + Q b^T)` is the tangent of the scores in the di
     Q  &: \quad s (S' b + \bar S K) \\
     K  &: \quad s (S'^T a + \bar S^T Q) \\
     V  &: \quad \dot P^T O' \\
-    \bar S &= P \big(W - \textstyle\sum_j P W\big), \qquad W = \dot S G - \mu G - D \dot S + H.
+    \bar S &= P \big(W - \textstyle\sum_j P W\big), \qquad W = (\dot S - \mu) (G - D) + H.
 
 These are twelve products of matrices (a first-order step has seven), and no more than some rows of S are there at a
-time: P comes from the logsumexp of the rows, which the forward pass has left.
+time: P comes from the logsumexp of the rows, which the forward pass has left. That of large scores is rounded by more
+than P may be: its rows have to add up to 1 for :math:`\bar S` to cancel where softmax is saturated, so they are divided
+by their sums.
 """
 
 from __future__ import annotations
@@ -96,11 +98,12 @@ def attention_double_backward(
             i, j = (torch.arange(*ends, device=s.device) for ends in ((first, rows.stop), (0, n)))
             s = s.masked_fill(j > i[:, None] + diagonal, -math.inf)
         p = (s - lse[..., rows, :]).exp().masked_fill(s == -math.inf, 0)
+        p = p / p.sum(-1, keepdim=True).clamp_min(torch.finfo(wide).tiny)
         s_dot = scale * (aq @ k.mT + q @ bk.mT)
         g = go @ v.mT
         mu, d = ((p * t).sum(-1, keepdim=True) for t in (s_dot, g))
         p_dot, s_grad = p * (s_dot - mu), p * (g - d)
-        w = (s_dot - mu) * g - d * s_dot + go @ cv.mT
+        w = (s_dot - mu) * (g - d) + go @ cv.mT
         s_bar = p * (w - (p * w).sum(-1, keepdim=True))
         d_grad[..., rows, :] = p_dot @ v + p @ cv
         d_query[..., rows, :] = scale * (s_grad @ bk + s_bar @ k)

@@ -38,7 +38,7 @@ template <typename S>
                                    int64_t columns) {
   using V = Vector<S>;
   constexpr int64_t W = kLanes<S>;
-  V of_tangent{}, of_g{}, of_w{};
+  V of_p{}, of_tangent{}, of_g{}, of_w{};  // W but for what is the same in the whole row
   const V lse = broadcast<S>(logsumexp);
   const Index<S> lanes = lane_numbers<S>();
   for (int64_t j = 0; j < columns; j += W) {
@@ -48,20 +48,28 @@ template <typename S>
     if (j + W > seen)
       x = where<S>(lanes + typename Integers<S>::Signed(j) < Index<S>{} + typename Integers<S>::Signed(seen), x);
     const V t = load_vector<V>(tangent + j), gj = load_vector<V>(g + j);
-    const V xt = x * t;
-    of_tangent += xt;
+    of_p += x;
+    of_tangent += x * t;
     of_g += x * gj;
-    of_w += xt * gj + x * load_vector<V>(h + j);
     store_vector(p + j, x);
   }
-  const S mu = total<S>(of_tangent), d = total<S>(of_g), w = total<S>(of_w) - 2 * mu * d;
-  const V mu_v = broadcast<S>(mu), d_v = broadcast<S>(d), w_v = broadcast<S>(w);
+  // The logsumexp of large scores is rounded, so that P adds up to something else than 1, which would not cancel below.
+  const S sum = total<S>(of_p), factor = sum > 0 ? 1 / sum : S(0);
+  const V factor_v = broadcast<S>(factor);
+  const V mu = broadcast<S>(factor * total<S>(of_tangent)), d = broadcast<S>(factor * total<S>(of_g));
   for (int64_t j = 0; j < columns; j += W) {
-    const V x = load_vector<V>(p + j), t = load_vector<V>(tangent + j), gj = load_vector<V>(g + j);
-    const V centred = t - mu_v;
+    const V x = factor_v * load_vector<V>(p + j);
+    const V centred = load_vector<V>(tangent + j) - mu, of_s = load_vector<V>(g + j) - d;
+    const V w = centred * of_s + load_vector<V>(h + j);
+    of_w += x * w;
+    store_vector(p + j, x);
     store_vector(tangent + j, x * centred);
-    store_vector(g + j, x * (gj - d_v));
-    store_vector(h + j, x * (centred * gj - d_v * t + load_vector<V>(h + j) - w_v));
+    store_vector(g + j, x * of_s);
+    store_vector(h + j, w);
+  }
+  const V w = broadcast<S>(total<S>(of_w));
+  for (int64_t j = 0; j < columns; j += W) {
+    store_vector(h + j, load_vector<V>(p + j) * (load_vector<V>(h + j) - w));
   }
 }
 

@@ -24,6 +24,7 @@ from adahessian_fused import TrainStep, curvature_friendly, split_batch
 from . import oracle
 
 EXAMPLES = 4
+DIVERGED = 1e12  # gradients of which scores of attention, 1e16 by then, are rounded by more than 1
 
 # ---- code of somebody's own ------------------------------------------------------------------------------------------
 
@@ -183,6 +184,8 @@ def _norm_of_channels(r, shape):
             3: (nn.BatchNorm2d, nn.InstanceNorm2d),
         }
     )[len(shape)]
+    if torch.Size(shape[1:]).numel() == 1:
+        instance = nn.Identity  # PyTorch refuses the norm of one number
     kinds = [
         lambda: batch(n), lambda: batch(n, affine=False), lambda: batch(n, track_running_stats=False),
         lambda: batch(n).eval(), lambda: nn.GroupNorm(1, n), lambda: nn.GroupNorm(n, n) if len(shape) > 1 else batch(n),
@@ -488,8 +491,8 @@ class Trial:
         grads, ds = self.expected(x)
         if not any(g is not None for g in grads):
             return "linear in nothing"
-        if not all(g is None or bool(g.isfinite().all()) for g in grads):
-            return "not finite"
+        if not all(g is None or bool((g.abs() < DIVERGED).all()) for g in grads):
+            return "not finite, or diverged"
         self.before, before = copy.deepcopy(self.model), [p.detach().clone() for p in self.params]
         states = [
             {k: v.clone() for k, v in self.opt.state.get(p, {}).items() if isinstance(v, Tensor)} for p in self.params
