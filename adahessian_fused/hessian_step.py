@@ -177,7 +177,8 @@ class HessianStep:
 
     def _awaited(self) -> list[Tensor]:
         """Return the parameters whose curvature a ``loss.backward(create_graph=True)`` may be meant for."""
-        wanted = not self.is_orphan and self.is_due and self.layout.options["hvp"] == "autograd"
+        optimizer = self.layout.optimizer  # alive as long as it is looked at
+        wanted = optimizer is not None and self.is_due and self.layout.options["hvp"] == "autograd"
         return [p for _, p in self.layout.trained()] if wanted else []
 
     def _begin_graph(self) -> None:
@@ -185,11 +186,6 @@ class HessianStep:
         self._drop_zeroed([p for _, p in self.layout.trained()])
 
     # ---- beside other optimizers -------------------------------------------------------------------------------------
-
-    @property
-    def is_orphan(self) -> bool:
-        """Whether the optimizer is gone, and this not yet."""
-        return self.layout.optimizer is None
 
     @property
     def has_ranks(self) -> bool:
