@@ -190,6 +190,7 @@ STATE_KEYS = {
     "timm": {"step", "hessian step", "exp_avg", "exp_hessian_diag_sq"},
 }
 
+DROP_INS = {module: Origin(module).drop_in for module in STATE_KEYS}
 N = 8  # steps
 ORIGINS = {
     "torch_optimizer": Origin("torch_optimizer"),

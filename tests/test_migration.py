@@ -7,13 +7,12 @@ import re
 
 import pytest
 from models import batch, mlp, weights
-from originals import Origin, stand_ins  # noqa: F401
+from originals import DROP_INS, Origin, stand_ins  # noqa: F401
 from pages import DOCS, blocks
 from torch import nn
 
 PAGES = DOCS / "migration"
-ORIGINS = ("official", "torch_optimizer", "pytorch_optimizer", "timm", "davda54")
-pages = pytest.mark.parametrize("origin", ORIGINS)
+pages = pytest.mark.parametrize("origin", DROP_INS)
 
 pytestmark = [
     pytest.mark.usefixtures("stand_ins"),
@@ -33,9 +32,9 @@ def run(code: str) -> dict:
 
 
 def test_every_origin_has_a_page_and_a_line_in_the_list():
-    assert {page.stem for page in PAGES.glob("*.md")} == {*ORIGINS, "README"}
+    assert {page.stem for page in PAGES.glob("*.md")} == {*DROP_INS, "README"}
     listed = (PAGES / "README.md").read_text()
-    assert all(f"[{o}.md]({o}.md) | `compat.{o}.{Origin(o).drop_in.__name__}`" in listed for o in ORIGINS)
+    assert all(f"[{o}.md]({o}.md) | `compat.{o}.{Origin(o).drop_in.__name__}`" in listed for o in DROP_INS)
 
 
 @pages

@@ -8,6 +8,7 @@ import math
 import pytest
 import torch
 from models import assert_same, conv_net, fresh, mlp, train, weights
+from originals import DROP_INS
 from published import AdaHessian
 from tolerances import assert_within
 from torch import nn
@@ -152,14 +153,7 @@ OTHERS = {
     "ASGD": {},
     "Adafactor": {},
 }
-MAKERS = {
-    "ours": AdaHessian,
-    "official": compat.official.Adahessian,
-    "torch_optimizer": compat.torch_optimizer.Adahessian,
-    "pytorch_optimizer": compat.pytorch_optimizer.AdaHessian,
-    "timm": compat.timm.Adahessian,
-    "davda54": compat.davda54.AdaHessian,
-}
+MAKERS = {"ours": AdaHessian, **DROP_INS}
 
 
 def first_order(name, options, device, steps=3):

@@ -33,10 +33,7 @@ every_trainer = pytest.mark.parametrize("train", TRAINERS.values(), ids=TRAINERS
 EVERY_SECOND = {"lr": 0.05, "update_each": 2}
 RECIPES = {
     "plain": Recipe(),
-    "micro_batches": Recipe(accumulate=2),
-    "clipped": Recipe(clip=0.05),
-    "bf16": Recipe(bf16=True),
-    "all": Recipe(accumulate=2, clip=0.05, bf16=True, epochs=2, options=EVERY_SECOND),
+    "micro_batches, clipped, bfloat16": Recipe(accumulate=2, clip=0.05, bf16=True, epochs=2, options=EVERY_SECOND),
 }
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")

@@ -8,10 +8,10 @@ import warnings
 
 import pytest
 import torch
+from originals import DROP_INS
 from published import AdaHessian
 from torch import nn
 
-from adahessian_fused import compat
 from adahessian_fused.hessian_step import HessianStep
 
 INF, NAN = math.inf, math.nan
@@ -110,15 +110,6 @@ def test_it_is_an_option_of_each_group(every_engine, device):
     opt.backward(p.sum() + q.sum())
     opt.step()
     assert (p.item(), q.item()) == (1.0, pytest.approx(1 - 0.1 / 1e-4))
-
-
-DROP_INS = {
-    "official": compat.official.Adahessian,
-    "torch_optimizer": compat.torch_optimizer.Adahessian,
-    "pytorch_optimizer": compat.pytorch_optimizer.AdaHessian,
-    "davda54": compat.davda54.AdaHessian,
-    "timm": compat.timm.Adahessian,
-}
 
 
 @pytest.mark.parametrize("cls", DROP_INS.values(), ids=DROP_INS)
