@@ -1,4 +1,4 @@
-"""Small models of many kinds, each with a loss of a batch, for tests that every one of them trains."""
+"""Small models of many kinds, each with a loss of a batch; the fuzzer draws networks of plain layers."""
 
 from __future__ import annotations
 
@@ -131,20 +131,6 @@ def encoder():
 # ---- convolutions ----------------------------------------------------------------------------------------------------
 
 
-class Residual(nn.Module):
-    def __init__(self, channels):
-        super().__init__()
-        self.conv, self.norm = nn.Conv2d(channels, channels, 3, padding=1, bias=False), nn.BatchNorm2d(channels)
-
-    def forward(self, x):
-        return F.relu(self.norm(self.conv(x))) + x
-
-
-def conv_net():
-    layers = nn.Conv2d(3, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU(inplace=True), Residual(4), nn.MaxPool2d(2)
-    return animal(nn.Sequential(*layers, nn.Flatten(), nn.Linear(64, 5)), cross_entropy, *images(), mean=False)
-
-
 class UNet(nn.Module):
     """One step down and one up, with group norms."""
 
@@ -165,27 +151,6 @@ def u_net():
 
 
 # ---- sequences, sets, graphs -----------------------------------------------------------------------------------------
-
-
-class Recurrent(nn.Module):
-    def __init__(self, kind):
-        super().__init__()
-        self.words, self.rnn, self.head = nn.Embedding(WORDS, 4), kind(4, 5, batch_first=True), nn.Linear(5, WORDS)
-
-    def forward(self, x):
-        return self.head(self.rnn(self.words(x))[0])
-
-
-def recurrent(kind):
-    return animal(Recurrent(kind), lambda model, x: F.cross_entropy(model(x).flatten(0, 1), x.flatten()), tokens(4))
-
-
-def lstm():
-    return recurrent(nn.LSTM)
-
-
-def gru():
-    return recurrent(nn.GRU)
 
 
 class Graph(nn.Module):
@@ -263,11 +228,6 @@ def weight_norm():
         return F.cross_entropy(model[1:](F.conv2d(x, kernel, conv.bias)), y)
 
     return animal(model, cross_entropy, *images(), reference=reference)
-
-
-def spectral_norm():
-    model = nn.Sequential(parametrizations.spectral_norm(nn.Linear(3, 4)), nn.Tanh(), nn.Linear(4, 5))
-    return animal(model, cross_entropy, torch.randn(4, 3), torch.arange(4) % 5)
 
 
 class Checkpointed(nn.Module):
@@ -353,7 +313,7 @@ def differential_equation():
 ZOO = {
     make.__name__: make
     for make in (
-        *(gpt2, llama, llama_checkpointed, bert, t5, vit, encoder, conv_net, u_net, lstm, gru, graph, bags, experts),
-        *(weight_norm, spectral_norm, checkpoints, gradient_penalty, inner_gradient, differential_equation),
+        *(gpt2, llama, llama_checkpointed, bert, t5, vit, encoder, u_net, graph, bags, experts, weight_norm),
+        *(checkpoints, gradient_penalty, inner_gradient, differential_equation),
     )
 }
