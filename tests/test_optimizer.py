@@ -100,17 +100,6 @@ def three(device, **options):
     return params, AdaHessian(params, **options)
 
 
-@pytest.mark.parametrize("hole", [0, 1, 2])
-def test_parameters_without_gradient_are_skipped(engine, device, hole):
-    params, opt = three(device, backend=engine)
-    opt.backward(sum((p**3).sum() for i, p in enumerate(params) if i != hole))
-    opt.step()
-    assert [int(opt.state[p]["step"]) if p in opt.state else None for p in params] == [
-        None if i == hole else 1 for i in range(3)
-    ]
-    assert [torch.equal(p, START.to(device)) for p in params] == [i == hole for i in range(3)]
-
-
 @pytest.mark.filterwarnings("ignore:Using backward\\(\\) with create_graph=True")
 @pytest.mark.parametrize("way", ["backward", "create_graph", "closure"])
 @pytest.mark.parametrize(("unmeasured", "moved"), [("hold", 0.0), ("move", 0.25 * 2 / 0.5)])
@@ -165,17 +154,6 @@ def test_backward_with_everything_frozen_leaves_others_their_gradients(device):
     opt.backward((other * sum(params)).sum())
     opt.step()
     assert not opt.state
-
-
-def test_external_curvature(engine, device):
-    options = {"backend": engine, "betas": (0.0, 0.0), "eps": 0.0, "lr": 1.0, "block_size": 2, "update_each": 5}
-    (a, _, c), opt = three(device, **options)
-    for _ in range(2):  # also on an off-step
-        before = [p.detach().clone() for p in (a, c)]
-        a.grad, c.grad = torch.ones_like(a), torch.ones_like(c)
-        opt.step(hessian=[torch.tensor([1.0, 3.0, -1.0, 1.5]).to(a), None, torch.full_like(c, 4.0)])
-    assert torch.equal(a, before[0] - 1 / torch.tensor([2.0, 2.0, 0.25, 0.25]).to(a))
-    assert torch.equal(c, before[1] - 1 / 4)
 
 
 def test_external_curvature_in_several_dtypes(engine, device):

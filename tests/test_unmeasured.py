@@ -104,14 +104,6 @@ def test_a_parameter_that_enters_the_loss_linearly(every_engine, device, options
     assert together == pytest.approx(math.hypot(moved, alone))
 
 
-def test_it_is_an_option_of_each_group(every_engine, device):
-    p, q = leaf(1.0, device=device), leaf(1.0, device=device)
-    opt = AdaHessian([{"params": [p]}, {"params": [q], "unmeasured": "move"}], lr=0.1, backend=every_engine)
-    opt.backward(p.sum() + q.sum())
-    opt.step()
-    assert (p.item(), q.item()) == (1.0, pytest.approx(1 - 0.1 / 1e-4))
-
-
 @pytest.mark.parametrize("cls", DROP_INS.values(), ids=DROP_INS)
 def test_drop_ins_divide_by_eps_as_their_originals_only_if_faithful(cls):
     for faithful, expected in ((False, 1.0), (True, 1 - 0.1 / 1e-2)):
