@@ -234,6 +234,7 @@ class AdaHessian(torch.optim.Optimizer):
         self.coming_step = HessianStep(self.layout, self._together)
         self._table = self.table_type()
         self._warned: set[str] = set()  # names of parameters whose curvature was not finite
+        self._told_of_length = False  # of first steps
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a parameter group; checked as a whole, and not added if anything is wrong with it."""
@@ -340,6 +341,9 @@ class AdaHessian(torch.optim.Optimizer):
         if any(due):
             statistics.warn_of_nonfinite(self.layout.by_bucket(entries), self._warned)
             self.coming_step.schedule.warn_of_missed()
+        if not self._told_of_length:
+            by_bucket = self.layout.by_bucket(entries)
+            self._told_of_length = statistics.warn_of_long_steps(by_bucket, self.param_groups, self._table)
 
     def _do(self, parts: Parts, loss: Any) -> Any:
         """Do what is left of a step and return the loss; if that fails half-way, the next :meth:`step` goes on."""

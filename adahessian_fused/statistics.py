@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
@@ -19,6 +20,9 @@ from .layout import ParameterLayout
 from .looks import any_counted
 from .segments import Hyper, Steps
 from .update import HyperTable
+from .warmup import LEAST
+
+FIRST_STEPS = 2  # of a group, that are looked at where nothing bounds them
 
 
 @dataclasses.dataclass(frozen=True)
@@ -191,6 +195,52 @@ def warn_of_nonfinite(entries: Mapping[Bucket, Sequence[Entry]], warned: set[str
                 "and divisions at zero are like that: add eps inside them",
                 stacklevel=2,
             )
+
+
+# ---- steps that are too long -----------------------------------------------------------------------------------------
+
+
+def warn_of_long_steps(
+    entries: Mapping[Bucket, Sequence[Entry]], groups: Sequence[Mapping[str, Any]], table: HyperTable
+) -> bool:
+    """Warn of parameters that one of their group's first steps has moved by more than their own length.
+
+    Groups with a ``warmup`` have no such steps. A GPU is waited for in the first steps, and with ``capturable`` never.
+
+    Args:
+        entries: the parameters of each bucket.
+        groups: all parameter groups.
+        table: the hyperparameters of the last step.
+
+    Returns:
+        Whether there was something to tell.
+    """
+    new = {n for n, group in enumerate(groups) if group["warmup"] == 0 and 0 < group["step"] <= FIRST_STEPS}
+    if not new or groups[0]["capturable"]:
+        return False
+    names: list[str] = []
+    for bucket, members in entries.items():
+        rows = table.last(bucket.steps.device)
+        known = [e for e in members if e.group in new and e.param.numel() and not e.param.is_meta]
+        flags = [_is_long(e, rows[e.group]) for e in known]
+        found = torch.stack(flags).tolist() if flags else []
+        names += [e.name for e, is_long in zip(known, found, strict=True) if is_long]
+    if names:
+        warnings.warn(
+            f"a first step was longer than the parameter itself: {_listed(names)}. Little is known of the curvature "
+            "yet; expected AdaHessian(..., warmup=20), its default, which cuts such steps, or an lr that begins lower",
+            stacklevel=2,
+        )
+    return bool(names)
+
+
+def _is_long(entry: Entry, hyper: Tensor) -> Tensor:
+    """Tell whether the last update of a parameter was longer than what it was then, or than zeros count."""
+    row = hyper.tolist() if hyper.device.type == "cpu" else hyper
+    update = _quotient(entry, row).clamp(-row[Hyper.CLIP], row[Hyper.CLIP]) * row[Hyper.LR]
+    before = entry.param.detach().to(update.dtype) + update
+    least = LEAST * math.sqrt(before.numel())
+    return torch.linalg.vector_norm(update) > torch.linalg.vector_norm(before).clamp_min(least)
 
 
 def _listed(names: Sequence[str]) -> str:

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import math
+import warnings
 
 import pytest
 import torch
 from models import fresh, mlp, train
 from published import AdaHessian
 from torch import nn
+
+import adahessian_fused
+from adahessian_fused import recipes
 
 BETAS = (0.9, 0.99)
 LR, EPS = 0.1, 1e-3
@@ -174,3 +178,34 @@ def test_dense_steps(device, dense, warmup, expected):
         train(opt, model, [i])
         assert int(opt.statistics().hessian_step) - int(h or 0) == (found[-1] == "x")
     assert found == expected
+
+
+FIRST = {  # options, curvature of the loss, whether a first step is longer than its parameter
+    "long": ({"warmup": 0, "clip": None}, 0.01, True),
+    "of_float16": ({"warmup": 0, "clip": None, "dtype": torch.float16}, 0.01, True),
+    "without_curvature": ({"warmup": 0, "clip": None, "unmeasured": "move"}, 0.0, True),
+    "uphill": ({"warmup": 0, "clip": None, "maximize": True}, 0.01, True),
+    "short": ({"warmup": 0, "clip": None}, 10.0, False),
+    "cut": ({"warmup": 0, "clip": 1.0}, 0.01, False),
+    "by_default": ({}, 0.01, False),
+    "capturable": ({"warmup": 0, "clip": None, "capturable": True}, 0.01, False),
+}
+
+
+@pytest.mark.parametrize(("options", "curvature", "is_long"), FIRST.values(), ids=FIRST)
+def test_first_steps_longer_than_their_parameter_are_told_once(device, options, curvature, is_long):
+    options = {"lr": LR, **options}
+    p = torch.full((4,), 0.5, device=device, dtype=options.pop("dtype", torch.float32)).requires_grad_()
+    opt = adahessian_fused.AdaHessian([p], **options)
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        for _ in range(5):
+            opt.step(lambda: (p + curvature / 2 * (p.float() - 0.5).square()).float().sum())
+    assert [str(w.message).startswith("a first step was longer") for w in told] == [True] * is_long
+
+
+def test_parameters_of_zeros_count_as_a_tenth(device):
+    p, short = (torch.zeros(4, device=device, requires_grad=True) for _ in range(2))
+    opt = adahessian_fused.AdaHessian([p, short], lr=LR, **recipes.published)
+    with pytest.warns(UserWarning, match=r"itself: parameter 0 of group 0\. Little"):
+        opt.step(lambda: (p + 0.49 * p.square()).sum() + (short + 0.51 * short.square()).sum())
