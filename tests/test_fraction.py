@@ -38,18 +38,6 @@ def test_gradient_of_the_whole_and_curvature_of_the_part(hvp, fraction, device):
     assert_error(ours[1], [h.abs() for h in hz], BOUND[hvp])
 
 
-def test_expected_curvature_is_that_of_the_batch(device):
-    """Over all cyclic shifts of the batch every example is in the part equally often."""
-    model, _ = strategies.build("mlp", device)
-    x, y = batch(0, model)
-    parts = [
-        exact(model, lambda m, i=i: loss_on(m, *split_batch((x.roll(i, 0), y.roll(i, 0)), 0.25)[0]))[1]
-        for i in range(8)
-    ]
-    mean = [sum(hs) / 8 for hs in zip(*parts, strict=True)]
-    assert_error(mean, exact(model, lambda m: loss_on(m, x, y))[1], BOUND["autograd"])
-
-
 @pytest.mark.parametrize("fraction", [1.0, 0.25])
 def test_calls_of_the_loss(device, fraction):
     """How many examples each call is given, and whether it is inside curvature_friendly()."""
@@ -107,22 +95,6 @@ def test_structures_and_what_is_no_tensor(device):
 def test_batches_that_cannot_be_cut(data):
     with pytest.raises(ValueError, match=r"first axes of .* expected one number > 0"):
         split_batch(data, 0.5)
-
-
-@pytest.mark.parametrize("way", ["loss", "closure", "create_graph"])
-@pytest.mark.filterwarnings("ignore:Using backward\\(\\) with create_graph=True")
-def test_without_the_batch_it_says_what_to_write(device, way):
-    model = mlp(device=device)
-    opt, before = AdaHessian(model.parameters(), hessian_fraction=0.5), weights(model)
-    x, y = batch(0, model)
-    ways = {
-        "loss": lambda: opt.backward(loss_on(model, x, y)),
-        "closure": lambda: opt.step(lambda: loss_on(model, x, y)),
-        "create_graph": lambda: (loss_on(model, x, y).backward(create_graph=True), opt.step()),
-    }
-    with pytest.raises(RuntimeError, match=r"hessian_fraction=0\.5 needs the mini-batch.*opt\.backward_split"):
-        ways[way]()
-    assert_same(weights(model), before)
 
 
 def test_in_a_closure(device):
