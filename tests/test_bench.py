@@ -125,18 +125,6 @@ def test_launches_and_host_time(native, device):
     assert timings["floor"].launches is None
 
 
-def test_contestants_take_turns_on_all_their_tensors():
-    calls = []
-    names = {"a": 2, "b": 3}
-    entrants = {
-        name: [contestants.Contestant(lambda key=(name, i): calls.append(key)) for i in range(count)]
-        for name, count in names.items()
-    }
-    measure.interleaved(entrants, device="cpu", seconds=0, samples=3)
-    lap = [(name, i) for name, count in names.items() for i in range(count)]
-    assert calls[: 3 * len(lap)] == lap * 3  # a warm-up and at least two timed ones
-
-
 def test_rotation_leaves_the_cache(monkeypatch):
     monkeypatch.setattr(machine, "last_level_cache", lambda device: 1_000_000)
     small, large = Case("small", ((1000,),)), Case("large", ((10**6,),))
