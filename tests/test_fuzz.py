@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import importlib
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
@@ -15,3 +18,10 @@ def test_cases(kind, set_threads):
     case = importlib.import_module(f"fuzz.{kind}").case
     results = [case(seed) for seed in range(CASES[kind])]
     assert results.count("right") > len(results) / 2
+
+
+def test_killed_runs():
+    """From its own program, whose processes begin as copies of one that has imported everything."""
+    command = [sys.executable, "-m", "fuzz", "--kinds", "kills", "--cases", "1"]
+    done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True)
+    assert "'right': 1" in done.stdout, done.stdout + done.stderr

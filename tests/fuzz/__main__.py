@@ -11,7 +11,7 @@ from collections import Counter
 
 import torch
 
-KINDS = ("models", "sequences", "layouts", "failures")
+KINDS = ("models", "sequences", "layouts", "failures", "kills")
 
 
 def main() -> int:
