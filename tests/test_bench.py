@@ -265,7 +265,21 @@ def test_what_refuses_to_be_watched_is_timed_all_the_same():
 def test_every_file_a_stage_names_exists():
     tests = {path.stem.removeprefix("test_") for path in (gpu.ROOT / "tests").glob("test_*.py")}
     assert {*gpu.OP_TESTS, *gpu.ELSEWHERE} <= tests
-    assert sum(stage.budget for stage in gpu.STAGES) <= 600
+
+
+def test_stages_take_eight_minutes_and_what_others_have_left(monkeypatch, tmp_path):
+    limits = []
+
+    def run_stage(stage, setting, limit, log):
+        limits.append(round(limit))
+        return {"stage": stage.name, "budget": stage.budget, "exit": [0], "results": [], "seconds": 15.0}
+
+    monkeypatch.setattr(gpu, "run_stage", run_stage)
+    monkeypatch.setattr(gpu, "facts", lambda device: {})
+    assert gpu.main(["--device", "cuda", "--out", str(tmp_path)]) == 0
+    budgets = [stage.budget for stage in gpu.STAGES]
+    assert sum(budgets) <= 480
+    assert limits == [sum(budgets[: i + 1]) - 15 * i for i in range(len(budgets))]
 
 
 @pytest.mark.parametrize("compiler", ["native", "triton"])
