@@ -39,6 +39,9 @@ def compute_alike() -> None:
 
     The package's own kernels do so anyway: the order of all sums is fixed, and which products are fused with an
     addition is written down. Products of float32 are not to be TF32's, either, whose errors no bound expects.
+
+    What stays: where it may only warn, PyTorch's fused attention adds up the gradients of blocks of keys in any order,
+    and the maxima of bags theirs. Tests that compare their bits have one such block, and at most two bags with a row.
     """
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # before the first product
     torch.use_deterministic_algorithms(True, warn_only=True)
