@@ -16,9 +16,12 @@ from published import AdaHessian
 from strategies import CASES, build
 from tolerances import UNITS, assert_error, effect, relative_error
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 from ways import WAYS
 
 from adahessian_fused import TrainStep
+from adahessian_fused.friendly import attention_double_backward
 from adahessian_fused.hvp import precision
 from adahessian_fused.hvp.precision import LowPrecisionProducts, tf32
 from adahessian_fused.train_step import step as step_module
@@ -123,6 +126,25 @@ def test_sparse_factors_stay_as_they_are():
         found.append([opt.hessian_diag(p) for p in model.parameters()])
     a = adjacency.double()
     assert_rounded(*found[::-1], mlp(), lambda m: (a @ m(a @ x.double())).square().mean())
+
+
+@pytest.mark.parametrize(("device", "dtype"), [("cuda", LOW), ("cpu", torch.float32)], ids=["cuda", "cpu"])
+def test_attention_is_in_low_precision_where_tensor_cores_are(device, dtype):
+    """No GPU is needed for its dtypes; test_attention has the kernel's numbers in bfloat16, interpreted."""
+    seen = []
+
+    class Seen(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            seen.append([t.dtype for t in args[:8]] if func is attention_double_backward.run else None)
+            return func(*args, **(kwargs or {}))
+
+    with FakeTensorMode(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        tensors = [torch.empty(1, 2, 16, 8, device=device) for _ in range(7)]
+        with Seen(), LowPrecisionProducts(LOW):
+            found = attention_double_backward.run(*tensors, torch.empty(1, 2, 16, device=device), None, 1.0, 0)
+    assert [t.dtype for t in found] == [torch.float32] * 4
+    assert [types for types in seen if types] == [[*[dtype] * 7, torch.float32]]
 
 
 @pytest.mark.parametrize("dims", [0, 2], ids=["mm", "conv2d"])

@@ -20,6 +20,8 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from ..friendly import attention_double_backward
+
 aten = torch.ops.aten
 Precision = torch.dtype | str
 _GOLDEN = 0.6180339887
@@ -92,6 +94,8 @@ class LowPrecisionProducts(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
         product = _PRODUCTS.get(func)
+        if func in _ON_CUDA and args[0].device.type == "cuda":
+            product = _ON_CUDA[func]
         if product is None:
             return func(*args, **(kwargs or {}))
         first, last, compute = product
@@ -179,6 +183,11 @@ def _convolution_backward(
     )
 
 
+def _attention(mode: LowPrecisionProducts, func: Callable[..., Any], *args: Any) -> tuple[Tensor, ...]:
+    """Return the gradients in float32; the logsumexp and the bias stay in it, as sums do."""
+    return tuple(t.to(torch.float32) for t in func(*map(mode.low, args[:7]), *args[7:]))
+
+
 def _like(found: Tensor, low: Tensor, outside: torch.memory_format) -> Tensor:
     return found if outside is torch.contiguous_format else torch.empty_like(low, dtype=found.dtype).copy_(found)
 
@@ -208,6 +217,8 @@ _PRODUCTS: dict[Callable[..., Any], tuple[int, int, Callable[..., Any]]] = {
     aten.convolution.default: (0, 2, _convolution),
     aten.convolution_backward.default: (0, 3, _convolution_backward),
 }
+# Where tensor cores have such products: a CPU's kernel multiplies in float32 whatever it is given.
+_ON_CUDA = {attention_double_backward.run: (0, 7, _attention)}
 
 
 # ---- switches of PyTorch ---------------------------------------------------------------------------------------------
