@@ -11,6 +11,7 @@ from torch import Tensor
 
 from . import hvp
 from .checks import check_grad
+from .distributed.ranks import without
 from .distributed.sharded import any_sharded
 from .hessian_step import Differentiate, HessianStep
 from .hvp.finite_difference import FiniteDifference
@@ -85,9 +86,9 @@ def evaluate_repeatedly(
         seed=step.probe_seed,
         epsilon=options["fd_epsilon"],
     )
-    alone = contextlib.nullcontext() if step.ranks is None else step.ranks.evaluating()
+    ddps = [] if step.ranks is None else step.ranks.around(params)
     with step.passing():
-        with _own_grads(params), alone, strategy, torch.no_grad():
+        with _own_grads(params), without(ddps), strategy, torch.no_grad():
             for sample in range(options["n_samples"]):
                 found, grads, products = strategy(sample)
                 values += found

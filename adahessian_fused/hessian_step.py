@@ -108,6 +108,7 @@ class HessianStep:
             together.find(params, must=must)
         if together.ranks is not None:
             self.layout.cover_all_trained()
+            together.ranks.look_for_ddps(params)
             together.ranks.watch([p for _, p in self.layout.trained()])
         groups = groups_of(params) if together.ranks is None else [together.ranks.group]
         if any_sharded(params):
@@ -187,11 +188,6 @@ class HessianStep:
 
     # ---- beside other optimizers -------------------------------------------------------------------------------------
 
-    @property
-    def has_ranks(self) -> bool:
-        """Whether several ranks are known to train these parameters together."""
-        return self._together.ranks is not None
-
     def takes_part_with(self, other: HessianStep) -> bool:
         """Tell whether a pass of another optimizer can leave curvature here."""
         mine, theirs = self.layout.options, other.layout.options
@@ -199,8 +195,12 @@ class HessianStep:
         return alike and mine["hvp"] == "autograd" and self.evaluation is None
 
     def concerns(self, leaves: Collection[int]) -> bool:
-        """Tell whether any parameter that is trained here is among the leaves with these ids."""
-        return any(id(p) in leaves for _, p in self.layout.trained())
+        """Tell whether a pass over the leaves with these ids is one over parameters that are trained here.
+
+        With several ranks also if another one may use them in this pass, in which all take part.
+        """
+        trained, ranks = [p for _, p in self.layout.trained()], self._together.ranks
+        return any(id(p) in leaves for p in trained) if ranks is None else ranks.concern(trained, leaves)
 
     def is_unmixed(self) -> bool:
         """Tell whether the gradients are this step's, so far, and have their curvature; zeros and None are."""
@@ -246,13 +246,13 @@ class HessianStep:
 
     def _drop_zeroed(self, params: Sequence[Tensor]) -> None:
         """Forget the curvature of gradients that were zeroed or dropped behind our back (``model.zero_grad()``)."""
-        if self._record is None:
+        zeroed = set() if self._record is None else {id(p) for p in self._record.changed(params) if is_zero(p)}
+        if not zeroed:
             return
-        zeroed = {id(p) for p in self._record.changed(params) if is_zero(p)}
         self._record.added -= zeroed
         if all(id(p) in zeroed or p.grad is None for p in params):
             self.forget()
-        elif zeroed and self.curvature is not None:
+        elif self.curvature is not None:
             gone = [entry for entry in self.layout.entries.values() if id(entry.owner) in zeroed]
             self.curvature = self.curvature.without(gone)
 
@@ -335,7 +335,8 @@ class HessianStep:
 
     def take_nothing(self, *, with_curvature: bool) -> None:
         """Take part in the other ranks' backward pass without having any examples."""
-        others = [step for step in sharing.awaiting([self]) if step.is_unmixed()]
+        own = {id(p) for _, p in self.layout.trained()}
+        others = [step for step in sharing.awaiting([self]) if step.concerns(own) and step.is_unmixed()]
         with contextlib.ExitStack() as stack:
             for step in (self, *others):
                 stack.enter_context(step.passing())
@@ -434,8 +435,8 @@ class HessianStep:
         if self.ranks is None or self.ranks.silent:
             return None
         trained = [p for _, p in self.layout.trained()]
-        self.ranks.watch(trained)
         params, of = trained + self.ranks.beside(trained), dict(zip(map(id, leaves), grads, strict=True))
+        self.ranks.watch(trained)
         return GradientAverage(self.ranks, params, [of.get(id(p)) for p in params])
 
     def finish_average(self, average: GradientAverage | None) -> None:

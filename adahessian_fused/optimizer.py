@@ -249,7 +249,6 @@ class AdaHessian(torch.optim.Optimizer):
             raise
         group = self.param_groups[-1]
         group["step"] = 0  # whatever another optimizer has counted in this dict
-        self._together.watch([p for p in group["params"] if p.requires_grad])
         self.coming_step.begin()
 
     profile_hook_step = staticmethod(hooked_step)  # type: ignore[assignment]  # by which PyTorch wraps step()

@@ -53,16 +53,15 @@ def expecting(step: HessianStep) -> bool:
 def joining(steps: Sequence[HessianStep], leaves: Iterable[Tensor]) -> list[HessianStep]:
     """Return the steps of other optimizers that a pass over some leaves is the first of, or one of.
 
-    With several ranks also those whose parameters this rank does not use: another one may. Those whose gradients are
-    left from their last step, as a GAN's discriminator's are when the generator's loss comes, do not wait for this
-    pass's curvature.
+    Those whose gradients are left from their last step, as a GAN's discriminator's are when the generator's loss comes,
+    do not wait for this pass's curvature.
     """
     waiting = awaiting(steps)
     reached = set(map(id, leaves)) if waiting else set()
     concerned = [step for step in waiting if step.concerns(reached)]
     for step in steps:
         step.strangers.update(set(waiting).difference(concerned))
-    return [step for step in waiting if (step in concerned or step.has_ranks) and step.is_unmixed()]
+    return [step for step in concerned if step.is_unmixed()]
 
 
 def place(steps: Sequence[HessianStep]) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -112,10 +114,12 @@ def check_ranks_stay_bit_identical_for_100_steps(ranks):
 
 def check_per_rank_probes_are_samples_of_their_own(ranks):
     """The mean over ranks of z_r * H z_r for different z_r, with one Hessian: the same batch everywhere."""
-    for hvp in ("autograd", "finite_difference"):
+    for hvp, told in itertools.product(("autograd", "finite_difference"), ("module", "group, made before")):
         model, (x, y) = make_model(), batch(0)
+        options = {"block_size": 1, "hvp": hvp}
+        early = AdaHessian(model.parameters(), process_group=ranks.group, **options)
         ddp = DistributedDataParallel(model, process_group=ranks.group)
-        opt = AdaHessian(model.parameters(), process_group=ddp, block_size=1, hvp=hvp)
+        opt = AdaHessian(model.parameters(), process_group=ddp, **options) if told == "module" else early
         opt.backward(lambda: loss_of(ddp, x, y))  # noqa: B023 - called at once
         _check_mean_diagonal(ranks, model, opt, x, y, ROUNDINGS * (1 if hvp == "autograd" else 2.0**23))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import pickle
 import re
 from collections import Counter
@@ -41,6 +42,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
+from ways import WAYS
 
 # ---- DistributedDataParallel -----------------------------------------------------------------------------------------
 
@@ -84,17 +86,16 @@ def check_ddp_equals_the_joint_batch(ranks):
     expected = alone(STEPS)
     around = (ddp_unwrapped, ddp_unwrapped_on_off_steps)  # without its hooks on off-steps
     ways = (backward, closure, standard_closure, hooked, ddp_micro_batches, ddp_first_order_as_ever, *around)
-    for told in ("module", "group", "nothing", "nothing, made before"):
-        knows_ddp = told != "group"
+    for told in ("module", "group", "nothing", "nothing, made before", "group, made before"):
         for way in ways if told in ("module", "group") else ways[:5]:
             model = make_model()
             options = {"probe_per_rank": False, **SETTINGS}
-            if told == "nothing, made before":
+            options |= {"process_group": ranks.group} if "group" in told else {}
+            if "before" in told:
                 opt = AdaHessian(model.parameters(), **options)
             ddp = DistributedDataParallel(model, process_group=ranks.group)
-            handle = {"module": {"process_group": ddp}, "group": {"process_group": ranks.group}, "nothing": {}}
-            if told != "nothing, made before":
-                opt = AdaHessian(ddp.parameters(), **handle[told], **options)
+            if "before" not in told:
+                opt = AdaHessian(ddp.parameters(), **options | ({"process_group": ddp} if told == "module" else {}))
             off_steps = 0
             for step in range(STEPS):
                 inputs, targets = batch(step)
@@ -104,34 +105,26 @@ def check_ddp_equals_the_joint_batch(ranks):
             assert_close(model, expected)
             assert same_bits(everything(model, opt), ranks.group)
             # DDP has averaged the gradients of first-order steps, and nobody does it again.
-            assert (off_steps == 0) == (knows_ddp and way not in around), (way.__name__, knows_ddp, off_steps)
+            assert (off_steps == 0) == (way not in around), (way.__name__, told, off_steps)
 
 
 def check_finite_differences_through_ddp(ranks):
     expected = alone(STEPS, hvp="finite_difference")
     options = {"hvp": "finite_difference", **SETTINGS}
-    for told in (True, False):
+    for told in ("module", "group", "nothing", "group, made before"):
         model = make_model()
+        handle = {"process_group": ranks.group} if "group" in told else {}
+        if "before" in told:
+            opt = AdaHessian(model.parameters(), probe_per_rank=False, **options, **handle)
         ddp = DistributedDataParallel(model, process_group=ranks.group)
-        handle = {"process_group": ddp} if told else {}
-        opt = AdaHessian(ddp.parameters(), probe_per_rank=False, **options, **handle)
+        handle = {"process_group": ddp} if told == "module" else handle
+        if "before" not in told:
+            opt = AdaHessian(ddp.parameters(), probe_per_rank=False, **options, **handle)
         for step in range(STEPS):
             inputs, targets = batch(step)
             standard_closure(ddp, opt, inputs[ranks.share(N)], targets[ranks.share(N)])
         assert_close(model, expected, hvp="finite_difference")
         assert same_bits(everything(model, opt), ranks.group)
-
-
-@worlds(2)
-def check_per_rank_differences_refuse_ddp_hooks(ranks):
-    """The hooks would mix gradients at the points of different probes."""
-    ddp = DistributedDataParallel(make_model(), process_group=ranks.group)
-    opt = AdaHessian(ddp.parameters(), process_group=ranks.group, hvp="finite_difference")
-    before = [p.clone() for p in ddp.parameters()]
-    x, y = batch(0)
-    with pytest.raises(RuntimeError, match=r"expected AdaHessian\(\.\.\., process_group=<that module>\)"):
-        standard_closure(ddp, opt, x, y)
-    assert all(map(torch.equal, before, ddp.parameters()))
 
 
 def check_several_ddp_modules_of_one_optimizer(ranks):
@@ -176,31 +169,64 @@ def check_what_another_optimizer_trains_is_averaged(ranks):
             assert same_bits(list(model.parameters()), ranks.group), way.__name__
 
 
-class _MayUseHead(nn.Module):
-    def __init__(self, model, head):
+class Experts(nn.Module):
+    """The examples of the first rank go past the second part."""
+
+    def __init__(self):
         super().__init__()
-        self.model, self.head = model, head
+        self.trunk, self.expert = make_model(), nn.Linear(3, 3).double()
 
-    def forward(self, x, used):
-        return self.head(self.model(x)) if used else self.model(x)
+    def forward(self, x, first):
+        outputs = self.trunk(x)
+        return torch.cat((outputs[:first], self.expert(outputs[first:]))) if first < len(x) else outputs
 
 
-def check_another_adahessian_gets_its_curvature(ranks):
-    """On ranks that do not use its parameters, too."""
-    for group in (None, ranks.group):
-        model, head = make_model(), nn.Linear(3, 3).double()
-        ddp = DistributedDataParallel(_MayUseHead(model, head), process_group=ranks.group, find_unused_parameters=True)
-        options = SETTINGS | {"update_each": 1, "process_group": group}
-        opts = [AdaHessian(part.parameters(), **options) for part in (model, head)]
+def _micro_batches_and_backward(opt, loss, x, y):
+    """Between steps with curvature all is PyTorch's, and DDP averages the last of two passes."""
+    opt.zero_grad()
+    with opt.hook_backward():
+        with opt.no_sync():
+            (loss(x, y) / 2).backward()
+        (loss(x, y) / 2).backward()
+    opt.step()
+
+
+EXPERTS = {"one": [""], "expert alone": ["expert"], "expert first": ["expert", "trunk"], "last": ["trunk", "expert"]}
+PASSES = {name: WAYS[name] for name in ("backward", "function", "closure_standard", "hook_backward", "train_step")}
+PASSES |= {"backward_split": WAYS["backward_split"], "micro-batches": _micro_batches_and_backward}
+
+
+def check_what_one_rank_does_not_use(ranks):
+    """It takes part in whatever the others do for it."""
+
+    def train(way, whose, wrap, share, first, **options):
+        torch.manual_seed(2)
+        model, (first_part, *rest) = Experts(), EXPERTS[whose]
+        wrapped = wrap(model)
+        options = {**SETTINGS, "probe_per_rank": False, **options}
+        opt, *others = (
+            AdaHessian(model.get_submodule(name).parameters(), **options | {"update_each": 2 - i})
+            for i, name in enumerate((first_part, *rest))
+        )
+        others += [torch.optim.SGD(model.trunk.parameters(), 0.1)] if whose == "expert alone" else []
         for step in range(STEPS):
-            x, y = batch(step + 10 * ranks.rank)
-            for opt in opts:
-                opt.zero_grad()
-            opts[0].backward(F.cross_entropy(ddp(x, ranks.rank > 0), y))
-            for opt in opts:
-                opt.step()
-        assert int(opts[1].state[head.weight]["hessian_step"]) == STEPS
-        assert same_bits([*everything(model, opts[0]), *everything(head, opts[1])], ranks.group)
+            x, y = batch(step)
+            for other in others:
+                other.zero_grad()
+            way(opt, lambda x, y: F.cross_entropy(wrapped(x, first), y), x[share], y[share])
+            for other in others:
+                other.step()
+        return model
+
+    n = N // ranks.size
+    for whose in EXPERTS:
+        expected = train(WAYS["backward"], whose, lambda model: model, slice(N), n, process_group="alone")
+        ddp = functools.partial(DistributedDataParallel, process_group=ranks.group, find_unused_parameters=True)
+        for name, way in PASSES.items():
+            for told in ({}, {"process_group": ranks.group}) if name == "backward" else ({},):
+                found = train(way, whose, ddp, ranks.share(N), 0 if ranks.rank else n, **told)
+                assert_close(found, expected)
+                assert same_bits(list(found.parameters()), ranks.group), (whose, name)
 
 
 @worlds(2)
@@ -221,14 +247,24 @@ def check_ddp_that_cannot_be_passed_by_says_so(ranks):
 
 
 @worlds(2)
+def check_another_group_than_ddps_is_an_error(ranks):
+    same, alone = dist.new_group([0, 1]), [dist.new_group([i]) for i in range(2)][ranks.rank]
+    ddp = DistributedDataParallel(make_model(), process_group=ranks.group)
+    with pytest.raises(ValueError, match=r"process_group is of ranks \[\d\], but .* over ranks \[0, 1\]; exp"):
+        AdaHessian(ddp.parameters(), process_group=alone)
+    backward(ddp, AdaHessian(ddp.parameters(), process_group=same), *batch(ranks.rank))
+    assert same_bits(list(ddp.parameters()), ranks.group)
+
+
+@worlds(2)
 def check_create_graph_through_ddp_says_what_to_write(ranks):
     x, y = batch(0)
-    for told in ("module", "nothing", "nothing, made before"):
+    for told in ("module", "group", "nothing", "nothing, made before", "a part"):
         model = make_model()
         early = AdaHessian(model.parameters()) if told == "nothing, made before" else None
-        ddp = DistributedDataParallel(model, process_group=ranks.group)
-        handle = {"process_group": ddp} if told == "module" else {}
-        opt = early or AdaHessian(ddp.parameters(), **handle)
+        ddp = DistributedDataParallel(model, process_group=ranks.group, gradient_as_bucket_view=told == "group")
+        handle = {"module": {"process_group": ddp}, "group": {"process_group": ranks.group}}.get(told, {})
+        opt = early or AdaHessian((model[0] if told == "a part" else ddp).parameters(), **handle)
         with pytest.raises(RuntimeError, match=r"through DistributedDataParallel, .* expected opt\.backward\(loss\)"):
             loss_of(ddp, x, y).backward(create_graph=opt.needs_hessian)
 

@@ -101,6 +101,26 @@ def test_either_of_them_may_be_between_its_hessian_steps(products):
             opt.step()
 
 
+@pytest.mark.parametrize("each", [(1, 1), (1, 2), (2, 1), (2, 2)])
+def test_probes_are_the_same_in_every_way(each):
+    """An optimizer between its Hessian steps draws none, and takes nobody's place."""
+
+    def trained(way):
+        model, *opts = halves()
+        for opt, update_each in zip(opts, each, strict=True):
+            opt.param_groups[0]["update_each"] = update_each
+        for _ in range(3):
+            opts[1].zero_grad()
+            ways.WAYS[way](opts[0], lambda x=X: loss_of(model, x), *([X] if way == "train_step" else []))
+            opts[1].step()
+        return weights(model)
+
+    expected = trained("backward")
+    for way in ("closure_standard", "hook_backward", "train_step"):
+        for found, wanted in zip(trained(way), expected, strict=True):
+            torch.testing.assert_close(found, wanted)
+
+
 def test_micro_batches_and_weights(products):
     """One of two micro-batches gives the curvature, with twice its weight."""
     model, a, b = halves()

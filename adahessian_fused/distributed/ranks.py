@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import itertools
 import weakref
 import zlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from ..curvature import mixed
@@ -21,20 +22,15 @@ ALONE = "alone"
 CHECK_EACH = 100  # steps with curvature between two looks at whether the ranks' parameters are the same
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes
 
-DDP_WITHOUT_US = (
-    "the closure calls a DistributedDataParallel module, whose hooks would average gradients that belong to the probes "
-    "of single ranks; expected AdaHessian(..., process_group=<that module>)"
-)
 UNKNOWN = (
     "this is one of {} processes, and nothing tells whether they train one model: its parameters are neither in a "
     "DistributedDataParallel module nor sharded (DTensor). Expected AdaHessian(..., "
     "process_group=torch.distributed.group.WORLD), or another group, over which gradients and curvature are averaged; "
     'or process_group="alone" if this process trains a model of its own'
 )
-GRAPH_THROUGH_DDP = (
-    "loss.backward(create_graph=True) through DistributedDataParallel, whose hooks write to gradients in place and cut "
-    "their graph; expected opt.backward(loss) or opt.step(closure), or opt.hook_backward() once before training and "
-    "loss.backward()"
+OTHER_GROUP = (
+    "process_group is of ranks {}, but DistributedDataParallel averages gradients of these parameters over ranks {}; "
+    "expected the same ones, or process_group=None, which finds them"
 )
 STATIC_GRAPH = (
     "DistributedDataParallel(static_graph=True) learns in the first backward pass which parameters it averages, and "
@@ -101,6 +97,15 @@ def ddps_around(params: Iterable[Tensor]) -> list[DistributedDataParallel]:
     return [ddp for ddp in alive if "module" in ddp._modules and not wanted.isdisjoint(map(id, ddp.parameters()))]
 
 
+@contextlib.contextmanager
+def without(ddps: Iterable[DistributedDataParallel]) -> Iterator[None]:
+    """Keep DDP from averaging; while a strategy evaluates a closure, a rank's gradients belong to its own probe."""
+    with contextlib.ExitStack() as stack:
+        for ddp in ddps:
+            stack.enter_context(ddp.no_sync())
+        yield
+
+
 class Together:
     """Who trains one model with an optimizer: named by its user, or found by what averages its gradients.
 
@@ -147,19 +152,6 @@ class Together:
         elif must:
             raise RuntimeError(UNKNOWN.format(dist.get_world_size()))
 
-    def watch(self, params: Sequence[Tensor]) -> None:
-        """Notice backward passes of others."""
-        if self.ranks is not None:
-            self.ranks.watch(params)
-        elif self.open and not any_sharded(params):
-            for p in params:
-                p.register_post_accumulate_grad_hook(_refuse_graph_through_ddp)
-
-
-def _refuse_graph_through_ddp(param: Tensor) -> None:
-    if param.grad is not None and param.grad.requires_grad and ddps_around([param]):
-        raise RuntimeError(GRAPH_THROUGH_DDP)
-
 
 class Ranks:
     """A process group as an optimizer sees it, and what of the coming step has been averaged over it.
@@ -195,7 +187,6 @@ class Ranks:
                 f"process_group is a {type(process_group).__name__}; expected a torch.distributed process group, such "
                 'as torch.distributed.group.WORLD, a DistributedDataParallel module, or "alone"'
             )
-        _check_dynamic(ddps if isinstance(ddps, list) else [])
         self.group = group
         self.rank, self.size = dist.get_rank(self.group), dist.get_world_size(self.group)
         if self.rank < 0:
@@ -204,12 +195,28 @@ class Ranks:
         self._silent = False
         self._watched: set[int] = set()  # ids of parameters
         self._checked = 0  # steps with curvature
-        self._ddps = [weakref.ref(ddp) for ddp in ddps] if isinstance(ddps, list) else []
-        self._around: list[weakref.ref[DistributedDataParallel]] | None = self._ddps or None
+        self._ddps: list[weakref.ref[DistributedDataParallel]] = []
+        self._looked = self._passed_by = False  # for DDP modules; their hooks, since their last forward pass
         self._alike: set[tuple[int, ...]] = set()  # ids of parameters that all ranks have been found to average
         self._prepared: set[int] = set()  # ids of DDP modules that will average the coming backward pass
-        for ddp in self._alive():
+        self._rely_on(ddps if isinstance(ddps, list) else [])
+
+    def _rely_on(self, ddps: Sequence[DistributedDataParallel]) -> None:
+        own = dist.get_process_group_ranks(self.group)
+        for ddp in ddps:
+            others = dist.get_process_group_ranks(ddp.process_group)
+            if sorted(others) != sorted(own):
+                raise ValueError(OTHER_GROUP.format(own, others))
+            if ddp.static_graph:
+                raise RuntimeError(STATIC_GRAPH)
+        self._ddps = [weakref.ref(ddp) for ddp in ddps]
+        for ddp in ddps:
             ddp.register_forward_pre_hook(self._ddp_forward)
+
+    def look_for_ddps(self, params: Sequence[Tensor]) -> None:
+        """Find the DDP modules that have some of these parameters, unless they are known."""
+        if not self._ddps:
+            self._rely_on(ddps_around(params))
 
     def _alive(self) -> list[DistributedDataParallel]:
         return [ddp for ddp in (ref() for ref in self._ddps) if ddp is not None]
@@ -239,27 +246,10 @@ class Ranks:
         """Keep gradients and curvature inside it this rank's own, DDP's hooks included."""
         before, self._silent = self._silent, True
         try:
-            with self._ddps_silent():
+            with without(self._alive()):
                 yield
         finally:
             self._silent = before
-
-    @contextlib.contextmanager
-    def _ddps_silent(self) -> Iterator[None]:
-        with contextlib.ExitStack() as stack:
-            for ddp in self._alive():
-                stack.enter_context(ddp.no_sync())
-            yield
-
-    @contextlib.contextmanager
-    def evaluating(self) -> Iterator[None]:
-        """Keep DDP from averaging while a strategy evaluates a closure: a rank's gradients belong to its own probe."""
-        if self._ddps:
-            with self._ddps_silent():
-                yield
-            return
-        with nn.modules.module.register_module_forward_pre_hook(_refuse_ddp):
-            yield
 
     def watch(self, params: Sequence[Tensor]) -> None:
         """Notice ordinary backward passes, which leave gradients that are not averaged unless DDP does it."""
@@ -268,14 +258,29 @@ class Ranks:
         def accumulated(p: Tensor) -> None:
             ranks = me()
             if ranks is not None:
-                if ranks.averages_first_order and p.grad is not None and p.grad.requires_grad:
-                    raise RuntimeError(GRAPH_THROUGH_DDP)
                 ranks.grads_averaged = ranks._ddp_averages
 
-        for p in params:
-            if id(p) not in self._watched:
+        # A rank that uses none of these parameters, which DDP has to be told of, still uses others of its module.
+        more = [ddp.parameters() for ddp in self._alive() if ddp.find_unused_parameters]
+        for p in itertools.chain(params, *more):
+            if id(p) not in self._watched and p.requires_grad:
                 self._watched.add(id(p))
                 p.register_post_accumulate_grad_hook(accumulated)
+
+    def around(self, params: Sequence[Tensor]) -> list[DistributedDataParallel]:
+        """Return the DDP modules with these parameters."""
+        if not self._looked:  # a model may be wrapped after its optimizer is made
+            self._looked = True
+            self.look_for_ddps(params)
+        return self._alive()
+
+    def concern(self, params: Sequence[Tensor], leaves: Collection[int]) -> bool:
+        """Tell whether a rank may use some parameters in a pass whose leaves on this one have these ids.
+
+        All ranks find the same: DDP has every rank use some of its module, and without it any may use them.
+        """
+        ddps = self.around(params)
+        return not ddps or any(id(p) in leaves for p in itertools.chain(params, *(ddp.parameters() for ddp in ddps)))
 
     def beside(self, params: Sequence[Tensor]) -> list[Tensor]:
         """Return what DDP would average beside these parameters, other optimizers' for instance.
@@ -283,15 +288,12 @@ class Ranks:
         Raises:
             RuntimeError: DDP cannot be passed by, or not now.
         """
-        if self._around is None:  # a group was named; the model may be wrapped by now
-            found = [ddp for ddp in ddps_around(params) if ddp.process_group == self.group]
-            _check_dynamic(found)
-            self._around = [weakref.ref(ddp) for ddp in found]
-        alive = [ddp for ddp in (ref() for ref in self._around) if ddp is not None]
-        if any(ddp._join_config.enable for ddp in alive):
+        ddps = self.around(params)
+        if any(ddp._join_config.enable for ddp in ddps):
             raise RuntimeError(JOINED)
+        self._passed_by = True
         seen, others = set(map(id, params)), []
-        for ddp in alive:
+        for ddp in ddps:
             for name, p in ddp.module.named_parameters():
                 if p.requires_grad and id(p) not in seen and name not in ddp.parameters_to_ignore:
                     seen.add(id(p))
@@ -307,11 +309,14 @@ class Ranks:
         self.reset()
         self._prepared.clear()
 
-    def _ddp_forward(self, ddp: nn.Module, *unused: Any) -> None:
+    def _ddp_forward(self, ddp: Any, *unused: Any) -> None:
         if torch.is_grad_enabled() and not self.silent:
             self._prepared.add(id(ddp))
+            self._passed_by = False
         else:
             self._prepared.discard(id(ddp))
+            if self._passed_by:  # its hooks still wait for that pass, and would take the coming one for it
+                ddp.reducer._reset_state()
 
     # ---- what they have to agree on ----------------------------------------------------------------------------------
 
@@ -354,13 +359,3 @@ class Ranks:
         flag = flag.clone()
         dist.all_reduce(flag, op=dist.ReduceOp.MAX, group=self.group)
         return flag
-
-
-def _check_dynamic(ddps: Sequence[DistributedDataParallel]) -> None:
-    if any(ddp.static_graph for ddp in ddps):
-        raise RuntimeError(STATIC_GRAPH)
-
-
-def _refuse_ddp(module: nn.Module, inputs: Any) -> None:
-    if isinstance(module, DistributedDataParallel):
-        raise RuntimeError(DDP_WITHOUT_US)

@@ -29,7 +29,7 @@ from torch import Tensor
 from torch.autograd.function import BackwardCFunction
 from torch.autograd.graph import Node
 
-from .errors import HIDDEN_NUMBERS, HOOK_WITHOUT_GRAPH, NO_GRAPH, WRONG_NORM, WRONG_WEIGHT_NORM, explanation
+from .errors import HIDDEN_NUMBERS, HOOK_WITHOUT_GRAPH, NO_GRAPH, WRONG_NORM, WRONG_WEIGHT_NORM, explanation, naming_ddp
 from .graph import WEIGHT_NORM, Graph, explore, nodes
 from .intercept import BackwardObserver
 from .replay import Replay
@@ -107,13 +107,14 @@ class Graphs(BackwardObserver):
         params = wanted() if wanted is not None else []
         graph = explore([tensors] if isinstance(tensors, Tensor) else tensors) if params else None
         if graph is None or {id(leaf) for leaf in graph.leaves}.isdisjoint(map(id, params)):
-            yield
+            with naming_ddp() if create_graph else contextlib.nullcontext():
+                yield
             return
         if (begin := self._begin()) is not None:
             begin()
         if all(p.grad is None for p in params):  # by model.zero_grad()
             self.clear()
-        with examined(graph) as found:
+        with naming_ddp(), examined(graph) as found:
             yield
         self.seen = True
         self._found += found

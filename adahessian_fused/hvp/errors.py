@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
+from collections.abc import Iterator
+
+import torch.distributed as dist
 
 _NOT_IMPLEMENTED = (
     r"derivative for '?(?:aten::)?(\w+)'? is not implemented",
@@ -29,6 +33,12 @@ HOOK_WITHOUT_TANGENT = "{}, which changes a gradient and drops its tangent,"
 HIDDEN_NUMBERS = "{}, which keeps numbers for its backward that are no inputs and have no graph,"
 WRONG_WEIGHT_NORM = "weight_norm, whose second derivative PyTorch has wrong,"
 WRONG_NORM = "{} in a loss that holds a gradient, where PyTorch has its derivative wrong,"
+GRAPH_THROUGH_DDP = (
+    "loss.backward(create_graph=True) through DistributedDataParallel, whose hooks write to gradients in place and cut "
+    "their graph; expected opt.backward(loss) or opt.step(closure), or opt.hook_backward() once before training and "
+    "loss.backward()"
+)
+_WRITTEN_BY_DDP = "a leaf Variable that requires grad is being used in an in-place operation"  # in a backward pass
 # What the mode has, or runs in another way.
 _FRIENDLY = ("scaled_dot_product", "embedding_bag", "cuDNN", "torch.compile", "PyTorch has")
 
@@ -76,6 +86,17 @@ def explanation(operator: str, strategy: str) -> str:
         f'{operator} {_LACKS[strategy]}, which hvp="{strategy}" needs. Ways out: {"; or ".join(ways)}. '
         "adahessian_fused.check_hvp(model, loss_fn, batch) tells which strategies a model allows"
     )
+
+
+@contextlib.contextmanager
+def naming_ddp() -> Iterator[None]:
+    """Say what to write where a pass that keeps its graph fails in DistributedDataParallel, as all do."""
+    try:
+        yield
+    except RuntimeError as error:
+        if _WRITTEN_BY_DDP in str(error) and dist.is_available() and dist.is_initialized():
+            raise RuntimeError(GRAPH_THROUGH_DDP) from error
+        raise
 
 
 class naming_the_operator:  # noqa: N801  a class costs every step less than a generator

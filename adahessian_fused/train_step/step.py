@@ -216,7 +216,7 @@ class TrainStep:
             found = spec.differentiate(self._module, [*params, *given], batch, draw, scale)
             self._written |= written_since(before, self._looked_at()) if graphs else set()
         own, others = found.grads[: len(trained)], found.grads[len(trained) :]
-        if all(grad is None for grad in own):
+        if opt.coming_step.ranks is None and all(grad is None for grad in own):  # of which another rank may have some
             shapes = ", ".join(str(tuple(p.shape)) for p in trained[:3]) + (", ..." if trained[3:] else "")
             raise RuntimeError(
                 f"parameters of shape {shapes} are the optimizer's, but not in model or "
@@ -398,7 +398,7 @@ class _Probes:
     """Draws the probes of the coming step, of all optimizers that share its product."""
 
     def __init__(self, steps: Sequence[HessianStep], params: Sequence[Tensor]) -> None:
-        sharing.place(steps)
+        sharing.place([step for step in steps if step.is_due])
         self._steps, self._params = steps, params
         owner = {id(p): number for number, step in enumerate(steps) for p in step.due_params()}
         self._owners = [owner.get(id(p)) for p in params]
