@@ -107,7 +107,7 @@ class Graphs(BackwardObserver):
         params = wanted() if wanted is not None else []
         graph = explore([tensors] if isinstance(tensors, Tensor) else tensors) if params else None
         if graph is None or {id(leaf) for leaf in graph.leaves}.isdisjoint(map(id, params)):
-            with naming_ddp() if create_graph else contextlib.nullcontext():
+            with naming_ddp():
                 yield
             return
         if (begin := self._begin()) is not None:
