@@ -124,7 +124,7 @@ def differentiate_once(
         grads = torch.autograd.grad(loss, leaves, gradient, retain_graph=retain_graph, allow_unused=True)
         average = step.start_average(leaves, grads)
         hvp.accumulate_grads(leaves, grads, gradient)
-        hvp.run_post_accumulate_hooks(leaves, grads)
+        hvp.run_accumulated(leaves, grads)
         step.finish_average(average)
 
 
@@ -166,7 +166,7 @@ def differentiate_twice(
         hvp.accumulate_grads(leaves, grads, gradient)
         for step, total in zip(due, totals, strict=True):
             step.curvature = total
-        hvp.run_post_accumulate_hooks(leaves, grads)
+        hvp.run_accumulated(leaves, grads)
         for step, average in (*zip(steps, averages, strict=True), *((step, None) for step in others)):
             step.finish_average(average)
         for step in due:

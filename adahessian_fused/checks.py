@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import operator
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -201,6 +202,40 @@ def check_param(param: Tensor, name: str) -> None:
             f"{name}, of shape {tuple(param.shape)} and strides {param.stride()}, has elements that share memory; "
             "expected a parameter without, such as its clone()"
         )
+
+
+def check_apart(named: Iterable[tuple[str, Tensor]]) -> None:
+    """Refuse parameters that have memory in common: it would be updated twice."""
+    by_storage: dict[int, list[tuple[str, Tensor]]] = {}
+    for name, p in named:
+        if type(p) in (Tensor, torch.nn.Parameter) and p.device.type != "meta" and p.numel() > 0:
+            by_storage.setdefault(p.untyped_storage().data_ptr(), []).append((name, p))
+    for members in by_storage.values():
+        ends = sorted((_first(p), _first(p) + _reach(p)) for _, p in members)
+        if any(first < end for (_, end), (first, _) in itertools.pairwise(ends)):
+            _check_elements_apart(members)
+
+
+def _first(p: Tensor) -> int:
+    return int(p.storage_offset()) * p.element_size()
+
+
+def _reach(p: Tensor) -> int:
+    return p.element_size() * (1 + sum(int(stride) * (n - 1) for stride, n in zip(p.stride(), p.shape, strict=True)))
+
+
+def _check_elements_apart(members: Sequence[tuple[str, Tensor]]) -> None:
+    unit = min(p.element_size() for _, p in members)
+    owners = torch.zeros(members[0][1].untyped_storage().nbytes() // unit, dtype=torch.int32, device="cpu")
+    for number, (name, p) in enumerate(members, 1):
+        units = p.element_size() // unit
+        strides = *(units * stride for stride in p.stride()), 1
+        own = owners.as_strided((*p.shape, units), strides, p.storage_offset() * units)
+        if taken := int(own.max()):
+            raise ValueError(
+                f"{name} shares memory with {members[taken - 1][0]}; expected each element in one parameter"
+            )
+        own.fill_(number)
 
 
 def check_grad(grad: Tensor, name: str) -> None:

@@ -88,7 +88,7 @@ def evaluate_repeatedly(
     )
     ddps = [] if step.ranks is None else step.ranks.around(params)
     with step.passing():
-        with _own_grads(params), without(ddps), strategy, torch.no_grad():
+        with _own_grads(params), without(ddps), hvp.accumulating(params, hvp.later), strategy, torch.no_grad():
             for sample in range(options["n_samples"]):
                 found, grads, products = strategy(sample)
                 values += found
@@ -109,9 +109,9 @@ def evaluate_repeatedly(
         hvp.accumulate_grads(params, gradient)
         step.curvature = total
         leaves = others.finish()
-        if options["hvp"] != "finite_difference":  # whose evaluations are backward passes, each with its hooks
-            hvp.run_post_accumulate_hooks(params, gradient)
-            hvp.run_post_accumulate_hooks(leaves, leaves)
+        own = options["hvp"] != "finite_difference"  # whose evaluations are backward passes, each with its hooks
+        hvp.run_accumulated(params, gradient, own=own)
+        hvp.run_accumulated(leaves, leaves, own=own)
         step.finish_average(step.start_average())
     step.report_overflow(scaled=scales().get("inverse_scale") is not None)
     return mean_of(values)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from . import backends, hvp
 from .bucket import MEAN, Entry, by_bucket, make_buckets
-from .checks import CHOICES, check_block_size, check_choice, check_count, check_param, check_stabilisers
+from .checks import CHOICES, check_apart, check_block_size, check_choice, check_count, check_param, check_stabilisers
 from .curvature import Curvature, differentiate, initial_seed
 from .layout import block_length
 from .update import HyperTable, Parts, prepared_update
@@ -33,6 +33,7 @@ def _entries(
         entry = Entry(p, f"params[{i}]", i, 0, {} if states is None else states[i])
         entry.describe(block_length(p.shape, block_size), averaging)
         entries.append(entry)
+    check_apart((entry.name, entry.param) for entry in entries)
     make_buckets(entries, with_states=states is not None, state_dtype=state_dtype, keep_means=keep_means)
     return entries
 

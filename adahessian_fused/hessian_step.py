@@ -313,7 +313,7 @@ class HessianStep:
         """
         average = self.start_average(leaves, grads)
         hvp.accumulate_grads(leaves, grads)
-        hvp.run_post_accumulate_hooks(leaves, grads)
+        hvp.run_accumulated(leaves, grads)
         self.finish_average(average)
         if self.is_due:
             self.take_products(probed, probes, products)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from .bucket import Bucket, Entry, by_bucket, make_buckets, stored_dtype
-from .checks import check_grad, check_group, check_hvp_dtype, check_param
+from .checks import check_apart, check_grad, check_group, check_hvp_dtype, check_param
 from .distributed import sharded
 from .looks import holds, looks_of
 
@@ -131,8 +131,9 @@ class ParameterLayout:
 
     @property
     def groups(self) -> list[dict[str, Any]]:
-        """The parameter groups."""
-        return self._optimizer().param_groups
+        """The parameter groups; none of an optimizer that is gone, as another thread's may be at any time."""
+        optimizer = self._optimizer()
+        return [] if optimizer is None else optimizer.param_groups
 
     @property
     def options(self) -> dict[str, Any]:
@@ -238,6 +239,8 @@ class ParameterLayout:
                 stored_dtype(p.dtype, self.state_dtype)
                 check_hvp_dtype(group["hvp_dtype"], group["hvp"], p.dtype)
                 self.backends[p.device.type]  # raises where no backend can run
+        names = (f"parameter {i} of group {number}" for i in range(len(group["params"])))
+        check_apart((name, sharded.local(p)) for name, p in zip(names, group["params"], strict=True) if p.requires_grad)
 
     # ---- laying out --------------------------------------------------------------------------------------------------
 
@@ -281,6 +284,7 @@ class ParameterLayout:
                 self.backends[p.device.type]  # raises where no backend can run
                 entry = entries[id(p)] = Entry(p, name, param_id, number, self._state.get(p, {}))
                 entry.describe(self.block_of(p, self.groups[number]), self.groups[number]["averaging"])
+        check_apart((entry.name, entry.param) for entry in entries.values())
         return entries
 
     def _named(self) -> Iterator[tuple[int, str, Tensor]]:

@@ -94,7 +94,7 @@ class OtherLeaves(hvp.BackwardObserver):
         self._ours, self._thread = set(map(id, params)), threading.get_ident()
         self._before: dict[int, tuple[Tensor, Tensor | None]] = {}
         self._found: dict[int, list[Tensor]] = {}
-        self._evaluations = 0
+        self._evaluations, self._hooks = 0, contextlib.ExitStack()
         self._all: dict[int, tuple[Tensor, Tensor | None]] = {}
 
     @contextlib.contextmanager
@@ -102,7 +102,8 @@ class OtherLeaves(hvp.BackwardObserver):
         """Surround one evaluation; the gradients are afterwards what they were when its backward pass began."""
         self.watch()
         try:
-            yield
+            with self._hooks:
+                yield
             self._evaluations += 1
             for number, (leaf, _) in self._before.items():
                 if leaf.grad is not None:
@@ -122,6 +123,7 @@ class OtherLeaves(hvp.BackwardObserver):
             if id(leaf) not in self._ours and id(leaf) not in self._before:
                 self._before[id(leaf)] = leaf, leaf.grad
                 leaf.grad = None
+                self._hooks.enter_context(hvp.accumulating([leaf], hvp.later))
 
     def finish(self) -> list[Tensor]:
         """Add the means over the evaluations; returns the leaves."""

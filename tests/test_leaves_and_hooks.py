@@ -10,7 +10,7 @@ import pytest
 import torch
 import ways
 from fuzz.failures import FailsAt
-from models import batch, mlp
+from models import assert_same, batch, mlp
 from published import AdaHessian
 from torch import nn
 
@@ -109,6 +109,39 @@ def test_a_hook_that_changes_the_gradient_changes_its_curvature_once():
     opt.backward((p**3).sum())
     opt.step()
     torch.testing.assert_close(opt.hessian_diag(p), 12 * p.detach())
+
+
+EVERY_WAY = [
+    *((way, {}) for way in ways.WAYS),
+    *((way, {"hvp": hvp}) for way in sorted(EVALUATED) for hvp in ("finite_difference", "forward_over_reverse")),
+]
+
+
+@pytest.mark.parametrize("replaces", [False, True], ids=["in_place", "replaces"])
+@pytest.mark.parametrize("case", EVERY_WAY, ids=name_of)
+def test_a_hook_that_changes_what_was_accumulated_leaves_curvature_alone(case, replaces, device):
+    """It runs once, and what it makes of p.grad is the gradient of the step."""
+    way, options = case
+    found = []
+    for hooked in (False, True):
+        model, calls = mlp(device=device), []
+        x, y = batch(0, model)
+        opt = AdaHessian(model.parameters(), lr=0.0, seed=0, **options)
+        for p in model.parameters() if hooked else ():
+
+            def tripled(p, calls=calls):
+                calls.append(p)
+                if replaces:
+                    p.grad = 3 * p.grad
+                else:
+                    p.grad *= 3
+
+            p.register_post_accumulate_grad_hook(tripled)
+        (WAYS | ways.WAYS)[way](opt, lambda: (model(x) - y).square().mean())  # noqa: B023
+        found.append([(p.grad.detach(), opt.hessian_diag(p)) for p in model.parameters()])
+        assert len(calls) == hooked * len(found[0])
+    for (g, d), (tripled_g, same_d) in zip(*found, strict=True):
+        assert_same([tripled_g, same_d], [3 * g, d])
 
 
 def test_an_optimizer_in_a_hook_may_step():

@@ -122,6 +122,42 @@ def test_parameters_whose_elements_share_memory(shared, block_size):
     assert p.eq(1).all()
 
 
+MEMORY = torch.ones(6, 4)
+IN_COMMON = {
+    "the_same": (MEMORY, MEMORY.view(4, 6)),
+    "rows": (MEMORY[:3], MEMORY[2:]),
+    "columns": (MEMORY[:, :3], MEMORY[:, 2:]),
+    "another_dtype": (MEMORY[:, 1:], MEMORY.view(torch.bfloat16)[:, 2:4]),
+}
+APART = {
+    "rows": (MEMORY[:3], MEMORY[3:]),
+    "columns": (MEMORY[:, ::2], MEMORY[:, 1::2]),
+    "another_dtype": (MEMORY[:, 1:], MEMORY.view(torch.bfloat16)[:, :2]),
+    "empty": (MEMORY, MEMORY[:0]),
+}
+
+
+@pytest.mark.parametrize("pair", IN_COMMON.values(), ids=IN_COMMON)
+def test_parameters_that_share_memory(pair, device):
+    a, b = (nn.Parameter(t) for t in pair)
+    message = r"parameter . of group . shares memory with parameter 0 of group 0; expected each element in one"
+    with pytest.raises(ValueError, match=message):
+        AdaHessian([a, b])
+    opt = AdaHessian([{"params": [a]}, {"params": [b]}])
+    before = MEMORY.clone()
+    with pytest.raises(ValueError, match=message):
+        opt.step(lambda: (a**2).sum() + (b**2).sum().float())
+    assert torch.equal(MEMORY, before)
+
+
+@pytest.mark.parametrize("pair", APART.values(), ids=APART)
+def test_parameters_of_one_storage(pair):
+    a, b = (nn.Parameter(t) for t in pair)
+    opt = AdaHessian([a, b], lr=0.0)
+    opt.step(lambda: (a**2).sum() + (b**2).sum().float())
+    assert torch.equal(opt.hessian_diag(a), torch.full_like(a, 2))
+
+
 def test_strides_that_only_look_as_if_elements_shared_memory():
     p = torch.ones(8).as_strided((2, 3), (3, 2)).requires_grad_()
     opt = AdaHessian([p], lr=1.0, eps=0.0, block_size=1)

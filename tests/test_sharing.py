@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
 from concurrent.futures import ThreadPoolExecutor
 
@@ -282,6 +283,19 @@ def test_the_modules_zeroing_takes_the_curvature_that_another_optimizer_has_give
 
 
 @pytest.mark.filterwarnings("ignore:Using backward\\(\\) with create_graph=True")
+def test_a_step_whose_optimizer_is_gone_concerns_nobody():
+    """Another thread may drop it between two looks at it."""
+    model, opt = fresh(mlp())
+    step, leaves = opt.coming_step, set(map(id, model.parameters()))
+    assert step.concerns(leaves)
+    assert step.is_due
+    del opt
+    gc.collect()
+    assert not step.concerns(leaves)
+    assert not step.is_due
+    assert not step.has_graphs()
+
+
 def test_optimizers_in_threads_of_their_own():
     models = [mlp() for _ in range(3)]  # here, with the generator of all threads
 

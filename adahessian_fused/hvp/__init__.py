@@ -19,12 +19,11 @@ from .double_backward import (
     has_graph,
     hessian_vector_product,
     release_graph,
-    run_post_accumulate_hooks,
 )
 from .graph import explore
 from .intercept import BackwardObserver, InterceptBackward
 from .precision import Precision, bfloat16_gain, second_pass
-from .treatment import Refused, treating, without_hooks
+from .treatment import Refused, accumulating, later, run_accumulated, treating, without_hooks
 
 __all__ = [
     "MIXED",
@@ -38,6 +37,7 @@ __all__ = [
     "Precision",
     "Refused",
     "accumulate_grads",
+    "accumulating",
     "after_hooks",
     "bfloat16_gain",
     "check_gradients",
@@ -47,8 +47,9 @@ __all__ = [
     "first_order",
     "has_graph",
     "hessian_vector_product",
+    "later",
     "release_graph",
-    "run_post_accumulate_hooks",
+    "run_accumulated",
     "second_pass",
     "treating",
     "without_hooks",

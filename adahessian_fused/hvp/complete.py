@@ -33,7 +33,7 @@ from .errors import HIDDEN_NUMBERS, HOOK_WITHOUT_GRAPH, NO_GRAPH, WRONG_NORM, WR
 from .graph import WEIGHT_NORM, Graph, explore, nodes
 from .intercept import BackwardObserver
 from .replay import Replay
-from .treatment import Hook, Treatment, is_number, name_of, numbers_in, treating
+from .treatment import Hook, Treatment, accumulating, beside_the_graph, is_number, name_of, numbers_in, treating
 
 _CUT = {  # names of nodes behind which a graph silently ends
     "torch::autograd::Error": "a torch.autograd.Function whose backward is marked once_differentiable",
@@ -114,7 +114,7 @@ class Graphs(BackwardObserver):
             begin()
         if all(p.grad is None for p in params):  # by model.zero_grad()
             self.clear()
-        with naming_ddp(), examined(graph) as found:
+        with naming_ddp(), examined(graph) as found, accumulating(graph.leaves, beside_the_graph):
             yield
         self.seen = True
         self._found += found

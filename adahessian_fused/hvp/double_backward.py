@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Iterable, Sequence
 from itertools import chain
 from operator import attrgetter, eq
@@ -160,15 +159,6 @@ def accumulate_grads(
             torch._foreach_add_(old, added)
     for p, grad in first:
         p.grad = grad
-
-
-def run_post_accumulate_hooks(params: Sequence[Tensor], grads: Sequence[Tensor | None]) -> None:
-    """Run what ``register_post_accumulate_grad_hook`` has registered, as the end of a backward pass does."""
-    hooked = [p for p, g in zip(params, grads, strict=True) if g is not None and p._post_accumulate_grad_hooks]
-    with torch.no_grad() if hooked else contextlib.nullcontext():
-        for p in hooked:
-            for hook in list(p._post_accumulate_grad_hooks.values()):
-                hook(p)
 
 
 @torch.no_grad()

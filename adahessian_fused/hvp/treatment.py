@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -109,6 +109,69 @@ def without_hooks(params: Sequence[Tensor]) -> Iterator[None]:
                 t.grad = None if grad is None else grad.detach()
 
 
+@contextlib.contextmanager
+def accumulating(params: Iterable[Tensor], call: Callable[[Hook, Tensor], None]) -> Iterator[None]:
+    """Surround a pass that calls the post-accumulate hooks of some leaves as ``call(hook, leaf)``.
+
+    What such a hook makes of ``p.grad`` is the gradient of the step, and none of the curvature's.
+    """
+    replaced = [(hooks, dict(hooks)) for p in params if (hooks := p._post_accumulate_grad_hooks)]
+    for hooks, before in replaced:
+        hooks.update((key, functools.partial(call, hook)) for key, hook in before.items() if not _is_own(hook))
+    try:
+        yield
+    finally:
+        for hooks, before in replaced:
+            hooks.update((key, hook) for key, hook in before.items() if key in hooks)
+
+
+def later(hook: Hook, leaf: Tensor) -> None:
+    """Call no post-accumulate hook: :func:`run_accumulated` does."""
+
+
+def run_accumulated(leaves: Sequence[Tensor], grads: Sequence[Tensor | None], *, own: bool = True) -> None:
+    """Run what ``register_post_accumulate_grad_hook`` has registered, as the end of a backward pass does.
+
+    Args:
+        leaves: whose gradients there are.
+        grads: what they were given; None is passed over.
+        own: this package's and torch.distributed's, too.
+    """
+    hooked = [p for p, g in zip(leaves, grads, strict=True) if g is not None and p._post_accumulate_grad_hooks]
+    with torch.no_grad() if hooked else contextlib.nullcontext():
+        for p in hooked:
+            for hook in list(p._post_accumulate_grad_hooks.values()):
+                if own or not _is_own(hook):
+                    hook(p)
+
+
+class _WithValue(Function):
+    """A gradient that a hook has given another value."""
+
+    @staticmethod
+    def forward(ctx: Any, grad: Tensor, value: Tensor) -> Tensor:
+        return value.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return grad, None
+
+
+def beside_the_graph(hook: Hook, leaf: Tensor) -> None:
+    """Call a post-accumulate hook in a pass that keeps its graph: of what the hook computes nothing enters that."""
+    grad = leaf.grad
+    if grad is None or not grad.requires_grad:
+        hook(leaf)
+        return
+    with torch.no_grad():
+        leaf.grad = seen = grad.detach().clone()
+        hook(leaf)
+    if leaf.grad is seen:
+        leaf.grad = grad if not seen._version else _WithValue.apply(grad, seen)
+    elif leaf.grad is not None:
+        leaf.grad = _WithValue.apply(grad, leaf.grad.detach())
+
+
 class _Asking:
     """A hook that asks how it is to be treated."""
 
@@ -121,9 +184,12 @@ class _Asking:
         return self._hook(*args) if treatment is None else treatment(self._hook, args)
 
 
+def _is_own(hook: Hook) -> bool:
+    return (getattr(hook, "__module__", None) or "").startswith(_OWN)
+
+
 def _asking(hook: Hook) -> Hook:
-    own = (getattr(hook, "__module__", None) or "").startswith(_OWN)
-    return hook if own or isinstance(hook, _Asking) else _Asking(hook)
+    return hook if _is_own(hook) or isinstance(hook, _Asking) else _Asking(hook)
 
 
 _registers, _registers_on_node, _retains = Tensor.register_hook, Function._register_hook, Tensor.retain_grad
