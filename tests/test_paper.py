@@ -373,6 +373,7 @@ def test_when_it_pays(invent, gaps, found):
 
 
 def test_divergence_is_named(invent):
+    assert "Worse than AdamW in AdamW's time: translation." in pays({"nmt": invent(gaining(short=-4))})
     said = pays({"nmt": invent(lambda run: None if run.setup.options.get("update_each") == 10 else 20.0 + run.seed)})
     assert "Diverged in more seeds than AdamW: translation." in said
     assert "AdaHessian, cheap (3 of 3 seeds)" in said

@@ -138,18 +138,19 @@ def goal(outcomes: Mapping[str, Outcome]) -> list[str]:
     if not known:
         return ["Not decided: runs are missing."]
 
-    def those(holds: Callable[[Outcome, dict[str, Row]], bool | None]) -> str:
+    def those(holds: Callable[[Outcome, dict[str, Row]], bool]) -> str:
         return ", ".join(o.task.title for o, found in known.items() if holds(o, found)) or "none"
 
-    def judges(label: str, word: str) -> Callable[[Outcome, dict[str, Row]], bool | None]:
-        return lambda o, found: (gain := found[label].gain) and gain.verdict == word
+    def judges(label: str, word: str) -> str:
+        return those(lambda _, found: label in found and (d := found[label].gain) is not None and d.verdict == word)
 
     short = CHEAP + IN_TIME
-    better_in_time = those(lambda o, r: short in r and r[short].in_time and r[short].better)
-    diverged = those(lambda o, r: o.diverged(r[CHEAP].runs) > o.diverged(r["AdamW"].runs))
+    winners = those(lambda _, found: short in found and found[short].in_time and found[short].better)
+    diverged = those(lambda o, found: o.diverged(found[CHEAP].runs) > o.diverged(found["AdamW"].runs))
     return [
-        f"Better than AdamW in AdamW's time: {better_in_time}, of {len(known)} tasks.",
-        f"Better than AdamW in AdamW's steps: {those(judges(CHEAP, 'better'))}.",
-        f"Worse than AdamW in AdamW's steps: {those(judges(CHEAP, 'worse'))}.",
+        f"Better than AdamW in AdamW's time: {winners}, of {len(known)} tasks.",
+        f"Worse than AdamW in AdamW's time: {judges(short, 'worse')}.",
+        f"Better than AdamW in AdamW's steps: {judges(CHEAP, 'better')}.",
+        f"Worse than AdamW in AdamW's steps: {judges(CHEAP, 'worse')}.",
         f"Diverged in more seeds than AdamW: {diverged}.",
     ]
