@@ -379,6 +379,13 @@ def test_divergence_is_named(invent):
     assert "AdaHessian, cheap (3 of 3 seeds)" in said
 
 
+def test_a_perplexity_without_bound_is_not_averaged(invent):
+    outcome = invent(gaining(), metric="perplexity", higher_is_better=False)
+    runs = outcome.tables["optimizers"]["SGD", ""]
+    outcome.results.runs[runs[0].key] |= {"diverged": True, "scores": {"validation": 1e43, "test": 1e43}}
+    assert outcome.cell(runs) == "11.5 ± 0.7 (1 of 3 diverged)"
+
+
 def test_a_report_of_half_of_the_runs_says_so(invent):
     outcome = invent(gaining(exact=2))
     for key in [key for key in outcome.results.runs if key.startswith(OURS) and not key.endswith(("=100", "seed=1"))]:

@@ -31,7 +31,8 @@ size: `python -m paper resnet20 --data cifar10 --root DIR`, `nmt --data iwslt14`
   *{CHEAP}* is `recipes.cheap`. *{SIGNED}* is the paper as it is written, `recipes.published`: signed averages, no
   bounds. *{SOPHIA}* (Liu et al. 2023) is `AdaHessian(..., {tables.options(SETUPS[SOPHIA], 0)[6:]})`.
 * **Cells** are the mean and the standard deviation of the test score over the seeds. † marks cells in which the
-  last training losses of a run are above its first; "diverged" means a loss that is not finite.
+  last training losses of a run are above its first; "diverged" means a loss that is not finite, or a perplexity above
+  the start's, which has no bound.
 * **Shown or not.** Two settings are compared seed by seed. A difference counts if the 95 % interval of its mean
   (Student's t) leaves out zero; few seeds give wide intervals, so "not shown" often means "too small to see here".
 * On the CPU, attention runs on PyTorch's math backend for all optimizers; for sequences as short as these it is the

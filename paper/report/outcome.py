@@ -67,8 +67,10 @@ class Outcome:
     # ---- scores ------------------------------------------------------------------------------------------------------
 
     def scores(self, runs: Runs) -> list[float | None]:
-        """One for each run that is done; None where the loss was not finite."""
-        return self.results.scores(runs)
+        """One for each run that is done; None where the loss was not finite, or a perplexity is above the start's."""
+        worse = self.task.metric == "perplexity"
+        records = [self.results.runs[run.key] for run in runs if run.key in self.results.runs]
+        return [None if worse and r["diverged"] else r["scores"]["test"] for r in records]
 
     def mean(self, runs: Runs) -> float | None:
         """Of the test scores; None if runs are missing or some are not finite."""
