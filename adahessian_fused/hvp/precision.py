@@ -20,8 +20,6 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ..friendly import attention_double_backward
-
 aten = torch.ops.aten
 Precision = torch.dtype | str
 _GOLDEN = 0.6180339887
@@ -92,10 +90,10 @@ class LowPrecisionProducts(TorchDispatchMode):
                 stacklevel=2,
             )
 
-    def __torch_dispatch__(self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         product = _PRODUCTS.get(func)
-        if func in _ON_CUDA and args[0].device.type == "cuda":
-            product = _ON_CUDA[func]
+        if func.name() in _ON_CUDA and args[0].device.type == "cuda":
+            product = _ON_CUDA[func.name()]
         if product is None:
             return func(*args, **(kwargs or {}))
         first, last, compute = product
@@ -218,7 +216,7 @@ _PRODUCTS: dict[Callable[..., Any], tuple[int, int, Callable[..., Any]]] = {
     aten.convolution_backward.default: (0, 3, _convolution_backward),
 }
 # Where tensor cores have such products: a CPU's kernel multiplies in float32 whatever it is given.
-_ON_CUDA = {attention_double_backward.run: (0, 7, _attention)}
+_ON_CUDA = {"adahessian_fused::attention_double_backward": (0, 7, _attention)}
 
 
 # ---- switches of PyTorch ---------------------------------------------------------------------------------------------
