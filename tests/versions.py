@@ -18,7 +18,14 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 FOLDER = ROOT / "build" / "versions"
 # The oldest that pyproject.toml allows, that of CUDA machines with Triton 3.6, that of constraints.txt, today's.
-VERSIONS = {"2.10": ["torch==2.10.*"], "2.11": ["torch==2.11.*", "triton==3.6.*"], "pinned": [], "newest": ["torch"]}
+# NumPy 2.4 has no int() of arrays of one number, with which Triton 3.6 interprets loops.
+OLD_NUMPY = "numpy<2.4"
+VERSIONS = {
+    "2.10": ["torch==2.10.*", OLD_NUMPY],
+    "2.11": ["torch==2.11.*", "triton==3.6.*", OLD_NUMPY],
+    "pinned": [],
+    "newest": ["torch"],
+}
 BUILD = ["setuptools", "wheel", "cmake", "ninja", "pybind11", "numpy"]
 TEST = ["pytest", "hypothesis", "pytest-timeout", "pytest-xdist", "scikit-learn", "matplotlib", "rich"]
 
@@ -26,7 +33,7 @@ TEST = ["pytest", "hypothesis", "pytest-timeout", "pytest-xdist", "scikit-learn"
 def constraints(name: str) -> list[str]:
     """The lines of constraints.txt; without torch, Triton and what torch bounds unless the version is theirs."""
     lines = (ROOT / "constraints.txt").read_text().splitlines()
-    bound = re.compile(r"(torch|triton|setuptools)\b(?!-)")
+    bound = re.compile(r"(torch|triton|setuptools|numpy)\b(?!-)")
     return [line for line in lines if name == "pinned" or not bound.match(line)]
 
 
