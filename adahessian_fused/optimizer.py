@@ -341,8 +341,7 @@ class AdaHessian(torch.optim.Optimizer):
             statistics.warn_of_nonfinite(self.layout.by_bucket(entries), self._warned)
             self.coming_step.schedule.warn_of_missed()
         if not self._told_of_length:
-            by_bucket = self.layout.by_bucket(entries)
-            self._told_of_length = statistics.warn_of_long_steps(by_bucket, self.param_groups, self._table)
+            self._told_of_length = statistics.warn_of_long_steps(self.layout, entries, self._table)
 
     def _do(self, parts: Parts, loss: Any) -> Any:
         """Do what is left of a step and return the loss; if that fails half-way, the next :meth:`step` goes on."""

@@ -200,26 +200,25 @@ def warn_of_nonfinite(entries: Mapping[Bucket, Sequence[Entry]], warned: set[str
 # ---- steps that are too long -----------------------------------------------------------------------------------------
 
 
-def warn_of_long_steps(
-    entries: Mapping[Bucket, Sequence[Entry]], groups: Sequence[Mapping[str, Any]], table: HyperTable
-) -> bool:
+def warn_of_long_steps(layout: ParameterLayout, entries: Sequence[Entry], table: HyperTable) -> bool:
     """Warn of parameters that one of their group's first steps has moved by more than their own length.
 
     Groups with a ``warmup`` have no such steps. A GPU is waited for in the first steps, and with ``capturable`` never.
 
     Args:
-        entries: the parameters of each bucket.
-        groups: all parameter groups.
+        layout: of the optimizer's parameters.
+        entries: those that have been stepped.
         table: the hyperparameters of the last step.
 
     Returns:
         Whether there was something to tell.
     """
+    groups = layout.groups
     new = {n for n, group in enumerate(groups) if group["warmup"] == 0 and 0 < group["step"] <= FIRST_STEPS}
     if not new or groups[0]["capturable"]:
         return False
     names: list[str] = []
-    for bucket, members in entries.items():
+    for bucket, members in layout.by_bucket(entries).items():
         rows = table.last(bucket.steps.device)
         known = [e for e in members if e.group in new and e.param.numel() and not e.param.is_meta]
         flags = [_is_long(e, rows[e.group]) for e in known]
