@@ -200,7 +200,9 @@ class HessianStep:
         With several ranks also if another one may use them in this pass, in which all take part.
         """
         trained, ranks = [p for _, p in self.layout.trained()], self._together.ranks
-        return any(id(p) in leaves for p in trained) if ranks is None else ranks.concern(trained, leaves)
+        if ranks is None or not trained:  # as of an optimizer that is gone
+            return any(id(p) in leaves for p in trained)
+        return ranks.concern(trained, leaves)
 
     def is_unmixed(self) -> bool:
         """Tell whether the gradients are this step's, so far, and have their curvature; zeros and None are."""
