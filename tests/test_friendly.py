@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn.attention.bias import causal_lower_right, causal_upper_left
 from watching import nodes
 
-from adahessian_fused import curvature_friendly
+from adahessian_fused import AdaHessian, curvature_friendly
 
 MEAN, VAR = torch.tensor([0.3, -0.2]), torch.tensor([1.5, 0.4])
 BAGS = torch.tensor([1, 2, 3, 3, 2, 4]), torch.tensor([0, 2, 2, 5])
@@ -340,3 +340,26 @@ def test_a_relu_of_few_elements_is_pytorchs(small, inplace, device, monkeypatch)
     with curvature_friendly():
         y = F.relu(x * 2, inplace)
     assert (type(y.grad_fn).__name__ == "ReluBackward0") == small
+
+
+SIGNS = {
+    "l1_loss": lambda y: F.l1_loss(y, torch.ones_like(y)),
+    "abs": lambda y: (y - 1).abs_().mean(),
+    "itself": lambda y: y.abs().sum(),
+}
+
+
+@pytest.mark.parametrize("loss", SIGNS)
+@pytest.mark.parametrize("layer", [torch.nn.GroupNorm(2, 4), torch.nn.LayerNorm(6), torch.nn.Identity()], ids=str)
+def test_zeros_without_memory(layer, loss):
+    """What autograd gives for the derivative of a sign is no tensor that a kernel may read."""
+    torch.manual_seed(0)
+    p, layer, found = torch.randn(3, 4, 6).double().requires_grad_(), layer.double(), []
+    for mode in (contextlib.nullcontext(), curvature_friendly()):
+        opt = AdaHessian([p], lr=0.0, seed=0)
+        with mode:
+            value = SIGNS[loss](layer(p))
+        opt.backward(value)
+        opt.step()
+        found.append(opt.hessian_diag(p))
+    torch.testing.assert_close(*found, rtol=1e-9, atol=1e-12)

@@ -111,7 +111,7 @@ class _Forward(Function):
         none = (None,) * len(mask)
         if all(grad is None for grad in grads):
             return None, None, *none
-        grads = gradients(ctx.operator, mask, *grads, *ctx.saved_tensors)
+        grads = gradients(ctx.operator, mask, *map(_in_memory, grads), *ctx.saved_tensors)
         return None, None, *(*grads, *none)[: len(mask)]
 
 
@@ -130,8 +130,14 @@ class _Backward(Function):
         none = (None,) * len(mask)
         if all(v is None for v in cotangents):
             return None, None, *none
+        cotangents = tuple(map(_in_memory, cotangents))
         grads = ctx.operator.double_backward(cotangents, *ctx.saved_tensors, mask=mask)
         return None, None, *_wanted((*grads, *none), mask)
+
+
+def _in_memory(tensor: Tensor | None) -> Tensor | None:
+    """Return a tensor that kernels can read: autograd's zeros (of abs and sign, twice) have no memory."""
+    return tensor.clone() if tensor is not None and tensor._is_zerotensor() else tensor
 
 
 def _wanted(grads: Tensors, mask: Sequence[bool]) -> Tensors:

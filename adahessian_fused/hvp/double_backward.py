@@ -85,8 +85,11 @@ def hessian_vector_product(
         if set(map(type, chain(grads, z))) == {Tensor} and all(map(eq, map(_SHAPE, grads), map(_SHAPE, z))):
             # What torch.autograd.grad ends in; before it, that looks at every tensor for some microseconds.
             options: Any = retain_graph, False, tuple(params), True
-            return _engine_run_backward(tuple(grads), tuple(z), *options, accumulate_grad=False)
-        return torch.autograd.grad(grads, params, grad_outputs=z, retain_graph=retain_graph, allow_unused=True)
+            found = _engine_run_backward(tuple(grads), tuple(z), *options, accumulate_grad=False)
+        else:
+            found = torch.autograd.grad(grads, params, grad_outputs=z, retain_graph=retain_graph, allow_unused=True)
+    # Autograd's zeros (of abs and sign, twice) have no memory.
+    return tuple(h.clone() if h is not None and h._is_zerotensor() else h for h in found)
 
 
 def first_order(
