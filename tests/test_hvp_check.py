@@ -181,7 +181,11 @@ def test_differences_of_gradients_see_what_is_constant_for_autograd_alone(device
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("act", [nn.Tanh(), nn.ReLU(), nn.Softplus(beta=100), torch.abs, nn.BatchNorm1d(16)], ids=str)
+@pytest.mark.parametrize(
+    "act",
+    [nn.Tanh(), nn.ReLU(), nn.Softplus(beta=100), torch.abs, nn.BatchNorm1d(16)],
+    ids=["tanh", "relu", "softplus", "abs", "batch_norm"],
+)
 def test_differences_of_gradients_agree(device, act, dtype):
     """A kink is crossed at the larger distances at most."""
     assert check(Acting(act).to(device, dtype)).along_z < 1e-4
