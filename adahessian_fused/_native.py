@@ -38,7 +38,8 @@ def _find() -> Path:
 
 def _is_whole(library: Path) -> bool:
     """Tell whether an ELF file has its end, the table of sections; to load one cut short would end the process."""
-    header = library.open("rb").read(64)
+    with library.open("rb") as file:
+        header = file.read(64)
     if len(header) < 64:
         return False
     offset, size, count = struct.unpack_from("<40xQ10xHH", header)
