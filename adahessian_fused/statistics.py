@@ -227,7 +227,8 @@ def warn_of_long_steps(layout: ParameterLayout, entries: Sequence[Entry], table:
     if names:
         warnings.warn(
             f"a first step was longer than the parameter itself: {_listed(names)}. Little is known of the curvature "
-            "yet; expected AdaHessian(..., warmup=20), its default, which cuts such steps, or an lr that begins lower",
+            "yet; expected adahessian_fused.AdaHessian's default, warmup=20, which cuts such steps, or an lr that "
+            "begins lower",
             stacklevel=2,
         )
     return bool(names)
