@@ -30,6 +30,11 @@ def run(opt: AdaHessian, closure: Callable[[], Any]) -> Any:
     Returns:
         What it returned, detached where it was not differentiated.
     """
+    if not callable(closure):
+        raise TypeError(
+            f"closure is of type {type(closure).__name__}; expected a function that returns the loss. For a loss that "
+            "is computed already write opt.backward(loss), then opt.step()"
+        )
     due, step = opt.needs_hessian, opt.coming_step
     if due and opt.param_groups[0]["hvp"] != "autograd":
         return _evaluate(opt, closure)

@@ -211,6 +211,8 @@ def hutchinson_diagonal(
     check_choice("probe", probe, CHOICES["probe"])
     check_count("n_samples", n_samples)
     params = list(params)
+    if wrong := [type(p).__name__ for p in params if not isinstance(p, Tensor)]:
+        raise TypeError(f"params has a value of type {wrong[0]}; expected tensors, such as model.parameters()")
     tools = backends.ByDevice(backend)
     entries = _entries(params, None, block_size, averaging)
     with torch.enable_grad():

@@ -7,7 +7,7 @@ import copy
 import functools
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -192,7 +192,8 @@ def check_hvp(
         Errors, costs and failures.
 
     Raises:
-        ValueError: no parameter of the model requires a gradient.
+        TypeError: the model is no module, the batch no sequence, or what ``loss_fn`` returns no tensor.
+        ValueError: no parameter of the model requires a gradient, the loss depends on none, or is not one number.
 
     Example:
         >>> import torch, adahessian_fused
@@ -202,8 +203,7 @@ def check_hvp(
         >>> result["finite_difference"].trusted
         True
     """
-    if not any(p.requires_grad for p in model.parameters()):
-        raise ValueError("no parameter of the model requires a gradient; expected one at least")
+    _check_arguments(model, batch)
     with _random_numbers_kept():
         runs = {name: _Run(model, loss_fn, batch, name, fd_epsilon) for name in _names(model)}
         reference, exact, precise = _exact(model, loss_fn, batch)
@@ -259,9 +259,32 @@ def check_along_z(model: nn.Module, loss_fn: LossFn, batch: Sequence[Any]) -> fl
         >>> adahessian_fused.check_along_z(model, loss_of, (torch.randn(16, 3), torch.randn(16, 1))) < 1e-6
         True
     """
+    _check_arguments(model, batch)
     with _random_numbers_kept():
         _, exact, run = _exact(model, loss_fn, batch)
         return _along_z(run, exact)
+
+
+def _check_arguments(model: Any, batch: Any) -> None:
+    """Raise unless there is a model to differentiate, and a batch to hand over with a star."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model is of type {type(model).__name__}; expected a torch.nn.Module")
+    if not any(p.requires_grad for p in model.parameters()):
+        raise ValueError("no parameter of the model requires a gradient; expected one at least")
+    if isinstance(batch, Tensor | Mapping | Iterator) or not isinstance(batch, Iterable):
+        raise TypeError(
+            f"batch is of type {type(batch).__name__}; expected a tuple or list of what loss_fn(model, *batch) takes, "
+            "such as (inputs, targets)"
+        )
+
+
+def _number(loss: Any) -> Tensor:
+    """Return what ``loss_fn`` has returned, or raise unless it is a loss; no RuntimeError, which is a result."""
+    if not isinstance(loss, Tensor):
+        raise TypeError(f"loss_fn returned a value of type {type(loss).__name__}; expected the loss, a tensor")
+    if loss.numel() != 1:
+        raise ValueError(f"loss_fn returned shape {tuple(loss.shape)}; expected one number, for example its mean")
+    return loss
 
 
 def _kinks(
@@ -325,7 +348,7 @@ class _Run:
         self, model: nn.Module, loss_fn: LossFn, batch: Sequence[Any], name: str, epsilon: float | None
     ) -> None:
         self.name, self.model = name, copy.deepcopy(model)
-        self.loss = lambda: loss_fn(self.model, *batch)
+        self.loss = lambda: _number(loss_fn(self.model, *batch))
         self.params = [p for p in self.model.parameters() if p.requires_grad]
         self.hvp = hvp = name if name in CHOICES["hvp"] else "autograd"
         low = LOWER.get(name)
@@ -349,6 +372,11 @@ class _Run:
     def gathered(self, seed: int) -> tuple[Tensor, Tensor]:
         """Return the gradient and Hz, all parameters in one vector each."""
         opt = self.once(seed)
+        if all(p.grad is None for p in self.params):
+            raise ValueError(
+                "the loss depends on no parameter of the model; expected loss_fn(model, *batch) to use the model that "
+                "it is given, which is a copy"
+            )
         products = {id(entry.param): h for entry, h in opt.coming_step.curvature.products.items()}
         return _flat([p.grad for p in self.params], self.params), _flat(
             [products.get(id(p)) for p in self.params], self.params

@@ -94,6 +94,12 @@ def test_it_changes_nothing(device):
     assert_same([p.grad for p in model.parameters()], grads)
 
 
+def test_a_model_is_not_its_parameters():
+    model = torch.nn.Sequential(torch.nn.Linear(2, 1))
+    with pytest.raises(TypeError, match=r"params has a value of type Linear; expected tensors, such as model\.param"):
+        hutchinson_diagonal(model(torch.ones(1, 2)).sum(), model)
+
+
 # ---- in the optimizer ------------------------------------------------------------------------------------------------
 
 

@@ -265,6 +265,29 @@ def test_nothing_to_differentiate():
     with pytest.raises(ValueError, match="no parameter of the model requires a gradient"):
         check(mlp().requires_grad_(False))
 
+    with pytest.raises(ValueError, match="no parameter of the model requires a gradient"):
+        check_along_z(mlp().requires_grad_(False), loss_on, batch(0, mlp(), 16))
+
+
+WRONG = {
+    "a function for the model": ({"model": lambda x: x}, TypeError, "model is of type function; expected a torch.nn"),
+    "a tensor for the batch": ({"batch": torch.ones(4, 3)}, TypeError, r"batch is of type Tensor; expected a tuple"),
+    "a dict for the batch": ({"batch": {"x": 1}}, TypeError, r"batch is of type dict; expected a tuple"),
+    "no loss": ({"loss_fn": lambda *_: None}, TypeError, "returned a value of type NoneType; expected the loss"),
+    "outputs": ({"loss_fn": lambda m, x, _: m(x)}, ValueError, r"returned shape \(16, .*\); expected one number"),
+    "another model's loss": ({"model": nn.Linear(1, 1)}, ValueError, "depends on no parameter of the model; expected"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+@pytest.mark.parametrize("of", [check_hvp, check_along_z])
+def test_wrong_arguments_are_refused_by_name(of, name):
+    change, error, message = WRONG[name]
+    model = mlp()
+    use = {"model": model, "loss_fn": lambda m, *data: loss_on(m if "model" not in change else model, *data)}
+    with pytest.raises(error, match=message):
+        of(**{**use, "batch": batch(0, model, 16), **change})
+
 
 def test_errors_of_the_loss_are_not_results():
     with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):

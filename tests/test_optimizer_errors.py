@@ -239,6 +239,12 @@ def test_what_is_no_loss(loss, error, message, update_each):
         opt.backward(loss(p))
 
 
+def test_a_closure_that_is_a_loss():
+    model, opt = fresh(mlp())
+    with pytest.raises(TypeError, match=r"closure is of type Tensor; expected a function.*opt\.backward\(loss\), then"):
+        opt.step(loss_of(model))
+
+
 HESSIANS = {
     "too_few": ([], "hessian has 0 entries; expected 2"),
     "too_many": ([torch.ones(2)] * 3, "hessian has 3 entries; expected 2"),

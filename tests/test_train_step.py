@@ -362,6 +362,9 @@ def test_a_loss_of_none_of_the_parameters_is_an_error():
         ({"optimizer": "sgd"}, TypeError, "expected adahessian_fused.AdaHessian"),
         ({"hessian_fraction": 0.25}, ValueError, r"0.25, but the optimizer's is 1.0; expected AdaHessian"),
         ({"cuda_graph": "never"}, ValueError, "cuda_graph='never'"),
+        ({"compile": "max"}, ValueError, "compile='max'; expected True or False"),
+        ({"loss_fn": "mse"}, TypeError, "loss_fn is 'mse'; expected a function"),
+        ({"loss_fn": nn.MSELoss}, TypeError, "loss_fn is <class .*MSELoss'>; expected a function or a module, such as"),
     ],
     ids=str,
 )
@@ -369,7 +372,7 @@ def test_refused(device, change, error, match):
     model, opt = fresh(mlp(device=device))
     opt = torch.optim.SGD(model.parameters(), lr=0.1) if change.pop("optimizer", None) else opt
     with pytest.raises(error, match=match):
-        TrainStep(model, F.mse_loss, opt, **change)
+        TrainStep(model, change.pop("loss_fn", F.mse_loss), opt, **change)
 
 
 def test_a_loss_of_several_numbers_is_refused(device):

@@ -213,10 +213,11 @@ def curvature_friendly(
     if model is None:
         return Mode()
     if not isinstance(model, nn.Module):
-        raise TypeError(f"model is a {type(model).__name__}; expected curvature_friendly(model, opt) or no arguments")
+        found = type(model).__name__
+        raise TypeError(f"model is of type {found}; expected curvature_friendly(model, opt) or no arguments")
     if not optimizers:
         raise TypeError("curvature_friendly(model) has no optimizer; expected curvature_friendly(model, opt)")
     for opt in optimizers:
         if not hasattr(opt, "needs_hessian"):
-            raise TypeError(f"optimizer is a {type(opt).__name__}; expected adahessian_fused.AdaHessian")
+            raise TypeError(f"optimizer is of type {type(opt).__name__}; expected adahessian_fused.AdaHessian")
     return Told(model, optimizers)

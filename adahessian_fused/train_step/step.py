@@ -89,7 +89,7 @@ class TrainStep:
         grad_scaler: scales the loss and takes the optimizer's step.
 
     Raises:
-        TypeError: ``optimizer`` is not an AdaHessian.
+        TypeError: ``optimizer`` is not an AdaHessian, or ``loss_fn`` cannot be called or is a class.
         ValueError: an argument is out of its range, ``hessian_fraction`` is not the optimizer's, or ``optimizer`` does
             not differentiate twice (``hvp``).
         RuntimeError: from a call: the loss depends on no parameter of the optimizer; or, with ``cuda_graph=True``, the
@@ -126,7 +126,9 @@ class TrainStep:
         elif loss_fn is None:
             model, loss_fn = None, model
         if not isinstance(optimizer, AdaHessian):
-            raise TypeError(f"optimizer is a {type(optimizer).__name__}; expected adahessian_fused.AdaHessian")
+            raise TypeError(f"optimizer is of type {type(optimizer).__name__}; expected adahessian_fused.AdaHessian")
+        if not callable(loss_fn) or isinstance(loss_fn, type):
+            raise TypeError(f"loss_fn is {loss_fn!r}; expected a function or a module, such as nn.MSELoss()")
         if optimizer.param_groups[0]["hvp"] != "autograd":
             raise ValueError(f'optimizer has hvp={optimizer.param_groups[0]["hvp"]!r}; TrainStep is hvp="autograd"')
         if compile and optimizer.param_groups[0]["hvp_dtype"] == "tf32":
@@ -140,6 +142,8 @@ class TrainStep:
                 f"hessian_fraction={hessian_fraction!r}, but the optimizer's is {fraction!r}; expected "
                 f"AdaHessian(..., hessian_fraction={hessian_fraction!r}), which TrainStep follows"
             )
+        if compile not in (True, False):
+            raise ValueError(f"compile={compile!r}; expected True or False")
         if cuda_graph not in (True, False, "auto"):
             raise ValueError(f'cuda_graph={cuda_graph!r}; expected True, False or "auto"')
         self.model, self.loss_fn, self.optimizer = model, loss_fn, optimizer
