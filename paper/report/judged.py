@@ -123,7 +123,8 @@ def verdict(found: Mapping[str, Row]) -> str:
     if all(row.gain.verdict == "worse" for row in ours):
         return "**stay with AdamW**: every setting of ours is worse."
     best = max(ours, key=lambda row: row.gain.mean)
-    return f"**even, so stay with AdamW**: not better that these seeds can tell; the best is {best.label}, {best.gain}."
+    seen = f"no better, as far as these seeds can tell; the best is {best.label}, {best.gain}."
+    return f"**even, so stay with AdamW**: {seen}"
 
 
 def goal(outcomes: Mapping[str, Outcome]) -> list[str]:
