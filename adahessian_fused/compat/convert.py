@@ -55,5 +55,6 @@ def _drop_in(cls: type) -> type[DropIn]:
     known = ", ".join(f"{module}.{name}" for module, name in ORIGINALS)
     raise TypeError(
         f"accelerate() got a {cls.__module__}.{cls.__qualname__}; expected one of {known}. For a copy of one of them "
-        "under another name, pass like=adahessian_fused.compat.<origin>.<class>"
+        "under another name, pass like=adahessian_fused.compat.<origin>.<class>; for one of Adam's family, "
+        "adahessian_fused.AdaHessian(...).load_state_dict(opt.state_dict())"
     )
