@@ -280,6 +280,8 @@ class Bucket:
 
     def stored(self, entries: Sequence[Entry], tensors: Sequence[Tensor]) -> list[Tensor]:
         """Return each tensor in its parameter's dtype and storage order; itself where it is like that."""
+        if any(map(Tensor._is_zerotensor, tensors)):  # autograd's zeros (of sgn, once) have no memory
+            tensors = [t.clone() if t._is_zerotensor() else t for t in tensors]
         strided = all(map(Tensor.is_contiguous, tensors)) if self.is_row_major else _same_strides(entries, tensors)
         if strided and not self.has_copied and set(map(_DTYPE, tensors)) == {self.dtype}:
             return list(tensors)

@@ -117,9 +117,9 @@ EVERY_WAY = [
 ]
 
 
-@pytest.mark.parametrize("replaces", [False, True], ids=["in_place", "replaces"])
+@pytest.mark.parametrize("how", ["in_place", "by_data", "replaces"])
 @pytest.mark.parametrize("case", EVERY_WAY, ids=name_of)
-def test_a_hook_that_changes_what_was_accumulated_leaves_curvature_alone(case, replaces, device):
+def test_a_hook_that_changes_what_was_accumulated_leaves_curvature_alone(case, how, device):
     """It runs once, and what it makes of p.grad is the gradient of the step."""
     way, options = case
     found = []
@@ -131,8 +131,10 @@ def test_a_hook_that_changes_what_was_accumulated_leaves_curvature_alone(case, r
 
             def tripled(p, calls=calls):
                 calls.append(p)
-                if replaces:
+                if how == "replaces":
                     p.grad = 3 * p.grad
+                elif how == "by_data":  # which no version counts
+                    p.grad.data *= 3
                 else:
                     p.grad *= 3
 

@@ -179,13 +179,31 @@ def test_what_is_left_of_a_step_does_not_write_to_memory_that_was_given_back(mon
     assert (params[1] < 1).all()
 
 
-def test_a_gradient_without_memory_is_no_address():
-    p = P(torch.ones(3))
-    p.register_hook(lambda g: torch._efficientzerotensor(g.shape))
-    p.square().sum().backward()
-    with pytest.raises(RuntimeError, match="adahessian_step"):
-        AdaHessian([p], backend="native").step(hessian=[torch.ones(3)])
-    assert p.tolist() == [1.0, 1.0, 1.0]
+@pytest.mark.parametrize("kind", ["native", "reference"])
+def test_a_gradient_without_memory_is_zero(kind):
+    """Autograd's zeros: of p that a loss depends on by its sign alone."""
+    steps = []
+    for loss in (lambda p: p.sgn().sum(), lambda p: (0 * p).sum()):
+        p = P(torch.tensor([1.0, -2.0, 3.0]))
+        opt = AdaHessian([p], lr=0.1, backend=kind, weight_decay=0.1, update_each=2)
+        for _ in range(2):  # with curvature, and without
+            opt.zero_grad()
+            opt.backward(loss(p))
+            opt.backward(p.pow(4).sum())
+            opt.step()
+            opt.zero_grad()
+            opt.backward(loss(p))
+            opt.step()
+        opt.step(hessian=[torch._efficientzerotensor(3)])
+        steps.append(p.tolist())
+    assert steps[0] == steps[1]
+
+
+def test_finite_differences_of_signs_are_zeros():
+    p = P(torch.tensor([1.0, -2.0, 3.0]))
+    opt = AdaHessian([p], hvp="finite_difference")
+    opt.step(lambda: p.sgn().sum())
+    assert opt.hessian_diag(p).tolist() == [0.0] * 3
 
 
 @pytest.mark.parametrize("kind", ["native", "reference"])

@@ -144,6 +144,8 @@ def accumulate_grads(
         if g is None:
             continue
         g = g.detach()
+        if p.grad is not None and p.grad._is_zerotensor():  # which cannot be added to
+            p.grad = p.grad.clone()
         if p.grad is not None and p.grad.layout == g.layout:
             old.append(p.grad)
             added.append(g)
@@ -153,7 +155,8 @@ def accumulate_grads(
             first.append((p, g))
         else:
             # Autograd may hand out one tensor twice, or an expanded one; p.grad has to be the parameter's own.
-            shared = g.data_ptr() in seen or g.stride() != p.stride() or g._base is not None
+            # Its zeros without memory can neither be added to nor be read by kernels.
+            shared = g.data_ptr() in seen or g.stride() != p.stride() or g._base is not None or g._is_zerotensor()
             seen.add(g.data_ptr())
             first.append((p, torch.empty_like(p, requires_grad=False).copy_(g) if shared else g))
     # Nothing below takes memory, so that an error leaves all gradients as they were.

@@ -278,8 +278,9 @@ class FiniteDifference:
         if not self._habits.writes and not _same_marks(held, self._marks()):
             self._habits.writes = True
             return None
-        # Views (of DDP's buckets) would be overwritten by the other evaluation.
-        grads = [g if g is None else g.detach().clone() if g._is_view() else g.detach() for g in grads]
+        # Views (of DDP's buckets) would be overwritten by the other evaluation; zeros without memory are immutable.
+        own = [g is None or not (g._is_view() or g._is_zerotensor()) for g in grads]
+        grads = [g if g is None else g.detach() if o else g.detach().clone() for g, o in zip(grads, own, strict=True)]
         return (value, grads) if abs(distance) == self._epsilon else None
 
     def _marks(self) -> tuple[list[tuple[int, int]], list[Tensor]]:

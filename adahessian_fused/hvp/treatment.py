@@ -164,11 +164,9 @@ def beside_the_graph(hook: Hook, leaf: Tensor) -> None:
         hook(leaf)
         return
     with torch.no_grad():
-        leaf.grad = seen = grad.detach().clone()
+        leaf.grad = grad.detach().clone()
         hook(leaf)
-    if leaf.grad is seen:
-        leaf.grad = grad if not seen._version else _WithValue.apply(grad, seen)
-    elif leaf.grad is not None:
+    if leaf.grad is not None:  # whether a hook has written to what it saw, nobody knows: .data is not counted
         leaf.grad = _WithValue.apply(grad, leaf.grad.detach())
 
 
