@@ -342,7 +342,24 @@ def test_frontier(invent):
     assert lines[0] == "| translation; f = | 1 | 2 | 5 | 10 | 20 |"
     assert lines[2].startswith("| r = 1: BLEU | 21.01 ± 1.01 | 18.01 ± 1.01 |")
     # 100 steps, the first 20 of them and every f-th with curvature.
-    assert lines[3] == "| time / AdamW's | 3.00 | 2.20 | 1.72 | 1.56 | 1.48 |"
+    assert lines[3] == "| against AdamW | even, +0.01 | worse, -2.99 | worse, -2.99 | worse, -2.99 | worse, -2.99 |"
+    assert lines[4] == "| time / AdamW's | 3.00 | 2.20 | 1.72 | 1.56 | 1.48 |"
+
+
+@pytest.mark.parametrize(
+    ("gap", "times", "found"),
+    [
+        (2, {}, "20 better, 0 even, 0 worse; 3 in AdamW's time, better of them: f = 5, r = 0.125 (+2.01); f = 10,"),
+        (-2, {}, "0 better, 0 even, 20 worse; 3 in AdamW's time, better of them: none. The highest"),
+        (2, {"without curvature": 2.0}, "20 better, 0 even, 0 worse; 0 in AdamW's time, better of them: none."),
+    ],
+)
+def test_what_the_grid_over_frequency_and_fraction_shows(invent, gap, times, found):
+    outcome = invent(gaining(exact=gap, cheap=gap))
+    outcome.results.step_times |= {name: {"median": 1e-3 * t, "wall": 1e-3 * t} for name, t in times.items()}
+    task, both = judged.frontier([outcome, outcome])[::2]
+    assert task.startswith(f"translation: of 20 settings {found}")
+    assert both.startswith(f"Better in AdamW's time in two tasks or more: {'f = 5' if ': f = 5' in found else 'none'}")
 
 
 def test_pages(invent, tmp_path):

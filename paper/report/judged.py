@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from ..optimizers import CHEAP, OURS, SIGNED
@@ -72,6 +73,36 @@ def blocks(o: Outcome) -> list[str]:
         words = {"better": NOT_SHOWN, "even": f"{SHOWN}, as far as these seeds can tell", "worse": SHOWN}
         said.append(judged(f"{claim} (best b = {best}, worst b = {worst})", d, words))
     return said
+
+
+def beside_adamw(o: Outcome, runs: Runs) -> Difference | None:
+    """Runs of the grid over f and r less AdamW's of the same seeds."""
+    return o.difference(runs, o.tables["optimizers"]["AdamW", ""][: len(runs)])
+
+
+def frontier(outcomes: Sequence[Outcome]) -> list[str]:
+    """How many settings of f and r the seeds tell from AdamW, and which are better in AdamW's time: task by task, and
+    in two tasks or more.
+    """
+    said, wins = [], Counter()
+    for o in outcomes:
+        cells = {name: (o.cost(runs), beside_adamw(o, runs)) for name, runs in o.tables["frontier"].items()}
+        known = {name: (cost, d) for name, (cost, d) in cells.items() if cost is not None and d is not None}
+        verdicts = [d.verdict for _, d in known.values()]
+        counts = ", ".join(f"{verdicts.count(word)} {word}" for word in ("better", "even", "worse"))
+        short = {name: d for name, (cost, d) in known.items() if cost <= SLACK}
+        better = [name for name, d in short.items() if d.verdict == "better"]
+        wins.update(better)
+        text = f"{o.task.title}: of {len(known)} settings {counts}; {len(short)} in AdamW's time, better of them: "
+        text += _settings({name: f" ({short[name].mean:+.2f})" for name in better})
+        best = max(short, key=lambda name: short[name].mean, default=None)
+        said.append(text + (f". The highest mean of them has f = {best[1]}, r = {best[0]}." if best else "."))
+    twice = _settings(dict.fromkeys((name for name, n in wins.items() if n > 1), ""))
+    return [*said, f"Better in AdamW's time in two tasks or more: {twice}."]
+
+
+def _settings(notes: Mapping[tuple[str, str], str]) -> str:
+    return "; ".join(f"f = {f}, r = {r}{note}" for (r, f), note in notes.items()) or "none"
 
 
 # ---- when it pays ----------------------------------------------------------------------------------------------------

@@ -47,7 +47,7 @@ def draw_time(outcomes: Sequence[Outcome], path: Path) -> None:
 
 
 def draw_frontier(outcomes: Sequence[Outcome], path: Path) -> None:
-    """A panel for each task: a line for each r over f, and AdamW's band of one standard deviation."""
+    """A panel for each task: a line for each r over f, and AdamW's mean and standard deviation, of the same seeds."""
     with panels(path, len(outcomes), 3.4, 3.8) as axes:
         for panel, o in zip(axes, outcomes, strict=True):
             cells = o.tables["frontier"]
@@ -56,10 +56,12 @@ def draw_frontier(outcomes: Sequence[Outcome], path: Path) -> None:
                 points = [point for point in points if None not in point]
                 if points:
                     panel.plot(*zip(*points, strict=True), marker="o", color=colour, label=f"r = {r}", linewidth=1.2)
-            adamw = [x for x in o.scores(o.tables["optimizers"]["AdamW", ""]) if x is not None]
+            seeds = len(next(iter(cells.values())))
+            adamw = [x for x in o.scores(o.tables["optimizers"]["AdamW", ""][:seeds]) if x is not None]
             if len(adamw) > 1:
                 mean, deviation = statistics.mean(adamw), statistics.stdev(adamw)
-                panel.axhspan(mean - deviation, mean + deviation, color=COLOURS[1], alpha=0.2, label="AdamW")
+                panel.axhspan(mean - deviation, mean + deviation, color=COLOURS[-1], alpha=0.2)
+                panel.plot(1, mean, "*", color=COLOURS[-1], markersize=10, label="AdamW")
             panel.set(title=o.task.title, xlabel="time / AdamW's", ylabel=o.task.metric)
 
 

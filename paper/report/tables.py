@@ -9,6 +9,7 @@ from bench.table import markdown
 from ..optimizers import OURS
 from ..plan import IN_TIME
 from ..run import Setup
+from . import judged
 from .outcome import Outcome
 
 # The paper's figures (tables 2, 4, 5 and 6), which were measured on other, larger problems.
@@ -57,6 +58,8 @@ def frontier(o: Outcome) -> str:
     columns, rows = dict.fromkeys(column for _, column in cells), []
     for r in dict.fromkeys(row for row, _ in cells):
         rows.append([f"r = {r}: {o.task.metric}", *(o.cell(cells[r, f]) for f in columns)])
+        gains = [judged.beside_adamw(o, cells[r, f]) for f in columns]
+        rows.append(["against AdamW", *("-" if d is None else f"{d.verdict}, {d.mean:+.2f}" for d in gains)])
         rows.append(["time / AdamW's", *(ratio(o.cost(cells[r, f])) for f in columns)])
     if o.stem == "resnet20":
         rows.append(["r = 1, the paper, CIFAR-10", *(PAPER_FREQUENCY.get(f, "") for f in columns)])
