@@ -333,7 +333,9 @@ class Bucket:
     def keep_means_of(
         self, entries: Sequence[Entry], v: Tensor, beta2s: Sequence[float], updates: Sequence[int], backend: Any
     ) -> None:
-        """Measure the means of v / (1 - beta2^h), whatever the number of threads.
+        """Measure the means of v / (1 - beta2^h), over all ranks, whatever the number of threads.
+
+        Every rank has to call it.
 
         Args:
             entries: the parameters.
@@ -343,9 +345,9 @@ class Bucket:
             backend: the ops.
         """
         flat = [v[r[Segment.OFFSET] : r[Segment.OFFSET] + r[Segment.NUMEL]] for r in self.table_of(entries).tolist()]
-        found = self._means_of(flat, self.table_of_wholes(entries, absolute=False), backend)
+        found = self._means_of(entries, flat, self.table_of_wholes(entries, absolute=False), backend)
         for entry, mean, beta2, h in zip(entries, found, beta2s, updates, strict=True):
-            view = entry.views.get(MEAN, self.means[entry.row]).copy_(mean.double() / (1 - beta2**h))
+            view = entry.views.get(MEAN, self.means[entry.row]).copy_(mean / (1 - beta2**h))
             entry.views[MEAN] = entry.state[MEAN] = view
 
     def mean_magnitudes(self, entries: Sequence[Entry], table: Tensor, backend: Any) -> Tensor:
@@ -359,23 +361,23 @@ class Bucket:
             backend: the ops.
         """
         flat = [entry.stored(entry.param).as_strided((entry.param.numel(),), (1,)) for entry in entries]
-        means, owners = self._means_of(flat, table, backend).double(), [entry.owner for entry in entries]
-        if not sharded.any_sharded(owners):
-            return means
-        sums = [mean * tensor.numel() for mean, tensor in zip(means, flat, strict=True)]
-        whole = sharded.whole(list(zip(sums, owners, strict=True)))
-        return torch.stack([x / max(owner.numel(), 1) for x, owner in zip(whole, owners, strict=True)])
+        return self._means_of(entries, flat, table, backend)
 
     def table_of_wholes(self, entries: Sequence[Entry], *, absolute: bool) -> Tensor:
         """Return a segment table in which each parameter is flat, and one averaging block, of its magnitudes or not."""
         return altered(self.table_of(entries), averages_magnitudes if absolute else averages_all)
 
-    def _means_of(self, tensors: Sequence[Tensor], table: Tensor, backend: Any) -> Tensor:
-        """Return the means of some flat tensors; ``table`` ties them to parameters."""
+    def _means_of(self, entries: Sequence[Entry], tensors: Sequence[Tensor], table: Tensor, backend: Any) -> Tensor:
+        """Return the means, in float64 and over all ranks, of flat tensors that belong to the entries of a table."""
         found = torch.zeros(len(table), dtype=self.compute_dtype, device=self.device)
         options = {"is_hvp": False, "scale": 1.0, "accumulate": False}
         backend.hessian_diag(tensors, found, table, self.steps, seed=0, sample=0, **options)
-        return found
+        means, owners = found.double(), [entry.owner for entry in entries]
+        if not sharded.any_sharded(owners):
+            return means
+        sums = [mean * tensor.numel() for mean, tensor in zip(means, tensors, strict=True)]
+        whole = sharded.whole(list(zip(sums, owners, strict=True)))
+        return torch.stack([x / max(owner.numel(), 1) for x, owner in zip(whole, owners, strict=True)])
 
     def refresh_master(self, entries: Iterable[Entry]) -> None:
         """Take over what was written to 16-bit parameters since the last step; other master weights stay."""

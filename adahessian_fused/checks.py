@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import operator
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -83,6 +83,11 @@ def check_stabilisers(clip: Any, shrink: Any) -> None:
     _check_number("shrink", shrink, 0.0, float("inf"), high_included=False)
 
 
+def has_off_steps(group: Mapping[str, Any]) -> bool:
+    """Tell whether a group may have steps without curvature."""
+    return callable(group["update_each"]) or group["update_each"] > 1
+
+
 def check_group(group: dict[str, Any]) -> None:
     """Check the hyperparameters of one parameter group; numpy's scalars among them become Python's."""
     group.update({name: plain(value) for name, value in group.items()})
@@ -105,7 +110,8 @@ def check_group(group: dict[str, Any]) -> None:
     _check_number("weight_decay", group["weight_decay"], 0.0, float("inf"), high_included=True)
     _check_number("hessian_power", group["hessian_power"], 0.0, 1.0, high_included=True)
     check_stabilisers(group["clip"], group["shrink"])
-    check_count("update_each", group["update_each"])
+    if not callable(group["update_each"]):
+        check_count("update_each", group["update_each"])
     check_count("n_samples", group["n_samples"])
     check_count("warmup", group["warmup"], least=0)
     if group["dense_steps"] is not None:
@@ -133,7 +139,7 @@ def check_group(group: dict[str, Any]) -> None:
         raise ValueError(f"capturable=True with shrink={group['shrink']!r}; expected shrink=0")
     if group["capturable"] and group["nonfinite"] == "raise":
         raise ValueError('capturable=True with nonfinite="raise"; expected nonfinite="keep", which the GPU decides')
-    if group["capturable"] and group["off_step"] == "stale" and group["update_each"] > 1:
+    if group["capturable"] and group["off_step"] == "stale" and has_off_steps(group):
         raise ValueError('capturable=True with off_step="stale"; expected off_step="hold"')
 
 

@@ -481,8 +481,10 @@ class HessianStep:
 
         Raises:
             NoCurvatureError: it is due, and there is none.
+            ValueError: a function ``update_each`` returned what is no number of steps.
             RuntimeError: some of the gradients have their curvature, and some not; or the ranks' parameters differ.
         """
+        self.schedule.check()
         self.average_local(with_curvature=hessian is None)
         entries, grads = self.layout.with_gradients()
         if not entries:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from .bucket import Bucket, Entry, by_bucket, make_buckets, stored_dtype
-from .checks import check_apart, check_grad, check_group, check_hvp_dtype, check_param
+from .checks import check_apart, check_grad, check_group, check_hvp_dtype, check_param, has_off_steps
 from .distributed import sharded
 from .looks import holds, looks_of
 
@@ -320,7 +320,7 @@ class ParameterLayout:
 
 def _keeps_diag(group: Mapping[str, Any]) -> bool:
     """Tell whether the diagonal of a Hessian step is used on the steps after it."""
-    return group["off_step"] == "stale" and group["update_each"] > 1
+    return group["off_step"] == "stale" and has_off_steps(group)
 
 
 def _names(group: Mapping[str, Any], number: int) -> Sequence[str]:

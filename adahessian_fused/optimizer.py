@@ -81,7 +81,9 @@ class AdaHessian(torch.optim.Optimizer):
             given, or else parameters of four and five axes) or "conv2d" (the same for four axes only). ``repr`` says
             what is averaged. Per group.
         averaging: "abs" averages magnitudes as the official code does, "signed" averages D (Eq. 7). Per group.
-        update_each: Hutchinson frequency: curvature at steps 1, 1 + f, 1 + 2f, ... Per group.
+        update_each: Hutchinson frequency: curvature at steps 1, 1 + f, 1 + 2f, ...; or a function: ``update_each(h)``
+            steps from the group's Hessian step number h, from 0 and those of ``dense_steps`` included, to the next.
+            A function is not in the state dict; loading one leaves the group its own. Per group.
         warmup: N: in a parameter's first N steps, while little is known of its curvature, no element moves by more than
             a fifth of the mean magnitude of the parameter's elements (0.1 if that is less), beside ``clip``; and the
             group's first N steps all have curvature. Per group.
@@ -163,7 +165,7 @@ class AdaHessian(torch.optim.Optimizer):
         hessian_power: float = 1.0,
         block_size: int | str = "auto",
         averaging: str = "abs",
-        update_each: int = 1,
+        update_each: int | Callable[[int], int] = 1,
         warmup: int = 20,
         dense_steps: int | None = None,
         off_step: str = "hold",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from operator import attrgetter
 from typing import Any
 
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from .capture import capturing
+from .checks import check_count, has_off_steps
 from .layout import ParameterLayout
 from .segments import Segment, Steps
 
@@ -28,16 +29,39 @@ class Schedule:
         self._layout = layout
         self._uncertain: tuple[Tensor, Collection[int]] | None = None  # whether the device skipped a step of groups
         self._told: set[int] = set()  # numbers of parameters that have been warned of
+        self._last: dict[int, tuple[Any, int, tuple[int, int]]] = {}  # of groups by a function: what was found last
 
     def due(self) -> list[bool]:
         """Tell for each group whether the coming step uses new curvature."""
         if self._uncertain is not None:
             self._settle()
         return [
-            (group["step"] % group["update_each"] == 0 or group["step"] < _dense_steps(group))
+            (group["step"] < _dense_steps(group) or self._is_spaced(number, group))
             and any(map(_REQUIRES_GRAD, group["params"]))
-            for group in self._layout.groups
+            for number, group in enumerate(self._layout.groups)
         ]
+
+    def _is_spaced(self, number: int, group: Mapping[str, Any]) -> bool:
+        """Tell whether the coming step of a group is a Hessian step by ``update_each``."""
+        if not callable(group["update_each"]):
+            return group["step"] % group["update_each"] == 0
+        try:
+            return self._last_hessian_step(number, group) == group["step"]
+        except Exception:  # which check() raises where the optimizer is stepped; others only look at it
+            return True
+
+    def _last_hessian_step(self, number: int, group: Mapping[str, Any]) -> int:
+        """Find the last Hessian step of a group up to the coming one."""
+        old, every, dense = self._last.get(number), group["update_each"], _dense_steps(group)
+        known = old[2] if old is not None and old[0] is every and old[1] == dense else (0, 0)
+        self._last[number] = every, dense, last_hessian_step(group, group["step"], known)
+        return self._last[number][2][0]
+
+    def check(self) -> None:
+        """Raise what functions ``update_each`` raise for the coming step, or ValueError for no number of steps."""
+        for number, group in enumerate(self._layout.groups):
+            if callable(group["update_each"]) and group["step"] >= _dense_steps(group):
+                self._last_hessian_step(number, group)
 
     def count(self, numbers: Collection[int], found_inf: Tensor | None) -> None:
         """Count a step of these groups; with ``found_inf`` one that the device may skip, which is asked for later."""
@@ -54,7 +78,7 @@ class Schedule:
         """Take back the count of a step that GradScaler has skipped on the device, where the schedule depends on it."""
         if self._uncertain is None:
             return
-        scheduled = any(group["update_each"] > 1 for group in self._layout.groups)
+        scheduled = any(map(has_off_steps, self._layout.groups))
         if (not scheduled and self._uncertain[0].is_cuda) or capturing(self._uncertain[0].device):
             return
         found_inf, numbers = self._uncertain
@@ -67,11 +91,11 @@ class Schedule:
         """Warn once of parameters whose gradients keep coming between the Hessian steps of their group."""
         entries = self._layout.entries.values()
         buckets = {entry.bucket for entry in entries}
-        if all(group["update_each"] == 1 for group in self._layout.groups) or any(
-            bucket.steps.device.type != "cpu" for bucket in buckets
-        ):
+        counts = [group["update_each"] for group in self._layout.groups]
+        counts = [1 if callable(f) else f for f in counts]  # 1: a late comer could not be told from one that misses
+        if set(counts) == {1} or any(bucket.steps.device.type != "cpu" for bucket in buckets):
             return
-        every = torch.tensor([group["update_each"] for group in self._layout.groups], device="cpu")
+        every = torch.tensor(counts, device="cpu")
         most = torch.zeros_like(every)  # updates of anybody in each group
         for bucket in buckets:
             groups = bucket.segments[:, Segment.GROUP]
@@ -93,6 +117,30 @@ class Schedule:
                     )
 
 
-def _dense_steps(group: dict[str, Any]) -> int:
+def last_hessian_step(group: Mapping[str, Any], step: int, known: tuple[int, int] = (0, 0)) -> tuple[int, int]:
+    """Find the last Hessian step of a group up to ``step``: which step it is, and how many Hessian steps are before it.
+
+    A function of the step alone, so that a resumed run goes on in the middle of an interval.
+
+    Args:
+        group: the parameter group, whose ``update_each`` is a function.
+        step: number of a step, from 0.
+        known: what an earlier call has returned, from where to go on.
+
+    Raises:
+        ValueError: the function returns what is no number of steps.
+    """
+    dense, every = _dense_steps(group), group["update_each"]
+    at, h = known if known[0] <= step else (0, 0)
+    while at < step:
+        length = 1 if at + 1 < dense else every(h)
+        check_count(f"update_each({h})", length)
+        if at + length > step:
+            break
+        at, h = at + length, h + 1
+    return at, h
+
+
+def _dense_steps(group: Mapping[str, Any]) -> int:
     """Return how many steps have curvature, from the first on, whatever ``update_each`` is."""
     return group["warmup"] if group["dense_steps"] is None else group["dense_steps"]

@@ -18,6 +18,7 @@ from .bucket import MEAN, compute_dtype, stored_dtype
 from .checks import plain
 from .distributed.sharded import part_of
 from .layout import ParameterLayout
+from .schedule import last_hessian_step
 
 
 class Source(NamedTuple):
@@ -87,7 +88,11 @@ def normalized_state(
     step = int(state.get("step", group.get("step", 0)))
     if "exp_hessian_diag_sq" not in state:  # of Adam's family: v is measured anew
         state = {"exp_avg": state["exp_avg"], "hessian_step": 0}
-    updates = step if "step" in state else math.ceil(step / group["update_each"])
+    every = group["update_each"]
+    if "step" in state or step == 0:
+        updates = step
+    else:
+        updates = last_hessian_step(group, step - 1)[1] + 1 if callable(every) else math.ceil(step / every)
     hessian_step = int(state.get("hessian_step", updates))
     result: dict[str, Any] = {"step": step, "hessian_step": hessian_step}
     dtypes = dict.fromkeys(("exp_avg", "exp_hessian_diag_sq"), stored_dtype(param.dtype, state_dtype))
@@ -129,8 +134,11 @@ def without_removed(opt: Optimizer) -> Iterator[None]:
 
 
 def portable(state_dict: dict[str, Any]) -> dict[str, Any]:
-    """Return a state dict of PyTorch's own as any checkpoint can hold it and anybody may keep it."""
-    groups = [{name: plain(value) for name, value in group.items()} for group in state_dict["param_groups"]]
+    """Return PyTorch's own state dict as any checkpoint can hold it, without functions, and anybody may keep it."""
+    groups = [
+        {name: plain(value) for name, value in group.items() if not callable(value)}
+        for group in state_dict["param_groups"]
+    ]
     return {**state_dict, "state": own_memory(state_dict["state"]), "param_groups": groups}
 
 

@@ -12,7 +12,7 @@ from torch.nn.functional import cross_entropy
 from adahessian_fused import AdaHessian, curvature_friendly
 
 STEPS, TAIL, BATCH = 100, 10, 32
-FREQUENCIES, FRACTIONS = (1, 10), (1.0, 0.25)
+FREQUENCIES, FRACTIONS = (1, 5, 10), (1.0, 0.25)
 
 
 class RareIds(nn.Module):

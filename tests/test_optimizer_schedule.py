@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import io
 import warnings
 
 import pytest
@@ -98,6 +100,66 @@ def test_needs_hessian_follows_update_each():
         train(opt, model, [i])
     assert due == [True, False, True, True, True, False, True]
     assert [int(opt.state[p]["hessian_step"]) for p in model.parameters()] == [4, 4, 3, 3, 3, 3]
+
+
+GROWING = [(0, "x.x..x...x"), (1, "x.x..x...x"), (2, "xx..x...x."), (3, "xxx...x...")]  # dense steps, Hessian steps
+
+
+def growing(h):
+    return 2 + h
+
+
+def hessian_steps(opt, model, steps):
+    found = ""
+    for i in steps:
+        found += "x" if opt.needs_hessian else "."
+        train(opt, model, [i])
+    return found
+
+
+@pytest.mark.parametrize(("dense", "expected"), GROWING)
+@pytest.mark.parametrize("half", [1, 4, 6])
+def test_intervals_by_a_function(dense, expected, half):
+    """A run that is resumed in the middle of an interval goes on there."""
+    options = {"update_each": growing, "dense_steps": dense}
+    model, opt = fresh(mlp(), **options)
+    assert hessian_steps(opt, model, range(half)) == expected[:half]
+    torch.save(opt.state_dict(), file := io.BytesIO())
+    file.seek(0)
+    again, resumed = fresh(model, **options)
+    resumed.load_state_dict(torch.load(file))
+    assert copy.deepcopy(resumed).param_groups[0]["update_each"] is growing
+    for optimizer, module in ((opt, model), (resumed, again)):
+        assert hessian_steps(optimizer, module, range(half, 10)) == expected[half:]
+    assert_same(weights(again), weights(model))
+    assert int(opt.statistics().hessian_step) == expected.count("x")
+
+
+def test_a_function_for_a_number_and_back():
+    model, opt = fresh(mlp(), update_each=3)
+    assert hessian_steps(opt, model, range(3)) == "x.."
+    opt.param_groups[0]["update_each"] = lambda h: 2
+    assert hessian_steps(opt, model, range(3, 7)) == ".x.x"
+    opt.param_groups[0]["update_each"] = lambda h: 7
+    assert hessian_steps(opt, model, range(7, 9)) == "x."
+    number = fresh(mlp(), update_each=4)[1]
+    number.load_state_dict(opt.state_dict())
+    assert number.param_groups[0]["update_each"] == 4
+
+
+@pytest.mark.parametrize("length", [0, -1, 1.5, None, True])
+def test_a_function_that_returns_no_number_of_steps(length):
+    model, opt = fresh(mlp(), update_each=lambda h: length, dense_steps=0)
+    train(opt, model, [0])
+    before, moved = opt.state_dict(), weights(model)
+    with pytest.raises(ValueError, match=rf"update_each\(0\)={length}; expected an int >= 1"):
+        train(opt, model, [1])
+    assert_same(weights(model), moved)
+    assert opt.state_dict()["param_groups"] == before["param_groups"]
+    other, another = fresh(mlp())  # while the first one lives
+    train(another, other, [0])
+    opt.param_groups[0]["update_each"] = 2
+    assert hessian_steps(opt, model, [1, 2]) == ".x"
 
 
 # ---- gradient accumulation -------------------------------------------------------------------------------------------

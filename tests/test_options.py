@@ -107,6 +107,7 @@ OPTIONS = (
     Option('probe="gaussian"', {"probe": "gaussian"}, {"given_diagonal": GIVEN}),
     Option("seed", {"seed": 7}),
     Option("update_each", {"update_each": 2}, note="a diagonal of your own is used whenever it is given"),
+    Option("update_each, a function", {"update_each": lambda h: 2 + h, "dense_steps": 0}, note="likewise"),
     Option("dense_steps", {"update_each": 3, "dense_steps": 2}, note="likewise"),
     Option("warmup", {"warmup": 5}),
     Option(
@@ -121,7 +122,7 @@ OPTIONS = (
     Option("hessian_power", {"hessian_power": 0.5}),
     Option("betas, eps, weight_decay, lr", {"betas": (0.5, 0.9), "weight_decay": 0.1}),
     Option("clip", {"clip": 0.05}),
-    Option("shrink", {"shrink": 5.0}, note="not with sharded parameters or capturable"),
+    Option("shrink", {"shrink": 5.0}, note="not with capturable"),
     Option('unmeasured="move"', {"unmeasured": "move"}, same=True, note="where v = 0, which is rare"),
     Option('nonfinite="raise"', {"nonfinite": "raise"}, same=True, note="where curvature is not finite"),
     Option("maximize", {"maximize": True}),

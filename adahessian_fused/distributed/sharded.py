@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..checks import has_off_steps
+
 EXACT_IS_REFUSED = (
     'hvp="{}" with sharded parameters (DTensor): their curvature cannot come from a graph, in which they are not '
     'themselves under FSDP2, and which has no tangents with tensor parallelism; expected hvp="finite_difference" with '
@@ -210,9 +212,5 @@ def check_options(group: dict[str, Any], *, has_group: bool) -> None:
         )
     if group["probe"] == "gaussian":
         raise ValueError('probe="gaussian" with sharded parameters; expected "rademacher", drawn for each element')
-    if group["shrink"]:
-        raise ValueError(
-            f"shrink={group['shrink']!r} with sharded parameters; expected 0, means are of this rank alone"
-        )
-    if group["off_step"] == "stale" and group["update_each"] > 1:
+    if group["off_step"] == "stale" and has_off_steps(group):
         raise ValueError('off_step="stale" with sharded parameters; expected "hold"')
