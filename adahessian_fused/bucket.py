@@ -172,6 +172,7 @@ class Subset:
     rows: Tensor | None = None  # their numbers, unless all are in it
     looks: Any = None  # of the parameters
     addresses: Tensor | None = None
+    has_hessians: bool = False  # among the addresses
     places: list[tuple[Any, Any, int]] | None = None  # shape, strides and offset in flat buffers
 
 
@@ -422,11 +423,14 @@ class Bucket:
             subset.looks = looks_of(params)
             subset.addresses = torch.zeros(len(entries), 3, dtype=torch.int64, device="cpu")
         table = subset.addresses
-        if not hessians:
+        if subset.has_hessians and not hessians:
             table[:, 2] = 0
+        subset.has_hessians = bool(hessians)
         lists, begin = (params, grads, hessians) if hessians else (params, grads), table.data_ptr()
-        fit = all(subset.looks.addresses(list(tensors), begin, 3, column) for column, tensors in enumerate(lists))
-        return table if fit else None
+        for column, tensors in enumerate(lists):
+            if not subset.looks.addresses(tensors if type(tensors) is list else list(tensors), begin, 3, column):
+                return None
+        return table
 
     def count_step(self, entries: Sequence[Entry], *, with_curvature: bool, found_inf: Tensor | None) -> None:
         """Advance the step counts of some entries, unless ``found_inf`` says that the step was skipped."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import weakref
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -129,8 +129,8 @@ class HessianStep:
     def seed_at(self, place: int) -> int:
         """Return the key of the probe with a number of its own among those of optimizers that share a product."""
         options = self.layout.options
-        seed = mixed(options["seed"], 0, place) if place else options["seed"]
-        return self.ranks.probe_seed(seed) if self.ranks is not None and options["probe_per_rank"] else seed
+        seed, ranks = mixed(options["seed"], 0, place) if place else options["seed"], self._together.ranks
+        return ranks.probe_seed(seed) if ranks is not None and options["probe_per_rank"] else seed
 
     def new_curvature(self) -> Curvature:
         """Return a place for the curvature of one backward pass."""
@@ -211,25 +211,30 @@ class HessianStep:
 
     # ---- backward passes ---------------------------------------------------------------------------------------------
 
-    @contextlib.contextmanager
-    def passing(self) -> Iterator[None]:
+    def passing(self) -> contextlib.AbstractContextManager[None]:
         """Surround a backward pass of ours: its gradients join those of the step that have their curvature."""
-        if not self.is_due:
-            yield
-            return
+        return _Passing(self) if self.is_due else contextlib.nullcontext()
+
+    def begin_pass(self) -> list[Tensor]:
+        """Begin a backward pass of ours; returns what is trained here.
+
+        Raises:
+            RuntimeError: there are gradients of this step without their curvature.
+        """
         params = [p for _, p in self.layout.trained()]
         self._drop_zeroed(params)
-        record = self._record or GradientRecord(())
-        if self._record is None:
-            record.added.update(id(p) for p in self._foreign(params))
-        if record.added:
+        if self._foreign(params) if self._record is None else self._record.added:
             raise RuntimeError(hvp.MIXED)
-        record.ours = True
-        try:
-            yield
-        except BaseException:
-            record.ours = False
-            raise
+        if self._record is not None:
+            self._record.ours = True
+        return params
+
+    def end_pass(self, params: Sequence[Tensor], *, failed: bool) -> None:
+        """End it."""
+        if failed:
+            if self._record is not None:
+                self._record.ours = False
+            return
         if self._record is not None:
             self._record.close()
         self._record = GradientRecord(params)
@@ -248,7 +253,9 @@ class HessianStep:
 
     def _drop_zeroed(self, params: Sequence[Tensor]) -> None:
         """Forget the curvature of gradients that were zeroed or dropped behind our back (``model.zero_grad()``)."""
-        zeroed = set() if self._record is None else {id(p) for p in self._record.changed(params) if is_zero(p)}
+        if self._record is None:
+            return
+        zeroed = {id(p) for p in self._record.changed(params) if is_zero(p)}
         if not zeroed:
             return
         self._record.added -= zeroed
@@ -280,8 +287,8 @@ class HessianStep:
 
     def with_all(self, curvature: Curvature | None = None) -> Curvature:
         """Return what has been gathered, with that of one more pass."""
-        if self.ranks is not None:
-            self.ranks.curvature_averaged = False
+        if self._together.ranks is not None:
+            self._together.ranks.curvature_averaged = False
         curvature = curvature or self.new_curvature()
         return curvature if self.curvature is None else self.curvature.plus(curvature)
 
@@ -445,8 +452,8 @@ class HessianStep:
         """Wait for the means; with None the gradients are this rank's own from now on."""
         if average is not None:
             average.finish()
-        elif self.ranks is not None:
-            self.ranks.grads_averaged = False
+        elif self._together.ranks is not None:
+            self._together.ranks.grads_averaged = False
 
     def average_local(self, *, with_curvature: bool = True) -> None:
         """Average what other backward passes than ours have left on this rank, and take in their curvature."""
@@ -467,9 +474,10 @@ class HessianStep:
 
     def average_curvature(self, due: Sequence[bool]) -> None:
         """Average the curvature of the groups that are due over the ranks, unless it is already."""
-        if self.ranks is not None and self.curvature is not None and not self.ranks.curvature_averaged:
+        ranks = self._together.ranks
+        if ranks is not None and self.curvature is not None and not ranks.curvature_averaged:
             entries = self.layout.ensure([p for n, p in self.layout.trained() if due[n]])
-            average_curvature(self.ranks, self.curvature, entries)
+            average_curvature(ranks, self.curvature, entries)
 
     # ---- from the passes to the update -------------------------------------------------------------------------------
 
@@ -497,9 +505,9 @@ class HessianStep:
             due = [True] * len(due)
         hvp.release_graph(grads)
         self.average_curvature(due)
-        if self.ranks is not None and any(due):
+        if self._together.ranks is not None and any(due):
             trained = self.layout.ensure([p for _, p in self.layout.trained()])
-            self.ranks.check_same([(entry.name, entry.param) for entry in trained])
+            self._together.ranks.check_same([(entry.name, entry.param) for entry in trained])
         return Gathered(entries, grads, due, self.curvature)
 
     def complete(self, entries: Sequence[Entry], grads: Sequence[Tensor], due: Sequence[bool]) -> None:
@@ -522,13 +530,12 @@ class HessianStep:
         self.place = 0
         self._graphs.clear()
 
-    @contextlib.contextmanager
-    def zeroing(self, *, to_none: bool) -> Iterator[None]:
-        """Surround what resets the gradients; ``to_none``: they do not become zeros."""
+    def zero(self, reset: Callable[[], None], *, to_none: bool) -> None:
+        """Reset the gradients by a function; ``to_none``: they do not become zeros."""
         self.forget()
         if self._together.ranks is not None:
             self._together.ranks.reset()
-        yield
+        reset()
         if not to_none:
             self.begin()
         if self.before_closure is not None:  # called by a closure: zeros are not what its backward() leaves
@@ -544,3 +551,16 @@ class HessianStep:
         self.begin()
         if self._together.ranks is not None:
             self._together.ranks.stepped()
+
+
+class _Passing:
+    """See :meth:`HessianStep.passing`; a class costs every step less than a generator."""
+
+    def __init__(self, step: HessianStep) -> None:
+        self._step = step
+
+    def __enter__(self) -> None:
+        self._params = self._step.begin_pass()
+
+    def __exit__(self, kind: object, *error: object) -> None:
+        self._step.end_pass(self._params, failed=kind is not None)

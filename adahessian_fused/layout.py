@@ -6,7 +6,7 @@ import math
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import chain, repeat
-from operator import attrgetter, is_, is_not
+from operator import attrgetter, is_, is_not, itemgetter
 from typing import Any, Protocol
 
 import torch
@@ -18,7 +18,7 @@ from .checks import check_apart, check_grad, check_group, check_hvp_dtype, check
 from .distributed import sharded
 from .looks import holds, looks_of
 
-_LAYOUT, _GRAD = attrgetter("layout"), attrgetter("grad")
+_LAYOUT, _GRAD, _PARAMS = attrgetter("layout"), attrgetter("grad"), itemgetter("params")
 
 # Options that hold for the whole optimizer although they are stored in every parameter group.
 _OPTIMIZER_WIDE = (
@@ -151,7 +151,12 @@ class ParameterLayout:
 
     def params(self) -> Iterator[Tensor]:
         """Yield all parameters, in the order of the groups."""
-        return chain.from_iterable(group["params"] for group in self.groups)
+        return chain.from_iterable(map(_PARAMS, self.groups))
+
+    def drop_gradients(self) -> None:
+        """Set all gradients to None."""
+        for p in self.params():
+            p.grad = None
 
     def trained(self) -> list[tuple[int, Tensor]]:
         """Return the group number and the parameter of everything that wants a gradient."""

@@ -489,12 +489,9 @@ class AdaHessian(torch.optim.Optimizer):
     @torch.compiler.disable
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Reset the gradients, and drop curvature that was gathered with them."""
-        with self.coming_step.zeroing(to_none=set_to_none):
-            if set_to_none:  # PyTorch's way does the same in ten times the time
-                for p in self.layout.params():
-                    p.grad = None
-            else:
-                super().zero_grad(set_to_none)
+        # PyTorch's way to None takes ten times the time.
+        reset = self.layout.drop_gradients if set_to_none else partial(super().zero_grad, set_to_none)
+        self.coming_step.zero(reset, to_none=set_to_none)
 
     def batch_weight(self, batch_size: int) -> Tensor:
         """Return the factor on this rank's mean loss of ``batch_size`` examples, if ranks differ in that number.

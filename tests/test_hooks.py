@@ -212,6 +212,18 @@ def test_hooks_of_another_thread_are_called_meanwhile():
     assert len(seen) == 1
 
 
+def test_a_pass_leaves_nothing_with_its_thread():
+    """What is left there needs the GIL when the thread ends, which may be when somebody waits for it."""
+    p, key = torch.ones(3, requires_grad=True), "adahessian_fused.hvp.treatment"
+    opt, seen = AdaHessian([p], lr=0.0), []
+    h = p * p
+    h.register_hook(seen.append)
+    opt.backward(h.sum())
+    assert len(seen) == 1
+    left = torch._C._get_obj_in_tls(key) if torch._C._is_key_in_tls(key) else "nothing"
+    assert left == ("nothing" if hasattr(torch._C, "_remove_obj_from_tls") else None)
+
+
 def test_a_compiled_step_calls_hooks():
     """By running eagerly where they are not on parameters, in both kinds of step."""
     model = mlp()

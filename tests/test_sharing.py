@@ -25,14 +25,16 @@ def products(monkeypatch):
     """The probes of each Hessian-vector product: for each, parameter -> z."""
     found, grad = [], torch.autograd.grad
 
-    def recorded(outputs, inputs, grad_outputs=None, *args, **kwargs):
+    def recorded(outputs, inputs, grad_outputs=None, *args, create_graph=False, **kwargs):
         again = found and grad_outputs and next(iter(found[-1].values())) is grad_outputs[0]  # through a mode
-        if isinstance(grad_outputs, (list, tuple)) and grad_outputs and not again:
+        if isinstance(grad_outputs, (list, tuple)) and grad_outputs and not create_graph and not again:
             found.append(dict(zip(inputs, grad_outputs, strict=True)))
-        return grad(outputs, inputs, grad_outputs, *args, **kwargs)
+        return grad(outputs, inputs, grad_outputs, *args, create_graph=create_graph, **kwargs)
 
     def quick(outputs, grad_outputs, retain_graph, create_graph, inputs, allow_unused, **options):
-        return recorded(outputs, inputs, grad_outputs, retain_graph, create_graph, allow_unused=allow_unused)
+        return recorded(
+            outputs, inputs, grad_outputs, retain_graph, create_graph=create_graph, allow_unused=allow_unused
+        )
 
     monkeypatch.setattr(torch.autograd, "grad", recorded)
     monkeypatch.setattr(double_backward, "_engine_run_backward", quick)

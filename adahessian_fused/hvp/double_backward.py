@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from itertools import chain
-from operator import attrgetter, eq
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -18,7 +18,8 @@ from .graph import Graph, explore
 from .precision import Precision, second_pass
 from .treatment import without_hooks
 
-_REQUIRES_GRAD, _SHAPE = attrgetter("requires_grad"), attrgetter("shape")
+_REQUIRES_GRAD = attrgetter("requires_grad")
+_PLAIN = {Tensor, torch.nn.Parameter}
 
 NO_CURVATURE = (
     "this step needs curvature, but no gradient carries a graph. Write opt.backward(loss) instead of loss.backward(), "
@@ -82,14 +83,24 @@ def hessian_vector_product(
         RuntimeError: an operator of the model cannot be differentiated twice; the message names it and the ways out.
     """
     with naming_the_operator("autograd"), second_pass(precision, grads), without_hooks(params):
-        if set(map(type, chain(grads, z))) == {Tensor} and all(map(eq, map(_SHAPE, grads), map(_SHAPE, z))):
-            # What torch.autograd.grad ends in; before it, that looks at every tensor for some microseconds.
-            options: Any = retain_graph, False, tuple(params), True
-            found = _engine_run_backward(tuple(grads), tuple(z), *options, accumulate_grad=False)
-        else:
-            found = torch.autograd.grad(grads, params, grad_outputs=z, retain_graph=retain_graph, allow_unused=True)
-    # Autograd's zeros (of abs and sign, twice) have no memory.
-    return tuple(h.clone() if h is not None and h._is_zerotensor() else h for h in found)
+        found = _gradients(grads, params, z, retain_graph=retain_graph, create_graph=False)
+    if any([h is not None and h._is_zerotensor() for h in found]):  # noqa: C419  faster than a generator
+        # Autograd's zeros (of abs and sign, twice) have no memory.
+        return tuple(h.clone() if h is not None and h._is_zerotensor() else h for h in found)
+    return found
+
+
+def _gradients(
+    outputs: Sequence[Tensor], inputs: Sequence[Tensor], seeds: Sequence[Tensor], **options: bool
+) -> tuple[Tensor | None, ...]:
+    """Call ``torch.autograd.grad`` or, where all tensors are plain ones, what it ends in.
+
+    Before that it looks at every tensor, for some 30 microseconds.
+    """
+    if not set(map(type, chain(outputs, inputs, seeds))) <= _PLAIN or not inputs:
+        return torch.autograd.grad(outputs, inputs, grad_outputs=seeds, allow_unused=True, **options)
+    places = options["retain_graph"], options["create_graph"], tuple(inputs), True
+    return _engine_run_backward(tuple(outputs), tuple(seeds), *places, accumulate_grad=False)
 
 
 def first_order(
@@ -110,7 +121,8 @@ def first_order(
     with naming_the_operator("autograd"):
         with examined(graph or explore([loss])) as found:
             refuse(found)
-            grads = torch.autograd.grad(loss, params, grad_outputs=gradient, create_graph=True, allow_unused=True)
+            seed = torch.ones_like(loss) if gradient is None else gradient
+            grads = _gradients([loss], params, [seed], retain_graph=True, create_graph=True)
         refuse(found)
     return list(grads)
 

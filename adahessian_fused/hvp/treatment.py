@@ -70,20 +70,34 @@ def _present() -> Treatment | None:
     return torch._C._get_obj_in_tls(_KEY) if torch._C._is_key_in_tls(_KEY) else None
 
 
+def _say(treatment: Treatment | None) -> None:
+    # What is left there needs the GIL when its thread ends; older torch can only leave None.
+    if treatment is None and hasattr(torch._C, "_remove_obj_from_tls"):
+        torch._C._remove_obj_from_tls(_KEY)
+    else:
+        torch._C._stash_obj_in_tls(_KEY, treatment)
+
+
 class treating:  # noqa: N801  a class costs every step less than a generator
-    """Treat hooks in this way in the backward passes inside."""
+    """Treat hooks in this way in the backward passes inside.
+
+    Autograd takes the answer along to every node of a pass, half a microsecond each: it is given where there are hooks
+    to ask for it. While a graph is traced some may be registered.
+    """
 
     def __init__(self, treatment: Treatment) -> None:
         self._treatment = treatment
 
     def __enter__(self) -> None:
         self._before = _present()
-        if not isinstance(self._before, Refused):
-            torch._C._stash_obj_in_tls(_KEY, self._treatment)
+        asked = _Asking.made or isinstance(self._treatment, Refused)
+        self._said = asked and not isinstance(self._before, Refused)
+        if self._said:
+            _say(self._treatment)
 
     def __exit__(self, *error: object) -> None:
-        if not isinstance(self._before, Refused):
-            torch._C._stash_obj_in_tls(_KEY, self._before)
+        if self._said:
+            _say(self._before)
 
 
 @contextlib.contextmanager
@@ -173,7 +187,10 @@ def beside_the_graph(hook: Hook, leaf: Tensor) -> None:
 class _Asking:
     """A hook that asks how it is to be treated."""
 
+    made = False  # whether any was
+
     def __init__(self, hook: Hook) -> None:
+        _Asking.made = True
         functools.update_wrapper(self, hook)
         self._hook = hook
 
