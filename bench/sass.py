@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import heapq
 import importlib.util
 import operator
@@ -53,6 +52,23 @@ def _successors(program: list[Instruction], index: dict[int, int], i: int) -> li
     return after
 
 
+def _left(runs: dict[int, tuple[int, list[int], list[int]]], k: int, goal: int, end: int) -> dict[tuple[int, int], int]:
+    """Fewest instructions from a run to the end, by how many of requirement k were executed; no entry: no way."""
+    before = defaultdict(list)
+    for i, (length, counts, following) in runs.items():
+        for j in following:
+            for count in range(goal + 1):
+                before[j, min(count + counts[k], goal)].append((i, count, length))
+    left, queue = {}, [(0, end, goal)]
+    while queue:
+        length, i, count = heapq.heappop(queue)
+        if (i, count) not in left:
+            left[i, count] = length
+            for j, fewer, more in before[i, count]:
+                heapq.heappush(queue, (length + more, j, fewer))
+    return left
+
+
 def shortest_path(code: str, required: dict[str, int]) -> int:
     """Instructions on the shortest way through a function that executes certain instructions.
 
@@ -70,7 +86,6 @@ def shortest_path(code: str, required: dict[str, int]) -> int:
     lines = [f"{one.opcode} {one.operands}" for one in program]
     counted = [next((k for k, p in enumerate(patterns) if p.match(line)), None) for line in lines]
 
-    @functools.cache
     def run(i: int) -> tuple[int, list[int], list[int]]:
         """Length and counts of the instructions from i to a branch, with nothing to choose, and what follows."""
         length, counts = 0, [0] * len(goal)
@@ -83,20 +98,27 @@ def shortest_path(code: str, required: dict[str, int]) -> int:
                 return length, counts, [len(program) if j is None else j for j in following]
             i = following[0]
 
-    queue, done = [(0, 0, (0,) * len(goal))], defaultdict(list)
+    runs, new = {}, [0]
+    while new:
+        i = new.pop()
+        runs[i] = run(i)
+        new += [j for j in runs[i][2] if j < len(program) and j not in runs and j not in new]
+    # A*: what one requirement alone leaves to be done is never more than what all of them do.
+    left = [_left(runs, k, goal[k], len(program)) for k in range(len(goal))]
+    queue, done = [(0, 0, 0, (0,) * len(goal))], defaultdict(list)
     while queue:
-        length, i, counts = heapq.heappop(queue)
-        if any(all(map(ge, before, counts)) for before in done[i]):
-            continue  # no shorter, and nothing more executed
-        done[i].append(counts)
+        _, length, i, counts = heapq.heappop(queue)
         if i == len(program):
-            if counts == goal:
-                return length
-            continue
-        more, found, following = run(i)
+            return length
+        if any(shorter <= length and all(map(ge, before, counts)) for shorter, before in done[i]):
+            continue  # no shorter, and nothing more executed
+        done[i].append((length, counts))
+        more, found, following = runs[i]
         counts = tuple(map(min, map(operator.add, counts, found), goal))
         for j in following:
-            heapq.heappush(queue, (length + more, j, counts))
+            rest = [left[k].get((j, counts[k])) for k in range(len(goal))]
+            if None not in rest:
+                heapq.heappush(queue, (length + more + max(rest, default=0), length + more, j, counts))
     raise ValueError(f"no way through the function executes {required}")
 
 

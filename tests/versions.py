@@ -58,7 +58,12 @@ def run(name: str, arguments: list[str], workers: int) -> list[str]:
     FOLDER.mkdir(parents=True, exist_ok=True)
     constraint = FOLDER / f"{name}.txt"
     constraint.write_text("\n".join(constraints(name)) + "\n")
-    environment = {**os.environ, "PIP_CONSTRAINT": str(constraint), "OMP_WAIT_POLICY": "passive"}
+    environment = {
+        **os.environ,
+        "PIP_CONSTRAINT": str(constraint),
+        "OMP_NUM_THREADS": "1",
+        "OMP_WAIT_POLICY": "passive",
+    }
     environment.pop("PYTHONPATH", None)
     begin = time.monotonic()
     for command in commands(name, arguments, workers):
