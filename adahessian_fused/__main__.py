@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import os
 import platform
 import sys
 import warnings
@@ -97,9 +98,12 @@ def main() -> int:
     if args.command == "bench":
         return bench(rest)
     parser.parse_args()  # complains about whatever is left
-    print(info())
+    print(info(), flush=True)
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except BrokenPipeError:  # of head or a pager that was left; what is not printed yet must not raise it again
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import warnings
-
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
 from . import hvp
+from .checks import warn
 from .curvature import Curvature
 from .distributed.sharded import any_sharded
 from .hessian_step import HessianStep
@@ -79,10 +78,9 @@ def scale_and_flag(
         return grad_scale, found_inf
     if grad_scale is not None and step.written and not step.warned:
         step.warned = True
-        warnings.warn(
+        warn(
             "gradients were written to while they carried the loss scale. If they were clipped, it was at a norm too "
             "small by that factor, and hardly anything moves: write opt.unscale_(scaler) before clip_grad_norm_",
-            stacklevel=6,
         )
     if grad_scale is None and not curvature.unscaled:
         raise RuntimeError(

@@ -9,12 +9,12 @@ import functools
 import importlib
 import importlib.util
 import os
-import warnings
 from pathlib import Path
 from types import SimpleNamespace
 
 import torch
 
+from .checks import warn
 from .profiling import profiled
 
 PREFERENCE = ("native", "triton", "reference")
@@ -95,11 +95,10 @@ def _warn_of_broken_library() -> None:
     here = Path(__file__).parent
     failure = _import_failure("native")
     if failure is not None and next(here.glob("libadahessian_ops.*"), None) is not None:
-        warnings.warn(
+        warn(
             f'{failure}. backend="auto" goes on without it, which is slow; expected a library built from this source '
             "(pip install --force-reinstall --no-deps .) for this Python and torch >= 2.10",
             RuntimeWarning,
-            stacklevel=2,
         )
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from . import hvp, sharing
+from .checks import check_weight
 from .evaluation import evaluate_loss
 from .fraction import split_batch
 from .friendly import curvature_friendly, plain
@@ -43,6 +44,8 @@ def backward(
     Returns:
         The loss that a function computed, detached.
     """
+    if curvature is not None:
+        check_weight("curvature", curvature)
     given = not callable(loss)
     batch_weight = None if batch_size is None else step.batch_weight(batch_size)
     if step.evaluation is not None:  # in a closure that a strategy evaluates

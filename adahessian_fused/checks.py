@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import operator
+import os
+import sys
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,6 +25,16 @@ CHOICES = {
     "hvp": ("autograd", "forward_over_reverse", "finite_difference"),
 }
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+_NOT_THE_USERS = (*(f"{Path(file).parent}{os.sep}" for file in (__file__, torch.__file__)), contextlib.__file__)
+
+
+def warn(message: str, category: type[Warning] = UserWarning) -> None:
+    """Warn at the line of the user's code from which all this was called."""
+    level, frame = 2, sys._getframe(1)
+    while frame.f_back is not None and frame.f_code.co_filename.startswith(_NOT_THE_USERS):
+        level, frame = level + 1, frame.f_back
+    warnings.warn(message, category, stacklevel=level)
 
 
 def check_choice(name: str, value: Any, choices: Sequence[str]) -> None:
@@ -69,6 +84,11 @@ def check_count(name: str, value: Any, least: int = 1) -> None:
         raise ValueError(f"{name}={value!r}; expected an int >= {least}")
 
 
+def check_weight(name: str, value: Any) -> None:
+    """Raise ValueError unless ``value`` is finite and not negative."""
+    _check_number(name, value, 0.0, float("inf"), high_included=False)
+
+
 def check_seed(value: Any) -> None:
     """Raise ValueError unless ``value`` is an int of 64 bits."""
     seed = integer(value)
@@ -80,7 +100,7 @@ def check_stabilisers(clip: Any, shrink: Any) -> None:
     """Raise ValueError unless ``clip`` is None or positive and ``shrink`` is finite and not negative."""
     if clip is not None:
         _check_number("clip", clip, 0.0, float("inf"), low_included=False, high_included=True)
-    _check_number("shrink", shrink, 0.0, float("inf"), high_included=False)
+    check_weight("shrink", shrink)
 
 
 def has_off_steps(group: Mapping[str, Any]) -> bool:
@@ -217,6 +237,8 @@ def check_apart(named: Iterable[tuple[str, Tensor]]) -> None:
         if type(p) in (Tensor, torch.nn.Parameter) and p.device.type != "meta" and p.numel() > 0:
             by_storage.setdefault(p.untyped_storage().data_ptr(), []).append((name, p))
     for members in by_storage.values():
+        if len(members) == 1:
+            continue
         ends = sorted((_first(p), _first(p) + _reach(p)) for _, p in members)
         if any(first < end for (_, end), (first, _) in itertools.pairwise(ends)):
             _check_elements_apart(members)

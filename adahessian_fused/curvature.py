@@ -349,6 +349,14 @@ class Curvature:
 
         return move
 
+    def handed_over(self, pairs: Sequence[tuple[Entry, Entry]]) -> Curvature:
+        """Return the same for the second entry of each pair, where it can be; other arguments are :meth:`follow`'s."""
+        self._settle()
+        total = Curvature(self._backends, self._seed)
+        total.products = {new: self.products[old] for old, new in pairs if old in self.products}
+        total.diags, total.is_hvp, total.unscaled = self._moved(pairs), self.is_hvp, self.unscaled
+        return total
+
     def _settle(self) -> None:
         """Multiply pending products by their probe, while it can be drawn: its words are about to change."""
         if self.products and self.is_hvp:

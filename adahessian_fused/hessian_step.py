@@ -78,7 +78,7 @@ class HessianStep:
         self.warned = False
         self._record: GradientRecord | None = None  # of this step, from its first pass on
         self._left: GradientRecord | None = None  # of the gradients after the last step, if the coming one is due
-        self._graphs = hvp.Graphs(self._awaited, self._begin_graph)
+        self._graphs = hvp.Graphs(self._awaited, self._begin_graph, self._end_graph)
         sharing.register(self)
 
     @property
@@ -174,6 +174,7 @@ class HessianStep:
             raise NoCurvatureError(hvp.NEEDS_FUNCTION.format(strategy))
         if not hvp.has_graph(grads) and not self._graphs.seen:
             raise NoCurvatureError(hvp.NO_CURVATURE)
+        self._check_unmixed()
         self._graphs.check()
 
     def _awaited(self) -> list[Tensor]:
@@ -182,9 +183,22 @@ class HessianStep:
         wanted = optimizer is not None and self.is_due and self.layout.options["hvp"] == "autograd"
         return [p for _, p in self.layout.trained()] if wanted else []
 
-    def _begin_graph(self) -> None:
-        """Forget the curvature of gradients that are gone, as a ``backward(create_graph=True)`` adds others."""
-        self._drop_zeroed([p for _, p in self.layout.trained()])
+    def _check_unmixed(self) -> None:
+        if self._record is not None and self._record.added:
+            raise RuntimeError(hvp.MIXED)
+
+    def _begin_graph(self) -> Collection[int]:
+        """Forget the curvature of gradients that are gone, as a ``backward(create_graph=True)`` adds others.
+
+        Returns:
+            Ids of parameters whose gradient holds more than that of such passes.
+        """
+        params = [p for _, p in self.layout.trained()]
+        self._drop_zeroed(params)
+        return self._mixed_in(params)
+
+    def _end_graph(self, added: Collection[int]) -> None:
+        self._note_pass([p for _, p in self.layout.trained()], added, of_graphs=True)
 
     # ---- beside other optimizers -------------------------------------------------------------------------------------
 
@@ -223,7 +237,7 @@ class HessianStep:
         """
         params = [p for _, p in self.layout.trained()]
         self._drop_zeroed(params)
-        if self._foreign(params) if self._record is None else self._record.added:
+        if self._mixed_in(params):
             raise RuntimeError(hvp.MIXED)
         if self._record is not None:
             self._record.ours = True
@@ -231,20 +245,27 @@ class HessianStep:
 
     def end_pass(self, params: Sequence[Tensor], *, failed: bool) -> None:
         """End it."""
-        if failed:
-            if self._record is not None:
-                self._record.ours = False
-            return
+        if not failed:
+            self._note_pass(params)
+        elif self._record is not None:
+            self._record.ours = False
+
+    def _note_pass(self, params: Sequence[Tensor], added: Collection[int] = (), *, of_graphs: bool = False) -> None:
+        """Note what a pass has left, and watch for others' from here on; ``added`` is :class:`GradientRecord`'s."""
         if self._record is not None:
             self._record.close()
-        self._record = GradientRecord(params)
+        self._record = GradientRecord(params, of_graphs=of_graphs)
+        self._record.added.update(added)
         self._record.watch()
+
+    def _mixed_in(self, params: Sequence[Tensor]) -> Collection[int]:
+        """Return ids of parameters whose gradient holds a part of this step that has no curvature."""
+        return self._record.added if self._record is not None else set(map(id, self._foreign(params)))
 
     def is_written_to(self) -> bool:
         """Tell whether gradients have been written to since their passes, and not by another pass."""
-        if self._record is None:
-            return self._graphs.are_written_to()
-        return not self._record.added and any(p.grad is not None for p in self._record.changed())
+        record = self._record
+        return record is not None and not record.added and any(p.grad is not None for p in record.changed())
 
     def _foreign(self, params: Sequence[Tensor]) -> list[Tensor]:
         """Return parameters whose gradient has been written to since the last step, though by no pass of this one."""
@@ -386,14 +407,14 @@ class HessianStep:
     def has_graphs(self) -> bool:
         """Tell whether the curvature is in the graphs of ``loss.backward(create_graph=True)``, all of them whole."""
         grads = [p.grad for _, p in self.layout.trained() if p.grad is not None]
-        return self.curvature is None and self._graphs.seen and hvp.has_graph(grads) and self._graphs.are_whole
+        whole = self.curvature is None and self._graphs.seen and hvp.has_graph(grads) and self._graphs.are_whole
+        return whole and not (self._record and self._record.added)
 
     def begin_with(self, curvature: Curvature) -> None:
         """Take in the curvature of all gradients there are, which another optimizer has differentiated with its own."""
         self.curvature = self.with_all(curvature)
         self.finish_average(None)
-        self._record = GradientRecord([p for _, p in self.layout.trained()])
-        self._record.watch()
+        self._note_pass([p for _, p in self.layout.trained()])
 
     def _take_diagonal(self, hessian: Sequence[Tensor | None], entries: Sequence[Entry]) -> None:
         """Take in curvature that the user brings: D for each parameter, in the order of the groups."""
@@ -517,8 +538,8 @@ class HessianStep:
                 self.take_graph([entry.owner for entry in entries])
         elif hvp.has_graph(grads):
             raise RuntimeError(hvp.TWO_WAYS)
-        elif self._record is not None and self._record.added:
-            raise RuntimeError(hvp.MIXED)
+        else:
+            self._check_unmixed()
 
     # ---- one step after the other ------------------------------------------------------------------------------------
 
@@ -540,6 +561,15 @@ class HessianStep:
             self.begin()
         if self.before_closure is not None:  # called by a closure: zeros are not what its backward() leaves
             self.before_closure = note_gradients(list(self.layout.params()))
+
+    def go_on_with(self, layout: ParameterLayout) -> None:
+        """Go on with a new layout of the same parameters, whose states have been replaced."""
+        held, placed = self.curvature, set(map(id, layout.params()))
+        old = [entry for entry in self.layout.entries.values() if id(entry.owner) in placed]
+        self.layout, self.schedule, self.unfinished = layout, Schedule(layout), None
+        with contextlib.suppress(RuntimeError):  # averaged in another way than the options say now
+            if held is not None:
+                self.curvature = held.handed_over(list(zip(old, layout.ensure([e.owner for e in old]), strict=True)))
 
     def begin(self) -> None:
         """Note the gradients as they are, if the coming step is due: none of them is foreign to it."""

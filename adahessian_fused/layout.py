@@ -244,8 +244,9 @@ class ParameterLayout:
                 stored_dtype(p.dtype, self.state_dtype)
                 check_hvp_dtype(group["hvp_dtype"], group["hvp"], p.dtype)
                 self.backends[p.device.type]  # raises where no backend can run
-        names = (f"parameter {i} of group {number}" for i in range(len(group["params"])))
-        check_apart((name, sharded.local(p)) for name, p in zip(names, group["params"], strict=True) if p.requires_grad)
+        trained = [(name, sharded.local(p)) for _, name, p in self._named() if p.requires_grad]
+        new = {_memory(sharded.local(p)) for p in group["params"] if p.requires_grad}
+        check_apart((name, part) for name, part in trained if _memory(part) in new)
 
     # ---- laying out --------------------------------------------------------------------------------------------------
 
@@ -328,6 +329,11 @@ def _keeps_diag(group: Mapping[str, Any]) -> bool:
     return group["off_step"] == "stale" and has_off_steps(group)
 
 
+def _memory(tensor: Tensor) -> Any:
+    """Return where the storage of a tensor is; None of a subclass, which may have none of its own."""
+    return tensor.untyped_storage().data_ptr() if type(tensor) in (Tensor, nn.Parameter) else None
+
+
 def _names(group: Mapping[str, Any], number: int) -> Sequence[str]:
     """Return what to call a group's parameters; names it was made with do not tell once its list was edited."""
     names: Sequence[str] = group.get("param_names", ())
@@ -359,5 +365,6 @@ class _Lookup:
             # A list is faster than a generator.
             if None in self._entries or not all([entry.fits() for entry in self._entries]):  # noqa: C419
                 return None
+            check_apart((entry.name, part) for entry, part in zip(self._entries, parts, strict=True))
             self._then = looks_of(parts)
         return self._entries

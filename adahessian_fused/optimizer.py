@@ -226,6 +226,11 @@ class AdaHessian(torch.optim.Optimizer):
 
     def _reset(self) -> None:
         """Forget everything that can be derived from ``state`` and ``param_groups``."""
+        self._lay_out_anew()
+        self.coming_step = HessianStep(self.layout, self._together)
+
+    def _lay_out_anew(self) -> None:
+        """Forget where states were, and what has been told of them."""
         self.layout = self.layout_type(
             self,
             backends.ByDevice(self.backend),
@@ -233,7 +238,6 @@ class AdaHessian(torch.optim.Optimizer):
             self.state_dtype,
             on_all_ranks=self._together.ranks is not None,
         )
-        self.coming_step = HessianStep(self.layout, self._together)
         self._table = self.table_type()
         self._warned: set[str] = set()  # names of parameters whose curvature was not finite
         self._told_of_length = False  # of first steps
@@ -608,7 +612,8 @@ class AdaHessian(torch.optim.Optimizer):
         at their defaults, the averaging of its code as well. Of Adam's family ``exp_avg`` and the count of steps are
         taken, no options, and curvature is due at once. A warning tells what was taken and what is unknown.
 
-        ``state_dtype`` stays as it is: float32 moving averages are rounded to nearest, bfloat16 ones widened.
+        ``state_dtype`` stays as it is: float32 moving averages are rounded to nearest, bfloat16 ones widened. Gradients
+        that are there, and the curvature gathered with them, are for the next :meth:`step`, as without loading.
 
         Raises:
             ValueError: the state dict has other groups or parameters than this optimizer, or is of another one.
@@ -616,10 +621,12 @@ class AdaHessian(torch.optim.Optimizer):
         Warns:
             UserWarning: it is not from this class.
         """
-        source = state.source_of(state_dict)
+        source, coming = state.source_of(state_dict), self.coming_step
         super().load_state_dict(state.with_own_options(state_dict, self.param_groups, source))
         state.take_states(self, state_dict, source, self.state_dtype)
-        self._reset()
+        self._lay_out_anew()
+        coming.go_on_with(self.layout)
+        self.coming_step = coming
         state.warn_of_source(source, self.param_groups[0])
 
     def __getstate__(self) -> dict[str, Any]:

@@ -30,14 +30,18 @@ class GradientRecord(hvp.BackwardObserver):
     One that is another tensor now, or has been written to, may have been zeroed, clipped or added to by a backward pass
     of others. The last is noticed while the record watches.
 
+    Args:
+        params: whose gradients.
+        of_graphs: passes with ``create_graph=True`` are not others'.
+
     Attributes:
         added: ids of parameters whose gradient other backward passes have added to.
         ours: whether a pass of the optimizer is under way.
     """
 
-    def __init__(self, params: Iterable[Tensor]) -> None:
+    def __init__(self, params: Iterable[Tensor], *, of_graphs: bool = False) -> None:
         # As quick as can be: every step leaves one, and few are looked at.
-        self._params = list(params)
+        self._params, self._of_graphs = list(params), of_graphs
         self._grads, self._versions = note_gradients(self._params)
         self.added: set[int] = set()
         self.ours = False
@@ -57,6 +61,12 @@ class GradientRecord(hvp.BackwardObserver):
         if now is None or grad is None:
             return now is None and version == -1
         return now is grad() and version_of(now) == version
+
+    @contextlib.contextmanager
+    def around(self, tensors: Any, create_graph: bool) -> Iterator[None]:
+        """Look at a pass of others."""
+        with contextlib.nullcontext() if create_graph and self._of_graphs else super().around(tensors, create_graph):
+            yield
 
     def before(self, tensors: Any) -> GradientRecord | None:
         """Return the gradients before a backward pass, unless it is another thread's and concerns others' leaves.

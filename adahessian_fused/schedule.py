@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Collection, Mapping
 from operator import attrgetter
 from typing import Any
@@ -11,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .capture import capturing
-from .checks import check_count, has_off_steps
+from .checks import check_count, has_off_steps, warn
 from .layout import ParameterLayout
 from .segments import Segment, Steps
 
@@ -109,11 +108,10 @@ class Schedule:
                 entry = next(e for e in entries if e.bucket is bucket and e.row == row)
                 if entry.param_id not in self._told:
                     self._told.add(entry.param_id)
-                    warnings.warn(
+                    warn(
                         f"{entry.name} has had {int(steps[row])} gradients but curvature {int(updates[row])} times: "
                         f"they come between the Hessian steps of its group, update_each={int(f[row])} apart; "
                         "expected a group of its own, which counts its own steps, or update_each=1",
-                        stacklevel=8,
                     )
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import math
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -15,7 +14,7 @@ from torch.optim import Optimizer
 
 from . import recipes
 from .bucket import MEAN, compute_dtype, stored_dtype
-from .checks import plain
+from .checks import plain, warn
 from .distributed.sharded import part_of
 from .layout import ParameterLayout
 from .schedule import last_hessian_step
@@ -171,17 +170,15 @@ def take_states(opt: Optimizer, state_dict: Mapping[str, Any], source: Source, s
 def warn_of_source(source: Source, options: Mapping[str, Any]) -> None:
     """Warn that a state dict is not from this class, and tell what was taken."""
     if source is ADAM:
-        warnings.warn(
+        warn(
             "load_state_dict() took exp_avg and step of a state dict of Adam's family; exp_hessian_diag_sq begins "
             "anew, and lr, eps and all other options stay as they are here, for they mean something else there",
-            stacklevel=3,
         )
     elif source.name:
         kept = {name: options[name] for name in (*_RULES, "update_each", "off_step", "n_samples")}
-        warnings.warn(
+        warn(
             f"load_state_dict() took states and options of {source.name} and goes on with {kept}; its state dict "
             f"does not tell {source.unknown or 'update_each and n_samples, which are 1 there'}",
-            stacklevel=3,
         )
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -13,7 +12,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from .bucket import Bucket, Entry, compute_dtype
-from .checks import DTYPES
+from .checks import DTYPES, warn
 from .curvature import Curvature
 from .distributed import sharded
 from .layout import ParameterLayout
@@ -189,11 +188,10 @@ def warn_of_nonfinite(entries: Mapping[Bucket, Sequence[Entry]], warned: set[str
         names = [entry.name for entry in members if entry.missed > 0 and entry.name not in warned]
         if names:
             warned.update(names)
-            warnings.warn(
-                f"the curvature of {_listed(names)} is infinite or NaN, though the gradient need not be; these "
-                "elements go on with the curvature of the steps before, see statistics().missed_in. Norms, roots "
-                "and divisions at zero are like that: add eps inside them",
-                stacklevel=2,
+            warn(
+                f"the curvature of {_listed(names)} is infinite or NaN; these elements go on with the curvature of the "
+                "steps before, see statistics().missed_in. Where the gradient is finite, look for norms, roots and "
+                "divisions at zero, and add eps inside them; where it is not, for what made the loss so",
             )
 
 
@@ -225,11 +223,10 @@ def warn_of_long_steps(layout: ParameterLayout, entries: Sequence[Entry], table:
         found = torch.stack(flags).tolist() if flags else []
         names += [e.name for e, is_long in zip(known, found, strict=True) if is_long]
     if names:
-        warnings.warn(
+        warn(
             f"a first step was longer than the parameter itself: {_listed(names)}. Little is known of the curvature "
             "yet; expected adahessian_fused.AdaHessian's default, warmup=20, which cuts such steps, or an lr that "
             "begins lower",
-            stacklevel=2,
         )
     return bool(names)
 

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parents[1]
 HOLE = "…"  # where a message has a value
-RAISING = {"warnings.warn", "sys.exit", "parser.error"}
+RAISING = {"warn", "sys.exit", "parser.error"}
 
 
 class Message(NamedTuple):
@@ -21,7 +21,7 @@ class Message(NamedTuple):
 
 
 def in_python() -> Iterator[Message]:
-    """Messages of ``raise``, ``warnings.warn`` and ``sys.exit``, and reasons why something cannot run."""
+    """Messages of ``raise``, ``warn`` and ``sys.exit``, and reasons why something cannot run."""
     sources = [*_sources("adahessian_fused", "kernels", suffix=".py"), ROOT / "setup.py"]
     files = [(path, ast.parse(path.read_text())) for path in sources]
     named: dict[str, str] = {}  # constants, and functions that return a string

@@ -14,6 +14,7 @@ from published import AdaHessian
 from strategies import compare, exact, optimizer
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from ways import STYLES, WAYS
 
 
 class Attention(nn.Module):
@@ -192,3 +193,32 @@ def test_forward_mode_beside_other_threads(name):
     finally:
         done.set()
         other.join()
+
+
+@torch.library.custom_op("adahessian_tests::cube", mutates_args=())
+def cube(x: torch.Tensor) -> torch.Tensor:
+    return x**3
+
+
+@torch.library.custom_op("adahessian_tests::slope", mutates_args=())
+def slope(x: torch.Tensor, g: torch.Tensor) -> torch.Tensor:
+    return 3 * x**2 * g
+
+
+cube.register_autograd(
+    lambda ctx, g: slope(*ctx.saved_tensors, g),
+    setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs),
+)
+
+
+@pytest.mark.filterwarnings("ignore:Using backward\\(\\) with create_graph=True")
+@pytest.mark.parametrize("way", STYLES)
+def test_operators_whose_backward_has_no_derivative_are_named(way):
+    p = nn.Parameter(torch.ones(2))
+    opt = AdaHessian([p])
+    message = (
+        r"adahessian_tests\.slope\.default cannot be differentiated twice.*torch\.library\.register_autograd for it"
+    )
+    with pytest.raises(RuntimeError, match=message):
+        WAYS[way](opt, lambda: cube(p).square().sum())
+    assert p.eq(1).all()

@@ -295,3 +295,8 @@ def test_info_beside_a_library_that_is_cut_short(tmp_path):
 
 def test_info_without_torch(tmp_path):
     assert info(tmp_path).splitlines() == ["adahessian_fused needs PyTorch 2.10 or newer: pip install torch"]
+
+
+def test_info_into_a_pipe_that_is_closed():
+    command = f"{sys.executable} -m adahessian_fused info | true"
+    assert subprocess.run(command, shell=True, cwd=ROOT, capture_output=True, text=True).stderr == ""

@@ -141,11 +141,27 @@ APART = {
 def test_parameters_that_share_memory(pair, device):
     a, b = (nn.Parameter(t) for t in pair)
     message = r"parameter . of group . shares memory with parameter 0 of group 0; expected each element in one"
+    for params in ([a, b], [{"params": [a]}, {"params": [b]}]):
+        with pytest.raises(ValueError, match=message):
+            AdaHessian(params)
+    opt = AdaHessian([a])
     with pytest.raises(ValueError, match=message):
-        AdaHessian([a, b])
-    opt = AdaHessian([{"params": [a]}, {"params": [b]}])
+        opt.add_param_group({"params": [b]})
+    assert len(opt.param_groups) == 1
+    opt.step(lambda: (a**2).sum() * 0)
+
+
+@pytest.mark.parametrize("stepped", [False, True])
+@pytest.mark.parametrize("pair", IN_COMMON.values(), ids=IN_COMMON)
+def test_parameters_that_come_to_share_memory(pair, stepped, device):
+    a, b = (nn.Parameter(t.clone()) for t in pair)
+    opt = AdaHessian([a, b])
+    if stepped:
+        opt.step(lambda: (a**2).sum() + (b**2).sum().float())
+    a.grad = b.grad = None
+    a.data, b.data = pair
     before = MEMORY.clone()
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=r"parameter 1 of group 0 shares memory with parameter 0 of group 0"):
         opt.step(lambda: (a**2).sum() + (b**2).sum().float())
     assert torch.equal(MEMORY, before)
 
@@ -239,6 +255,18 @@ def test_what_is_no_loss(loss, error, message, update_each):
         opt.backward(loss(p))
 
 
+@pytest.mark.parametrize("value", [-2, float("nan"), float("inf"), "1"])
+@pytest.mark.parametrize("hvp", ["autograd", "finite_difference"])
+def test_weights_of_curvature(value, hvp):
+    model, opt = fresh(mlp(), hvp=hvp, update_each=2)
+    for _ in range(2):
+        with pytest.raises(ValueError, match=f"curvature={value!r}; expected 0.0 <= curvature < inf"):
+            opt.backward(lambda: loss_of(model), curvature=value)
+        assert all(p.grad is None for p in model.parameters())
+        opt.step(lambda: loss_of(model))
+        opt.zero_grad()
+
+
 def test_a_closure_that_is_a_loss():
     model, opt = fresh(mlp())
     with pytest.raises(TypeError, match=r"closure is of type Tensor; expected a function.*opt\.backward\(loss\), then"):
@@ -307,12 +335,71 @@ def test_arguments_of_the_estimate(name, value):
         hutchinson_diagonal((p**3).sum(), [p], **{name: value})
 
 
+PASSES = {
+    "ours": lambda opt, loss: opt.backward(loss),
+    "graph": lambda opt, loss: loss.backward(create_graph=True),
+    "plain": lambda opt, loss: loss.backward(),
+    "engine": lambda opt, loss: torch.autograd.backward([loss]),
+}
+TOGETHER = {
+    ("ours", "graph"): r"has gathered curvature.*Use one of the two, with opt\.zero_grad",
+    **{
+        (a, b): r"has added to gradients of this step without their curvature"
+        for second in ("ours", "graph")
+        for first in ("plain", "engine")
+        for a, b in ((first, second), (second, first))
+    },
+}
+
+
 @pytest.mark.filterwarnings("ignore:Using backward\\(\\) with create_graph=True")
-def test_one_step_has_one_way_to_get_curvature():
-    model, opt = fresh(mlp())
+@pytest.mark.parametrize("pair", TOGETHER, ids="-".join)
+def test_one_step_has_one_way_to_get_curvature(pair):
+    (model, opt), (other, expected) = fresh(mlp()), fresh(mlp())
     before = weights(model)
-    opt.backward(loss_of(model))
-    loss_of(model, 1).backward(create_graph=True)
-    with pytest.raises(RuntimeError, match=r"has gathered curvature.*Use one of the two, with opt\.zero_grad"):
+
+    def stepped():
+        for i, name in enumerate(pair):
+            PASSES[name](opt, loss_of(model, i))
         opt.step()
+
+    with pytest.raises(RuntimeError, match=TOGETHER[pair]):
+        stepped()
     assert_same(weights(model), before)
+    for opt_, of in ((opt, model), (expected, other)):  # as if nothing had happened
+        of.zero_grad()
+        for i in range(2):
+            PASSES["graph" if "graph" in pair else "ours"](opt_, loss_of(of, i))
+        opt_.step()
+    assert_same(weights(model), weights(other))
+
+
+WARNINGS = {
+    "step": (lambda opt, p: opt.step(lambda: p.norm()), "is infinite or NaN"),
+    "hooked": (lambda opt, p: hooked_step(opt, p.norm()), "is infinite or NaN"),
+    "low": (lambda opt, p: opt.backward(p.sum() ** 2), "hvp_dtype=torch.bfloat16 has nothing to do"),
+    "load": (lambda opt, p: opt.load_state_dict(adam_of(p).state_dict()), "a state dict of Adam's family"),
+}
+
+
+def hooked_step(opt, loss):
+    with opt.hook_backward():
+        loss.backward()
+    opt.step()
+
+
+def adam_of(p):
+    adam = torch.optim.Adam([nn.Parameter(p.detach().clone())])
+    adam.param_groups[0]["params"][0].grad = torch.ones(2)
+    adam.step()
+    return adam
+
+
+@pytest.mark.parametrize("name", WARNINGS)
+def test_warnings_are_of_the_line_that_calls(name, monkeypatch):
+    monkeypatch.setattr("adahessian_fused.hvp.precision._first_time", lambda what: True)
+    p = nn.Parameter(torch.zeros(2))
+    call, message = WARNINGS[name]
+    with pytest.warns(UserWarning, match=message) as told:
+        call(AdaHessian([p], hvp_dtype=torch.bfloat16 if name == "low" else None), p)
+    assert [warning.filename for warning in told if re.search(message, str(warning.message))] == [__file__]

@@ -7,7 +7,7 @@ import math
 
 import pytest
 import torch
-from models import assert_same, conv_net, fresh, mlp, train, weights
+from models import assert_same, conv_net, fresh, loss_of, mlp, train, weights
 from originals import DROP_INS
 from published import AdaHessian
 from tolerances import assert_within
@@ -335,3 +335,46 @@ def test_counts_are_where_they_belong_after_loading(device, capturable):
     expected = device if capturable else "cpu"
     counts = [s[key] for s in again.state.values() for key in ("step", "hessian_step")]
     assert {(x.device.type, x.dtype, int(x)) for x in counts} == {(expected, torch.int64, 2)}
+
+
+# ---- between the backward passes and the step ------------------------------------------------------------------------
+
+KINDS_OF_CURVATURE = {
+    "products": {},
+    "gaussian": {"probe": "gaussian"},
+    "folded": {"n_samples": 2, "block_size": 2},
+    "signed": {"n_samples": 2, "block_size": 2, "averaging": "signed"},
+}
+
+
+@pytest.mark.filterwarnings("ignore:Using backward\\(\\) with create_graph=True")
+@pytest.mark.parametrize("options", KINDS_OF_CURVATURE.values(), ids=KINDS_OF_CURVATURE)
+@pytest.mark.parametrize("way", ["ours", "graph", "beside"])
+def test_loading_leaves_gathered_curvature(way, options):
+    def stepped(*, loads):
+        model, opt = fresh(mlp(), **options)
+        train(opt, model, 2)
+        other = AdaHessian([nn.Parameter(torch.ones(2, dtype=torch.float64))], **options)
+        opt.zero_grad()
+        saved, loss = copy.deepcopy(opt.state_dict()), loss_of(model)
+        if way == "graph":
+            loss.backward(create_graph=True)
+        else:
+            (opt if way == "ours" else other).backward(loss)
+        if loads:
+            opt.load_state_dict(saved)
+        opt.step()
+        return weights(model)
+
+    assert_same(stepped(loads=True), stepped(loads=False))
+
+
+def test_loading_other_blocks_lets_averaged_curvature_go():
+    model, opt = fresh(mlp(), n_samples=2, block_size=2, averaging="signed")
+    saved = AdaHessian(model.parameters(), n_samples=2, block_size=3, averaging="signed").state_dict()
+    opt.backward(loss_of(model))
+    before = weights(model)
+    opt.load_state_dict(saved)
+    with pytest.raises(RuntimeError, match="this step needs curvature"):
+        opt.step()
+    assert_same(weights(model), before)

@@ -533,3 +533,22 @@ def test_a_product_that_autograd_hands_out_twice(device, scaled):
     scaler.step(opt) if scaled else opt.step()
     assert torch.equal(opt.hessian_diag(a), expected)
     assert torch.equal(opt.hessian_diag(b), expected)
+
+
+@pytest.mark.parametrize("times", [1, 2])
+@pytest.mark.parametrize("when", ["evaluating", "done"])
+def test_interrupts_while_parameters_are_put_back(when, times, monkeypatch):
+    model, loss = strategies.build("mlp", "cpu")
+    opt, before = optimizer(model, "finite_difference"), weights(model)
+    failures, launch = [KeyboardInterrupt] * times, fd.Perturbation._launch
+
+    def interrupted(self, *work):
+        if work[-2] == 0 and failures:
+            raise failures.pop()
+        launch(self, *work)
+
+    monkeypatch.setattr(fd.Perturbation, "_launch", interrupted)
+    with pytest.raises((KeyboardInterrupt, ValueError)):
+        opt.backward(lambda: int("x") if when == "evaluating" else loss(model))
+    assert not failures
+    assert_same(weights(model), before)

@@ -375,6 +375,15 @@ def test_refused(device, change, error, match):
         TrainStep(model, change.pop("loss_fn", F.mse_loss), opt, **change)
 
 
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("batch", [(), (torch.ones(8, 3),), (torch.ones(8, 3),) * 3], ids=len)
+def test_batches_that_do_not_fit(device, batch, compiled):
+    model, opt = fresh(mlp(device=device))
+    message = rf"called with {len(batch)} arguments; expected inputs and targets, or TrainStep\(loss_of, opt\)"
+    with pytest.raises(TypeError, match=message):
+        TrainStep(model, F.mse_loss, opt, compile=compiled)(*batch)
+
+
 def test_a_loss_of_several_numbers_is_refused(device):
     model, opt = fresh(mlp(device=device))
     step = TrainStep(model, lambda y, t: (y - t).square(), opt, compile=False, cuda_graph=False)

@@ -69,6 +69,7 @@ class Graphs(BackwardObserver):
     Args:
         wanted: method that returns the parameters whose curvature the coming step takes from such gradients.
         begin: method that is called before a pass over any of them.
+        end: method that is called after it, with what ``begin`` has returned.
 
     Attributes:
         seen: whether there was such a pass.
@@ -76,8 +77,11 @@ class Graphs(BackwardObserver):
 
     of_graphs = True
 
-    def __init__(self, wanted: Callable[[], Sequence[Tensor]], begin: Callable[[], None]) -> None:
+    def __init__(
+        self, wanted: Callable[[], Sequence[Tensor]], begin: Callable[[], Any], end: Callable[[Any], None]
+    ) -> None:
         self._wanted, self._begin = weakref.WeakMethod(wanted), weakref.WeakMethod(begin)
+        self._end = weakref.WeakMethod(end)
         self.clear()
         self.watch()
 
@@ -85,7 +89,6 @@ class Graphs(BackwardObserver):
         """Begin with the passes of another step."""
         self.seen = False
         self._found: list[str] = []
-        self._left: list[tuple[Any, int]] = []  # gradients, and how often they had been written to
 
     @property
     def are_whole(self) -> bool:
@@ -95,10 +98,6 @@ class Graphs(BackwardObserver):
     def check(self) -> None:
         """Raise if anything was missing in the passes of this step."""
         refuse(self._found)
-
-    def are_written_to(self) -> bool:
-        """Tell whether gradients have been written to since the last pass."""
-        return any(grad() is not None and grad()._version != version for grad, version in self._left)
 
     @contextlib.contextmanager
     def around(self, tensors: Any, create_graph: bool) -> Iterator[None]:
@@ -110,15 +109,18 @@ class Graphs(BackwardObserver):
             with naming_ddp():
                 yield
             return
-        if (begin := self._begin()) is not None:
-            begin()
+        begin, end = self._begin(), self._end()  # of an optimizer that another thread may let go
+        noted = begin() if begin is not None else None
         if all(p.grad is None for p in params):  # by model.zero_grad()
             self.clear()
-        with naming_ddp(), examined(graph) as found, accumulating(graph.leaves, beside_the_graph):
-            yield
+        try:
+            with naming_ddp(), examined(graph) as found, accumulating(graph.leaves, beside_the_graph):
+                yield
+        finally:
+            if end is not None:
+                end(noted)
         self.seen = True
         self._found += found
-        self._left = [(weakref.ref(p.grad), p.grad._version) for p in params if p.grad is not None]
 
 
 def check_gradients(graph: Graph) -> None:

@@ -11,6 +11,7 @@ import torch.distributed as dist
 _NOT_IMPLEMENTED = (
     r"derivative for '?(?:aten::)?(\w+)'? is not implemented",
     r"Trying to use forward AD with (?:aten::)?(\w+) that does not support it",
+    r"Trying to backward through ([\w.]+) but no autograd formula was registered",  # an operator of somebody's own
 )
 # Other texts of torch, and what they are about.
 _KNOWN = {
@@ -66,6 +67,8 @@ def explanation(operator: str, strategy: str) -> str:
         ways.insert(0, "use_reentrant=False")
     elif "selective" in operator:
         ways.insert(0, "torch.utils.checkpoint without context_fn, which may be recomputed more than once")
+    elif re.fullmatch(r"\w+\.\w+\.\w+", operator):  # namespace, name and overload
+        ways.insert(0, "torch.library.register_autograd for it, by operators that have derivatives")
     elif "changes a gradient" in operator:
         ways.insert(0, "PyTorch's operators on the gradient in the hook, without detach(), .data, NumPy or no_grad()")
     elif "torch.autograd.Function" in operator:

@@ -10,7 +10,6 @@ import contextlib
 import functools
 import math
 import time
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -19,6 +18,8 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
+
+from ..checks import warn
 
 aten = torch.ops.aten
 Precision = torch.dtype | str
@@ -41,10 +42,9 @@ def second_pass(precision: Precision | None, grads: Sequence[Tensor]) -> context
         return contextlib.nullcontext()
     if precision == "tf32":
         if not any(g.is_cuda and g.dtype == torch.float32 for g in grads) and _first_time("tf32"):
-            warnings.warn(
+            warn(
                 'hvp_dtype="tf32" has nothing to do: no gradient is in float32 on a CUDA device; expected '
                 "hvp_dtype=torch.bfloat16 on a CPU, or None",
-                stacklevel=2,
             )
         return tf32()
     assert isinstance(precision, torch.dtype)
@@ -84,10 +84,9 @@ class LowPrecisionProducts(TorchDispatchMode):
             self._rounded.clear()
             self._full.close()
         if not self.lowered and error[0] is None and _first_time("nothing in float32"):
-            warnings.warn(
+            warn(
                 f"hvp_dtype={self.dtype} has nothing to do: the second differentiation has no product or convolution "
                 "in float32, because of autocast, a 16-bit model or a loss without any; expected hvp_dtype=None",
-                stacklevel=2,
             )
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

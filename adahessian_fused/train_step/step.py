@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import logging
 import time
-import warnings
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
@@ -17,6 +16,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from .. import hvp, sharing
+from ..checks import warn
 from ..fraction import flatten
 from ..hessian_step import HessianStep
 from ..optimizer import AdaHessian
@@ -194,6 +194,11 @@ class TrainStep:
         return self._step(batch, graphs=False)
 
     def _step(self, batch: tuple[Any, ...], *, graphs: bool) -> Any:
+        if self.model is not None and len(batch) != 2:
+            raise TypeError(
+                f"TrainStep(model, loss_fn, opt) was called with {len(batch)} arguments; expected inputs and targets, "
+                "or TrainStep(loss_of, opt) with a function that computes the loss of whatever it is called with"
+            )
         opt = self.optimizer
         opt.zero_grad()
         trained = [p for _, p in opt.layout.trained()]
@@ -326,10 +331,9 @@ class TrainStep:
             return None, tensors
         if len(self._graphs) >= MAX_GRAPHS and spec not in self._graphs:
             if self._seen[spec] == EAGER_BEFORE + 1:
-                warnings.warn(
+                warn(
                     f"TrainStep has made {MAX_GRAPHS} graphs, for as many kinds of steps (shapes of the batch, modes "
                     "of modules, groups that are due, numbers in Python); steps of further kinds run eagerly",
-                    stacklevel=5,
                 )
             return None, tensors
         graph = self._make(params, spec, tensors, draw, scale, capture=capture)
@@ -340,10 +344,9 @@ class TrainStep:
             spec, tensors = self._spec(steps, params, batch, scaled=scale is not None)
             return self._graph(steps, params, batch, spec, tensors, draw, scale, capture=capture)
         if graph is None:
-            warnings.warn(
+            warn(
                 f"TrainStep runs this kind of step eagerly, because it cannot be "
                 f"{'captured as a CUDA graph' if capture else 'compiled'}: {self._failure}",
-                stacklevel=5,
             )
         self._graphs[replace(spec, surroundings=self._surroundings(params))] = graph
         return graph, tensors
@@ -357,10 +360,9 @@ class TrainStep:
         if not self._said:
             self._said = True
             what = f"a {others[0]}" if others else "a tensor that was computed with gradients"
-            warnings.warn(
+            warn(
                 f"TrainStep runs eagerly, because the batch has {what}; expected tensors, numbers and strings, in "
                 "tuples, lists, mappings and dataclasses, and gradients to begin in the loss function",
-                stacklevel=6,
             )
         return False
 
