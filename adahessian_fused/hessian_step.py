@@ -397,7 +397,12 @@ class HessianStep:
             leaves, roots = leaves + more, roots + [p.grad for p in more]
         graph = hvp.explore(roots) if others else graph
         hvp.check_gradients(graph)
-        found, *given = sharing.products([self, *others], leaves, roots)
+        try:
+            found, *given = sharing.products([self, *others], leaves, roots)
+        except RuntimeError as error:
+            if "backward through the graph a second time" in str(error):
+                raise RuntimeError(hvp.SPENT) from error
+            raise
         self.curvature = self.with_all(found)
         for step, curvature in zip(others, given, strict=True):
             step.begin_with(curvature)

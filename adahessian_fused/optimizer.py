@@ -283,7 +283,8 @@ class AdaHessian(torch.optim.Optimizer):
 
         An error changes nothing. If it comes when some of the parameters are updated (of several dtypes or devices),
         the others still are before it is raised, or else by the next call. So a call may be repeated, with the same
-        gradients, until it returns.
+        gradients, until it returns; after ``loss.backward(create_graph=True)`` one that failed while it differentiated
+        the gradients' graph says that this is used up.
         """
         _check_graph_capture(self)
         coming = self.coming_step

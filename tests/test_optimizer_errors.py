@@ -374,6 +374,21 @@ def test_one_step_has_one_way_to_get_curvature(pair):
     assert_same(weights(model), weights(other))
 
 
+@pytest.mark.filterwarnings("ignore:Using backward\\(\\) with create_graph=True")
+def test_a_graph_that_is_used_up_is_told():
+    (model, opt), (other, expected) = fresh(mlp()), fresh(mlp())
+    before = weights(model)
+    loss_of(model).backward(create_graph=True)
+    torch.autograd.grad([p.grad.sum() for p in model.parameters()], list(model.parameters()))
+    with pytest.raises(
+        RuntimeError, match=r"has been used up, by a step\(\) that failed.*then compute"
+    ):
+        opt.step()
+    assert_same(weights(model), before)
+    opt.zero_grad()
+    assert_same(train(opt, model, 1), train(expected, other, 1))
+
+
 WARNINGS = {
     "step": (lambda opt, p: opt.step(lambda: p.norm()), "is infinite or NaN"),
     "hooked": (lambda opt, p: hooked_step(opt, p.norm()), "is infinite or NaN"),

@@ -38,6 +38,11 @@ TWO_WAYS = (
     "loss.backward(create_graph=True) too. Use one of the two, with opt.zero_grad() between"
 )
 
+SPENT = (
+    "the graph of the gradients has been used up, by a step() that failed while it differentiated it, or by another "
+    "pass through it. Call opt.zero_grad(), then compute the loss and loss.backward(create_graph=True) again"
+)
+
 NO_LOSS = (
     "the closure returned {} without a graph and left the gradients alone; expected it to return the loss, or to call "
     "backward() and return the loss"
