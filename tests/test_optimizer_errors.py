@@ -380,9 +380,7 @@ def test_a_graph_that_is_used_up_is_told():
     before = weights(model)
     loss_of(model).backward(create_graph=True)
     torch.autograd.grad([p.grad.sum() for p in model.parameters()], list(model.parameters()))
-    with pytest.raises(
-        RuntimeError, match=r"has been used up, by a step\(\) that failed.*then compute"
-    ):
+    with pytest.raises(RuntimeError, match=r"has been used up, by a step\(\) that failed.*then compute"):
         opt.step()
     assert_same(weights(model), before)
     opt.zero_grad()
