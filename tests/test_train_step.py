@@ -5,9 +5,12 @@ from __future__ import annotations
 import collections
 import copy
 import dataclasses
+import functools
 import pickle
+import types
 import warnings
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -474,6 +477,163 @@ def test_a_graph_is_not_used_for_another_step(device, traced, change, monkeypatc
     assert None not in step._graphs.values()
 
 
+class Attribute:
+    """Has its number in the class, in an object, in a slot, and behind methods."""
+
+    __slots__ = ("slot",)
+    number = 1.0
+
+    def __init__(self) -> None:
+        self.slot = 1.0
+
+    def value(self) -> float:
+        return self.slot
+
+    @property
+    def asked(self) -> float:
+        return self.slot
+
+
+def through(y: Tensor) -> Tensor:
+    return inner_function(y)
+
+
+def inner_function(y: Tensor) -> Tensor:
+    return factor * y
+
+
+def times(y: Tensor, k: float) -> Tensor:
+    return y * k
+
+
+python_module = types.ModuleType("python_module")
+LOOKS = {  # what Python code has, how it looks at it, and how it changes
+    "list": (lambda: [1.0], lambda s, y: y * s[0], lambda s: s.__setitem__(0, 3.0)),
+    "longer_list": (lambda: [1.0], lambda s, y: y * len(s), lambda s: s.append(3.0)),
+    "dict": (lambda: {"a": 1.0}, lambda s, y: y * s["a"], lambda s: s.update(a=3.0)),
+    "tuple": (lambda: types.SimpleNamespace(a=(1.0,)), lambda s, y: y * s.a[0], lambda s: setattr(s, "a", (3.0,))),
+    "set": (lambda: {"a"}, lambda s, y: y * (1 if "a" in s else 3), lambda s: s.clear()),
+    "nested": (lambda: {"a": [{"b": 1.0}]}, lambda s, y: y * s["a"][0]["b"], lambda s: s["a"][0].update(b=3.0)),
+    "object": (lambda: types.SimpleNamespace(a=1.0), lambda s, y: y * s.a, lambda s: setattr(s, "a", 3.0)),
+    "slot": (Attribute, lambda s, y: y * s.slot, lambda s: setattr(s, "slot", 3.0)),
+    "method": (Attribute, lambda s, y: y * s.value(), lambda s: setattr(s, "slot", 3.0)),
+    "property": (Attribute, lambda s, y: y * s.asked, lambda s: setattr(s, "slot", 3.0)),
+    "by_name": (
+        lambda: types.SimpleNamespace(a=1.0),
+        lambda s, y: y * getattr(s, chr(97)),
+        lambda s: setattr(s, "a", 3.0),
+    ),
+    "of_class": (
+        lambda: type("Made", (Attribute,), {"number": 1.0})(),
+        lambda s, y: y * s.number,
+        lambda s: setattr(type(s), "number", 3.0),
+    ),
+    "over_class": (
+        lambda: type("Made", (), {"number": 1.0})(),
+        lambda s, y: y * s.number,
+        lambda s: setattr(s, "number", 3.0),
+    ),
+    "array": (lambda: np.ones(1), lambda s, y: y * float(s[0]), lambda s: s.__setitem__(0, 3.0)),
+    "scalar_of_numpy": (
+        lambda: [np.float64(1)],
+        lambda s, y: y * float(s[0]),
+        lambda s: s.__setitem__(0, np.float64(3)),
+    ),
+    "tensor_in_a_list": (
+        lambda: [torch.ones(())],
+        lambda s, y: y * s[0],
+        lambda s: s.__setitem__(0, torch.tensor(3.0)),
+    ),
+    "function_in_a_list": (lambda: [torch.sin], lambda s, y: s[0](y), lambda s: s.__setitem__(0, torch.cos)),
+    "partial": (
+        lambda: [functools.partial(times, k=1.0)],
+        lambda s, y: s[0](y),
+        lambda s: s.__setitem__(0, functools.partial(times, k=3.0)),
+    ),
+    "module_in_a_list": (lambda: [nn.Dropout(0.0)], lambda s, y: s[0](y), lambda s: setattr(s[0], "p", 1.0)),
+    "module_made_anew": (
+        lambda: types.SimpleNamespace(net=nn.Sequential(nn.Identity())),
+        lambda s, y: s.net(y),
+        lambda s: s.net.__setitem__(0, nn.Tanh()),
+    ),
+    "python_module": (lambda: None, lambda s, y: y * python_module.a, lambda s: setattr(python_module, "a", 3.0)),
+    "behind_functions": (lambda: None, lambda s, y: through(y), lambda s: globals().update(factor=3.0)),
+    "behind_a_function": (lambda: None, lambda s, y: through(y), lambda s: globals().update(inner_function=torch.sin)),
+    "attribute_of_class": (
+        lambda: None,
+        lambda s, y: y * Attribute.number,
+        lambda s: setattr(Attribute, "number", 3.0),
+    ),
+}
+
+
+class Looks(nn.Module):
+    def __init__(self, inner: nn.Module, held, look) -> None:
+        super().__init__()
+        self.inner, self.held, self.look = inner, held, look
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.look(self.held, self.inner(x))
+
+
+@pytest.mark.parametrize("where", ["module", "closure"])
+@pytest.mark.parametrize("name", LOOKS)
+def test_a_graph_is_not_used_once_python_sees_something_else(device, traced, name, where, monkeypatch):
+    """A step after the change is that of no graph; and one graph serves as long as nothing changes."""
+    monkeypatch.setattr(step_module, "EAGER_BEFORE", 0)
+    monkeypatch.setattr(python_module, "a", 1.0, raising=False)
+    monkeypatch.setattr(Attribute, "number", 1.0)
+    for of_globals in ("factor", "inner_function"):
+        monkeypatch.setitem(globals(), of_globals, globals()[of_globals])
+    make, look, change = LOOKS[name]
+    held, inner = make(), mlp(device=device)
+    loss = lambda x, y: F.mse_loss(look(held, inner(x)), y)  # noqa: E731
+    model, opt = Looks(inner, held, look), AdaHessian(inner.parameters(), lr=0.0)
+    step = TrainStep(model, F.mse_loss, opt, cuda_graph=False) if where == "module" else TrainStep(loss, opt)
+    for i in range(4):
+        if i == 2:
+            change(held)
+        x, y = batch(i, inner)
+        torch.manual_seed(i)
+        found = step(x, y)
+        torch.manual_seed(i)
+        assert_close([found], [loss(x, y).detach()])
+    assert len(step._graphs) == 2
+    assert None not in step._graphs.values()
+
+
+def test_what_changes_all_the_time_is_said(device, traced):
+    (model, opt), held = fresh(mlp(device=device), lr=0.0), types.SimpleNamespace(weight=0.0)
+    step = TrainStep(lambda x: held.weight * model(x).mean(), opt, cuda_graph=False)
+    x, _ = batch(0, model)
+    with warnings.catch_warnings(record=True) as seen:
+        for i in range(step_module.MAX_GRAPHS + 2):
+            held.weight = float(i)
+            assert_close([step(x)], [(held.weight * model(x).mean()).detach()])
+    (said,) = (str(each.message) for each in seen if "SimpleNamespace.weight has changed" in str(each.message))
+    assert "step(x, y, number)" in said
+    assert len(step._graphs) == 1
+
+
+def test_leaves_that_a_loss_has_in_lists_get_their_gradients(device, traced):
+    """Learned weights of several losses, say, which another optimizer trains."""
+    model, opt = fresh(mlp(device=device), lr=0.0)
+    held = {
+        "weights": [torch.ones((), dtype=torch.float64, device=device, requires_grad=True)],
+        "net": [mlp(device=device)],
+    }
+    step = TrainStep(lambda x: (model(x) * held["weights"][0] + held["net"][0](x)).square().mean(), opt)
+    leaves = [held["weights"][0], *held["net"][0].parameters()]
+    for i in range(2):
+        x, _ = batch(i, model)
+        expected = torch.autograd.grad(step.loss_fn(x), leaves)
+        for leaf in leaves:
+            leaf.grad = None
+        step(x)
+        assert_close([leaf.grad for leaf in leaves], list(expected))
+    assert len(step._graphs) == 1
+
+
 def test_numbers_that_change_cost_no_graph(device, traced):
     (a, opt_a), (b, opt_b) = (fresh(mlp(device=device), lr=0.01) for _ in range(2))
     losses = [lambda x, y, t, n, how, m=m: getattr((m(x) * t / n - y).square(), how)() for m in (a, b)]
@@ -499,21 +659,16 @@ def test_numbers_that_python_code_looks_at(device, traced, monkeypatch):
 
 
 class Counts(nn.Module):
-    """Writes to itself in the forward pass."""
+    """Replaces a buffer in the forward pass."""
 
-    def __init__(self, inner: nn.Module, *, replace: bool = False) -> None:
+    def __init__(self, inner: nn.Module) -> None:
         super().__init__()
-        self.inner, self.calls, self.replace = inner, 0, replace
+        self.inner = inner
         self.register_buffer("seen", torch.zeros(()))
 
     def forward(self, x: Tensor) -> Tensor:
-        self.calls += 1
-        self.last = self.inner(x)
-        if self.replace:
-            self.seen = self.seen + 1
-        else:
-            self.seen += 1
-        return self.last
+        self.seen = self.seen + 1
+        return self.inner(x)
 
 
 def test_it_says_what_is_waited_for(device, traced, caplog):
@@ -529,20 +684,96 @@ def test_it_says_what_is_waited_for(device, traced, caplog):
     assert repr(step).endswith("graphs: 1 with curvature, 1 without curvature)")
 
 
-def test_modules_that_write_to_themselves(device, traced):
-    """Their attributes are no reason for another graph, and tracing leaves them alone; buffers are written to."""
-    model, opt = fresh(Counts(mlp(device=device)), lr=0.01)
+def counting(s, y):
+    s.count += 1
+    return y * s.count
+
+
+def annealing(s, y):
+    s.count += 1
+    return y if s.count < 3 else 2 * y
+
+
+def summing(s, y):
+    s.items.append(1.0)
+    return y * len(s.items)
+
+
+def recurring(s, y):
+    s.last = torch.tanh(y + s.last).detach()
+    return y * s.last
+
+
+def begun(s, y):
+    before, s.none = (0.0 if s.none is None else s.none), y.detach()
+    return y + before
+
+
+def caching(s, y):
+    if "factor" not in s.cache:
+        s.cache["factor"] = 2 * torch.ones_like(y[0])
+    if not hasattr(s, "made"):
+        s.made = torch.ones_like(y[0])
+    return y * s.cache["factor"] * s.made * s.cached
+
+
+def leaving(s, y):
+    s.last = y.square()
+    return y
+
+
+WRITES = {  # what a forward writes: whether graphs can be made
+    "counting": (counting, False),
+    "annealing": (annealing, False),
+    "summing": (summing, False),
+    "recurring": (recurring, False),
+    "begun": (begun, False),
+    "caching": (caching, True),
+    "leaving": (leaving, True),
+}
+
+
+class Writes(nn.Module):
+    def __init__(self, inner: nn.Module, write) -> None:
+        super().__init__()
+        self.inner, self.write, self.count, self.none, self.items, self.cache = inner, write, 0, None, [1.0], {}
+        self.last = torch.zeros(2, dtype=torch.float64, device=inner[0].weight.device)
+        self.register_buffer("seen", torch.zeros(()))
+
+    @functools.cached_property
+    def cached(self):
+        return 3.0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.seen += 1
+        return self.write(self, self.inner(x))
+
+
+@pytest.mark.parametrize("name", WRITES)
+@pytest.mark.filterwarnings("ignore:TrainStep runs this kind")
+def test_modules_that_write_to_themselves(device, traced, name):
+    """What the next step reads of it runs eagerly, aloud; caches and outputs that are kept do not matter."""
+    write, can = WRITES[name]
+    (a, opt_a), (b, opt_b) = (fresh(Writes(mlp(device=device), write), lr=0.01) for _ in range(2))
+    step = TrainStep(a, F.mse_loss, opt_a, cuda_graph=False)
+    assert_close(train(step, a, 5), train(opt_b, b, 5))
+    assert (a.count, len(a.items), a.seen) == (b.count, len(b.items), 5)
+    assert_close([a.last, *(t for t in a.cache.values())], [b.last.detach(), *b.cache.values()])
+    assert [graph is not None for graph in step._graphs.values()] == [can]
+
+
+def test_what_a_step_writes_is_said(device, traced):
+    model, opt = fresh(Writes(mlp(device=device), counting), lr=0.01)
     step = TrainStep(model, F.mse_loss, opt, cuda_graph=False)
-    for i in range(3):
-        step(*batch(i, model))
-    assert (len(step._graphs), model.calls, hasattr(model, "last"), model.seen) == (1, 0, False, 3)
-    step.eager(*batch(0, model))
-    step(*batch(0, model))
-    assert (len(step._graphs), model.calls, model.seen) == (1, 1, 5)
+    with pytest.warns(UserWarning, match=r"eagerly.*writes to Writes\.count.*self\.count\.add_\(1\)"):
+        step(*batch(0, model))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        step(*batch(1, model))
 
 
 def test_a_buffer_that_is_replaced(device, traced):
-    model, opt = fresh(Counts(mlp(device=device), replace=True), lr=0.01)
+    model, opt = fresh(Counts(mlp(device=device)), lr=0.01)
     step = TrainStep(model, F.mse_loss, opt, cuda_graph=False)
     with pytest.warns(UserWarning, match=r"eagerly.*Counts replaces its buffer seen.*self\.seen\.copy_"):
         step(*batch(0, model))

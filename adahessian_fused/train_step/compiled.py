@@ -22,16 +22,21 @@ class Compiled:
     Args:
         function: what to compile; it may write to its inputs.
         tensors: its inputs.
+        check: called with the ids of the tensors that the function holds itself, before anything is compiled.
 
     Raises:
-        Exception: whatever the model, make_fx or TorchInductor object to.
+        Exception: whatever ``check``, the model, make_fx or TorchInductor object to.
     """
 
-    def __init__(self, function: Callable[..., Sequence[Tensor]], tensors: Sequence[Tensor]) -> None:
+    def __init__(
+        self, function: Callable[..., Sequence[Tensor]], tensors: Sequence[Tensor], check: Callable[[set[int]], None]
+    ) -> None:
         from torch.fx.experimental.proxy_tensor import make_fx  # slow to import
 
         graph = make_fx(function, tracing_mode="fake", _allow_non_fake_inputs=True)(*tensors)
-        self._held = _as_inputs(graph)
+        held = _as_inputs(graph)
+        check(set(map(id, held)))
+        self._held = [tensor.detach() for tensor in held]
         # In autograd's order. TorchInductor would put operators off until their results are used, and those of the
         # second pass then keep the first one's gradients alive: a fifth of a transformer's memory.
         with torch.no_grad(), torch._inductor.config.patch(reorder_for_locality=False):
@@ -70,4 +75,4 @@ def _as_inputs(graph: torch.fx.GraphModule) -> list[Tensor]:
     graph.graph.lint()
     graph.graph.set_codegen(torch.fx.graph.CodeGen())
     graph.recompile()
-    return [tensor.detach() for tensor, _ in held.values()]
+    return [tensor for tensor, _ in held.values()]

@@ -15,6 +15,7 @@ from torch.func import functional_call
 from .. import hvp
 from ..fraction import Structure, flatten, split_batch
 from ..friendly import curvature_friendly
+from .seen import Seen
 from .surroundings import no_buffer_replaced
 
 _REQUIRES_GRAD = attrgetter("requires_grad")
@@ -202,18 +203,19 @@ class FlatFunction:
 
     Inputs: the parameters, the modules' other parameters and buffers (updated in place), the probes of each sample for
     each parameter that is due, the scale if there is one, and the tensors of the batch. ``found`` says afterwards what
-    the outputs are.
+    the outputs are; the last ones are tensors that Python code leaves in attributes.
 
     Args:
         spec: what the step computes.
         module: the loss function.
         params: the parameters to differentiate by; those that are in no module are taken as they are. The batch's
             tensors that require grad come after them.
+        seen: what Python code looked at before.
     """
 
-    def __init__(self, spec: StepSpec, module: LossModule, params: Sequence[Tensor]) -> None:
+    def __init__(self, spec: StepSpec, module: LossModule, params: Sequence[Tensor], seen: Seen) -> None:
         places = module.places()
-        self.spec, self._module = spec, module
+        self.spec, self._module, self._seen = spec, module, seen
         self._params = [(p, places.pop(id(p), (p, []))[1]) for p in params]
         self._others = [names for _, names in places.values()]
         self.found: Derivatives | None = None  # with None or anything else in the place of tensors
@@ -252,10 +254,12 @@ class FlatFunction:
         template = [Tensor if isinstance(x, Tensor) else Constant(type(x), x) for x in results]
         present = [g if g is None else True for g in d.grads]
         self.found = Derivatives((template, structure), present, d.probed, [])  # type: ignore[arg-type]
+        self._left = self._seen.written_tensors()
         return [
             *(x for x in results if isinstance(x, Tensor)),
             *(g for g in d.grads if g is not None),
             *(h for sample in d.products for h in sample),
+            *(place.now().detach() for place in self._left),
         ]
 
     def unpack(self, outputs: Sequence[Tensor]) -> Derivatives:
@@ -266,4 +270,6 @@ class FlatFunction:
         grads = [None if g is None else next(rest) for g in self.found.grads]
         n_samples = self.spec.n_samples if self.found.probed else 0
         products = [[next(rest) for _ in self.found.probed] for _ in range(n_samples)]
+        for place, tensor in zip(self._left, rest, strict=True):
+            place.scope[place.name] = tensor.clone()
         return Derivatives(result, grads, self.found.probed, products)

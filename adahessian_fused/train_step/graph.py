@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 from torch import Tensor
@@ -12,6 +12,7 @@ from ..curvature import Memory
 from .compiled import Compiled
 from .cuda_graph import Captured
 from .derivatives import Derivatives, FlatFunction, LossModule, StepSpec
+from .seen import Seen
 
 Memories = dict[int, Memory]  # of each optimizer
 
@@ -36,6 +37,8 @@ class Graph:
         draw: the probes.
         scale: GradScaler's factor on the loss.
         tensors: those of a batch.
+        seen: what Python code looks at.
+        check: called once Python has run, with the ids of the tensors that the graph holds, or None; it may object.
         compiled: compile it with TorchInductor.
         capture: capture it as a CUDA graph.
         pool: of another captured graph, to share its memory.
@@ -52,6 +55,8 @@ class Graph:
         draw: Probes,
         scale: Tensor | None,
         tensors: Sequence[Tensor],
+        seen: Seen,
+        check: Callable[[set[int] | None], None],
         *,
         compiled: bool,
         capture: bool,
@@ -59,7 +64,7 @@ class Graph:
     ) -> None:
         self._module, self.pool = module, None
         self._addresses: list[int] | None = None
-        self._flat = FlatFunction(spec, module, params)
+        self._flat = FlatFunction(spec, module, params, seen)
         # A captured graph reads the probes where they are drawn.
         self._memory: list[Memories | None] = [{} if capture else None for _ in range(spec.n_samples)]
         due = list(spec.due)
@@ -71,9 +76,11 @@ class Graph:
         try:
             with hvp.treating(hvp.Refused()):
                 inputs = [*fixed, *others]
-                self._run: Compiled | FlatFunction = Compiled(self._flat, inputs) if compiled else self._flat
+                self._run: Compiled | FlatFunction = Compiled(self._flat, inputs, check) if compiled else self._flat
                 if capture:
                     self._captured = Captured(self._run, inputs, len(fixed), len(due) * spec.n_samples, pool)
+                    if not compiled:
+                        check(None)
                     self.pool, self._addresses = self._captured.pool, list(map(Tensor.data_ptr, fixed))
         finally:
             module.tracing = False

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import time
 from collections import Counter
@@ -22,18 +23,8 @@ from ..hessian_step import HessianStep
 from ..optimizer import AdaHessian
 from .derivatives import Constant, Derivatives, LossModule, OfModel, StepSpec
 from .graph import Graph, Memories
-from .surroundings import (
-    CONSTANTS,
-    attributes_kept,
-    described,
-    modules_around,
-    of_modules,
-    outermost,
-    seen_by,
-    settings,
-    walk,
-    written_since,
-)
+from .seen import CONSTANTS, Seen
+from .surroundings import described, kept, modules_around, of_modules, outermost, settings, walk
 
 logger = logging.getLogger("adahessian_fused")
 
@@ -66,15 +57,17 @@ class TrainStep:
     normalises, and updates its statistics, with each.
 
     A graph is made for each kind of step: which groups use curvature; shapes and dtypes in the batch, and what is no
-    tensor in it; which parameters are trained; modules, their modes, hooks and plain attributes (a dropout rate);
-    globals and closures of the loss and of the modules' ``forward``, as far as they are numbers, strings, functions or
-    tensors; autocast and PyTorch's other settings. Floating-point numbers in a batch become tensors where the loss can
-    do with them, and so do ints that change, so that a temperature that is lowered needs no further graph. The first
-    step with and the first without curvature are compiled at once, further kinds (a shorter last batch) after a few
-    steps of theirs; ``adahessian_fused``'s logger tells, all but the first as warnings. Above ``MAX_GRAPHS`` steps run
-    eagerly, with a warning. What else Python code decides on, such as the contents of lists and dicts, is fixed when
-    the graph is made, and what it writes to (counters, logs) is written then only: use ``compile=False,
-    cuda_graph=False`` for such models.
+    tensor in it; which parameters are trained; modules, their modes and hooks; autocast and PyTorch's other settings;
+    and what the Python code of the loss and of the modules' ``forward`` looks at, also behind functions and methods of
+    yours: attributes (a dropout rate), globals, closures and defaults, what is in lists, dicts (of up to 1,000
+    entries), arrays and objects there. Floating-point numbers in a batch become tensors where the loss can do with
+    them, and so do ints that change, so that a temperature that is lowered needs no further graph. The first step with
+    and the first without curvature are compiled at once, further kinds (a shorter last batch) after a few steps of
+    theirs; ``adahessian_fused``'s logger tells, all but the first as warnings. Above ``MAX_GRAPHS`` steps run eagerly,
+    with a warning. Buffers that are written to, and tensors that ``forward`` leaves in attributes, are as after an
+    eager step; where it counts in a Python number, or reads what its last call has left, steps run eagerly, with a
+    warning that names it. What no code names (random numbers of Python, files, the clock) is fixed when the graph is
+    made: use ``compile=False, cuda_graph=False`` for such models.
 
     Args:
         model: called as ``model(inputs)``; with ``*inputs`` or ``**inputs`` if they are a tuple or a mapping. Left out
@@ -85,7 +78,7 @@ class TrainStep:
         hessian_fraction: the optimizer's, whose option it is; None is the same.
         compile: compile the graph with TorchInductor; the first step takes minutes.
         cuda_graph: replay the graph as a CUDA graph; "auto" if the parameters are on a CUDA device.
-        modules: what the loss uses, if not all of it is in its closure, its globals or holds trained parameters.
+        modules: what the loss uses, if it cannot be found from its code and from the optimizer's parameters.
         grad_scaler: scales the loss and takes the optimizer's step.
 
     Raises:
@@ -153,7 +146,10 @@ class TrainStep:
         self._seen: Counter[StepSpec] = Counter()
         self._numbers: dict[int, Any] = {}  # numbers among the leaves of a batch, as they were first
         self._as_constants = False  # the loss cannot do with tensors in their place
-        self._written: set[Any] = set()  # attributes that Python code writes, and so no surroundings
+        self._seen_before: list[Seen] = []  # what Python code has looked at
+        self._written: set[Any] = set()  # places that it writes to, and so no surroundings
+        self._counts = False  # whether it does so for itself, as no graph can
+        self._filled = False  # whether a step has run after which its caches are filled
         self._met: dict[int, Any] = {}  # surroundings by number
         self._failure, self._said = "", False
 
@@ -182,7 +178,7 @@ class TrainStep:
 
     def __getstate__(self) -> dict[str, Any]:
         """Return everything but the graphs, which are made anew."""
-        empty: dict[str, Any] = {"_graphs": {}, "_seen": Counter(), "_met": {}, "_written": set()}
+        empty: dict[str, Any] = {"_graphs": {}, "_seen": Counter(), "_met": {}, "_written": set(), "_seen_before": []}
         return self.__dict__ | empty
 
     def __call__(self, *batch: Any) -> Any:
@@ -204,26 +200,25 @@ class TrainStep:
         trained = [p for _, p in opt.layout.trained()]
         if not trained:
             raise RuntimeError("no parameter of the optimizer requires grad")
-        params = [*trained, *self._others(trained)]
+        seen = self._look()
+        params = [*trained, *self._others(trained, seen, batch)]
         steps = [opt.coming_step, *sharing.joining([opt.coming_step], params)]
         scale = None
         if self.grad_scaler is not None and self.grad_scaler.is_enabled():
             scale = self.grad_scaler.scale(torch.ones((), device=params[0].device))
         capture = params[0].is_cuda if self.cuda_graph == "auto" else bool(self.cuda_graph)
-        graphs = graphs and (capture or self.compile)
+        graphs = graphs and (capture or self.compile) and not self._counts
         spec, tensors = self._spec(steps, params, batch, scaled=scale is not None)
         graph, draw = None, _Probes(steps, params)
         if graphs:
-            graph, tensors = self._graph(steps, params, batch, spec, tensors, draw, scale, capture=capture)
+            graph, tensors = self._graph(steps, params, batch, spec, seen, tensors, draw, scale, capture=capture)
         given = [t for t in tensors if t.requires_grad]
         if graph is not None:
             found = graph(params, draw, scale, tensors)
         else:
-            before = self._looked_at() if graphs else {}
             known = set(map(id, params))  # and what was computed from them before the step
             given = [leaf for leaf in dict.fromkeys(hvp.explore(given).leaves) if id(leaf) not in known]
             found = spec.differentiate(self._module, [*params, *given], batch, draw, scale)
-            self._written |= written_since(before, self._looked_at()) if graphs else set()
         own, others = found.grads[: len(trained)], found.grads[len(trained) :]
         if opt.coming_step.ranks is None and all(grad is None for grad in own):  # of which another rank may have some
             shapes = ", ".join(str(tuple(p.shape)) for p in trained[:3]) + (", ..." if trained[3:] else "")
@@ -246,11 +241,12 @@ class TrainStep:
             self.grad_scaler.update()
         return found.result
 
-    def _others(self, trained: Sequence[Tensor]) -> list[Tensor]:
-        """Return what else the modules have that requires grad: parameters of other optimizers."""
-        ours = set(map(id, trained))
-        found = {id(p): p for m in walk(self._module) for p in m._parameters.values() if p is not None}
-        return [p for number, p in found.items() if p.requires_grad and number not in ours]
+    def _others(self, trained: Sequence[Tensor], seen: Seen, batch: Any) -> list[Tensor]:
+        """Return what else the loss may look at that requires grad: parameters of other optimizers, and leaves."""
+        modules = walk(self._module, *seen.modules)
+        found = [*(p for module in modules for p in module._parameters.values() if p is not None), *seen.leaves]
+        known = {id(leaf) for leaf in (*trained, *flatten(batch)[0])}
+        return [p for number, p in {id(p): p for p in found}.items() if p.requires_grad and number not in known]
 
     def _spec(
         self, steps: Sequence[HessianStep], params: Sequence[Tensor], batch: Any, *, scaled: bool
@@ -287,12 +283,28 @@ class TrainStep:
 
     # ---- graphs ------------------------------------------------------------------------------------------------------
 
-    def _surroundings(self, params: Sequence[Tensor]) -> int:
+    def _look(self) -> Seen:
+        """Return what Python code looks at, as it has been met before if nothing of it has changed."""
+        for seen in reversed(self._seen_before):
+            if seen.holds():
+                return seen
+        if len(self._seen_before) == MAX_GRAPHS and self.compile:
+            what = next((place.label for place in self._seen_before[-1].changed()), "what the loss looks at")
+            warnings.warn(
+                f"{what} has changed for the {MAX_GRAPHS}th time, and a graph of TrainStep holds it fixed: steps run "
+                "eagerly first, and then wait for graphs; expected what changes often in the batch, as in step(x, y, "
+                "number), or in a tensor that is written to",
+                stacklevel=5,
+            )
+        seen = Seen([*self._module.parts, self.loss_fn])
+        seen.leave_out(self._written)
+        self._seen_before = [*self._seen_before[1 - MAX_SURROUNDINGS :], seen]
+        return seen
+
+    def _surroundings(self, params: Sequence[Tensor], seen: Seen) -> int:
         """Return the number of the present surroundings among those that have been met."""
-        seen = self._looked_at()
-        for owner, name in self._written:
-            seen.get(owner, {}).pop(name, None)
-        now = (settings(), list(map(id, params)), of_modules(walk(self._module), params), seen)
+        modules = walk(self._module, *seen.modules)
+        now = (seen, settings(), list(map(id, params)), of_modules(modules, params))
         for number, met in reversed(self._met.items()):
             if met == now:
                 return number
@@ -302,15 +314,13 @@ class TrainStep:
             del self._met[min(self._met)]
         return number
 
-    def _looked_at(self) -> dict[Any, Any]:
-        return seen_by(walk(self._module), self.loss_fn)
-
     def _graph(
         self,
         steps: Sequence[HessianStep],
         params: Sequence[Tensor],
         batch: Any,
         spec: StepSpec,
+        seen: Seen,
         tensors: list[Tensor],
         draw: _Probes,
         scale: Tensor | None,
@@ -320,7 +330,7 @@ class TrainStep:
         """Return the graph for a step, None if it is to run eagerly, and the tensors of the batch for it."""
         if not self._can_be_in_a_graph(spec, batch):
             return None, tensors
-        spec = replace(spec, surroundings=self._surroundings(params))
+        spec = replace(spec, surroundings=self._surroundings(params, seen))
         if spec in self._graphs:
             graph = self._graphs[spec]
             if graph is None or graph.fits(params):
@@ -336,20 +346,39 @@ class TrainStep:
                     "of modules, groups that are due, numbers in Python); steps of further kinds run eagerly",
                 )
             return None, tensors
-        graph = self._make(params, spec, tensors, draw, scale, capture=capture)
+        graph = self._make(params, spec, seen, tensors, draw, scale, capture=capture)
+        if graph is None and not self._failure:
+            return None, tensors
         if graph is None and not self._as_constants and {int, float}.intersection(spec.constants):
             # Some of the loss is nothing for tensors: numbers are a part of the kind from now on.
             self._as_constants = True
             self._graphs = {k: g for k, g in self._graphs.items() if not {int, float}.intersection(k.constants)}
             spec, tensors = self._spec(steps, params, batch, scaled=scale is not None)
-            return self._graph(steps, params, batch, spec, tensors, draw, scale, capture=capture)
+            return self._graph(steps, params, batch, spec, seen, tensors, draw, scale, capture=capture)
         if graph is None:
             warn(
                 f"TrainStep runs this kind of step eagerly, because it cannot be "
                 f"{'captured as a CUDA graph' if capture else 'compiled'}: {self._failure}",
             )
-        self._graphs[replace(spec, surroundings=self._surroundings(params))] = graph
+        self._graphs[spec] = graph
         return graph, tensors
+
+    def _check_written(self, seen: Seen, held: set[int] | None) -> None:
+        """Raise if Python code has written what the coming steps may look at, and a graph would not have."""
+        changed = seen.changed()
+        if not self._filled and (seen.has_created() or any(place.is_new() for place in changed)):
+            self._filled = True
+            raise _CachesError
+        missed = [place for place in changed if place.is_missed(held)]
+        self._written |= {place.key for place in changed}
+        for each in self._seen_before:
+            each.leave_out(self._written)
+        if missed:
+            self._counts = True
+            raise RuntimeError(
+                f"the loss writes to {missed[0].label}, and a graph would hold it fixed; expected a buffer that is "
+                "written to, as in self.count.add_(1) or self.state.copy_(...), or what the loss returns with it"
+            )
 
     def _can_be_in_a_graph(self, spec: StepSpec, batch: Any) -> bool:
         """Tell whether steps with such a batch are alike; warn once if not."""
@@ -370,34 +399,41 @@ class TrainStep:
         self,
         params: Sequence[Tensor],
         spec: StepSpec,
+        seen: Seen,
         tensors: Sequence[Tensor],
         draw: _Probes,
         scale: Tensor | None,
         *,
         capture: bool,
     ) -> Graph | None:
-        """Make a graph; return None if there cannot be one, and then ``_failure`` says why."""
+        """Make a graph; return None if there cannot be one, and then ``_failure`` says why, or is empty if not yet."""
         begin, order = time.perf_counter(), "with" if spec.due else "without"
         # In mid-training it is unexpected, and heard without any logging set up.
         level = logging.WARNING if self._graphs else logging.INFO
         way = "the compiler may take minutes" if self.compile else "a capture takes some steps' time"
         logger.log(level, "TrainStep makes a graph for steps %s curvature; %s", order, way)
         try:
-            with attributes_kept(walk(self._module)) as written:
+            with kept(seen):
                 # Graphs never run at once, and what one leaves is used before the next one runs: they share memory.
                 pool = next((g.pool for g in self._graphs.values() if g is not None and g.pool is not None), None)
                 how: dict[str, Any] = {"compiled": self.compile, "capture": capture, "pool": pool}
-                graph = Graph(self._module, spec, params, draw, scale, tensors, **how)
+                check = functools.partial(self._check_written, seen)
+                graph = Graph(self._module, spec, params, draw, scale, tensors, seen, check, **how)
+        except _CachesError:
+            self._failure = ""
+            return None
         except Exception as error:  # anything may go wrong in a compiler
             lines = str(error).strip().splitlines() or [""]
             self._failure = f"{type(error).__name__}: {lines[0]}"
             if self.cuda_graph is True and (self._as_constants or not {int, float}.intersection(spec.constants)):
                 raise RuntimeError(f"TrainStep cannot make a CUDA graph of this step: {error}") from error
             return None
-        finally:
-            self._written |= written
         logger.info("TrainStep made a graph for steps %s curvature in %.1f s", order, time.perf_counter() - begin)
         return graph
+
+
+class _CachesError(Exception):
+    """Python code has filled caches, which it will find in the next step."""
 
 
 class _Probes:
