@@ -17,6 +17,7 @@ from .friendly import curvature_friendly
 from .functional import adahessian, hutchinson_diagonal
 from .hvp_check import HvpCheck, StrategyCheck, check_along_z, check_hvp
 from .optimizer import AdaHessian
+from .statistics import LongStepWarning
 from .train_step import TrainStep
 
 __version__ = "0.1.0"
@@ -24,6 +25,7 @@ __version__ = "0.1.0"
 __all__ = [
     "AdaHessian",
     "HvpCheck",
+    "LongStepWarning",
     "StrategyCheck",
     "TrainStep",
     "__version__",

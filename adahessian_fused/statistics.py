@@ -24,6 +24,13 @@ from .warmup import LEAST
 FIRST_STEPS = 2  # of a group, that are looked at where nothing bounds them
 
 
+class LongStepWarning(UserWarning):
+    """A first step has moved a parameter by more than its own length, where ``warmup=0`` bounds nothing.
+
+    Rules that mean it, as ``recipes.published``: ``warnings.simplefilter("ignore", LongStepWarning)``.
+    """
+
+
 @dataclasses.dataclass(frozen=True)
 class Statistics:
     r"""Where an optimizer stands after a step: of one parameter group, or of all of them.
@@ -227,6 +234,7 @@ def warn_of_long_steps(layout: ParameterLayout, entries: Sequence[Entry], table:
             f"a first step was longer than the parameter itself: {_listed(names)}. Little is known of the curvature "
             "yet; expected adahessian_fused.AdaHessian's default, warmup=20, which cuts such steps, or an lr that "
             "begins lower",
+            LongStepWarning,
         )
     return bool(names)
 

@@ -30,6 +30,8 @@ try:
     from contestants import CONTESTANTS, DEFAULT, Contestant, Run, Settings
     from resnet import MODELS
     from rich.console import Console
+
+    from adahessian_fused import LongStepWarning
 except ImportError as error:
     sys.exit(f"{error}. The demo needs the packages of the extra: pip install 'adahessian_fused[demo]'")
 
@@ -282,7 +284,7 @@ def main(argv: list[str] | None = None) -> int:
     if not console.is_terminal:
         console = Console(width=120)
     # The checks and the timing begin at the full rate with the paper's rules; training raises it.
-    warnings.filterwarnings("ignore", message="a first step was longer")
+    warnings.simplefilter("ignore", LongStepWarning)
     try:
         compare(args, console)
     except (Stop, data.DataError) as error:

@@ -13,7 +13,3 @@ class AdaHessian(adahessian_fused.AdaHessian):
 
     def __init__(self, params: Any, *args: Any, **options: Any) -> None:
         super().__init__(params, *args, **{**recipes.published, "seed": 0, **options})
-
-    def _reset(self) -> None:
-        super()._reset()
-        self._told_of_length = True  # these rules have long first steps, of which tests/test_stabilisers.py hears
