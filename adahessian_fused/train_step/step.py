@@ -290,11 +290,10 @@ class TrainStep:
                 return seen
         if len(self._seen_before) == MAX_GRAPHS and self.compile:
             what = next((place.label for place in self._seen_before[-1].changed()), "what the loss looks at")
-            warnings.warn(
+            warn(
                 f"{what} has changed for the {MAX_GRAPHS}th time, and a graph of TrainStep holds it fixed: steps run "
                 "eagerly first, and then wait for graphs; expected what changes often in the batch, as in step(x, y, "
-                "number), or in a tensor that is written to",
-                stacklevel=5,
+                "number), or in a tensor that is written to"
             )
         seen = Seen([*self._module.parts, self.loss_fn])
         seen.leave_out(self._written)
