@@ -23,7 +23,7 @@ def _mul_hi_lo(a: int, b: Tensor) -> tuple[Tensor, Tensor]:
     return high >> 16, ((high & 0xFFFF) << 16) | (low & 0xFFFF)
 
 
-def philox4x32(counter: tuple[Tensor, ...], seed: int, rounds: int = 10) -> tuple[Tensor, ...]:
+def philox4x32(counter: tuple[Tensor, ...], seed: int | Tensor, rounds: int = 10) -> tuple[Tensor, ...]:
     """Compute Philox4x32 (Salmon et al. 2011): four int64 tensors of uint32 words; the key is the 64-bit ``seed``."""
     c0, c1, c2, c3 = counter
     k0, k1 = seed & _MASK32, (seed >> 32) & _MASK32

@@ -12,8 +12,8 @@ import torch
 import triton
 import triton.language as tl
 
-from .adahessian_math import round_to
-from .table import INTERPRETED, on
+from .adahessian_math import philox4x32, round_to
+from .table import INTERPRETED, on, signed32
 
 _INTERPRETED = tl.constexpr(INTERPRETED)
 # Queries (or keys) of a program, in 16 and 32 bits, and keys (or queries) it takes at a time.
@@ -45,6 +45,27 @@ def _dot(x, y, PRECISION: tl.constexpr):
 
 
 @triton.jit
+def _kept(random, head, rows, first, queries, keys, least, kept, N: tl.constexpr, ALIGNED: tl.constexpr):
+    """What dropout multiplies the weights of some queries and of N keys from ``first`` on by: 0 or ``kept``."""
+    seed = tl.load(random)
+    low, high = seed.to(tl.uint32), (seed >> 32).to(tl.uint32)
+    number = tl.load(random + 1) + (head * queries + rows[:, None]) * keys + first
+    if ALIGNED:  # each call of Philox has four weights of a row
+        call = number // 4 + tl.arange(0, N // 4)[None, :]
+    else:
+        number += tl.arange(0, N)[None, :]
+        call = number // 4
+    zero = (call * 0).to(tl.uint32)
+    w0, w1, w2, w3 = philox4x32(call.to(tl.uint32), (call >> 32).to(tl.uint32), zero, zero, low, high)
+    if ALIGNED:
+        words = tl.reshape(tl.join(tl.join(w0, w2), tl.join(w1, w3)), (rows.shape[0], N))
+    else:
+        lane = number % 4
+        words = tl.where(lane < 2, tl.where(lane == 0, w0, w1), tl.where(lane == 2, w2, w3))
+    return tl.where(words >= least.to(tl.uint32, bitcast=True), kept, 0.0)
+
+
+@triton.jit
 def _scores(
     a,
     b,
@@ -57,16 +78,22 @@ def _scores(
     bias,
     stride_row,
     stride_column,
+    random,
+    least,
+    kept,
+    head,
     rows,
-    columns,
+    first,
     queries,
     keys,
     scale,
     diagonal,
     CAUSAL: tl.constexpr,
+    ALIGNED: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """P and the tangent of S, G and H of some queries and keys."""
+    """P and the tangent of S, G and H of some queries and of keys from ``first`` on, and what dropout multiplies by."""
+    columns = first + tl.arange(0, key.shape[0])
     seen = (rows[:, None] < queries) & (columns[None, :] < keys)
     if CAUSAL:
         seen = seen & (columns[None, :] <= rows[:, None] + diagonal)
@@ -79,7 +106,12 @@ def _scores(
         s = s + tl.where(seen, added, 0.0)
     p = tl.where(seen, tl.exp(tl.where(seen, s - lse[:, None], 0.0)), 0.0)
     tangent = scale * (_dot(a, key_t, PRECISION) + _dot(query, tl.trans(b), PRECISION))
-    return p, tangent, _dot(grad, tl.trans(value), PRECISION), _dot(grad, tl.trans(c), PRECISION)
+    g, h = _dot(grad, tl.trans(value), PRECISION), _dot(grad, tl.trans(c), PRECISION)
+    mask = 1.0
+    if random is not None:
+        mask = _kept(random, head, rows, first, queries, keys, least, kept, key.shape[0], ALIGNED)
+        g, h = mask * g, mask * h
+    return p, tangent, g, h, mask
 
 
 @triton.jit
@@ -107,6 +139,9 @@ def attention_queries_kernel(
     stride_head,
     stride_row,
     stride_column,
+    random,
+    least,
+    kept,
     heads,
     shared,
     queries,
@@ -116,6 +151,7 @@ def attention_queries_kernel(
     scale,
     diagonal,
     CAUSAL: tl.constexpr,
+    ALIGNED: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK: tl.constexpr,
     OTHER: tl.constexpr,
@@ -145,9 +181,9 @@ def attention_queries_kernel(
         c_rows = _load(c + of_value, columns, keys, value_size, VALUE_SIZE)
         key_rows = _load(key + of_key, columns, keys, size, SIZE)
         value_rows = _load(value + of_value, columns, keys, value_size, VALUE_SIZE)
-        p, tangent, g, h = _scores(
+        p, tangent, g, h, mask = _scores(
             a_rows, b_rows, c_rows, grad_rows, query_rows, key_rows, value_rows, lse, bias, stride_row, stride_column,
-            rows, columns, queries, keys, scale, diagonal, CAUSAL, PRECISION,
+            random, least, kept, head, rows, start, queries, keys, scale, diagonal, CAUSAL, ALIGNED, PRECISION,
         )  # fmt: skip
         of_p += tl.sum(p, 1)
         mu += tl.sum(p * tangent, 1)
@@ -170,13 +206,14 @@ def attention_queries_kernel(
         c_rows = _load(c + of_value, columns, keys, value_size, VALUE_SIZE)
         key_rows = _load(key + of_key, columns, keys, size, SIZE)
         value_rows = _load(value + of_value, columns, keys, value_size, VALUE_SIZE)
-        p, tangent, g, h = _scores(
+        p, tangent, g, h, mask = _scores(
             a_rows, b_rows, c_rows, grad_rows, query_rows, key_rows, value_rows, lse, bias, stride_row, stride_column,
-            rows, columns, queries, keys, scale, diagonal, CAUSAL, PRECISION,
+            random, least, kept, head, rows, start, queries, keys, scale, diagonal, CAUSAL, ALIGNED, PRECISION,
         )  # fmt: skip
         p *= factor[:, None]
         p_dot, s_grad, s_bar = _gradients(p, tangent, g, h, mu, d, w)
-        grad_sum += _dot(round_to(p_dot, dtype), value_rows, PRECISION) + _dot(round_to(p, dtype), c_rows, PRECISION)
+        grad_sum += _dot(round_to(mask * p_dot, dtype), value_rows, PRECISION)
+        grad_sum += _dot(round_to(mask * p, dtype), c_rows, PRECISION)
         query_sum += _dot(round_to(s_grad, dtype), b_rows, PRECISION)
         query_sum += _dot(round_to(s_bar, dtype), key_rows, PRECISION)
     _store(d_grad + of_grad, rows, queries, value_size, grad_sum, VALUE_SIZE)
@@ -201,6 +238,9 @@ def attention_keys_kernel(
     stride_head,
     stride_row,
     stride_column,
+    random,
+    least,
+    kept,
     heads,
     shared,
     queries,
@@ -210,6 +250,7 @@ def attention_keys_kernel(
     scale,
     diagonal,
     CAUSAL: tl.constexpr,
+    ALIGNED: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK: tl.constexpr,
     OTHER: tl.constexpr,
@@ -248,15 +289,16 @@ def attention_keys_kernel(
             d = tl.load(sums + total + of_rows, mask=rows < queries, other=0.0)
             w = tl.load(sums + 2 * total + of_rows, mask=rows < queries, other=0.0)
             factor = tl.load(sums + 3 * total + of_rows, mask=rows < queries, other=0.0)
-            p, tangent, g, h = _scores(
+            p, tangent, g, h, mask = _scores(
                 a_rows, b_rows, c_rows, grad_rows, query_rows, key_rows, value_rows, lse, bias_head, stride_row,
-                stride_column, rows, columns, queries, keys, scale, diagonal, CAUSAL, PRECISION,
+                stride_column, random, least, kept, head, rows, first, queries, keys, scale, diagonal, CAUSAL, ALIGNED,
+                PRECISION,
             )  # fmt: skip
             p *= factor[:, None]
             p_dot, s_grad, s_bar = _gradients(p, tangent, g, h, mu, d, w)
             key_sum += _dot(tl.trans(round_to(s_grad, dtype)), a_rows, PRECISION)
             key_sum += _dot(tl.trans(round_to(s_bar, dtype)), query_rows, PRECISION)
-            value_sum += _dot(tl.trans(round_to(p_dot, dtype)), grad_rows, PRECISION)
+            value_sum += _dot(tl.trans(round_to(mask * p_dot, dtype)), grad_rows, PRECISION)
     _store(d_key + of_key, columns, keys, size, scale * key_sum, SIZE)
     _store(d_value + of_value, columns, keys, value_size, value_sum, VALUE_SIZE)
 
@@ -269,7 +311,9 @@ def launch_options(size: int, value_size: int, dtype: torch.dtype) -> dict:
     return {**sizes, **blocks, "num_warps": 8 if large else 4, "num_stages": 2 if narrow and not large else 1}
 
 
-def attention_double_backward(a, b, c, grad, query, key, value, logsumexp, bias, scale, diagonal):
+def attention_double_backward(
+    a, b, c, grad, query, key, value, logsumexp, bias, scale, diagonal, random=None, least=0, kept=1.0
+):
     """As :func:`adahessian_fused.friendly.attention_double_backward.attention_double_backward`.
 
     Not for float64, nor for heads larger than MOST.
@@ -284,11 +328,24 @@ def attention_double_backward(a, b, c, grad, query, key, value, logsumexp, bias,
         strides = bias.expand(batch, heads, queries, keys).stride()
     options = {
         "CAUSAL": diagonal is not None,
+        "ALIGNED": keys % 4 == 0,
         # Three products of 11 bits are as good as one of 24, and tensor cores have them.
         "PRECISION": "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "tf32x3",
         **launch_options(size, value_size, query.dtype),
     }
-    numbers = *strides, heads, shared, queries, keys, size, value_size, scale, 0 if diagonal is None else diagonal
+    dropout = random, signed32(least), kept
+    numbers = (
+        *strides,
+        *dropout,
+        heads,
+        shared,
+        queries,
+        keys,
+        size,
+        value_size,
+        scale,
+        0 if diagonal is None else diagonal,
+    )
     with on("attention_double_backward", query.device):
         by_queries = triton.cdiv(queries, options["BLOCK"]), batch * heads
         attention_queries_kernel[by_queries](*tensors, bias, sums, *results[:2], *numbers, **options)

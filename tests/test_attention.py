@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from contextlib import nullcontext
+from functools import partial
 
 import pytest
 import torch
@@ -13,13 +14,17 @@ from published import AdaHessian
 from tolerances import assert_error, relative_error
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention.bias import causal_lower_right
 from torch.nn.attention.flex_attention import flex_attention
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
 from watching import Operators, nodes
 from ways import WAYS
 
 from adahessian_fused import TrainStep, backends, curvature_friendly
 from adahessian_fused.friendly import attention_double_backward as op
+from adahessian_fused.friendly import attention_dropout
+from adahessian_fused.reference import philox4x32
 
 MATH = SDPBackend.MATH
 
@@ -71,7 +76,7 @@ def arguments(name: str, dtype: torch.dtype, device: str, n: int = 2) -> list:
 
 
 def in_float64(given: list) -> list:
-    return [t.double() if isinstance(t, Tensor) else t for t in given]
+    return [t.double() if isinstance(t, Tensor) and t.is_floating_point() else t for t in given]
 
 
 def check(function, given: list) -> None:
@@ -84,28 +89,113 @@ def check(function, given: list) -> None:
         assert error <= 32 * torch.finfo(wide).eps + (torch.finfo(dtype).eps if dtype != wide else 0), error
 
 
+P = 0.3
+
+
+def dropout(device: str, offset: int = 2**35 - 8) -> tuple[Tensor, int, float]:
+    """A mask; it begins where the counter's words, of 32 bits, overflow."""
+    return torch.tensor([-3 << 40 | 5, offset], device=device), attention_dropout.threshold(P), 1 / (1 - P)
+
+
+@pytest.mark.parametrize("drops", [False, True], ids=["", "dropout"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("name", SHAPES)
-def test_against_the_formulas(device, name, dtype):
-    check(op.run, arguments(name, dtype, device))
+def test_against_the_formulas(device, name, dtype, drops):
+    check(op.run, arguments(name, dtype, device) + list(dropout(device) if drops else ()))
 
 
-def by_autograd(given: list) -> tuple[Tensor, ...]:
+def passes(given: list) -> list[tuple]:
+    """Forward and backward pass with dropout: operator, plain version and arguments."""
+    _, _, _, grad, *qkv, logsumexp, bias, scale, diagonal = given
+    of_all = (bias, scale, diagonal, *dropout(grad.device.type))
+    return [
+        (attention_dropout.forward, attention_dropout.attention_forward, [*qkv, *of_all]),
+        (attention_dropout.backward, attention_dropout.attention_backward, [grad, *qkv, logsumexp, *of_all]),
+    ]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("name", SHAPES)
+def test_passes_with_dropout_against_the_formulas(device, name, dtype):
+    wide = torch.promote_types(dtype, torch.float32)
+    for function, plain, given in passes(arguments(name, dtype, device)):
+        for found, expected in zip(function(*given), plain(*in_float64(given)), strict=True):
+            eps = torch.finfo(found.dtype).eps if found.dtype != wide else 0
+            error = (found.double() - expected).norm() / expected.norm()
+            assert error <= 32 * torch.finfo(wide).eps + eps, error
+
+
+def by_autograd(given: list, mask: Tensor | float = 1.0) -> tuple[Tensor, ...]:
+    return all_by_autograd(given, mask)[-4:]
+
+
+def all_by_autograd(given: list, mask: Tensor | float) -> tuple[Tensor, ...]:
+    """The output, its gradients, and theirs."""
     a, b, c, *inputs, _, bias, scale, diagonal = given
     grad, query, key, value = inputs = [t.detach().requires_grad_() for t in inputs]
     k, v = (t.repeat_interleave(query.shape[1] // key.shape[1], 1) for t in (key, value))
     scores = scale * query @ k.mT + (0 if bias is None else bias)
     if diagonal is not None:
         scores = scores.masked_fill(~torch.ones_like(scores, dtype=torch.bool).tril(diagonal), -math.inf)
-    p = torch._safe_softmax(scores, -1)
-    grads = torch.autograd.grad(p @ v, inputs[1:], grad, create_graph=True)
-    return torch.autograd.grad(grads, inputs, (a, b, c))
+    y = (mask * torch._safe_softmax(scores, -1)) @ v
+    grads = torch.autograd.grad(y, inputs[1:], grad, create_graph=True)
+    return y, *grads, *torch.autograd.grad(grads, inputs, (a, b, c))
 
 
-@pytest.mark.parametrize("name", ["causal", "grouped", "values_of_another_size", "bias", "bias_of_keys"])
+AGAINST_AUTOGRAD = ["causal", "grouped", "values_of_another_size", "bias", "bias_of_keys"]
+
+
+@pytest.mark.parametrize("name", AGAINST_AUTOGRAD)
 def test_the_formulas_against_autograd(name):
     given = arguments(name, torch.float64, "cpu")
     assert_error(op.attention_double_backward(*given), by_autograd(given), 1e-13)
+
+
+def kept(random: Tensor, shape: tuple[int, ...], least: int) -> Tensor:
+    return attention_dropout.is_kept(random, shape, slice(0, shape[2]), shape[3], least)
+
+
+@pytest.mark.parametrize("name", [*AGAINST_AUTOGRAD, "unseen_rows"])
+def test_the_formulas_with_dropout_against_autograd(name):
+    given = arguments(name, torch.float64, "cpu")
+    random, least, factor = dropout("cpu")
+    mask = factor * kept(random, (*given[4].shape[:3], given[5].shape[2]), least).double()
+    found = [t for _, plain, arguments in passes(given) for t in plain(*arguments)]
+    del found[1]  # the logsumexp
+    found += op.attention_double_backward(*given, random, least, factor)
+    assert_error(found, all_by_autograd(given, mask), 1e-13)
+
+
+def test_the_mask_is_philoxs():
+    """Word offset + n of the stream for weight n, as curand numbers them, whichever rows and keys are asked for."""
+    (seed, offset), least, _ = dropout("cpu")
+    shape, rows = (2, 3, 5, 7), slice(1, 4)
+    numbers = (offset + torch.arange(2 * 3 * 5 * 7)).view(shape)
+    call, zero = numbers // 4, torch.zeros_like(numbers)
+    words = torch.stack(philox4x32((call % 2**32, call // 2**32, zero, zero), int(seed)), -1)
+    expected = words.gather(-1, (numbers % 4)[..., None])[..., 0] >= least
+    found = attention_dropout.is_kept(torch.stack([seed, offset]), shape, rows, 6, least)
+    assert torch.equal(found, expected[:, :, rows, :6])
+
+
+@pytest.mark.parametrize("p", [1e-12, 0.1, 0.3, 0.5, 0.9999])
+def test_the_threshold_is_curands(p):
+    """A word is kept if its number in (0, 1], in float32, is above p."""
+    least, uniform = attention_dropout.threshold(p), lambda word: torch.tensor(word).float() * 2**-32 + 2**-33
+    assert uniform(least) > p
+    assert least == 0 or not uniform(least - 1) > torch.tensor(p)
+    assert abs(least / 2**32 - p) < 2**-24
+
+
+def test_statistics_of_the_mask():
+    """1 - p are kept, independently of the neighbour and of the same weight of other heads, batches and draws."""
+    shape, least = (2, 2, 128, 128), attention_dropout.threshold(P)
+    torch.manual_seed(0)
+    one, other = (kept(torch.randint(2**60, (2,)) * 4, shape, least).double() - (1 - P) for _ in range(2))
+    pairs = [(one, other), (one[0], one[1]), (one[:, 0], one[:, 1]), (one[..., 1:], one[..., :-1])]
+    pairs += [(one[:, :, 1:], one[:, :, :-1]), (one, one.mT)]
+    for x, y in [(one, torch.full_like(one, (P * (1 - P)) ** 0.5)), *pairs]:
+        assert abs((x * y).mean()) < 4 * P * (1 - P) / x.numel() ** 0.5 * (2 if x is one else 1)
 
 
 # What interpreted Triton, which takes a second for a few programs, has to do.
@@ -120,11 +210,13 @@ INTERPRETED = {
 @pytest.mark.filterwarnings("ignore:(overflow|invalid value)")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("name", INTERPRETED)
-def test_interpreted_triton(device, name, dtype):
+@pytest.mark.parametrize("drops", [False, True], ids=["", "dropout"])
+def test_interpreted_triton(device, name, dtype, drops):
     reason = backends.unavailable_reason("triton", device)
     if reason is not None or device == "cuda":
         pytest.skip(reason or "not interpreted")
-    check(backends.get("triton").attention_double_backward, arguments(name, dtype, device, n=1))
+    given = arguments(name, dtype, device, n=1) + list(dropout(device) if drops else ())
+    check(backends.get("triton").attention_double_backward, given)
 
 
 @pytest.mark.filterwarnings("ignore:(overflow|invalid value)")
@@ -163,7 +255,8 @@ def test_the_number_of_threads_does_not_matter(native, set_threads, name):
     given, results = arguments(name, torch.float32, "cpu"), []
     for threads in (1, 2, 3):
         set_threads(threads)
-        results.append(op.run(*given))
+        with_dropout = [function(*its) for function, _, its in passes(given)]
+        results.append([*op.run(*given), *op.run(*given, *dropout("cpu")), *with_dropout[0], *with_dropout[1]])
     assert_same(*results[:2])
     assert_same(*results[1:])
 
@@ -197,14 +290,17 @@ def test_refused(native, name, what, change):
 def test_registration(device, name):
     """Schema, fake tensors and torch.compile's functionalisation."""
     tests = ("test_schema", "test_faketensor", "test_aot_dispatch_static")
-    found = torch.library.opcheck(op.run, arguments(name, torch.float32, device), test_utils=tests)
-    assert set(found.values()) == {"SUCCESS"}
+    given = arguments(name, torch.float32, device)
+    for function, *_, its in [(op.run, given), (op.run, [*given, *dropout(device)]), *passes(given)]:
+        assert set(torch.library.opcheck(function, its, test_utils=tests).values()) == {"SUCCESS"}
 
 
 @pytest.mark.parametrize("dims", [(0, None, 1, 0, 0, None, 2, 0), (None, None, None, 0, None, None, None, None)])
 @pytest.mark.parametrize("name", ["grouped", "bias_of_keys", "bias_of_rows"])
-def test_vmap(device, name, dims):
-    given = arguments(name, torch.float64, device)
+@pytest.mark.parametrize("drops", [False, True], ids=["", "dropout"])
+def test_vmap(device, name, dims, drops):
+    """With dropout, whose mask is the same for all."""
+    given = arguments(name, torch.float64, device) + list(dropout(device) if drops else ())
     several, dims = list(given), (*dims, 0 if given[8] is not None and dims[0] == 0 else None)
     for i, dim in enumerate(dims):
         if dim is not None:
@@ -240,17 +336,99 @@ def test_the_choice_of_a_kernel_is_the_users(device):
     assert not any("ScaledDotProduct" in name for name in nodes(theirs))
 
 
-@pytest.mark.parametrize("p", [0.0, 0.4])
-def test_dropout_has_one_mask(device, p):
-    """All passes drop the same weights, those that PyTorch's math kernel drops."""
-    qkv = heads(device)
+def seeded(*args, **options) -> Tensor:
     torch.manual_seed(1)
+    return F.scaled_dot_product_attention(*args, dropout_p=P, **options)
+
+
+def shown_mask(q: Tensor, k: Tensor, v: Tensor, **options) -> Tensor:
+    """The mask, 0 or 1 / (1 - P), that attention has with this seed: what it makes of the unit vectors shows it."""
+    keys = k.shape[2]
+    units = torch.eye(keys, dtype=v.dtype, device=v.device).expand(*v.shape[:2], keys, keys)
     with curvature_friendly():
-        ours = product(F.scaled_dot_product_attention(*qkv, dropout_p=p), qkv)
-    torch.manual_seed(1)
-    with sdpa_kernel(MATH):
-        theirs = product(F.scaled_dot_product_attention(*qkv, dropout_p=p), qkv)
-    assert_error(ours, theirs, 1e-12)
+        dropped = seeded(q, k, units.requires_grad_(), **options)
+    weights = F.scaled_dot_product_attention(q, k, units, **options)
+    return torch.where(weights > 0, dropped / weights, 0).detach()
+
+
+WITH_DROPOUT = {
+    "plain": {},
+    "causal": {"is_causal": True},
+    "mask": {"attn_mask": torch.rand(7, 9, generator=torch.Generator().manual_seed(0)) > 0.3},
+    "bias": {"attn_mask": torch.randn(2, 1, 1, 9, dtype=torch.float64, generator=torch.Generator().manual_seed(0))},
+    "lower_right": {"attn_mask": causal_lower_right(7, 9)},
+    "scale": {"scale": 0.2},
+    "grouped": {"enable_gqa": True},
+}
+
+
+def with_dropout(device: str, name: str) -> tuple[list[Tensor], dict]:
+    """Query, key and value, and options of attention."""
+    torch.manual_seed(0)
+    kv_heads = 2 if name == "grouped" else 4
+    shapes = (2, 4, 7, 4), (2, kv_heads, 9, 4), (2, kv_heads, 9, 5)
+    options = {k: t.to(device) if type(t) is Tensor else t for k, t in WITH_DROPOUT[name].items()}
+    return [torch.randn(s, dtype=torch.float64, device=device, requires_grad=True) for s in shapes], options
+
+
+@pytest.mark.parametrize("name", WITH_DROPOUT)
+def test_dropout_has_one_mask(device, name):
+    """All passes, a third one by autograd's operators too, drop the weights that the forward pass drops."""
+    qkv, options = with_dropout(device, name)
+    mask = shown_mask(*qkv, **options)
+    assert 0 < (mask == 0).sum() < mask.numel()
+
+    def formula(q, k, v):
+        k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], 1) for t in (k, v))
+        eye = torch.eye(k.shape[2], dtype=k.dtype, device=device).expand(*k.shape[:2], -1, -1)
+        with sdpa_kernel(MATH):
+            p = F.scaled_dot_product_attention(q, k, eye, **{n: o for n, o in options.items() if n != "enable_gqa"})
+        return (mask * p) @ v
+
+    found = []
+    for function in (lambda *qkv: seeded(*qkv, **options), formula):
+        with curvature_friendly():
+            first_and_second = product(function(*qkv), qkv)
+            penalty = sum(
+                g.square().sum() for g in torch.autograd.grad(function(*qkv).square().sum(), qkv, create_graph=True)
+            )
+            second_of_penalty = torch.autograd.grad(penalty, qkv, create_graph=True)
+            third = torch.autograd.grad(sum(g.sum() for g in second_of_penalty), qkv)
+        found.append([*first_and_second, *second_of_penalty, *third])
+    assert_error(*found, 1e-12)
+
+
+@pytest.mark.parametrize("name", ["plain", "causal", "grouped"])
+def test_gradgradcheck_with_the_mask_held(device, name):
+    qkv, options = with_dropout(device, name)
+    with curvature_friendly():
+        assert torch.autograd.gradgradcheck(lambda *qkv: seeded(*qkv, **options), [t[:1, :, :3] for t in qkv])
+
+
+@pytest.mark.parametrize("p", [1.0, 1.5])
+def test_other_probabilities_are_pytorchs(device, p):
+    said = []
+    for context in (curvature_friendly(), nullcontext()):
+        with context:
+            try:
+                said.append(F.scaled_dot_product_attention(*heads(device), dropout_p=p).isnan().all())
+            except RuntimeError as error:
+                said.append(str(error))
+    assert said[0] == said[1]
+
+
+def test_dropout_in_checkpoints(device):
+    """The pass is computed again with the mask that it had; the next one has another."""
+    qkv = heads(device)
+    results = []
+    for around in (lambda f, *x: f(*x), partial(checkpoint, use_reentrant=False)):
+        torch.manual_seed(1)
+        with curvature_friendly():
+            y = around(partial(F.scaled_dot_product_attention, dropout_p=P), *qkv)
+            again = around(partial(F.scaled_dot_product_attention, dropout_p=P), *qkv)
+        assert not torch.equal(y, again)
+        results.append([y, *product(y, qkv)])
+    assert_same(*results)
 
 
 def test_a_mask_with_a_gradient(device):
@@ -397,7 +575,8 @@ def test_train_step_has_the_fused_operators(device):
     assert "_softmax" not in seen.counts
 
 
-def test_memory_is_linear(device):
+@pytest.mark.parametrize("p", [0.0, P])
+def test_memory_is_linear(device, p):
     """Of a tensor of T x T there are no more than some rows at a time."""
     (q, k, v), largest = heads(device, length=1024, dtype=torch.float32), []
 
@@ -409,6 +588,6 @@ def test_memory_is_linear(device):
 
     with Largest():
         with curvature_friendly():
-            y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+            y = F.scaled_dot_product_attention(q, k, v, dropout_p=p, is_causal=True)
         product(y, [q, k, v])
-    assert max(largest) <= 4 * 1024 * max(op.ROWS, 8)
+    assert max(largest) <= 4 * 1024 * max(attention_dropout.ROWS, 8)

@@ -18,7 +18,7 @@ from torch.backends.cuda import SDPAParams, can_use_efficient_attention, can_use
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.bias import CausalBias, CausalVariant
 
-from . import attention_double_backward
+from . import attention_double_backward, attention_dropout
 from .operator import Operator, Tensors, by_autograd, call
 from .precision import lower
 
@@ -29,18 +29,24 @@ ALIGNMENT = 8  # of heads in the flash kernel, and of a mask's rows in the other
 
 @dataclass
 class Attention(Operator):
-    """softmax(scale Q K^T + bias) V by one of PyTorch's fused kernels, forward and backward.
+    """softmax(scale Q K^T + bias) V, forward and backward by one of PyTorch's fused kernels or, as None, by ours.
 
-    ``diagonal``: query i sees the keys up to i + diagonal; None: all.
+    ``diagonal``: query i sees the keys up to i + diagonal; None: all. ``dropout``: of the weights, not for FLASH.
     """
 
-    backend: SDPBackend
+    backend: SDPBackend | None
     is_causal: bool
     scale: float
     diagonal: int | None
+    dropout: float = 0.0
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensors]:
         qkv = query, key, value
+        if self.backend is None:
+            attention_double_backward.prepare(query.device.type)
+            random = 4 * torch.randint(2**60, (2,), device=query.device)
+            y, logsumexp = attention_dropout.forward(*qkv, *self._of_all(query, bias, random))
+            return y, (*qkv, bias, None, logsumexp, random)
         if not query.is_cuda:
             y, logsumexp = aten._scaled_dot_product_flash_attention_for_cpu.default(
                 *qkv, 0.0, self.is_causal, attn_mask=bias, scale=self.scale
@@ -52,7 +58,7 @@ class Attention(Operator):
             )
         else:
             y, logsumexp, seed, offset = aten._scaled_dot_product_efficient_attention.default(
-                *qkv, bias, True, 0.0, self.is_causal, scale=self.scale
+                *qkv, bias, True, self.dropout, self.is_causal, scale=self.scale
             )
         return y, (*qkv, bias, y, logsumexp, seed, offset)
 
@@ -63,12 +69,14 @@ class Attention(Operator):
         key: Tensor,
         value: Tensor,
         bias: Tensor | None,
-        y: Tensor,
+        y: Tensor | None,
         logsumexp: Tensor,
         *random: Tensor,
         mask: Sequence[bool],
     ) -> Tensors:
         qkv = query, key, value
+        if self.backend is None:
+            return attention_dropout.backward(grad, *qkv, logsumexp, *self._of_all(query, bias, *random))
         if not query.is_cuda:
             return aten._scaled_dot_product_flash_attention_for_cpu_backward.default(
                 grad, *qkv, y, logsumexp, 0.0, self.is_causal, attn_mask=bias, scale=self.scale
@@ -80,7 +88,7 @@ class Attention(Operator):
             )
         needed = [*mask[:3], False]
         return aten._scaled_dot_product_efficient_attention_backward.default(
-            grad, *qkv, bias, y, logsumexp, *random, 0.0, needed, self.is_causal, scale=self.scale
+            grad, *qkv, bias, y, logsumexp, *random, self.dropout, needed, self.is_causal, scale=self.scale
         )
 
     def double_backward(
@@ -91,27 +99,41 @@ class Attention(Operator):
         key: Tensor,
         value: Tensor,
         bias: Tensor | None,
-        y: Tensor,
+        y: Tensor | None,
         logsumexp: Tensor,
         *random: Tensor,
         mask: Sequence[bool],
     ) -> Tensors:
         qkv = query, key, value
+        if self.backend is EFFICIENT:
+            random = (torch.stack([t.to(query.device).view(()) for t in random]),)
+        of_all = self._of_all(query, bias, *random[:1])
         if torch.is_grad_enabled():
-            return by_autograd(partial(self._math, bias), cotangents[:3], (grad,), qkv, mask)
+            return by_autograd(partial(self._math, bias, of_all[3]), cotangents[:3], (grad,), qkv, mask)
         v = [torch.zeros_like(x) if v is None else v.to(x.dtype) for v, x in zip(cotangents[:3], qkv, strict=True)]
-        wide = torch.promote_types(query.dtype, torch.float32)
-        bias = None if bias is None else bias.to(wide)
-        logsumexp = logsumexp[..., : query.shape[2]].to(wide)
+        logsumexp = logsumexp[..., : query.shape[2]].to(torch.promote_types(query.dtype, torch.float32))
         attention_double_backward.prepare(query.device.type)
-        return attention_double_backward.run(*v, grad.to(query.dtype), *qkv, logsumexp, bias, self.scale, self.diagonal)
+        return attention_double_backward.run(*v, grad.to(query.dtype), *qkv, logsumexp, *of_all)
 
-    def _math(self, bias: Tensor | None, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    def _of_all(self, query: Tensor, bias: Tensor | None, random: Tensor | None = None) -> tuple[Any, ...]:
+        """Return what all passes of ours are given."""
+        bias = None if bias is None else bias.to(torch.promote_types(query.dtype, torch.float32))
+        if not self.dropout:
+            return bias, self.scale, self.diagonal, None, 0, 1.0
+        least, kept = attention_dropout.threshold(self.dropout), 1 / (1 - self.dropout)
+        return bias, self.scale, self.diagonal, random, least, kept
+
+    def _math(self, bias: Tensor | None, random: Tensor | None, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        (batch, heads, length, _), keys = query.shape, key.shape[2]
         if self.diagonal is not None:
-            seen = query.new_ones(query.shape[2], key.shape[2], dtype=torch.bool).tril(self.diagonal)
+            seen = query.new_ones(length, keys, dtype=torch.bool).tril(self.diagonal)
             bias = _additive(seen, query.dtype) if bias is None else bias.masked_fill(~seen, -math.inf)
+        kept = None
+        if random is not None:
+            of_all = random, (batch, heads, length, keys), slice(0, length), keys
+            kept = attention_dropout.is_kept(*of_all, attention_dropout.threshold(self.dropout))
         kernel = aten._scaled_dot_product_attention_math.default
-        return kernel(query, key, value, bias, scale=self.scale, enable_gqa=True)[0]
+        return kernel(query, key, value, bias, self.dropout, False, kept, scale=self.scale, enable_gqa=True)[0]
 
 
 def math_kernel(*args: Any, **kwargs: Any) -> Tensor:
@@ -141,8 +163,8 @@ def attention(
 ) -> Tensor:
     """Stand in for torch.nn.functional.scaled_dot_product_attention.
 
-    Ours is what PyTorch would run one of its fused kernels for, except with dropout, whose mask they keep to
-    themselves. What is not for them (dropout on a CPU, a mask with a gradient) is the math kernel's anyway.
+    Ours is what PyTorch would run one of its fused kernels for; with dropout, of a mask that all passes can draw again,
+    which on CUDA is that of its memory-efficient kernel. What is not for them is the math kernel's.
     """
     options: dict[str, Any] = {"scale": scale, "enable_gqa": enable_gqa}
     arguments = (query, key, value, attn_mask, dropout_p, is_causal)
@@ -155,22 +177,31 @@ def attention(
         is_causal = square or attn_mask.variant == CausalVariant.UPPER_LEFT
         diagonal = 0 if is_causal else attn_mask.seq_len_kv - attn_mask.seq_len_q
         bias = None if is_causal else attn_mask._materialize(query.device)
-    backend = _chosen(*qkv, bias, dropout_p, is_causal, **options)
+    drops = 0 < dropout_p < 1
+    choice = _chosen(*qkv, bias, 0.0 if drops else dropout_p, is_causal, **options)
     refused = bias is not None and lower(bias)[0].dtype not in (torch.bool, query.dtype)  # by PyTorch
-    if backend is None or dropout_p > 0 or refused:
+    if choice is None or refused or not (drops or dropout_p == 0):
         return math_kernel(*arguments, **options)
+    backend: SDPBackend | None = choice
+    if drops:
+        backend = None
+        if query.is_cuda:  # the kernel has no heads that share keys
+            query, key, value = qkv = (
+                query,
+                *(t.repeat_interleave(query.shape[1] // t.shape[1], 1) for t in (key, value)),
+            )
+            backend = EFFICIENT if _efficient(*qkv, bias, dropout_p, is_causal) else None
     if bias is not None:
         bias = lower(bias)[0] if bias.is_floating_point() else _additive(bias, query.dtype)
     scale = 1 / math.sqrt(query.shape[3]) if scale is None else scale
-    if not query.is_cuda:
-        return call(Attention(backend, is_causal, scale, diagonal), *qkv, bias)
-    if backend is EFFICIENT:
-        if bias is not None:
-            bias = F.pad(bias, (0, -bias.shape[-1] % ALIGNMENT))[..., : bias.shape[-1]]
-            bias = bias.expand(*query.shape[:3], key.shape[2])
-        return call(Attention(backend, is_causal, scale, diagonal), *qkv, bias)
+    operator = Attention(backend, is_causal, scale, diagonal, dropout_p)
+    if backend is EFFICIENT and bias is not None:
+        bias = F.pad(bias, (0, -bias.shape[-1] % ALIGNMENT))[..., : bias.shape[-1]]
+        bias = bias.expand(*query.shape[:3], key.shape[2])
+    if backend is not FLASH or not query.is_cuda:
+        return call(operator, *qkv, bias)
     padded = [F.pad(t, (0, -t.shape[3] % ALIGNMENT)) if t.shape[3] % ALIGNMENT else t for t in qkv]
-    return call(Attention(backend, is_causal, scale, diagonal), *padded, None)[..., : value.shape[3]]
+    return call(operator, *padded, None)[..., : value.shape[3]]
 
 
 def _chosen(*arguments: Any, scale: float | None, enable_gqa: bool) -> SDPBackend | None:
@@ -183,6 +214,14 @@ def _chosen(*arguments: Any, scale: float | None, enable_gqa: bool) -> SDPBacken
         parameters = SDPAParams(*arguments, enable_gqa)  # type: ignore[call-arg]
         choice = next((b for b, can in _CAN.items() if can(parameters)), SDPBackend.MATH)
     return choice if choice in _CAN else None
+
+
+def _efficient(*arguments: Any) -> bool:
+    """Tell whether PyTorch's memory-efficient kernel takes these, and can number the weights in its 32 bits."""
+    query, key = arguments[:2]
+    with unset_fake_temporarily():
+        takes = can_use_efficient_attention(SDPAParams(*map(_real, arguments), False))  # type: ignore[call-arg]
+    return takes and query.shape[:3].numel() * key.shape[2] < 2**31
 
 
 _CAN = {FLASH: can_use_flash_attention, EFFICIENT: can_use_efficient_attention}

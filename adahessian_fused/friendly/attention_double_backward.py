@@ -21,29 +21,28 @@ three, :math:`\dot S = s (a K^T + Q b^T)` is the tangent of the scores in the di
 These are twelve products of matrices (a first-order step has seven), and no more than some rows of S are there at a
 time: P comes from the logsumexp of the rows, which the forward pass has left. That of large scores is rounded by more
 than P may be: its rows have to add up to 1 for :math:`\bar S` to cancel where softmax is saturated, so they are divided
-by their sums.
+by their sums. With dropout, of mask M (:mod:`.attention_dropout`), G and H are multiplied by M, and so are
+:math:`\dot P` and P in the gradients of O' and V.
 """
 
 from __future__ import annotations
 
 import functools
-import math
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from .. import backends
+from .attention_dropout import OF_ALL, blocks, library, probabilities
 
 Gradients = tuple[Tensor, Tensor, Tensor, Tensor]
 NAME = "adahessian_fused::attention_double_backward"
-ROWS = 128  # queries at a time in the plain version
 
 # The native library has the CPU's kernel of it.
-_library = torch.library.Library("adahessian_fused", "FRAGMENT")
-_library.define(
+library.define(
     "attention_double_backward(Tensor a, Tensor b, Tensor c, Tensor grad, Tensor query, Tensor key, Tensor value, "
-    "Tensor logsumexp, Tensor? bias, float scale, int? diagonal) -> (Tensor, Tensor, Tensor, Tensor)",
+    f"Tensor logsumexp, {OF_ALL}) -> (Tensor, Tensor, Tensor, Tensor)",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 
@@ -60,6 +59,9 @@ def attention_double_backward(
     bias: Tensor | None,
     scale: float,
     diagonal: int | None,
+    random: Tensor | None = None,
+    least: int = 0,
+    kept: float = 1.0,
 ) -> Gradients:
     """Gradients of ``grad``, query, key and value, in plain PyTorch: the specification of the kernels.
 
@@ -77,51 +79,50 @@ def attention_double_backward(
         bias: added to the scores, broadcasts to (N, H, T, U), in the dtype of arithmetic; minus infinity is masked.
         scale: factor on the products of queries and keys.
         diagonal: query i sees the keys up to i + ``diagonal``; None: all.
+        random: seed and offset of the mask of dropout, two int64 numbers; None: nothing is dropped.
+        least: as in :func:`.attention_dropout.attention_forward`.
+        kept: likewise.
     """
-    (batch, heads, length, _), (kv_heads, keys) = query.shape, key.shape[1:3]
-    wide, shared = logsumexp.dtype, (kv_heads, heads // max(kv_heads, 1))
+    wide, shared = logsumexp.dtype, (key.shape[1], query.shape[1] // max(key.shape[1], 1))
     a5, grad5, query5, lse = (t.unflatten(1, shared) for t in (a, grad, query, logsumexp.unsqueeze(-1)))
     b5, c5, key5, value5 = (t.to(wide).unsqueeze(2) for t in (b, c, key, value))
-    if bias is not None:
-        bias = bias.expand(batch, heads, length, keys).unflatten(1, shared)
     d_grad, d_query = (torch.empty_like(t, dtype=wide) for t in (grad5, query5))
     d_key, d_value = (torch.zeros_like(t, dtype=wide) for t in (key, value))
-    for first in range(0, length, ROWS):
-        rows = slice(first, min(first + ROWS, length))
-        n = keys if diagonal is None else min(keys, max(0, rows.stop + diagonal))
+    for rows, n, s, mask in blocks(query, key, wide, bias, scale, diagonal, random, least, kept):
         k, v, bk, cv = (t[..., :n, :] for t in (key5, value5, b5, c5))
         q, aq, go = (t[..., rows, :].to(wide) for t in (query5, a5, grad5))
-        s = scale * q @ k.mT
-        if bias is not None:
-            s = s + bias[..., rows, :n]
-        if diagonal is not None:
-            i, j = (torch.arange(*ends, device=s.device) for ends in ((first, rows.stop), (0, n)))
-            s = s.masked_fill(j > i[:, None] + diagonal, -math.inf)
-        p = (s - lse[..., rows, :]).exp().masked_fill(s == -math.inf, 0)
-        p = p / p.sum(-1, keepdim=True).clamp_min(torch.finfo(wide).tiny)
+        p = probabilities(s, lse[..., rows, :])
         s_dot = scale * (aq @ k.mT + q @ bk.mT)
-        g = go @ v.mT
+        g, h = mask * (go @ v.mT), mask * (go @ cv.mT)
         mu, d = ((p * t).sum(-1, keepdim=True) for t in (s_dot, g))
         p_dot, s_grad = p * (s_dot - mu), p * (g - d)
-        w = (s_dot - mu) * (g - d) + go @ cv.mT
+        w = (s_dot - mu) * (g - d) + h
         s_bar = p * (w - (p * w).sum(-1, keepdim=True))
-        d_grad[..., rows, :] = p_dot @ v + p @ cv
+        d_grad[..., rows, :] = (mask * p_dot) @ v + (mask * p) @ cv
         d_query[..., rows, :] = scale * (s_grad @ bk + s_bar @ k)
         d_key[..., :n, :] += scale * (s_grad.mT @ aq + s_bar.mT @ q).sum(2)
-        d_value[..., :n, :] += (p_dot.mT @ go).sum(2)
+        d_value[..., :n, :] += ((mask * p_dot).mT @ go).sum(2)
     found = (d_grad.flatten(1, 2), d_query.flatten(1, 2), d_key, d_value)
     return tuple(t.to(query.dtype) for t in found)  # type: ignore[return-value]
 
 
-@torch.library.register_fake(NAME, lib=_library)
-def _shapes(a: Tensor, b: Tensor, c: Tensor, grad: Tensor, query: Tensor, key: Tensor, *others: Any) -> Gradients:
+@torch.library.register_fake(NAME, lib=library)
+def _shapes(
+    a: Tensor, b: Tensor, c: Tensor, grad: Tensor, query: Tensor, key: Tensor, *others: Any, **options: Any
+) -> Gradients:
     return tuple(torch.empty_like(t, memory_format=torch.contiguous_format) for t in (grad, query, key, others[0]))  # type: ignore[return-value]
 
 
-@torch.library.register_vmap(NAME, lib=_library)
+@torch.library.register_vmap(NAME, lib=library)
 def _batched(info: Any, dims: tuple, *arguments: Any) -> tuple[Gradients, tuple[int, ...]]:
-    """Take a batch of several as one long batch."""
-    *tensors, bias, scale, diagonal = arguments
+    """Take a batch of several as one long batch; with dropout, whose mask is the same for all of them, one by one."""
+    *tensors, bias, scale, diagonal = arguments[:11]
+    if len(arguments) > 11 and arguments[11] is not None:
+        one = [
+            [t if d is None else t.select(d, i) for t, d in zip(arguments, dims, strict=False)]
+            for i in range(info.batch_size)
+        ]
+        return tuple(map(torch.stack, zip(*(run(*a) for a in one), strict=True))), (0,) * 4  # type: ignore[return-value]
 
     def long(t: Tensor, dim: int | None) -> Tensor:
         t = t.expand(info.batch_size, *t.shape) if dim is None else t.movedim(dim, 0)
@@ -143,7 +144,7 @@ def prepare(device_type: str) -> None:
     if device_type == "cpu":
         backends.unavailable_reason("native")  # loads the library that has it
     elif backends.unavailable_reason("triton", device_type) is None:
-        _library.impl("attention_double_backward", _by_triton, "CUDA")
+        library.impl("attention_double_backward", _by_triton, "CUDA")
 
 
 def _by_triton(*arguments: Any) -> Gradients:
@@ -153,5 +154,5 @@ def _by_triton(*arguments: Any) -> Gradients:
     return (backends.get("triton").attention_double_backward if fits else attention_double_backward)(*arguments)
 
 
-_library.impl("attention_double_backward", attention_double_backward, "CompositeExplicitAutograd")
+library.impl("attention_double_backward", attention_double_backward, "CompositeExplicitAutograd")
 run = torch.ops.adahessian_fused.attention_double_backward.default

@@ -5,10 +5,10 @@
 
 namespace adahessian::cpu {
 
-#define ADAHESSIAN_DECLARE(isa)                                                      \
-  namespace isa {                                                                    \
-  void attention_double_backward(const AttentionArgs& args, const Context& context); \
-  extern const RecurrenceKernels recurrence_table;                                   \
+#define ADAHESSIAN_DECLARE(isa)                                      \
+  namespace isa {                                                    \
+  void attention(const AttentionArgs& args, const Context& context); \
+  extern const RecurrenceKernels recurrence_table;                   \
   }
 ADAHESSIAN_FOR_EACH_ISA(ADAHESSIAN_DECLARE)
 
@@ -19,11 +19,11 @@ static std::string best() {
   return best_instruction_set();
 }
 
-AttentionKernel attention_double_backward() {
+AttentionKernel attention() {
 #define ADAHESSIAN_USE(isa) \
-  if (best() == #isa) return isa::attention_double_backward;
+  if (best() == #isa) return isa::attention;
   ADAHESSIAN_FOR_EACH_ISA(ADAHESSIAN_USE)
-  return baseline::attention_double_backward;
+  return baseline::attention;
 }
 
 const RecurrenceKernels& recurrence_kernels() {
