@@ -29,6 +29,20 @@ def with_dropout(device: str) -> nn.Module:
     return model
 
 
+class AttentionWithDropout(nn.Module):
+    """Takes a batch for a sequence."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(1)
+        self.first, self.last = nn.Linear(3, 24), nn.Linear(8, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        query, key, value = self.first(x).view(1, -1, 6, 4).transpose(1, 2).chunk(3, 1)
+        y = F.scaled_dot_product_attention(query, key, value, dropout_p=0.3 if self.training else 0.0)
+        return self.last(y.transpose(1, 2).flatten(2)[0])
+
+
 def with_unused(device: str) -> nn.Module:
     model = mlp(device=device)
     model.register_parameter("unused", nn.Parameter(torch.ones(3, dtype=torch.float64, device=device)))
@@ -41,6 +55,7 @@ MODELS = {
     "batch_norm": lambda device: conv_net(device=device),
     "channels_last": lambda device: conv_net(device=device).to(memory_format=torch.channels_last),
     "dropout": with_dropout,
+    "attention_with_dropout": lambda device: AttentionWithDropout().to(device, torch.float64),
     "unused_and_frozen": with_unused,
 }
 OPTIONS = {
