@@ -17,7 +17,7 @@ from .table import INTERPRETED, on, signed32
 
 _INTERPRETED = tl.constexpr(INTERPRETED)
 # Queries (or keys) of a program, in 16 and 32 bits, and keys (or queries) it takes at a time.
-BLOCKS, OTHER = {2: 64, 4: 16}, 32
+BLOCKS, OTHER = {2: 64, 4: 16}, 32  # of the latter half with dropout, which needs registers
 MOST = 128  # size of heads
 
 
@@ -303,11 +303,11 @@ def attention_keys_kernel(
     _store(d_value + of_value, columns, keys, value_size, value_sum, VALUE_SIZE)
 
 
-def launch_options(size: int, value_size: int, dtype: torch.dtype) -> dict:
+def launch_options(size: int, value_size: int, dtype: torch.dtype, drops: bool = False) -> dict:
     """Blocks, warps and stages for heads of these sizes."""
     sizes = {"SIZE": max(triton.next_power_of_2(size), 16), "VALUE_SIZE": max(triton.next_power_of_2(value_size), 16)}
     large, narrow = max(sizes.values()) >= MOST, dtype.itemsize == 2
-    blocks = {"BLOCK": BLOCKS[dtype.itemsize], "OTHER": OTHER}
+    blocks = {"BLOCK": BLOCKS[dtype.itemsize], "OTHER": OTHER // 2 if drops else OTHER}
     return {**sizes, **blocks, "num_warps": 8 if large else 4, "num_stages": 2 if narrow and not large else 1}
 
 
@@ -331,7 +331,7 @@ def attention_double_backward(
         "ALIGNED": keys % 4 == 0,
         # Three products of 11 bits are as good as one of 24, and tensor cores have them.
         "PRECISION": "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "tf32x3",
-        **launch_options(size, value_size, query.dtype),
+        **launch_options(size, value_size, query.dtype, random is not None),
     }
     dropout = random, signed32(least), kept
     numbers = (

@@ -432,8 +432,9 @@ def test_dropout_in_checkpoints(device):
 
 
 def test_a_mask_with_a_gradient(device):
+    """Falls back, and says so."""
     qkv, bias = heads(device), torch.randn(6, 6, dtype=torch.float64, device=device, requires_grad=True)
-    with curvature_friendly():
+    with curvature_friendly(), pytest.warns(UserWarning, match="attn_mask .* needs a gradient: .* math kernel"):
         ours = product(F.scaled_dot_product_attention(*qkv, attn_mask=bias), [*qkv, bias])
     with sdpa_kernel(MATH):
         theirs = product(F.scaled_dot_product_attention(*qkv, attn_mask=bias), [*qkv, bias])

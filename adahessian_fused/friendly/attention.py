@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import threading
 import types
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -180,7 +181,14 @@ def attention(
     drops = 0 < dropout_p < 1
     choice = _chosen(*qkv, bias, 0.0 if drops else dropout_p, is_causal, **options)
     refused = bias is not None and lower(bias)[0].dtype not in (torch.bool, query.dtype)  # by PyTorch
-    if choice is None or refused or not (drops or dropout_p == 0):
+    learned = bias is not None and bias.requires_grad
+    if learned:
+        warnings.warn(
+            "attn_mask of scaled_dot_product_attention needs a gradient: on steps with curvature PyTorch's math kernel "
+            "runs, whose memory grows with the square of the length. Expected a mask without one, or short sequences",
+            stacklevel=2,
+        )
+    if choice is None or refused or learned or not (drops or dropout_p == 0):
         return math_kernel(*arguments, **options)
     backend: SDPBackend | None = choice
     if drops:

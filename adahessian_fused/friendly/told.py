@@ -189,8 +189,9 @@ def curvature_friendly(
     * ``embedding_bag`` gets a double backward, for dense gradients, and ``weight_norm`` one that is right.
     * ``scaled_dot_product_attention``, by itself or in ``nn.MultiheadAttention``, runs on the fused kernels that
       PyTorch chooses and gets a double backward that keeps a few rows of the scores at a time
-      (:mod:`.attention_double_backward` has the formula). With dropout inside, or a mask that needs a gradient, it
-      runs on the math backend, which keeps all of them; that of nested tensors is refused.
+      (:mod:`.attention_double_backward` has the formula). With dropout inside, all passes draw the same mask again,
+      on a CPU by kernels of its own: other random numbers than PyTorch's, of the same generator. With a mask that
+      needs a gradient it runs on the math backend, which keeps all scores, and warns; nested tensors are refused.
     * LSTM, GRU and RNN layers: their double backward has one product for all time steps where PyTorch's has one for
       each (:mod:`.recurrence` has the formulas). Their values are PyTorch's up to rounding.
     * Activation checkpoints (``use_reentrant=False``) are recomputed with the operators of their forward pass.
