@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import threading
 import types
-import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -19,6 +18,7 @@ from torch.backends.cuda import SDPAParams, can_use_efficient_attention, can_use
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.bias import CausalBias, CausalVariant
 
+from ..checks import warn
 from . import attention_double_backward, attention_dropout
 from .operator import Operator, Tensors, by_autograd, call
 from .precision import lower
@@ -183,10 +183,9 @@ def attention(
     refused = bias is not None and lower(bias)[0].dtype not in (torch.bool, query.dtype)  # by PyTorch
     learned = bias is not None and bias.requires_grad
     if learned:
-        warnings.warn(
+        warn(
             "attn_mask of scaled_dot_product_attention needs a gradient: on steps with curvature PyTorch's math kernel "
-            "runs, whose memory grows with the square of the length. Expected a mask without one, or short sequences",
-            stacklevel=2,
+            "runs, whose memory grows with the square of the length. Expected a mask without one, or short sequences"
         )
     if choice is None or refused or learned or not (drops or dropout_p == 0):
         return math_kernel(*arguments, **options)
