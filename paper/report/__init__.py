@@ -126,9 +126,10 @@ def pays(outcomes: Mapping[str, Outcome]) -> str:
 
 FRONTIER = """Curvature on the first 20 steps and then on every f-th, from a fraction r of the batch: 1 + 2r/f
 first-order steps. Each f has the learning rate that was tuned for f = 1 or for f = 10 with the whole batch, whichever f
-is nearer. These runs have the first three seeds only, so the same setting scores differently in the tables above; they
-are compared with AdamW's runs of these seeds. That is twenty comparisons a task: where nothing differs, one in forty is
-better by chance, so a single setting that is better here is a candidate and no verdict."""
+is nearer; less of the batch makes D noisier, so |D| larger and steps shorter, and would want a larger one. These runs
+have the first three seeds only, so the same setting scores differently in the tables above; they are compared with
+AdamW's runs of these seeds. That is twenty comparisons a task: where nothing differs, one in forty is better by chance,
+so a single setting that is better here is a candidate and no verdict."""
 
 
 def cost(o: Outcome) -> str:
