@@ -350,7 +350,7 @@ def test_frontier(invent):
     ("gap", "times", "found"),
     [
         (2, {}, "20 better, 0 even, 0 worse; 3 in AdamW's time, better of them: f = 5, r = 0.125 (+2.01); f = 10,"),
-        (-2, {}, "0 better, 0 even, 20 worse; 3 in AdamW's time, better of them: none. The highest"),
+        (-2, {}, "0 better, 0 even, 20 worse; 3 in AdamW's time, better of them: none. The best"),
         (2, {"without curvature": 2.0}, "20 better, 0 even, 0 worse; 0 in AdamW's time, better of them: none."),
     ],
 )

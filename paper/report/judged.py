@@ -96,7 +96,7 @@ def frontier(outcomes: Sequence[Outcome]) -> list[str]:
         text = f"{o.task.title}: of {len(known)} settings {counts}; {len(short)} in AdamW's time, better of them: "
         text += _settings({name: f" ({short[name].mean:+.2f})" for name in better})
         best = max(short, key=lambda name: short[name].mean, default=None)
-        said.append(text + (f". The highest mean of them has f = {best[1]}, r = {best[0]}." if best else "."))
+        said.append(text + (f". The best mean of them has f = {best[1]}, r = {best[0]}." if best else "."))
     twice = _settings(dict.fromkeys((name for name, n in wins.items() if n > 1), ""))
     return [*said, f"Better in AdamW's time in two tasks or more: {twice}."]
 
