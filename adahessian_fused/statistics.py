@@ -305,7 +305,7 @@ def _norm_of(x: Any) -> Tensor | None:
     x = sharded.local(x)
     if x.layout is not torch.strided:
         x = x.coalesce().values() if x.is_sparse else x.values()
-    x = torch.view_as_real(x) if x.is_complex() else x
+    x = torch.view_as_real(x) if x.is_complex() else x.dequantize() if x.is_quantized else x
     x = x if x.dtype in DTYPES else x.float()
     return None if x.is_meta else torch.linalg.vector_norm(x, dtype=compute_dtype(x.dtype))
 

@@ -446,10 +446,17 @@ WRITING = {
 
 @pytest.mark.parametrize("options", [{}, {"n_samples": 3}, {"probe": "gaussian"}], ids=str)
 @pytest.mark.parametrize("case", WRITING)
-def test_losses_that_write_to_their_parameters(case, options, device):
+@pytest.mark.parametrize("way", EVALUATING)
+def test_losses_that_write_to_their_parameters(way, case, options, device):
     """What the loss writes where the parameters are stays; at the points beside them it writes nothing."""
     results = []
-    for hvp in ("autograd", "finite_difference"):
+    if (way, case) == ("forward_over_reverse", "no_grad"):
+        model, loss = WRITING[case](device)
+        with pytest.raises(RuntimeError, match=r"writes to parameter 0 of group 0 and to its tangent.*detach"):
+            optimizer(model, way, **options).step(loss)
+        assert all(p.grad is None for p in model.parameters())
+        return
+    for hvp in ("autograd", way):
         torch.manual_seed(0)
         model, loss = WRITING[case](device)
         opt = optimizer(model, hvp, lr=0.1, **options)

@@ -85,6 +85,16 @@ def _has_tangent(tensor: Tensor) -> bool:
     return forward_ad.unpack_dual(tensor).tangent is not None
 
 
+def _check_tangent(entry: Entry, direction: Tensor) -> None:
+    """Raise if what was written to a parameter was written to its tangent as well, which no_grad does not prevent."""
+    tangent = forward_ad.unpack_dual(entry.param).tangent
+    if tangent is None or not torch.equal(tangent, direction):
+        raise RuntimeError(
+            f'the loss writes to {entry.name} and to its tangent, which hvp="forward_over_reverse" differentiates '
+            f'along; expected it to write to detach() of it, or hvp="autograd"'
+        )
+
+
 class ForwardOverReverse:
     """Gradient and Hz of a loss that is evaluated with the probe as tangent of the parameters.
 
@@ -122,7 +132,11 @@ class ForwardOverReverse:
         z = draw_probe(self._entries, self._backends, sample=sample, **self._probe)
         self._products = [None] * len(self._params)
         with tangents([entry.param for entry in z], list(z.values())), torch.enable_grad():
+            versions = [entry.param._version for entry in z]
             value = self._replay(lambda: self._evaluate(self._differentiate))
+            for (entry, direction), version in zip(z.items(), versions, strict=True):
+                if entry.param._version != version:
+                    _check_tangent(entry, direction)
         grads = [p.grad for p in self._params]
         for p in self._params:
             p.grad = None
