@@ -7,6 +7,7 @@ import random
 import warnings
 from collections.abc import Callable
 from contextlib import nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -437,7 +438,7 @@ class Trial:
 
     def parts(self, x: Tensor) -> list[tuple[Tensor, float, float]]:
         """Batches, the factors on their loss, and on their curvature."""
-        if self.way == "backward_split" and self.fraction < 1 and self.opt.needs_hessian:
+        if self.way == "backward_split" and self.fraction < 1 and any(self.due):
             first, rest, share = split_batch((x,), self.fraction)
             return [(first[0], share, 1.0), (rest[0], 1 - share, 0.0)]
         if self.way == "accumulated":
@@ -446,12 +447,12 @@ class Trial:
             return [(x, 0.5, 1.0), (x.flip(0), 0.5, 0.0)]
         return [(x, 1.0, 1.0)]
 
-    def expected(self, x: Tensor) -> tuple[list[Tensor | None], list[Tensor]]:
+    def expected(self, model: nn.Module, x: Tensor) -> tuple[list[Tensor | None], list[Tensor]]:
         """The gradient, and D averaged over blocks, in float64."""
         trained = [i for i, p in enumerate(self.params) if p.requires_grad]
-        z = [self.probe(i) for i in trained]
+        z = [self.probes[i] for i in trained]
         totals: list[Any] = [None] * len(self.params), [torch.zeros_like(p).double() for p in self.params]
-        model = self.twin(self.model).double()
+        model = self.twin(model).double()
         params = list(model.parameters())
         for part, weight, of_curvature in self.parts(x):
             part = part.double() if part.is_floating_point() else part
@@ -488,17 +489,17 @@ class Trial:
         return "right"
 
     def one_step(self) -> str:
-        x, self.drawn = self.batch(), self.random.getrandbits(32)
-        grads, ds = self.expected(x)
+        x, self.drawn, self.before = self.batch(), self.random.getrandbits(32), copy.deepcopy(self.model)
+        self.due, self.probes = self.opt.coming_step.schedule.due(), [self.probe(i) for i in range(len(self.params))]
+        grads, ds = self.expected(self.before, x)
         if not any(g is not None for g in grads):
             return "linear in nothing"
         if not all(g is None or bool((g.abs() < DIVERGED).all()) for g in grads):
             return "not finite, or diverged"
-        self.before, before = copy.deepcopy(self.model), [p.detach().clone() for p in self.params]
+        before = [p.detach().clone() for p in self.params]
         states = [
             {k: v.clone() for k, v in self.opt.state.get(p, {}).items() if isinstance(v, Tensor)} for p in self.params
         ]
-        due = self.opt.coming_step.schedule.due()
         self.opt.zero_grad()
         try:
             if self.way in OWN:
@@ -508,7 +509,7 @@ class Trial:
         except (RuntimeError, NotImplementedError) as error:
             self.refused(error, before)
             return f"refused: {str(error)[:60]}"
-        if not self.check(grads, ds, before, states, due, x):
+        if not self.check(grads, ds, before, states, x):
             return "PyTorch's own gradient is another"  # of what it cannot, or does wrongly, differentiate twice
         return "right"
 
@@ -569,7 +570,7 @@ class Trial:
         plain = list(model.parameters())[i].grad
         return plain is not None and torch.allclose(plain, self.params[i].grad)
 
-    def check(self, grads, ds, before, states, due, x) -> bool:
+    def check(self, grads, ds, before, states, x) -> bool:
         relative = 1e-9 if self.dtype == torch.float64 else 3e-3
         scale_g = max(float(g.abs().max()) for g in grads if g is not None and g.numel())
         scale_d = max(float(d[d.isfinite()].abs().max()) if bool(d.isfinite().any()) else 0.0 for d in ds)
@@ -587,7 +588,7 @@ class Trial:
                 return False
             state, old = self.opt.state[p], states[i]
             m, v = (old.get(k, torch.zeros_like(p)).double() for k in ("exp_avg", "exp_hessian_diag_sq"))
-            d = d if due[i % 2] else None
+            d = d if self.due[i % 2] else None
             m, v = oracle.averages(m, v, g, d, self.options["betas"])
             if d is not None:  # plain autograd's may be NaN at a zero where ours is not
                 v = torch.where(d.isfinite(), v, state["exp_hessian_diag_sq"].double())
@@ -595,14 +596,47 @@ class Trial:
             largest = [float(t[t.isfinite()].abs().max()) if t.numel() else 0.0 for t in (m, v)]
             self.close(now[0], m, off_g + 8 * unit * largest[0], f"m of parameter {i}", x)
             of_v = 2 * scale_d * off_d + off_d**2 + 8 * unit * largest[1]
-            self.close(now[1], v, of_v, f"v of parameter {i}", x)
+            try:
+                self.close(now[1], v, of_v, f"v of parameter {i}", x)
+            except AssertionError:
+                if d is None or not self.is_at_a_kink(i, now[1], old, (now[1] - v).abs() <= of_v, x):
+                    raise
             t, h = int(state["step"]), int(state["hessian_step"])
-            assert (t, h) == (int(old.get("step", 0)) + 1, int(old.get("hessian_step", 0)) + due[i % 2])
+            assert (t, h) == (int(old.get("step", 0)) + 1, int(old.get("hessian_step", 0)) + self.due[i % 2])
             options = {k: v for k, v in self.options.items() if k not in ("seed", "update_each", "hessian_fraction")}
             p_after = oracle.moved(before[i].double(), *now, t, h, **options)
             size = float(torch.cat([(p_after - before[i]).abs().flatten(), p_after.abs().flatten()]).max())
             self.close(p, p_after, 2000 * unit * size, f"parameter {i}", x)
         return True
+
+    def is_at_a_kink(self, i: int, v: Tensor, old: dict[str, Tensor], right: Tensor, x: Tensor) -> bool:
+        """Whether D differs between the two sides along the probe, and is between them wherever it is not right."""
+        if not self.plain_is_alike(i, x):
+            return False
+        here, ahead, behind = (self.gradient(i, x, distance) for distance in (0.0, 2.0**-20, -(2.0**-20)))
+        sides = [(ahead - here) * 2**20 * self.probes[i], (here - behind) * 2**20 * self.probes[i]]
+        a, b = (oracle.block_means(d, self.length(d)) for d in sides)
+        beta = self.options["betas"][1]
+        d = ((v - beta * old.get("exp_hessian_diag_sq", torch.zeros_like(v)).double()) / (1 - beta)).clamp_min(0).sqrt()
+        low, high = torch.where(a * b < 0, 0.0, torch.minimum(a.abs(), b.abs())), torch.maximum(a.abs(), b.abs())
+        jump = (a - b).abs()
+        bent = (jump > 1e-3 * high.max()) & (d >= low - 0.05 * jump) & (d <= high + 0.05 * jump)
+        return bool((right | bent).all())
+
+    def gradient(self, i: int, x: Tensor, distance: float) -> Tensor:
+        """The gradient of a parameter, with the curvature's weights, beside the point along the probe."""
+        trained = [k for k, p in enumerate(self.params) if p.requires_grad]
+        model, total = copy.deepcopy(self.before).double(), torch.zeros_like(self.params[i]).double()
+        with torch.no_grad():
+            for k, p in enumerate(model.parameters()):
+                p.add_(distance * self.probes[k] if k in trained else 0.0)
+        model = self.twin(model)
+        for part, _, of_curvature in self.parts(x):
+            part = part.double() if part.is_floating_point() else part
+            loss, p = partial(self.value, model, part), list(model.parameters())[i]
+            [g], _ = oracle.derivatives(loss, [p], [self.probes[i]])
+            total += 0 if g is None else of_curvature * g
+        return total
 
     def close(self, found: Tensor, expected: Tensor, bound: float, what: str, x: Tensor) -> None:
         assert found is not None, f"no {what}"
@@ -610,22 +644,21 @@ class Trial:
         off = torch.where(found.isfinite() | expected.isfinite(), (found - expected).abs(), 0.0)
         worst = float(off.max()) if off.numel() else 0.0
         # Noise is NaN next to a singularity.
-        assert worst <= bound or not worst > self.noise(x.clone(), what) * 1000, (
+        assert worst <= bound or not worst > self.noise(x, what) * 1000, (
             f"{what} is off by {worst:.3g}, bound {bound:.3g}: found {found.flatten()[:6].tolist()}, "
             f"expected {expected.flatten()[:6].tolist()}"
         )
 
     def noise(self, x: Tensor, what: str) -> float:
         """What a rounding of each weight does to the largest number of what is off."""
-        kept, losses = copy.deepcopy(self.model.state_dict()), []
-        generator = torch.Generator().manual_seed(0)
         size, unit = 2.0**-30, torch.finfo(self.dtype).eps
-        for nudged in (0.0, size):
+        generator, losses = torch.Generator().manual_seed(0), []
+        for nudge in (0.0, size):
+            model, batch = copy.deepcopy(self.before), x.clone()
             with torch.no_grad():
-                for t in (*self.params, x) if x.is_floating_point() else self.params:
-                    t.mul_(1 + nudged * (2 * torch.randint(0, 2, t.shape, generator=generator) - 1))
-            losses.append(self.expected(x))
-        self.model.load_state_dict(kept)
+                for t in (*model.parameters(), batch) if x.is_floating_point() else model.parameters():
+                    t.mul_(1 + nudge * (2 * torch.randint(0, 2, t.shape, generator=generator) - 1))
+            losses.append(self.expected(model, batch))
         if what.startswith("v"):
             pairs = [(a.square(), b.square()) for a, b in zip(*(found[1] for found in losses), strict=True)]
         else:
