@@ -311,7 +311,7 @@ class AdaHessian(torch.optim.Optimizer):
         end = partial(self._warn, entries, due)
         if found_inf is not None and not self.param_groups[0]["capturable"]:
             if found_inf.item() != 0:
-                return Parts([self.coming_step.close, end])
+                return Parts([self.coming_step.close])
             found_inf = None
         if curvature is not None and any(group["nonfinite"] == "raise" for group in self.param_groups):
             fresh = [entry for entry in entries if due[entry.group]]

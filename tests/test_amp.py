@@ -239,3 +239,14 @@ def test_skipped_steps_do_not_count_for_the_schedule(device, update_each, captur
         scaler.step(opt)
         scaler.update()
     assert due == [True, False, False, False, update_each == 2]
+
+
+def test_a_resumed_run_may_begin_with_a_skipped_step(device):
+    p = nn.Parameter(torch.ones(3, device=device))
+    opt, scaler = AdaHessian([p]), scaler_for(device)
+    opt.step(lambda: p.square().sum())
+    resumed, before = AdaHessian([p]), p.detach().clone()
+    resumed.load_state_dict(opt.state_dict())
+    resumed.backward(p.square().sum() * float("inf"), grad_scaler=scaler)
+    scaler.step(resumed)
+    assert torch.equal(p, before)
