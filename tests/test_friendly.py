@@ -17,7 +17,8 @@ from torch import Tensor
 from torch.nn.attention.bias import causal_lower_right, causal_upper_left
 from watching import nodes
 
-from adahessian_fused import AdaHessian, curvature_friendly
+from adahessian_fused import AdaHessian, backends, curvature_friendly
+from adahessian_fused.friendly import gelu
 
 MEAN, VAR = torch.tensor([0.3, -0.2]), torch.tensor([1.5, 0.4])
 BAGS = torch.tensor([1, 2, 3, 3, 2, 4]), torch.tensor([0, 2, 2, 5])
@@ -319,6 +320,39 @@ def test_first_order_of_rms_norm(device, name, dtype):
     for a, b, bound in zip(found, expected, rms_norm_bounds(case, device, dtype), strict=True):
         assert a.dtype == dtype
         assert_within(a, b, bound, "result")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("n", [1, 5, 1000])
+def test_the_double_backward_of_gelu(n, dtype):
+    """The native kernel, where there is one, against the formula in float64; registered for graphs and vmap."""
+    torch.manual_seed(0)
+    v, grad, x = tensors = [3 * torch.randn(n, 2).to(dtype) for _ in range(3)]
+    exact = gelu.gelu_double_backward(v.double(), grad.double(), x.double())
+    eps = torch.finfo(torch.promote_types(dtype, torch.float32)).eps * 16 + torch.finfo(dtype).eps
+    error = (gelu.run(*tensors) - exact).abs()
+    # x^2 is rounded, by which the exponential of its half is as wrong as x^2 is large
+    assert (error <= eps * (1 + x.double().square()) * (v * grad).double().abs() + torch.finfo(dtype).tiny).all()
+    assert gelu.run(v, grad, torch.full_like(x, torch.nan)).isnan().all()
+    found = torch.library.opcheck(
+        gelu.run, tensors, test_utils=("test_schema", "test_faketensor", "test_aot_dispatch_static")
+    )
+    assert set(found.values()) == {"SUCCESS"}
+    batched = torch.vmap(gelu.run, in_dims=(1, 1, None))(v, grad, x[:, 0].contiguous())
+    assert torch.equal(batched[1], gelu.run(v[:, 1].contiguous(), grad[:, 1].contiguous(), x[:, 0].contiguous()))
+
+
+@pytest.mark.parametrize(
+    "change", [lambda t: t[:1], lambda t: t.long(), lambda t: t.mT], ids=["shape", "dtype", "strides"]
+)
+def test_the_native_double_backward_of_gelu_refuses(change):
+    if backends.unavailable_reason("native") is not None:
+        pytest.skip("no native library")
+    tensors = [torch.randn(4, 4) for _ in range(3)]
+    for i in range(2):
+        given = [change(t) if i == n else t for n, t in enumerate(tensors)]
+        with pytest.raises(RuntimeError, match=r"gelu_double_backward: .* expected contiguous"):
+            gelu.run(*given)
 
 
 def test_the_double_backward_of_gelu_takes_no_more_than_its_results():

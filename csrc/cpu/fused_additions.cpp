@@ -1,14 +1,16 @@
 // Hands out the kernels whose additions are fused into multiplications, of the best instruction set.
 #include "../attention.h"
+#include "../gelu.h"
 #include "../recurrence.h"
 #include "instruction_set.h"
 
 namespace adahessian::cpu {
 
-#define ADAHESSIAN_DECLARE(isa)                                      \
-  namespace isa {                                                    \
-  void attention(const AttentionArgs& args, const Context& context); \
-  extern const RecurrenceKernels recurrence_table;                   \
+#define ADAHESSIAN_DECLARE(isa)                                            \
+  namespace isa {                                                          \
+  void attention(const AttentionArgs& args, const Context& context);       \
+  void gelu_double_backward(const GeluArgs& args, const Context& context); \
+  extern const RecurrenceKernels recurrence_table;                         \
   }
 ADAHESSIAN_FOR_EACH_ISA(ADAHESSIAN_DECLARE)
 
@@ -24,6 +26,14 @@ AttentionKernel attention() {
   if (best() == #isa) return isa::attention;
   ADAHESSIAN_FOR_EACH_ISA(ADAHESSIAN_USE)
   return baseline::attention;
+}
+
+GeluKernel gelu_double_backward() {
+#undef ADAHESSIAN_USE
+#define ADAHESSIAN_USE(isa) \
+  if (best() == #isa) return isa::gelu_double_backward;
+  ADAHESSIAN_FOR_EACH_ISA(ADAHESSIAN_USE)
+  return baseline::gelu_double_backward;
 }
 
 const RecurrenceKernels& recurrence_kernels() {
