@@ -8,6 +8,7 @@ import warnings
 
 import pytest
 import torch
+import torch.distributed as dist
 import ways
 from functions import function, kinds
 from published import AdaHessian
@@ -126,6 +127,36 @@ def test_a_gradient_without_its_whole_graph_is_refused(name, way, tail):
     with pytest.raises(RuntimeError, match=r"autograd.Function.*cannot be differentiated twice.*save_for_backward"):
         WAYS[way](AdaHessian(params), loss)
     assert all(map(torch.equal, before, params))
+
+
+@pytest.fixture
+def one_rank(tmp_path):
+    dist.init_process_group("gloo", f"file://{tmp_path}/store", rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("tail", TAILS)
+@pytest.mark.parametrize("name", INCOMPLETE)
+def test_beside_a_process_group_it_is_refused_as_well(name, tail, one_rank):
+    params, loss = problem(INCOMPLETE[name], tail)
+    opt = AdaHessian(params, process_group=dist.group.WORLD)
+    with pytest.raises(RuntimeError, match=r"autograd.Function.*cannot be differentiated twice"):
+        opt.backward(loss())
+
+
+def test_no_rank_waits_for_a_call_out_of_turn(one_rank):
+    calls = []
+
+    def backward(ctx, g):
+        calls.append("begun")
+        dist.all_reduce(g.detach().clone())
+        calls.append("done")
+        return g * 3 * ctx.saved_tensors[0] ** 2
+
+    params, loss = problem(function(lambda ctx, x: ctx.save_for_backward(x) or x**3, backward), "linear")
+    AdaHessian(params, process_group=dist.group.WORLD).backward(loss())
+    assert calls == ["begun", "done", "begun"]
 
 
 @pytest.mark.filterwarnings("ignore:Using backward\\(\\) with create_graph=True")

@@ -28,6 +28,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import BackwardCFunction
 from torch.autograd.graph import Node
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from .errors import HIDDEN_NUMBERS, HOOK_WITHOUT_GRAPH, NO_GRAPH, WRONG_NORM, WRONG_WEIGHT_NORM, explanation, naming_ddp
 from .graph import WEIGHT_NORM, Graph, explore, nodes
@@ -335,8 +336,6 @@ def _is_hidden(value: Any) -> bool:
 @torch.enable_grad()
 def _ignores_them(node: Any) -> bool:
     """Tell whether a Function's results stay the same when numbers change that it keeps without a graph."""
-    if dist.is_available() and dist.is_initialized():
-        return False  # its backward may wait for other ranks
     attributes = {name: _changed(value) for name, value in node.__dict__.items() if _is_hidden(value)}
     saved = _saved(node)
     moved = [_changed(t) if _is_hidden(t) else t for t in saved]
@@ -374,8 +373,6 @@ def _forgets(node: Any, graph: Graph, *, whole: bool) -> str | None:
 
     Its backward is called once more with copies of both.
     """
-    if dist.is_available() and dist.is_initialized():
-        return None  # it may wait for other ranks
     saved = _saved(node)
     copies = [
         t if t is None or not (is_number(t) and t.requires_grad) else t.detach().requires_grad_().view_as(t)
@@ -404,11 +401,21 @@ def _forgets(node: Any, graph: Graph, *, whole: bool) -> str | None:
     return None
 
 
+class _NotTogether(TorchDispatchMode):
+    """Inside it nothing waits for other ranks, which may have no such call: what would do so is an error."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace.lstrip("_").startswith("c10d"):
+            raise RuntimeError(f"{func} out of turn")
+        return func(*args, **(kwargs or {}))
+
+
 def _call(
     node: Any, saved: Sequence[Tensor | None], grads: Sequence[Tensor], attributes: Mapping[str, Tensor] | None = None
 ) -> list[Tensor]:
     """Call a Function's backward with these saved tensors, and attributes in the place of its own."""
     own = {**node.__dict__, **(attributes or {})}
     context = SimpleNamespace(**own, saved_tensors=tuple(saved), needs_input_grad=node.needs_input_grad)
-    results = node._forward_cls.backward(context, *grads)
+    with _NotTogether() if dist.is_available() and dist.is_initialized() else contextlib.nullcontext():
+        results = node._forward_cls.backward(context, *grads)
     return [r for r in (results if isinstance(results, tuple) else (results,)) if is_number(r)]
