@@ -401,12 +401,16 @@ def _forgets(node: Any, graph: Graph, *, whole: bool) -> str | None:
     return None
 
 
+class _OutOfTurn(Exception):  # noqa: N818  caught where it is called, as whatever somebody's code raises
+    """A call would wait for other ranks."""
+
+
 class _NotTogether(TorchDispatchMode):
     """Inside it nothing waits for other ranks, which may have no such call: what would do so is an error."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func.namespace.lstrip("_").startswith("c10d"):
-            raise RuntimeError(f"{func} out of turn")
+            raise _OutOfTurn
         return func(*args, **(kwargs or {}))
 
 
