@@ -61,13 +61,13 @@ class BackwardObserver:
     def watch(self) -> None:
         """Begin."""
         global _original, _installed
-        _observers.add(self)
+        _observers[id(self)] = self
         if not _installed or torch.autograd.backward is _pytorchs:
             _original, torch.autograd.backward, _installed = torch.autograd.backward, _backward, True
 
     def close(self) -> None:
         """End; the last one gives the function back, unless somebody else has wrapped it since."""
-        _observers.discard(self)
+        _observers.pop(id(self), None)
         if not _observers:
             _give_back()
 
@@ -85,7 +85,7 @@ class BackwardObserver:
         """Look after a pass that has not failed."""
 
 
-_observers: weakref.WeakSet[BackwardObserver] = weakref.WeakSet()
+_observers: weakref.WeakValueDictionary[int, BackwardObserver] = weakref.WeakValueDictionary()  # a set would be slower
 _original = _pytorchs = torch.autograd.backward
 _installed = False
 
@@ -101,7 +101,7 @@ def _backward(
     tensors: Any, grad_tensors: Any = None, retain_graph: bool | None = None, create_graph: bool = False, *args: Any,
     **kwargs: Any,
 ) -> None:  # fmt: skip
-    watching = list(_observers)
+    watching = [observer for ref in _observers.valuerefs() if (observer := ref()) is not None]
     if not watching:  # they are all gone, without a word
         _give_back()
     if not create_graph:
