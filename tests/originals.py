@@ -17,7 +17,6 @@ from typing import Any
 
 import pytest
 import torch
-from models import conv_net as with_batch_norm
 from models import fresh, loss_of, mlp, train, weights
 from models import probe as draw_probe
 from published import AdaHessian
@@ -232,7 +231,7 @@ STEPS = 10  # of a trajectory, or a few less or more
 def grows() -> float:
     """What the optimizer makes of a nudge, for the models here with the options SAME; at most."""
     found = []
-    for make, averaging in itertools.product((mlp, with_batch_norm, conv_net), ("abs", "signed")):
+    for make, averaging in itertools.product((mlp, conv_net), ("abs", "signed")):
         (a, opt_a), (b, opt_b) = (fresh(make(), **SAME, averaging=averaging) for _ in range(2))
         nudge(a)
         found.append(growth(train(opt_a, a, STEPS), train(opt_b, b, STEPS)))

