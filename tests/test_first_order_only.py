@@ -212,7 +212,7 @@ cube.register_autograd(
 
 
 @pytest.mark.filterwarnings("ignore:Using backward\\(\\) with create_graph=True")
-@pytest.mark.parametrize("way", STYLES)
+@pytest.mark.parametrize("way", [*STYLES, "train_step"])
 def test_operators_whose_backward_has_no_derivative_are_named(way):
     p = nn.Parameter(torch.ones(2))
     opt = AdaHessian([p])

@@ -15,6 +15,7 @@ from torch.func import functional_call
 from .. import hvp
 from ..fraction import Structure, flatten, split_batch
 from ..friendly import curvature_friendly
+from ..hvp.errors import naming_the_operator
 from .seen import Seen
 from .surroundings import no_buffer_replaced
 
@@ -137,7 +138,7 @@ class StepSpec:
         products = []
         for sample in range(self.n_samples if probed else 0):
             z, roots = probe(probed, sample), [grads[i] for i in probed]
-            with hvp.second_pass(self.hvp_dtype, roots), hvp.without_hooks(params):
+            with naming_the_operator("autograd"), hvp.second_pass(self.hvp_dtype, roots), hvp.without_hooks(params):
                 found = torch.autograd.grad(
                     roots,
                     [params[i] for i in probed],
