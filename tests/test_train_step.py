@@ -130,19 +130,62 @@ def test_compiled_follows_the_closure(device):
     assert len(step._graphs) == 2
 
 
-def test_operators_stay_in_autograds_order(monkeypatch):
-    """Put off until they are used, they took 422 MiB in a transformer of 2,048 tokens instead of 345."""
+@pytest.fixture
+def graphs(monkeypatch):
+    """Graphs that are to be compiled, and the compiler's settings for them."""
     found = []
+    watched = "reorder_for_locality", "cpp_wrapper"
 
     def compiler(graph, inputs):
-        found.append(torch._inductor.config.reorder_for_locality)
+        found.append((graph, *(getattr(torch._inductor.config, name) for name in watched)))
+        return graph
+
+    monkeypatch.setattr(torch._inductor, "compile", compiler)
+    return found
+
+
+@pytest.mark.parametrize(("threads", "in_one_file"), [(1, True), (2, True), (16, False)])
+def test_how_a_graph_is_compiled(graphs, threads, in_one_file):
+    """Operators put off until they are used took 422 MiB in a transformer of 2,048 tokens instead of 345.
+
+    A file for each kernel took 58 s of the compiler's time instead of 27, which many cores share.
+    """
+    model = mlp(device="cpu")
+    with torch._inductor.config.patch(compile_threads=threads):
+        TrainStep(model, F.mse_loss, AdaHessian(model.parameters()))(*batch(0, model))
+    assert [how for _, *how in graphs] == [[False, in_one_file]]
+    assert torch._inductor.config.reorder_for_locality  # for others
+    assert not torch._inductor.config.cpp_wrapper
+
+
+def test_one_file_or_several(monkeypatch):
+    """What the compiler cannot call from C++ is compiled file by file."""
+
+    def compiler(graph, inputs):
+        if torch._inductor.config.cpp_wrapper:
+            raise NotImplementedError
         return graph
 
     monkeypatch.setattr(torch._inductor, "compile", compiler)
     model = mlp(device="cpu")
-    TrainStep(model, F.mse_loss, AdaHessian(model.parameters()))(*batch(0, model))
-    assert found == [False]
-    assert torch._inductor.config.reorder_for_locality  # for others
+    step = TrainStep(model, F.mse_loss, AdaHessian(model.parameters()))
+    with torch._inductor.config.patch(compile_threads=1):
+        step(*batch(0, model))
+    assert None not in step._graphs.values()
+
+
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU, nn.RNN])
+@pytest.mark.parametrize("trained", [True, False])
+def test_recurrent_layers_on_off_steps(graphs, kind, trained):
+    """The LSTM of oneDNN is nothing for TorchInductor; and a layer is one operator for all its time steps."""
+    layer, head = kind(3, 4, batch_first=True).requires_grad_(trained), nn.Linear(4, 1)
+    params = [*layer.parameters(), *head.parameters()]
+    opt = AdaHessian(params, update_each=2, dense_steps=1)
+    step = TrainStep(lambda x: head(layer(x)[0]).square().mean(), opt)
+    step(torch.ones(2, 30, 3)), step(torch.ones(2, 30, 3))
+    targets = [str(node.target) for node in graphs[1][0].graph.nodes]
+    assert not [target for target in targets if "mkldnn" in target]
+    assert not trained or len(targets) < 100
 
 
 @pytest.mark.parametrize("how", ["eager", "traced"])

@@ -170,6 +170,12 @@ class Mode(TorchFunctionMode):
         return ours(*args, **kwargs)
 
 
+class Recurrent(Mode):
+    """Has our recurrent layers only: they are one operator for all time steps in a graph that is traced."""
+
+    replaced = frozenset((torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu))
+
+
 def off() -> bool:
     """Tell whether this thread runs PyTorch's own operators although it is in the mode, or about to enter it."""
     return getattr(_thread, "off", False)

@@ -6,9 +6,12 @@ import contextlib
 import ctypes
 import gc
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
+
+FILE_FOR_EACH_KERNEL_FROM = 4  # threads of the compiler
 
 
 class Compiled:
@@ -37,10 +40,14 @@ class Compiled:
         held = _as_inputs(graph)
         check(set(map(id, held)))
         self._held = [tensor.detach() for tensor in held]
-        # In autograd's order. TorchInductor would put operators off until their results are used, and those of the
-        # second pass then keep the first one's gradients alive: a fifth of a transformer's memory.
-        with torch.no_grad(), torch._inductor.config.patch(reorder_for_locality=False):
-            self._function = torch._inductor.compile(graph, [*self._held, *tensors])
+        inputs: list[Any] = [*self._held, *tensors]
+        in_one_file = _may_be_one_file({t.device.type for t in inputs})
+        try:
+            self._function = _compiled(graph, inputs, cpp_wrapper=in_one_file)
+        except Exception:  # some operators have no way to be called from C++
+            if not in_one_file:
+                raise
+            self._function = _compiled(graph, inputs, cpp_wrapper=False)
         del graph
         _give_back()
 
@@ -48,6 +55,20 @@ class Compiled:
         """Run with other inputs of the same shapes and strides."""
         with torch.no_grad():
             return self._function(*self._held, *tensors)
+
+
+def _compiled(graph: torch.fx.GraphModule, inputs: list[Any], *, cpp_wrapper: bool) -> Callable[..., Sequence[Tensor]]:
+    # In autograd's order. TorchInductor would put operators off until their results are used, and those of the
+    # second pass then keep the first one's gradients alive: a fifth of a transformer's memory.
+    how = {"reorder_for_locality": False, "cpp_wrapper": cpp_wrapper}
+    with torch.no_grad(), torch._inductor.config.patch(how):
+        return torch._inductor.compile(graph, inputs)
+
+
+def _may_be_one_file(devices: set[str]) -> bool:
+    """Tell whether all kernels shall be one C++ file: half the compiler's work, but no cores can share it."""
+    wanted = torch._inductor.config.compile_threads
+    return devices == {"cpu"} and isinstance(wanted, int) and wanted < FILE_FOR_EACH_KERNEL_FROM
 
 
 def _give_back() -> None:

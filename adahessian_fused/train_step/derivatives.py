@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from operator import attrgetter
 from typing import Any, NamedTuple
@@ -15,6 +15,7 @@ from torch.func import functional_call
 from .. import hvp
 from ..fraction import Structure, flatten, split_batch
 from ..friendly import curvature_friendly
+from ..friendly.mode import Recurrent
 from ..hvp.errors import naming_the_operator
 from .seen import Seen
 from .surroundings import no_buffer_replaced
@@ -60,8 +61,14 @@ class LossModule(nn.Module):
         """Return what the loss function returns."""
         if not self.tracing:
             return self._loss_fn[0](*batch)
-        # What torch.compile was told of is traced as it was before.
-        with no_buffer_replaced(self), torch._dynamo.config.patch(error_on_nested_fx_trace=False):
+        with (
+            no_buffer_replaced(self),
+            # What torch.compile was told of is traced as it was before.
+            torch._dynamo.config.patch(error_on_nested_fx_trace=False),
+            # oneDNN's LSTM is an operator that TorchInductor cannot call, and other layers would be unrolled.
+            _without_onednn(),
+            Recurrent(),
+        ):
             return self._loss_fn[0](*batch)
 
     def places(self) -> dict[int, tuple[Tensor, list[str]]]:
@@ -72,6 +79,16 @@ class LossModule(nn.Module):
                 if tensor is not None:
                     found.setdefault(id(tensor), (tensor, []))[1].append(f"{prefix}.{name}")
         return found
+
+
+@contextlib.contextmanager
+def _without_onednn() -> Iterator[None]:
+    enabled = torch._C._get_mkldnn_enabled()
+    torch._C._set_mkldnn_enabled(False)
+    try:
+        yield
+    finally:
+        torch._C._set_mkldnn_enabled(enabled)
 
 
 class Constant(NamedTuple):
