@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import pickle
 import re
@@ -35,6 +36,7 @@ from seeds import manual_seed
 from tolerances import SHARE
 from torch import nn
 from torch.distributed import checkpoint
+from torch.distributed.algorithms.ddp_comm_hooks import default_hooks, powerSGD_hook
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
@@ -43,6 +45,8 @@ from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
 from ways import WAYS
+
+from adahessian_fused import curvature_friendly
 
 # ---- DistributedDataParallel -----------------------------------------------------------------------------------------
 
@@ -228,6 +232,91 @@ def check_what_one_rank_does_not_use(ranks):
                 found = train(way, whose, ddp, ranks.share(N), 0 if ranks.rank else n, **told)
                 assert_close(found, expected)
                 assert same_bits(list(found.parameters()), ranks.group), (whose, name)
+
+
+def _compress(ddp, group):
+    ddp.register_comm_hook(group, default_hooks.fp16_compress_hook)
+
+
+def _power(ddp, group):
+    state = powerSGD_hook.PowerSGDState(group, matrix_approximation_rank=2, start_powerSGD_iter=2)
+    ddp.register_comm_hook(state, powerSGD_hook.powerSGD_hook)
+
+
+@worlds(2)
+def check_communication_hooks_of_ddp(ranks):
+    """They work on steps without curvature; those with it are averaged in full precision."""
+    expected = alone(STEPS)
+    for hook in (_compress, _power):
+        for way in (backward, closure, hooked, train_step):
+            model = make_model()
+            ddp = DistributedDataParallel(model, process_group=ranks.group)
+            hook(ddp, ranks.group)
+            opt = AdaHessian(ddp.parameters(), probe_per_rank=False, **SETTINGS)
+            for step in range(STEPS):
+                inputs, targets = batch(step)
+                way(ddp, opt, inputs[ranks.share(N)], targets[ranks.share(N)])
+            for found, wanted in zip(model.parameters(), expected.parameters(), strict=True):
+                torch.testing.assert_close(found, wanted, rtol=0, atol=2**-11)  # half a unit of float16 below 1
+            assert same_bits(everything(model, opt), ranks.group)
+
+
+def _compiled_around(model, group):
+    return torch.compile(DistributedDataParallel(model, process_group=group), backend="aot_eager")
+
+
+def _compiled_inside(model, group):
+    return DistributedDataParallel(torch.compile(model, backend="aot_eager"), process_group=group)
+
+
+def _compiled_in_place(model, group):
+    ddp = DistributedDataParallel(model, process_group=group)
+    ddp.compile(backend="aot_eager")
+    return ddp
+
+
+@worlds(2)
+def check_ddp_and_compiled_models(ranks):
+    """In both orders, told or not; what cannot be differentiated twice says what to write."""
+    expected = alone(STEPS)
+    for told in (True, False):
+        for wrap in (_compiled_around, _compiled_inside, _compiled_in_place):
+            for way in (backward, closure, standard_closure, hooked, train_step):
+                torch._dynamo.reset()
+                model = make_model()
+                opt = AdaHessian(model.parameters(), probe_per_rank=False, **SETTINGS)
+                if told:
+                    curvature_friendly(model, opt)
+                wrapped = wrap(model, ranks.group)
+                inputs, targets = batch(0)
+                if not told and wrap is _compiled_inside and way in (backward, hooked):
+                    with pytest.raises(RuntimeError, match=r"compiled.*curvature_friendly\(model, opt\)"):
+                        way(wrapped, opt, inputs[ranks.share(N)], targets[ranks.share(N)])
+                    continue
+                for step in range(STEPS):
+                    inputs, targets = batch(step)
+                    way(wrapped, opt, inputs[ranks.share(N)], targets[ranks.share(N)])
+                assert_close(model, expected)
+                assert same_bits(everything(model, opt), ranks.group)
+
+
+@worlds(2)
+def check_gradients_that_each_rank_changes_for_itself_are_an_error(ranks):
+    """The norm over gradients that are means and gradients that are not is another one on each rank."""
+    for other in (AdaHessian, torch.optim.SGD):
+        model = make_model()
+        before = copy.deepcopy(model)
+        opt = AdaHessian(model[:3].parameters(), process_group=ranks.group)
+        group = {"process_group": ranks.group} if other is AdaHessian else {"lr": 0.1}
+        rest = other(model[3:].parameters(), **group)
+        inputs, targets = batch(0)
+        with opt.hook_backward():
+            loss_of(model, inputs[ranks.share(N)], targets[ranks.share(N)]).backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 0.1)
+        with pytest.raises(RuntimeError, match=r"gradient .* is not the same .*hook_backward\(\) of every"):
+            opt.step()
+        assert all(map(torch.equal, model.parameters(), before.parameters()))
+        del rest
 
 
 @worlds(2)

@@ -45,6 +45,12 @@ UNLIKE = (
     "the ranks do not train the same parameters: this one trains {}, and another one others; expected requires_grad, "
     "order and shapes to be the same on all ranks. One that a rank does not use may stay without a gradient there"
 )
+CHANGED = (
+    "the gradient of shape {} is not the same on all ranks, although it was averaged: something has changed it on each "
+    "rank in a way of its own, as clip_grad_norm_ does over gradients of other optimizers that are averaged by nobody, "
+    "or only in their step(). Expected DistributedDataParallel around the model, or opt.hook_backward() of every "
+    "AdaHessian, so that all gradients are means before they are clipped"
+)
 DIFFERENT = (
     "{} is not the same on all ranks, and would never be; expected every rank to begin with the same parameters: wrap "
     "the model in DistributedDataParallel, which sends those of the first, or send them, torch.distributed.broadcast("
@@ -332,6 +338,21 @@ class Ranks:
         self._alike.add(now)
 
     @torch.no_grad()
+    def check_gradients(self, grads: Sequence[Tensor]) -> None:
+        """Compare checksums of the smallest gradient, whose scale shows what was done to all of them.
+
+        Raises:
+            RuntimeError: it is not the same on all ranks.
+        """
+        if not grads or _capturing():
+            return
+        grad = min(grads, key=Tensor.numel)
+        found = _checksums([grad])
+        dist.all_reduce(found, op=dist.ReduceOp.MAX, group=self.group)
+        if found[0] != -found[1]:
+            raise RuntimeError(CHANGED.format(tuple(grad.shape)))
+
+    @torch.no_grad()
     def check_same(self, params: Sequence[tuple[str, Tensor]]) -> None:
         """Compare checksums of the parameters, in the first and every hundredth call.
 
@@ -341,14 +362,10 @@ class Ranks:
         Raises:
             RuntimeError: a parameter is not the same on all ranks.
         """
-        capturing = torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
         self._checked += 1
-        if not params or capturing or self._checked % CHECK_EACH != 1:
+        if not params or _capturing() or self._checked % CHECK_EACH != 1:
             return
-        device = params[0][1].device
-        bits = [p.view(_INTEGERS[p.element_size()]) for _, p in params]
-        sums = torch.stack([b.sum(dtype=torch.int64).to(device) for b in bits])
-        largest = torch.stack((sums, -sums))
+        largest = _checksums([p for _, p in params])
         dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=self.group)
         differ = (largest[0] != -largest[1]).tolist()
         if any(differ):
@@ -359,3 +376,14 @@ class Ranks:
         flag = flag.clone()
         dist.all_reduce(flag, op=dist.ReduceOp.MAX, group=self.group)
         return flag
+
+
+def _capturing() -> bool:
+    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+
+
+def _checksums(tensors: Sequence[Tensor]) -> Tensor:
+    """Return sums of the tensors' bits, and their negatives, whose largest tell whether all ranks agree."""
+    bits = [t.view(_INTEGERS[t.element_size()]) for t in tensors]
+    sums = torch.stack([b.sum(dtype=torch.int64).to(tensors[0].device) for b in bits])
+    return torch.stack((sums, -sums))

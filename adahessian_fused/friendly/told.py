@@ -46,6 +46,10 @@ class Told:
             if opt is not None
         )
 
+    def also(self, call: _Call) -> None:
+        """Have been told of a module around the model, too."""
+        self._calls.append(call)
+
     def remove(self) -> None:
         """Leave the model as it was before."""
         for call in self._calls:
@@ -111,9 +115,7 @@ class _Compiled:
         if compiled is None:
             return None
         if compiled not in _told:
-            calls = [inner.__dict__.get(_SLOT) for inner in compiled._orig_mod.modules()]
-            told = dict.fromkeys(each for call in calls if isinstance(call, _Call) for each in call.told)
-            _told[compiled] = tuple(told)
+            _told[compiled] = _told_of(compiled._orig_mod)
         return functools.partial(self._call, compiled) if _told[compiled] else None
 
     def _call(self, compiled: Any, *args: Any, **kwargs: Any) -> Any:
@@ -135,10 +137,23 @@ def _know_what_is_compiled() -> None:
     def compile(self: nn.Module, *args: Any, **kwargs: Any) -> None:
         call = self.__dict__.get(_SLOT)
         original(self, *args, **kwargs)
+        told = _told_of(self)
+        if told and not isinstance(call, _Call):  # of a part of it, as the model that DDP wraps
+            compiled = self.__dict__.pop(_SLOT)
+            call = _call_of(self)
+            self.__dict__[_SLOT], call.told = compiled, told
+            for each in told:
+                each.also(call)
         if isinstance(call, _Call):
             call.compiled, self.__dict__[_SLOT] = self.__dict__[_SLOT], call
 
     nn.Module.compile = compile  # type: ignore[method-assign]
+
+
+def _told_of(module: nn.Module) -> tuple[Told, ...]:
+    """Return who was told about a module or a part of it."""
+    calls = [inner.__dict__.get(_SLOT) for inner in module.modules()]
+    return tuple(dict.fromkeys(each for call in calls if isinstance(call, _Call) for each in call.told))
 
 
 _CALLER = nn.Module._wrapped_call_impl.__code__
