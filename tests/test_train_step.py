@@ -692,6 +692,25 @@ def test_leaves_that_a_loss_has_in_lists_get_their_gradients(device, traced):
     assert len(step._graphs) == 1
 
 
+@pytest.mark.parametrize("way", [1, -1])
+def test_another_optimizer_has_its_own_order(device, traced, way):
+    """Two AdaHessians share one product, whichever order each has its parameters in."""
+    models = [nn.Sequential(*(nn.Linear(3, 3, dtype=torch.float64, device=device) for _ in range(4))) for _ in range(2)]
+    models[1].load_state_dict(models[0].state_dict())
+    two = {"lr": 0.1, "n_samples": 2}
+    pairs = [[AdaHessian(m[:2].parameters(), **two), AdaHessian([*m[2:].parameters()][::way], **two)] for m in models]
+    step = TrainStep(models[0], F.mse_loss, pairs[0][0], cuda_graph=False)
+    for i in range(3):
+        x = batch(i, models[0])[0]
+        for opt in (pairs[0][1], *pairs[1]):
+            opt.zero_grad()
+        step(x, x)
+        pairs[1][0].backward(F.mse_loss(models[1](x), x))
+        for opt in (pairs[0][1], *pairs[1]):
+            opt.step()
+    assert_close(weights(models[0]), weights(models[1]))
+
+
 def test_numbers_that_change_cost_no_graph(device, traced):
     (a, opt_a), (b, opt_b) = (fresh(mlp(device=device), lr=0.01) for _ in range(2))
     losses = [lambda x, y, t, n, how, m=m: getattr((m(x) * t / n - y).square(), how)() for m in (a, b)]

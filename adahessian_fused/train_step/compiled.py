@@ -60,7 +60,8 @@ class Compiled:
 def _compiled(graph: torch.fx.GraphModule, inputs: list[Any], *, cpp_wrapper: bool) -> Callable[..., Sequence[Tensor]]:
     # In autograd's order. TorchInductor would put operators off until their results are used, and those of the
     # second pass then keep the first one's gradients alive: a fifth of a transformer's memory.
-    how = {"reorder_for_locality": False, "cpp_wrapper": cpp_wrapper}
+    # What calls the kernels is a file of its own, hardly optimised: with them it took twice the time in six layers.
+    how = {"reorder_for_locality": False, "cpp_wrapper": cpp_wrapper, "cpp_wrapper_build_separate": cpp_wrapper}
     with torch.no_grad(), torch._inductor.config.patch(how):
         return torch._inductor.compile(graph, inputs)
 

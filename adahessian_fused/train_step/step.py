@@ -203,6 +203,8 @@ class TrainStep:
         seen = self._look()
         params = [*trained, *self._others(trained, seen, batch)]
         steps = [opt.coming_step, *sharing.joining([opt.coming_step], params)]
+        place = {id(p): i for i, p in enumerate(p for step in steps for _, p in step.layout.trained())}
+        params.sort(key=lambda p: place.get(id(p), len(place)))  # as each optimizer has its own
         scale = None
         if self.grad_scaler is not None and self.grad_scaler.is_enabled():
             scale = self.grad_scaler.scale(torch.ones((), device=params[0].device))
