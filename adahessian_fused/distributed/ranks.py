@@ -45,12 +45,6 @@ UNLIKE = (
     "the ranks do not train the same parameters: this one trains {}, and another one others; expected requires_grad, "
     "order and shapes to be the same on all ranks. One that a rank does not use may stay without a gradient there"
 )
-CHANGED = (
-    "the gradient of shape {} is not the same on all ranks, although it was averaged: something has changed it on each "
-    "rank in a way of its own, as clip_grad_norm_ does over gradients of other optimizers that are averaged by nobody, "
-    "or only in their step(). Expected DistributedDataParallel around the model, or opt.hook_backward() of every "
-    "AdaHessian, so that all gradients are means before they are clipped"
-)
 DIFFERENT = (
     "{} is not the same on all ranks, and would never be; expected every rank to begin with the same parameters: wrap "
     "the model in DistributedDataParallel, which sends those of the first, or send them, torch.distributed.broadcast("
@@ -336,21 +330,6 @@ class Ranks:
         if largest[0] != -largest[1]:
             raise RuntimeError(UNLIKE.format(f"{len(params)}, of {sum(map(Tensor.numel, params))} elements"))
         self._alike.add(now)
-
-    @torch.no_grad()
-    def check_gradients(self, grads: Sequence[Tensor]) -> None:
-        """Compare checksums of the smallest gradient, whose scale shows what was done to all of them.
-
-        Raises:
-            RuntimeError: it is not the same on all ranks.
-        """
-        if not grads or _capturing():
-            return
-        grad = min(grads, key=Tensor.numel)
-        found = _checksums([grad])
-        dist.all_reduce(found, op=dist.ReduceOp.MAX, group=self.group)
-        if found[0] != -found[1]:
-            raise RuntimeError(CHANGED.format(tuple(grad.shape)))
 
     @torch.no_grad()
     def check_same(self, params: Sequence[tuple[str, Tensor]]) -> None:
