@@ -6,6 +6,7 @@ import collections
 import copy
 import dataclasses
 import functools
+import operator
 import pickle
 import types
 import warnings
@@ -564,6 +565,36 @@ def times(y: Tensor, k: float) -> Tensor:
     return y * k
 
 
+class Asked:
+    """Answers with a number that it has elsewhere."""
+
+    def __init__(self) -> None:
+        self.numbers = {"a": 1.0}
+
+    def __getattr__(self, name: str) -> float:
+        return self.__dict__["numbers"][name]
+
+    def __getitem__(self, i: int) -> float:
+        return self.numbers["a"]
+
+
+class Descriptor:
+    def __get__(self, owner, kind=None) -> float:
+        return owner.hidden[0]
+
+
+class Described:
+    a = Descriptor()
+
+    def __init__(self) -> None:
+        self.hidden = [1.0]
+
+
+@dataclasses.dataclass
+class Config:
+    a: float = 1.0
+
+
 python_module = types.ModuleType("python_module")
 LOOKS = {  # what Python code has, how it looks at it, and how it changes
     "list": (lambda: [1.0], lambda s, y: y * s[0], lambda s: s.__setitem__(0, 3.0)),
@@ -614,6 +645,19 @@ LOOKS = {  # what Python code has, how it looks at it, and how it changes
         lambda s, y: s.net(y),
         lambda s: s.net.__setitem__(0, nn.Tanh()),
     ),
+    "getattr": (Asked, lambda s, y: y * s.a, lambda s: s.__dict__["numbers"].update(a=3.0)),
+    "getitem": (Asked, lambda s, y: y * s[0], lambda s: s.__dict__["numbers"].update(a=3.0)),
+    "descriptor": (Described, lambda s, y: y * s.a, lambda s: s.hidden.__setitem__(0, 3.0)),
+    "asdict": (Config, lambda s, y: y * dataclasses.asdict(s)["a"], lambda s: setattr(s, "a", 3.0)),
+    "attrgetter": (Config, lambda s, y: y * operator.attrgetter("a")(s), lambda s: setattr(s, "a", 3.0)),
+    "user_list": (lambda: collections.UserList([1.0]), lambda s, y: y * s[0], lambda s: s.__setitem__(0, 3.0)),
+    "not_there": (
+        types.SimpleNamespace,
+        lambda s, y: y * getattr(s, "absent", 1.0),
+        lambda s: setattr(s, "absent", 3.0),
+    ),
+    "item": (lambda: [torch.ones(())], lambda s, y: y * s[0].item(), lambda s: s[0].fill_(3.0)),
+    "tolist": (lambda: [torch.ones(2)], lambda s, y: y * s[0].tolist()[0], lambda s: s[0].fill_(3.0)),
     "python_module": (lambda: None, lambda s, y: y * python_module.a, lambda s: setattr(python_module, "a", 3.0)),
     "behind_functions": (lambda: None, lambda s, y: through(y), lambda s: globals().update(factor=3.0)),
     "behind_a_function": (lambda: None, lambda s, y: through(y), lambda s: globals().update(inner_function=torch.sin)),

@@ -261,13 +261,14 @@ class FlatFunction:
         params += filter(_REQUIRES_GRAD, leaves)
         given = iter(leaves)
         batch = [c.value if isinstance(c, Constant) else next(given) for c in spec.constants]
-        d = spec.differentiate(
-            lambda *batch: functional_call(self._module, state, batch, tie_weights=False),
-            params,
-            spec.structure.unflatten(batch),
-            lambda numbers, sample: [probes[sample][i] for i in numbers],
-            scale,
-        )
+        with self._seen.reading():
+            d = spec.differentiate(
+                lambda *batch: functional_call(self._module, state, batch, tie_weights=False),
+                params,
+                spec.structure.unflatten(batch),
+                lambda numbers, sample: [probes[sample][i] for i in numbers],
+                scale,
+            )
         results, structure = flatten(d.result)
         template = [Tensor if isinstance(x, Tensor) else Constant(type(x), x) for x in results]
         present = [g if g is None else True for g in d.grads]

@@ -6,29 +6,40 @@ names in the code of the loss, of the modules' ``forward`` and of whatever these
 
 from __future__ import annotations
 
+import builtins
+import contextlib
 import dis
 import functools
 import itertools
 import sys
 import types
 import weakref
-from collections import deque
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from array import array
+from collections import UserList, deque
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from enum import Enum
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.overrides import TorchFunctionMode
 
 _NONE = type(None)
 PLAIN = frozenset((bool, int, float, complex, str, bytes, _NONE, torch.dtype, torch.device, torch.layout, range))
 _FUNCTIONS = (types.FunctionType, types.BuiltinFunctionType, types.MethodType)
 CONSTANTS = PLAIN.union(_FUNCTIONS)  # types whose values say everything there is to say
-_CONTAINERS = (list, set, deque)
+_CONTAINERS = (list, set, deque, UserList, array, bytearray)
 _OF_EVERY_MODULE = frozenset(vars(nn.Module()))  # looked at by themselves
-_CALLED = ("forward", "__call__")
-_ANY_NAME = {"getattr", "vars", "__dict__"}  # with these in the code an attribute's name need not be there
+_OPERATORS = ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "matmul")
+_ASKED = ("call", "getattr", "getattribute", "get", "getitem", "missing", "len", "iter", "next", "contains", "enter")
+_AS_NUMBERS = ("bool", "float", "int", "index")
+_CALLED = frozenset(  # without being named
+    ("forward", *(f"__{name}__" for name in (*_ASKED, *_AS_NUMBERS, *_OPERATORS, *(f"r{op}" for op in _OPERATORS))))
+)
+# With these in the code an attribute's name need not be there.
+_ANY_NAME = {"getattr", "vars", "__dict__", "attrgetter", "asdict", "astuple"}
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")  # of modules
 MAX_ITEMS = 1_000  # of a list or dict that is looked into
 MAX_PLACES = 50_000
@@ -110,7 +121,7 @@ class Seen:
             self._walk()
         inside = {id(p) for module in self.modules for p in module._parameters.values()}
         self.leaves = [t for t in self._tensors if t.is_leaf and t.requires_grad and id(t) not in inside]
-        self._sizes = [(scope, len(scope)) for scope in self.scopes]
+        self._sizes = [(scope, len(scope), self._count(scope)) for scope in self.scopes]
         del self._found, self._tensors
 
     def holds(self) -> bool:
@@ -119,7 +130,19 @@ class Seen:
             now = scope.get(name) if look is None else look(scope)
             if now is not then and not _same(now, then):
                 return False
-        return True
+        return all([len(scope) == n or self._count(scope) == k for scope, n, k in self._sizes])  # noqa: C419  faster
+
+    def _count(self, scope: dict[str, Any]) -> int:
+        """Count the attributes that are named; others come and go unseen."""
+        return len(self._names.intersection(scope))
+
+    @contextlib.contextmanager
+    def reading(self) -> Iterator[None]:
+        """Look from now on at tensors whose numbers Python reads inside, while a graph is traced."""
+        with _NumbersRead() as mode:
+            yield
+        for tensor in mode.found:
+            self.places.append(Place(tensor, _version, None, tensor._version, "a tensor that is read by item()"))
 
     def changed(self) -> list[Place]:
         """Return the places where something else is now."""
@@ -131,7 +154,7 @@ class Seen:
 
     def has_created(self) -> bool:
         """Tell whether modules or objects have attributes that they had not."""
-        return any(len(scope) != n for scope, n in self._sizes)
+        return any(len(scope) != n for scope, n, _ in self._sizes)
 
     def leave_out(self, keys: set[tuple[int, str | None]]) -> None:
         """Do not look at these places any more."""
@@ -191,7 +214,7 @@ class Seen:
         names, global_names = _named_by(function.__code__)
         self._names.update(names)
         for name in global_names:
-            if name in function.__globals__:
+            if name in function.__globals__ or not hasattr(builtins, name):
                 self._place(function.__globals__, None, name, name)
         for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
             self._place(cell, _contents, None, name)
@@ -241,7 +264,7 @@ class Seen:
                 member = vars(base)[name]
                 inside = [getattr(member, part, None) for part in ("fget", "__func__", "func", "__wrapped__")]
                 self._waiting += [(part, name) for part in inside if part is not None]
-                if attributes is not None and name not in attributes and name != "forward":
+                if attributes is not None and name not in attributes and name not in _CALLED:
                     self.places.append(Place(attributes, None, name, None, f"{kind.__name__}.{name}"))
 
     def _foreign(self, module: str | None) -> bool:
@@ -269,11 +292,33 @@ def _named_by(code: types.CodeType) -> tuple[frozenset[str], frozenset[str]]:
     """Return all that a function's code names, attributes for instance, and the globals among that."""
     loads = (i.argval for i in dis.get_instructions(code) if i.opname in ("LOAD_GLOBAL", "LOAD_NAME"))
     names, of_globals = frozenset(code.co_names), frozenset(loads)
+    if not names.isdisjoint({*_ANY_NAME, "hasattr"}):
+        names |= {c for c in code.co_consts if isinstance(c, str) and c.isidentifier()}
     for constant in code.co_consts:
         if isinstance(constant, types.CodeType):
             more, more_globals = _named_by(constant)
             names, of_globals = names | more, of_globals | more_globals
     return names, of_globals
+
+
+class _NumbersRead(TorchFunctionMode):
+    """Collects tensors with data whose numbers are read."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[Tensor] = []
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in _READS and isinstance(args[0], Tensor) and not isinstance(args[0], FakeTensor):
+            self.found.append(args[0])
+        return func(*args, **(kwargs or {}))
+
+
+_READS = {Tensor.item, Tensor.tolist, *(getattr(Tensor, f"__{name}__") for name in _AS_NUMBERS)}
+
+
+def _version(tensor: Tensor) -> int:
+    return tensor._version
 
 
 def _same(now: Any, then: Any) -> bool:
@@ -302,9 +347,8 @@ def _held(value: Any) -> Any:
     return weakref.ref(value) if isinstance(value, Tensor) else value
 
 
-def _items(container: Iterable[Any]) -> tuple[Any, ...]:
-    items = tuple(container)
-    return items if len(items) <= MAX_ITEMS else (len(items),)
+def _items(container: Collection[Any]) -> tuple[Any, ...]:
+    return tuple(container) if len(container) <= MAX_ITEMS else (len(container),)
 
 
 def _pairs(mapping: Mapping[Any, Any]) -> tuple[Any, ...]:
