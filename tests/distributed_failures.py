@@ -24,7 +24,7 @@ from published import AdaHessian
 from ranks import Ranks, worlds
 from torch import nn
 
-from adahessian_fused import TrainStep, sharing
+from adahessian_fused import LongStepWarning, TrainStep, sharing
 from adahessian_fused.distributed.ranks import CHECK_EACH
 
 # ---- what goes over the wire -----------------------------------------------------------------------------------------
@@ -181,6 +181,7 @@ def check_one_of_several_processes_has_to_say_what_it_is(ranks):
         opt = AdaHessian(model.parameters(), process_group="alone", seed=0)
         with warnings.catch_warnings():
             warnings.simplefilter("error")
+            warnings.simplefilter("ignore", LongStepWarning)  # as pytest does
             assert bytes_reduced(lambda: run(opt, model, x + ranks.rank, y)) == 0  # noqa: B023 - called at once
 
 
