@@ -268,8 +268,6 @@ class AdaHessian(torch.optim.Optimizer):
 
     # ---- the step ----------------------------------------------------------------------------------------------------
 
-    @torch.compiler.disable  # a compiled training loop calls what follows as it is
-    @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None, hessian: Sequence[Tensor | None] | None = None) -> Any:
         """Perform one optimization step.
 
@@ -286,6 +284,11 @@ class AdaHessian(torch.optim.Optimizer):
         gradients, until it returns; after ``loss.backward(create_graph=True)`` one that failed while it differentiated
         the gradients' graph says that this is used up.
         """
+        return self._step(closure, hessian)
+
+    @torch.compiler.disable  # a compiled training loop calls it as it is; of a compiled step torch 2.10 would lose self
+    @torch.no_grad()
+    def _step(self, closure: Callable[[], Any] | None, hessian: Sequence[Tensor | None] | None) -> Any:
         _check_graph_capture(self)
         coming = self.coming_step
         try:
