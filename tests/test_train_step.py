@@ -843,6 +843,11 @@ def leaving(s, y):
     return y
 
 
+def filling(s, y):
+    s.cache["y"], s.items[0] = y.square(), y.detach()
+    return y
+
+
 WRITES = {  # what a forward writes: whether graphs can be made
     "counting": (counting, False),
     "annealing": (annealing, False),
@@ -851,6 +856,7 @@ WRITES = {  # what a forward writes: whether graphs can be made
     "begun": (begun, False),
     "caching": (caching, True),
     "leaving": (leaving, True),
+    "filling": (filling, True),
 }
 
 
@@ -879,7 +885,8 @@ def test_modules_that_write_to_themselves(device, traced, name):
     step = TrainStep(a, F.mse_loss, opt_a, cuda_graph=False)
     assert_close(train(step, a, 5), train(opt_b, b, 5))
     assert (a.count, len(a.items), a.seen) == (b.count, len(b.items), 5)
-    assert_close([a.last, *(t for t in a.cache.values())], [b.last.detach(), *b.cache.values()])
+    left = [[m.last.detach(), *(torch.as_tensor(t).detach() for t in (*m.cache.values(), m.items[0]))] for m in (a, b)]
+    assert_close(*left)
     assert [graph is not None for graph in step._graphs.values()] == [can]
 
 

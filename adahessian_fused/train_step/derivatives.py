@@ -221,7 +221,8 @@ class FlatFunction:
 
     Inputs: the parameters, the modules' other parameters and buffers (updated in place), the probes of each sample for
     each parameter that is due, the scale if there is one, and the tensors of the batch. ``found`` says afterwards what
-    the outputs are; the last ones are tensors that Python code leaves in attributes.
+    the outputs are; the last ones are tensors that Python code leaves in attributes,
+    dicts and lists.
 
     Args:
         spec: what the step computes.
@@ -278,7 +279,7 @@ class FlatFunction:
             *(x for x in results if isinstance(x, Tensor)),
             *(g for g in d.grads if g is not None),
             *(h for sample in d.products for h in sample),
-            *(place.now().detach() for place in self._left),
+            *(scope[key].detach() for scope, key in self._left),
         ]
 
     def unpack(self, outputs: Sequence[Tensor]) -> Derivatives:
@@ -289,6 +290,6 @@ class FlatFunction:
         grads = [None if g is None else next(rest) for g in self.found.grads]
         n_samples = self.spec.n_samples if self.found.probed else 0
         products = [[next(rest) for _ in self.found.probed] for _ in range(n_samples)]
-        for place, tensor in zip(self._left, rest, strict=True):
-            place.scope[place.name] = tensor.clone()
+        for (scope, key), tensor in zip(self._left, rest, strict=True):
+            scope[key] = tensor.clone()
         return Derivatives(result, grads, self.found.probed, products)

@@ -148,9 +148,18 @@ class Seen:
         """Return the places where something else is now."""
         return [place for place in self.places if place.has_changed()]
 
-    def written_tensors(self) -> list[Place]:
-        """Return the attributes and globals that are another tensor now."""
-        return [place for place in self.changed() if place.look is None and isinstance(place.now(), Tensor)]
+    def written_tensors(self) -> list[tuple[Any, Any]]:
+        """Return where another tensor is now: mappings of attributes, dicts and lists, and the key there."""
+        found: list[tuple[Any, Any]] = []
+        for place in self.changed():
+            if place.look is None and isinstance(place.now(), Tensor):
+                found.append((place.scope, place.name))
+            elif place.look in (_items, _pairs) and isinstance(place.scope, (dict, list)):
+                before = {id(_tensor_of(item)) for item in place.then}
+                scope = place.scope
+                keys = scope if isinstance(scope, dict) else range(len(scope))
+                found += [(scope, k) for k in keys if isinstance(scope[k], Tensor) and id(scope[k]) not in before]
+        return found
 
     def has_created(self) -> bool:
         """Tell whether modules or objects have attributes that they had not."""
@@ -345,6 +354,10 @@ def _is_missed(now: Any, then: Any, held: set[int] | None) -> bool:
 
 def _held(value: Any) -> Any:
     return weakref.ref(value) if isinstance(value, Tensor) else value
+
+
+def _tensor_of(held: Any) -> Any:
+    return held() if held.__class__ is weakref.ref else held
 
 
 def _items(container: Collection[Any]) -> tuple[Any, ...]:
