@@ -19,6 +19,7 @@ from models import assert_same, batch, conv_net, fresh, mlp, weights
 from published import AdaHessian
 from tolerances import assert_trajectory
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from adahessian_fused import TrainStep, curvature_friendly
 from adahessian_fused.train_step import step as step_module
@@ -848,6 +849,17 @@ def filling(s, y):
     return y
 
 
+def recurring_in_a_tuple(s, y):
+    before = s.last if isinstance(s.last, tuple) else (s.last, 1)
+    s.last = torch.tanh(y + before[0]).detach(), before[1]
+    return y * s.last[0]
+
+
+def leaving_several(s, y):
+    s.last = [y.square(), {"y": y}]
+    return y
+
+
 WRITES = {  # what a forward writes: whether graphs can be made
     "counting": (counting, False),
     "annealing": (annealing, False),
@@ -857,6 +869,8 @@ WRITES = {  # what a forward writes: whether graphs can be made
     "caching": (caching, True),
     "leaving": (leaving, True),
     "filling": (filling, True),
+    "recurring_in_a_tuple": (recurring_in_a_tuple, False),
+    "leaving_several": (leaving_several, True),
 }
 
 
@@ -885,7 +899,7 @@ def test_modules_that_write_to_themselves(device, traced, name):
     step = TrainStep(a, F.mse_loss, opt_a, cuda_graph=False)
     assert_close(train(step, a, 5), train(opt_b, b, 5))
     assert (a.count, len(a.items), a.seen) == (b.count, len(b.items), 5)
-    left = [[m.last.detach(), *(torch.as_tensor(t).detach() for t in (*m.cache.values(), m.items[0]))] for m in (a, b)]
+    left = [[torch.as_tensor(x).detach() for x in tree_leaves((m.last, m.cache, m.items[0]))] for m in (a, b)]
     assert_close(*left)
     assert [graph is not None for graph in step._graphs.values()] == [can]
 

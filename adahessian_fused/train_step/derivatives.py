@@ -274,12 +274,17 @@ class FlatFunction:
         template = [Tensor if isinstance(x, Tensor) else Constant(type(x), x) for x in results]
         present = [g if g is None else True for g in d.grads]
         self.found = Derivatives((template, structure), present, d.probed, [])  # type: ignore[arg-type]
-        self._left = self._seen.written_tensors()
+        left = [(scope, key, *flatten(scope[key])) for scope, key in self._seen.written()]
+        left = [each for each in left if any(isinstance(x, Tensor) for x in each[2])]
+        self._left = [
+            (scope, key, [Tensor if isinstance(x, Tensor) else Constant(type(x), x) for x in leaves], structure)
+            for scope, key, leaves, structure in left
+        ]
         return [
             *(x for x in results if isinstance(x, Tensor)),
             *(g for g in d.grads if g is not None),
             *(h for sample in d.products for h in sample),
-            *(scope[key].detach() for scope, key in self._left),
+            *(x.detach() for _, _, leaves, _ in left for x in leaves if isinstance(x, Tensor)),
         ]
 
     def unpack(self, outputs: Sequence[Tensor]) -> Derivatives:
@@ -290,6 +295,8 @@ class FlatFunction:
         grads = [None if g is None else next(rest) for g in self.found.grads]
         n_samples = self.spec.n_samples if self.found.probed else 0
         products = [[next(rest) for _ in self.found.probed] for _ in range(n_samples)]
-        for (scope, key), tensor in zip(self._left, rest, strict=True):
-            scope[key] = tensor.clone()
+        for scope, key, template, structure in self._left:
+            scope[key] = structure.unflatten(
+                [x.value if isinstance(x, Constant) else next(rest).clone() for x in template]
+            )
         return Derivatives(result, grads, self.found.probed, products)

@@ -148,11 +148,11 @@ class Seen:
         """Return the places where something else is now."""
         return [place for place in self.places if place.has_changed()]
 
-    def written_tensors(self) -> list[tuple[Any, Any]]:
-        """Return where another tensor is now: mappings of attributes, dicts and lists, and the key there."""
+    def written(self) -> list[tuple[Any, Any]]:
+        """Return where something else is now: mappings of attributes, and dicts and lists of tensors; and the key."""
         found: list[tuple[Any, Any]] = []
         for place in self.changed():
-            if place.look is None and isinstance(place.now(), Tensor):
+            if place.look is None and place.name in place.scope:
                 found.append((place.scope, place.name))
             elif place.look in (_items, _pairs) and isinstance(place.scope, (dict, list)):
                 before = {id(_tensor_of(item)) for item in place.then}
@@ -349,6 +349,13 @@ def _is_missed(now: Any, then: Any, held: set[int] | None) -> bool:
         return False
     if then.__class__ is weakref.ref:
         return held is None or id(then()) in held
+    if isinstance(then, Tensor):
+        return held is None or id(then) in held
+    if isinstance(then, (tuple, list, dict)):
+        parts = [_pairs(x) if isinstance(x, dict) else x for x in (now, then)]
+        if now.__class__ is not then.__class__ or len(now) != len(then):
+            parts[0] = (None,) * len(parts[1])
+        return any(_is_missed(*pair, held) for pair in zip(*parts, strict=True))
     return then is not None and then.__class__ in PLAIN
 
 
