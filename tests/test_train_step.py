@@ -850,9 +850,8 @@ def filling(s, y):
 
 
 def recurring_in_a_tuple(s, y):
-    before = s.last if isinstance(s.last, tuple) else (s.last, 1)
-    s.last = torch.tanh(y + before[0]).detach(), before[1]
-    return y * s.last[0]
+    s.pair = torch.tanh(y + s.pair[0]).detach(), s.pair[1]
+    return y * s.pair[0]
 
 
 def leaving_several(s, y):
@@ -879,6 +878,7 @@ class Writes(nn.Module):
         super().__init__()
         self.inner, self.write, self.count, self.none, self.items, self.cache = inner, write, 0, None, [1.0], {}
         self.last = torch.zeros(2, dtype=torch.float64, device=inner[0].weight.device)
+        self.pair = self.last.clone(), 1
         self.register_buffer("seen", torch.zeros(()))
 
     @functools.cached_property
@@ -899,7 +899,7 @@ def test_modules_that_write_to_themselves(device, traced, name):
     step = TrainStep(a, F.mse_loss, opt_a, cuda_graph=False)
     assert_close(train(step, a, 5), train(opt_b, b, 5))
     assert (a.count, len(a.items), a.seen) == (b.count, len(b.items), 5)
-    left = [[torch.as_tensor(x).detach() for x in tree_leaves((m.last, m.cache, m.items[0]))] for m in (a, b)]
+    left = [[torch.as_tensor(x).detach() for x in tree_leaves((m.last, m.pair, m.cache, m.items[0]))] for m in (a, b)]
     assert_close(*left)
     assert [graph is not None for graph in step._graphs.values()] == [can]
 

@@ -352,10 +352,10 @@ def _is_missed(now: Any, then: Any, held: set[int] | None) -> bool:
     if isinstance(then, Tensor):
         return held is None or id(then) in held
     if isinstance(then, (tuple, list, dict)):
-        parts = [_pairs(x) if isinstance(x, dict) else x for x in (now, then)]
-        if now.__class__ is not then.__class__ or len(now) != len(then):
-            parts[0] = (None,) * len(parts[1])
-        return any(_is_missed(*pair, held) for pair in zip(*parts, strict=True))
+        was, now = (_pairs(x) if isinstance(x, dict) else x for x in (then, now))
+        if now.__class__ is not was.__class__ or len(now) != len(was):
+            now = (None,) * len(was)
+        return any(_is_missed(new, old, held) for new, old in zip(now, was, strict=True))
     return then is not None and then.__class__ in PLAIN
 
 
