@@ -65,9 +65,9 @@ class TrainStep:
     and the first without curvature are compiled at once, further kinds (a shorter last batch) after a few steps of
     theirs; ``adahessian_fused``'s logger tells, all but the first as warnings. Above ``MAX_GRAPHS`` steps run eagerly,
     with a warning. Buffers that are written to, and tensors that ``forward`` leaves in attributes, lists and dicts, are
-    as after an eager step; where it counts in a Python number, or reads what its last call has left, steps run eagerly, with a
-    warning that names it. What no code names (random numbers of Python, files, the clock) is fixed when the graph is
-    made: use ``compile=False, cuda_graph=False`` for such models.
+    as after an eager step; where it counts in a Python number, or reads what its last call has left, steps run
+    eagerly, with a warning that names it. What no code names (random numbers of Python, files, the clock) is fixed when
+    the graph is made: use ``compile=False, cuda_graph=False`` for such models.
 
     Args:
         model: called as ``model(inputs)``; with ``*inputs`` or ``**inputs`` if they are a tuple or a mapping. Left out
