@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from adahessian_fused import TrainStep, curvature_friendly
+from adahessian_fused.train_step import compiled as compiled_module
 from adahessian_fused.train_step import step as step_module
 
 
@@ -73,6 +74,8 @@ SMALL = {"lr": 0.01, "eps": 1e-2}
 def traced(monkeypatch):
     """Graphs are traced but not compiled, which would take long."""
     monkeypatch.setattr(torch._inductor, "compile", lambda graph, inputs: graph)
+    # Nothing of a compiler's is to be freed, and to look for it takes longer the more objects a process has.
+    monkeypatch.setattr(compiled_module, "_give_back", lambda: None)
 
 
 def train(step: TrainStep | AdaHessian, model: nn.Module, steps: int = 10) -> list[Tensor]:

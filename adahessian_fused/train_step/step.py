@@ -29,7 +29,7 @@ from .surroundings import described, kept, modules_around, of_modules, outermost
 logger = logging.getLogger("adahessian_fused")
 
 MAX_GRAPHS = 8  # of one TrainStep
-MAX_SURROUNDINGS = 64  # that are remembered
+MAX_SURROUNDINGS = 16  # that are remembered, with what is in them
 EAGER_BEFORE = 5  # steps of a further kind (a shorter last batch, say) before it gets a graph of its own
 
 
