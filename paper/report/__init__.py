@@ -49,7 +49,7 @@ them, that is 1.2 first-order steps by matrix products, and a little more where 
 *even* is all else. Rows "{IN_TIME[2:]}" have as many steps, with their own, shorter schedule, as fit into AdamW's time
 by matrix products; a row counts as one in AdamW's time if its measured time is at most {judged.SLACK:g} times AdamW's.
 The verdicts below are on the recipe and on the defaults with exact curvature; Eq. 7 and Sophia's rule are beside them
-to compare with.
+to compare with. † marks cells in which the last training losses of a run are above its first.
 
 **Time** is the steps with and without curvature times the median time of each, measured apart from training: all kinds
 take turns, one thread, processor time. When these files were made wall-clock time was {{wall}} times that.
@@ -184,7 +184,7 @@ def machines(outcomes: Iterable[Outcome]) -> str:
     lines = []
     for o in outcomes:
         m, runs = o.results.machine, o.results.runs.values()
-        commits = ", ".join(sorted({record["commit"] for record in runs}))
+        commits = ", ".join(sorted({record["commit"] for record in runs} - {"None"})) or "not known"
         minutes = f"{sum(record['cpu_seconds'] for record in runs) / 60:.1f}"
         lines.append(
             [o.task.title, m.get("gpu") or m.get("cpu", ""), str(m.get("torch")), commits, str(len(runs)), minutes]
