@@ -15,6 +15,7 @@ from .distributed.ranks import batch_weight
 from .fraction import split_batch
 from .friendly import curvature_friendly
 from .functional import adahessian, hutchinson_diagonal
+from .hessian_step import NoCurvatureError
 from .hvp_check import HvpCheck, StrategyCheck, check_along_z, check_hvp
 from .optimizer import AdaHessian
 from .statistics import LongStepWarning
@@ -26,6 +27,7 @@ __all__ = [
     "AdaHessian",
     "HvpCheck",
     "LongStepWarning",
+    "NoCurvatureError",
     "StrategyCheck",
     "TrainStep",
     "__version__",

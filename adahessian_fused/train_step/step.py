@@ -192,7 +192,7 @@ class TrainStep:
     def _step(self, batch: tuple[Any, ...], *, graphs: bool) -> Any:
         if self.model is not None and len(batch) != 2:
             raise TypeError(
-                f"TrainStep(model, loss_fn, opt) was called with {len(batch)} arguments; expected inputs and targets, "
+                f"TrainStep(model, loss_fn, opt) was called with a batch of {len(batch)}; expected inputs and targets, "
                 "or TrainStep(loss_of, opt) with a function that computes the loss of whatever it is called with"
             )
         opt = self.optimizer
