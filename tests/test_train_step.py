@@ -445,7 +445,7 @@ def test_refused(device, change, error, match):
 @pytest.mark.parametrize("batch", [(), (torch.ones(8, 3),), (torch.ones(8, 3),) * 3], ids=len)
 def test_batches_that_do_not_fit(device, batch, compiled):
     model, opt = fresh(mlp(device=device))
-    message = rf"called with {len(batch)} arguments; expected inputs and targets, or TrainStep\(loss_of, opt\)"
+    message = rf"called with a batch of {len(batch)}; expected inputs and targets, or TrainStep\(loss_of, opt\)"
     with pytest.raises(TypeError, match=message):
         TrainStep(model, F.mse_loss, opt, compile=compiled)(*batch)
 
