@@ -154,8 +154,10 @@ def compile_case(module: str, name: str, dtype: str, given: dict[str, Any], arch
 def compiled(*arguments: str) -> dict[str, dict[str, Any]]:
     """What this module prints, run as a program of its own: this process may interpret Triton."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    command = [sys.executable, "-m", __spec__.name, *arguments]
-    run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    # From another folder than the sources', where an installed package would not be found before them.
+    environment["PYTHONPATH"] = os.pathsep.join([*filter(None, sys.path), str(ROOT)])
+    command, elsewhere = [sys.executable, "-m", __spec__.name, *arguments], tempfile.gettempdir()
+    run = subprocess.run(command, cwd=elsewhere, env=environment, capture_output=True, text=True, check=False)
     if run.returncode:
         raise RuntimeError(run.stderr)
     return json.loads(run.stdout)
