@@ -19,6 +19,7 @@ _INTERPRETED = tl.constexpr(INTERPRETED)
 # Queries (or keys) of a program, in 16 and 32 bits, and keys (or queries) it takes at a time.
 BLOCKS, OTHER = {2: 64, 4: 16}, 32  # of the latter half with dropout, which needs registers
 MOST = 128  # size of heads
+MAX_GRID = 65535  # of a launch, but for its first dimension
 
 
 @triton.jit
@@ -159,7 +160,7 @@ def attention_queries_kernel(
     VALUE_SIZE: tl.constexpr,
 ):
     """The sums of a block of rows (mu, D, sum P W, 1 / sum P), and its part of the gradients of ``grad`` and query."""
-    head = tl.program_id(1).to(tl.int64)
+    head = tl.program_id(2).to(tl.int64) * tl.num_programs(1) + tl.program_id(1)
     first = tl.program_id(0) * BLOCK
     rows = first + tl.arange(0, BLOCK)
     of_query, of_grad = head * queries * size, head * queries * value_size
@@ -192,7 +193,7 @@ def attention_queries_kernel(
     factor = 1 / tl.maximum(of_p, 1e-30)  # the logsumexp of large scores is rounded
     mu, d = factor * mu, factor * d
     w = factor * w - 2 * mu * d
-    total = tl.num_programs(1).to(tl.int64) * queries
+    total = tl.num_programs(2).to(tl.int64) * tl.num_programs(1) * queries
     to = sums + head * queries + rows
     tl.store(to, mu, mask=rows < queries)
     tl.store(to + total, d, mask=rows < queries)
@@ -258,7 +259,7 @@ def attention_keys_kernel(
     VALUE_SIZE: tl.constexpr,
 ):
     """The gradients of a block of keys and values: sums over all queries of the heads that share them."""
-    kv_head = tl.program_id(1).to(tl.int64)
+    kv_head = tl.program_id(2).to(tl.int64) * tl.num_programs(1) + tl.program_id(1)
     first = tl.program_id(0) * BLOCK
     columns = first + tl.arange(0, BLOCK)
     of_key, of_value = kv_head * keys * size, kv_head * keys * value_size
@@ -271,7 +272,7 @@ def attention_keys_kernel(
         begin = tl.maximum(first - diagonal, 0) // OTHER * OTHER
     dtype: tl.constexpr = query.dtype.element_ty
     key_sum, value_sum = tl.zeros([BLOCK, SIZE], tl.float32), tl.zeros([BLOCK, VALUE_SIZE], tl.float32)
-    total = tl.num_programs(1).to(tl.int64) * shared * queries
+    total = tl.num_programs(2).to(tl.int64) * tl.num_programs(1) * shared * queries
     for number in range(shared):
         head = kv_head * shared + number
         of_query, of_grad = head * queries * size, head * queries * value_size
@@ -318,9 +319,17 @@ def attention_double_backward(
 
     Not for float64, nor for heads larger than MOST.
     """
-    tensors = [t.contiguous() for t in (a, b, c, grad, query, key, value, logsumexp)]
     (batch, heads, queries, size), (kv_heads, keys) = query.shape, key.shape[1:3]
     value_size, shared = value.shape[3], heads // kv_heads
+    tensors = [a, b, c, grad, query, key, value, logsumexp]
+    if batch > MAX_GRID:  # PyTorch's kernels have no dropout then
+        parts = [t.split(MAX_GRID) for t in tensors]
+        parts.append(
+            [None] * len(parts[0]) if bias is None else bias.expand(*tensors[3].shape[:3], keys).split(MAX_GRID)
+        )
+        several = [attention_double_backward(*[*part, scale, diagonal]) for part in zip(*parts, strict=True)]
+        return tuple(map(torch.cat, zip(*several, strict=True)))
+    tensors = [t.contiguous() for t in tensors]
     results = [torch.empty_like(t) for t in (tensors[3], tensors[4], tensors[5], tensors[6])]
     sums = logsumexp.new_empty(4, batch, heads, queries)
     strides = [0] * 4
@@ -347,8 +356,8 @@ def attention_double_backward(
         0 if diagonal is None else diagonal,
     )
     with on("attention_double_backward", query.device):
-        by_queries = triton.cdiv(queries, options["BLOCK"]), batch * heads
+        by_queries = triton.cdiv(queries, options["BLOCK"]), heads, batch
         attention_queries_kernel[by_queries](*tensors, bias, sums, *results[:2], *numbers, **options)
-        by_keys = triton.cdiv(keys, options["BLOCK"]), batch * kv_heads
+        by_keys = triton.cdiv(keys, options["BLOCK"]), kv_heads, batch
         attention_keys_kernel[by_keys](*tensors, bias, sums, *results[2:], *numbers, **options)
     return tuple(results)

@@ -215,8 +215,25 @@ def test_interpreted_triton(device, name, dtype, drops):
     reason = backends.unavailable_reason("triton", device)
     if reason is not None or device == "cuda":
         pytest.skip(reason or "not interpreted")
-    given = arguments(name, dtype, device, n=1) + list(dropout(device) if drops else ())
+    given = arguments(name, dtype, device, n=1 + (name == "small_grouped")) + list(dropout(device) if drops else ())
     check(backends.get("triton").attention_double_backward, given)
+
+
+@pytest.mark.parametrize("batch", [1 << 14, 1 << 17], ids=str)
+def test_grids_that_cuda_takes(monkeypatch, batch):
+    """Windows' attention has many heads in all: dimensions of a grid but the first end at 65,535."""
+    name = "adahessian_fused.kernels.attention_double_backward"
+    module, grids = pytest.importorskip(name, reason="Triton is not installed"), []
+    launch = type("Kernel", (), {"__getitem__": lambda _, grid: lambda *_, **__: grids.append(grid)})()
+    for kernel in ("queries", "keys"):
+        monkeypatch.setattr(module, f"attention_{kernel}_kernel", launch)
+    monkeypatch.setattr(module, "on", lambda *_: nullcontext())
+    q, k = (torch.empty(batch, 6, n, 16, dtype=torch.bfloat16, device="meta") for n in (65, 64))
+    bias = torch.empty(65, 64, device="meta")
+    results = module.attention_double_backward(q, k, k, q, q, k, k, q[..., 0].float(), bias, 1.0, None)
+    assert [r.shape for r in results] == [q.shape, q.shape, k.shape, k.shape]
+    assert all(max(grid[1:]) <= 65535 for grid in grids)
+    assert sum(heads * part for _, heads, part in grids) == 2 * 6 * batch
 
 
 @pytest.mark.filterwarnings("ignore:(overflow|invalid value)")

@@ -107,7 +107,7 @@ class Attention(Operator):
     ) -> Tensors:
         qkv = query, key, value
         if self.backend is EFFICIENT:
-            random = (torch.stack([t.to(query.device).view(()) for t in random]),)
+            random = (torch.stack([t.to(query.device, non_blocking=True).view(()) for t in random]),)
         of_all = self._of_all(query, bias, *random[:1])
         if torch.is_grad_enabled():
             return by_autograd(partial(self._math, bias, of_all[3]), cotangents[:3], (grad,), qkv, mask)
