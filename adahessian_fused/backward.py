@@ -90,6 +90,12 @@ def backward_split(
     opt: AdaHessian, loss_fn: Callable[..., Tensor], batch: Sequence[Any], grad_scaler: torch.amp.GradScaler | None
 ) -> Tensor:
     """Differentiate a loss with curvature from a part of the mini-batch, see :meth:`AdaHessian.backward_split`."""
+    if not callable(loss_fn):
+        raise TypeError(
+            f"loss_fn is of type {type(loss_fn).__name__}; expected a function of the batch, as in "
+            "opt.backward_split(lambda x, y: loss_fn(model(x), y), x, y); a loss that is computed is for "
+            "opt.backward(loss)"
+        )
     fraction = opt.param_groups[0]["hessian_fraction"]
     if not opt.needs_hessian or fraction == 1:
         return opt.backward(lambda: loss_fn(*batch), grad_scaler=grad_scaler, curvature=1.0)

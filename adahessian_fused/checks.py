@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import itertools
 import operator
 import os
@@ -77,11 +78,42 @@ def _check_number(
         raise ValueError(f"{name}={value!r}; expected {low} {signs[0]} {name} {signs[1]} {high}")
 
 
+def fits(function: Any, count: int) -> bool:
+    """Tell whether a function, or a module's forward, may be called with so many arguments, as far as can be told."""
+    try:
+        signature = inspect.signature(function.forward if isinstance(function, torch.nn.Module) else function)
+    except (TypeError, ValueError):  # it does not tell
+        return True
+    try:
+        signature.bind(*[None] * count)
+    except TypeError:
+        return False
+    return True
+
+
 def check_count(name: str, value: Any, least: int = 1) -> None:
     """Raise ValueError unless ``value`` is an int >= ``least``."""
     count = integer(value)
     if count is None or count < least:
         raise ValueError(f"{name}={value!r}; expected an int >= {least}")
+
+
+def hessian_interval(every: Any, h: int) -> int:
+    """Return how many steps a function ``update_each`` puts from Hessian step number h to the next one.
+
+    Raises:
+        TypeError: it cannot be called with a number.
+        ValueError: it returns what is no number of steps.
+    """
+    try:
+        length = every(h)
+    except TypeError as error:
+        raise TypeError(
+            f"update_each({h}) failed: {error}; expected a function of the number of Hessian steps so far, such as "
+            "lambda h: 1 if h < 100 else 10"
+        ) from error
+    check_count(f"update_each({h})", length)
+    return length
 
 
 def check_weight(name: str, value: Any) -> None:
@@ -108,6 +140,11 @@ def has_off_steps(group: Mapping[str, Any]) -> bool:
     return callable(group["update_each"]) or group["update_each"] > 1
 
 
+def dense_steps(group: Mapping[str, Any]) -> int:
+    """Return how many steps have curvature, from the first on, whatever ``update_each`` is."""
+    return group["warmup"] if group["dense_steps"] is None else group["dense_steps"]
+
+
 def check_group(group: dict[str, Any]) -> None:
     """Check the hyperparameters of one parameter group; numpy's scalars among them become Python's."""
     group.update({name: plain(value) for name, value in group.items()})
@@ -130,12 +167,15 @@ def check_group(group: dict[str, Any]) -> None:
     _check_number("weight_decay", group["weight_decay"], 0.0, float("inf"), high_included=True)
     _check_number("hessian_power", group["hessian_power"], 0.0, 1.0, high_included=True)
     check_stabilisers(group["clip"], group["shrink"])
-    if not callable(group["update_each"]):
-        check_count("update_each", group["update_each"])
     check_count("n_samples", group["n_samples"])
     check_count("warmup", group["warmup"], least=0)
     if group["dense_steps"] is not None:
         check_count("dense_steps", group["dense_steps"], least=0)
+    if callable(group["update_each"]):
+        with contextlib.suppress(NameError, AttributeError):  # it may look at what comes later
+            hessian_interval(group["update_each"], max(dense_steps(group) - 1, 0))  # the first number it will be asked
+    else:
+        check_count("update_each", group["update_each"])
     for name in ("maximize", "capturable", "master_weights", "probe_per_rank"):
         if group[name] not in (True, False):
             raise ValueError(f"{name}={group[name]!r}; expected True or False")

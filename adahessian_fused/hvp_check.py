@@ -192,7 +192,8 @@ def check_hvp(
         Errors, costs and failures.
 
     Raises:
-        TypeError: the model is no module, the batch no sequence, or what ``loss_fn`` returns no tensor.
+        TypeError: the model is no module, the batch no sequence, what ``loss_fn`` returns no tensor, or it cannot be
+            called like that.
         ValueError: no parameter of the model requires a gradient, the loss depends on none, or is not one number.
 
     Example:
@@ -278,6 +279,16 @@ def _check_arguments(model: Any, batch: Any) -> None:
         )
 
 
+def _called(loss_fn: LossFn, model: nn.Module, batch: Sequence[Any]) -> Any:
+    try:
+        return loss_fn(model, *batch)
+    except TypeError as error:
+        raise TypeError(
+            f"loss_fn(model, *batch) failed: {error}; expected a function of the model and of what is in the batch, "
+            "such as lambda model, x, y: nn.CrossEntropyLoss()(model(x), y)"
+        ) from error
+
+
 def _number(loss: Any) -> Tensor:
     """Return what ``loss_fn`` has returned, or raise unless it is a loss; no RuntimeError, which is a result."""
     if not isinstance(loss, Tensor):
@@ -348,7 +359,7 @@ class _Run:
         self, model: nn.Module, loss_fn: LossFn, batch: Sequence[Any], name: str, epsilon: float | None
     ) -> None:
         self.name, self.model = name, copy.deepcopy(model)
-        self.loss = lambda: _number(loss_fn(self.model, *batch))
+        self.loss = lambda: _number(_called(loss_fn, self.model, batch))
         self.params = [p for p in self.model.parameters() if p.requires_grad]
         self.hvp = hvp = name if name in CHOICES["hvp"] else "autograd"
         low = LOWER.get(name)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .capture import capturing
-from .checks import check_count, has_off_steps, warn
+from .checks import dense_steps, has_off_steps, hessian_interval, warn
 from .layout import ParameterLayout
 from .segments import Segment, Steps
 
@@ -35,7 +35,7 @@ class Schedule:
         if self._uncertain is not None:
             self._settle()
         return [
-            (group["step"] < _dense_steps(group) or self._is_spaced(number, group))
+            (group["step"] < dense_steps(group) or self._is_spaced(number, group))
             and any(map(_REQUIRES_GRAD, group["params"]))
             for number, group in enumerate(self._layout.groups)
         ]
@@ -51,7 +51,7 @@ class Schedule:
 
     def _last_hessian_step(self, number: int, group: Mapping[str, Any]) -> int:
         """Find the last Hessian step of a group up to the coming one."""
-        old, every, dense = self._last.get(number), group["update_each"], _dense_steps(group)
+        old, every, dense = self._last.get(number), group["update_each"], dense_steps(group)
         known = old[2] if old is not None and old[0] is every and old[1] == dense else (0, 0)
         self._last[number] = every, dense, last_hessian_step(group, group["step"], known)
         return self._last[number][2][0]
@@ -59,7 +59,7 @@ class Schedule:
     def check(self) -> None:
         """Raise what functions ``update_each`` raise for the coming step, or ValueError for no number of steps."""
         for number, group in enumerate(self._layout.groups):
-            if callable(group["update_each"]) and group["step"] >= _dense_steps(group):
+            if callable(group["update_each"]) and group["step"] >= dense_steps(group):
                 self._last_hessian_step(number, group)
 
     def count(self, numbers: Collection[int], found_inf: Tensor | None) -> None:
@@ -126,19 +126,14 @@ def last_hessian_step(group: Mapping[str, Any], step: int, known: tuple[int, int
         known: what an earlier call has returned, from where to go on.
 
     Raises:
-        ValueError: the function returns what is no number of steps.
+        TypeError: the function cannot be called with a number.
+        ValueError: it returns what is no number of steps.
     """
-    dense, every = _dense_steps(group), group["update_each"]
+    dense, every = dense_steps(group), group["update_each"]
     at, h = known if known[0] <= step else (0, 0)
     while at < step:
-        length = 1 if at + 1 < dense else every(h)
-        check_count(f"update_each({h})", length)
+        length = 1 if at + 1 < dense else hessian_interval(every, h)
         if at + length > step:
             break
         at, h = at + length, h + 1
     return at, h
-
-
-def _dense_steps(group: Mapping[str, Any]) -> int:
-    """Return how many steps have curvature, from the first on, whatever ``update_each`` is."""
-    return group["warmup"] if group["dense_steps"] is None else group["dense_steps"]

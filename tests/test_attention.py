@@ -434,6 +434,12 @@ def test_other_probabilities_are_pytorchs(device, p):
     assert said[0] == said[1]
 
 
+@pytest.mark.parametrize("p", [-0.1, math.nan])
+def test_what_is_no_probability(device, p):
+    with curvature_friendly(), pytest.raises(ValueError, match=f"dropout_p={p}; expected 0 <= dropout_p <= 1"):
+        F.scaled_dot_product_attention(*heads(device), dropout_p=p)
+
+
 def test_dropout_in_checkpoints(device):
     """The pass is computed again with the mask that it had; the next one has another."""
     qkv = heads(device)

@@ -8,6 +8,7 @@ import sys
 
 import pytest
 import torch
+import torch.nn.functional as F
 from models import assert_same, batch, conv_net, mlp, weights
 from test_first_order_only import Attention, Bag
 from torch import nn
@@ -273,6 +274,16 @@ WRONG = {
     "a function for the model": ({"model": lambda x: x}, TypeError, "model is of type function; expected a torch.nn"),
     "a tensor for the batch": ({"batch": torch.ones(4, 3)}, TypeError, r"batch is of type Tensor; expected a tuple"),
     "a dict for the batch": ({"batch": {"x": 1}}, TypeError, r"batch is of type dict; expected a tuple"),
+    "a loss of outputs": (
+        {"loss_fn": nn.CrossEntropyLoss()},
+        TypeError,
+        r"loss_fn\(model, .*as lambda model, x, y",
+    ),
+    "a function of outputs": (
+        {"loss_fn": F.cross_entropy},
+        TypeError,
+        r"must be Tensor, not .*; expected a function",
+    ),
     "no loss": ({"loss_fn": lambda *_: None}, TypeError, "returned a value of type NoneType; expected the loss"),
     "outputs": ({"loss_fn": lambda m, x, _: m(x)}, ValueError, r"returned shape \(16, .*\); expected one number"),
     "another model's loss": ({"model": nn.Linear(1, 1)}, ValueError, "depends on no parameter of the model; expected"),

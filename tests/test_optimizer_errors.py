@@ -273,6 +273,13 @@ def test_a_closure_that_is_a_loss():
         opt.step(loss_of(model))
 
 
+def test_a_loss_in_the_place_of_its_function():
+    model, opt = fresh(mlp(), hessian_fraction=0.5)
+    with pytest.raises(TypeError, match=r"loss_fn is of type Tensor; expected a function of the batch, as in .*lambda"):
+        opt.backward_split(loss_of(model), torch.ones(4, 3))
+    assert all(p.grad is None for p in model.parameters())
+
+
 HESSIANS = {
     "too_few": ([], "hessian has 0 entries; expected 2"),
     "too_many": ([torch.ones(2)] * 3, "hessian has 3 entries; expected 2"),

@@ -149,17 +149,48 @@ def test_a_function_for_a_number_and_back():
 
 @pytest.mark.parametrize("length", [0, -1, 1.5, None, True])
 def test_a_function_that_returns_no_number_of_steps(length):
-    model, opt = fresh(mlp(), update_each=lambda h: length, dense_steps=0)
-    train(opt, model, [0])
+    model, opt = fresh(mlp(), update_each=lambda h: length if h else 1, dense_steps=0)
+    train(opt, model, [0, 1])
     before, moved = opt.state_dict(), weights(model)
-    with pytest.raises(ValueError, match=rf"update_each\(0\)={length}; expected an int >= 1"):
+    with pytest.raises(ValueError, match=rf"update_each\(1\)={length}; expected an int >= 1"):
         train(opt, model, [1])
     assert_same(weights(model), moved)
     assert opt.state_dict()["param_groups"] == before["param_groups"]
     other, another = fresh(mlp())  # while the first one lives
     train(another, other, [0])
     opt.param_groups[0]["update_each"] = 2
-    assert hessian_steps(opt, model, [1, 2]) == ".x"
+    assert hessian_steps(opt, model, [2, 3]) == "x."
+
+
+def divided_by_zero(h):
+    return 12 // h
+
+
+BAD = {
+    "no argument": (
+        lambda: 3,
+        {},
+        TypeError,
+        r"update_each\(0\) failed: .*0 positional.*function of the number",
+    ),
+    "no number": (lambda h: None, {}, ValueError, r"update_each\(0\)=None; expected an int >= 1"),
+    "after the first": (
+        lambda h: 19 - h,
+        {"dense_steps": 20},
+        ValueError,
+        r"update_each\(19\)=0; expected an int",
+    ),
+    "raises": (divided_by_zero, {}, ZeroDivisionError, "zero"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_functions_are_tried_when_they_are_given(name):
+    function, options, error, message = BAD[name]
+    with pytest.raises(error, match=message):
+        fresh(mlp(), update_each=function, **options)
+    fresh(mlp(), update_each=divided_by_zero, dense_steps=2)  # it will not be asked for that
+    fresh(mlp(), update_each=lambda h: made_later + h)  # noqa: F821
 
 
 # ---- gradient accumulation -------------------------------------------------------------------------------------------

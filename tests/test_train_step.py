@@ -431,6 +431,12 @@ def test_a_loss_of_none_of_the_parameters_is_an_error():
         ({"compile": "max"}, ValueError, "compile='max'; expected True or False"),
         ({"loss_fn": "mse"}, TypeError, "loss_fn is 'mse'; expected a function"),
         ({"loss_fn": nn.MSELoss}, TypeError, "loss_fn is <class .*MSELoss'>; expected a function or a module, such as"),
+        (
+            {"loss_fn": nn.Linear(1, 1)},
+            TypeError,
+            r"Linear, which cannot .* TrainStep\(model, loss_fn, optimizer\)",
+        ),
+        ({"loss_fn": lambda batch: batch}, TypeError, "function, which cannot be called with outputs and targets"),
     ],
     ids=str,
 )

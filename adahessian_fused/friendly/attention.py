@@ -167,6 +167,8 @@ def attention(
     Ours is what PyTorch would run one of its fused kernels for; with dropout, of a mask that all passes can draw again,
     which on CUDA is that of its memory-efficient kernel. What is not for them is the math kernel's.
     """
+    if not dropout_p >= 0:  # as of NaN, too, which the math kernel takes for 0; it refuses what is above 1
+        raise ValueError(f"dropout_p={dropout_p!r}; expected 0 <= dropout_p <= 1")
     options: dict[str, Any] = {"scale": scale, "enable_gqa": enable_gqa}
     arguments = (query, key, value, attn_mask, dropout_p, is_causal)
     query, key, value = qkv = lower(query, key, value)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from .. import hvp, sharing
-from ..checks import warn
+from ..checks import fits, warn
 from ..fraction import flatten
 from ..hessian_step import HessianStep
 from ..optimizer import AdaHessian
@@ -82,7 +82,8 @@ class TrainStep:
         grad_scaler: scales the loss and takes the optimizer's step.
 
     Raises:
-        TypeError: ``optimizer`` is not an AdaHessian, or ``loss_fn`` cannot be called or is a class.
+        TypeError: ``optimizer`` is not an AdaHessian, or ``loss_fn`` cannot be called or is a class, or does not take
+            outputs and targets where there is a model.
         ValueError: an argument is out of its range, ``hessian_fraction`` is not the optimizer's, or ``optimizer`` does
             not differentiate twice (``hvp``).
         RuntimeError: from a call: the loss depends on no parameter of the optimizer; or, with ``cuda_graph=True``, the
@@ -122,6 +123,11 @@ class TrainStep:
             raise TypeError(f"optimizer is of type {type(optimizer).__name__}; expected adahessian_fused.AdaHessian")
         if not callable(loss_fn) or isinstance(loss_fn, type):
             raise TypeError(f"loss_fn is {loss_fn!r}; expected a function or a module, such as nn.MSELoss()")
+        if model is not None and not fits(loss_fn, 2):
+            raise TypeError(
+                f"loss_fn is of type {type(loss_fn).__name__}, which cannot be called with outputs and targets; "
+                "expected TrainStep(model, loss_fn, optimizer), in this order"
+            )
         if optimizer.param_groups[0]["hvp"] != "autograd":
             raise ValueError(f'optimizer has hvp={optimizer.param_groups[0]["hvp"]!r}; TrainStep is hvp="autograd"')
         if compile and optimizer.param_groups[0]["hvp_dtype"] == "tf32":

@@ -119,7 +119,8 @@ def _embedding_bag(words, weight, *args, mode="mean", **kwargs):
 
 
 def _weight_norm(v, g, dim=0):
-    return v * g / v.norm(dim=[axis for axis in range(v.dim()) if axis != dim % v.dim()], keepdim=True)
+    axes = [axis for axis in range(v.dim()) if axis != dim % v.dim()]
+    return v * g / v.square().sum(axes, keepdim=True).sqrt()  # norm() takes two axes at most
 
 
 class Plain(TorchFunctionMode):
