@@ -47,7 +47,9 @@ NORM_WIDE = ("v_weight", "v_bias", "weight", "mean", "invstd", "partials", "mean
 NARROW = ("z", "saved", "v", "grad", "x", "d_grad", "d_x")
 OPTIONAL = ("master", "grad_scale", "found_inf", "means", "missed")
 
-PLANES, ROWS = {"LAST": False, "BLOCK_I": 1024, "BLOCK_C": 1}, {"LAST": True, "BLOCK_I": 32, "BLOCK_C": 32}
+PLANES = {"LAST": False, "WIDE": True, "BLOCK_I": 128, "BLOCK_C": 8}
+ROWS = {"LAST": True, "WIDE": True, "BLOCK_I": 32, "BLOCK_C": 32}
+NARROW_PLANES, NARROW_ROWS = {**PLANES, "WIDE": False, "BLOCK_I": 1024, "BLOCK_C": 1}, {**ROWS, "WIDE": False}
 ROUNDED = dict.fromkeys(["exp_avg", "exp_hessian_diag_sq"], "*bf16")
 HESSIAN, NONE = {"CURVATURE": "hessian", "missed": "*i64"}, {"CURVATURE": "none", "diag": None}
 MOVE = {"SAVE": True, "RESTORE": False}
@@ -76,7 +78,7 @@ CASES: dict[str, tuple[str, str, str, dict[str, Any]]] = {
     "row-gradients-fp32": (NORM, "row_norm_gradients_kernel", "fp32", LAYER),
     "row-gradients-bf16": (NORM, "row_norm_gradients_kernel", "bf16", LAYER),
     "row-gradients-rms-bf16": (NORM, "row_norm_gradients_kernel", "bf16", {**LAYER, "mean": None}),
-    "row-weight-fp32": (NORM, "row_norm_weight_kernel", "fp32", ROWS),
+    "row-weight-fp32": (NORM, "row_norm_weight_kernel", "fp32", {**ROWS, "ONE": True}),
 }
 
 
@@ -104,12 +106,12 @@ def every() -> dict[str, tuple[str, str, str, dict[str, Any]]]:
         add(RADEMACHER, "rademacher_kernel", dtype)
         for save, restore in itertools.product((True, False), repeat=2):
             add(PERTURB, "perturb_kernel", dtype, SAVE=save, RESTORE=restore)
-        for given in (PLANES, ROWS):
+        for given in (PLANES, ROWS, NARROW_PLANES, NARROW_ROWS):
             add(NORM, "batch_norm_sums_kernel", dtype, **given)
             add(NORM, "batch_norm_gradients_kernel", dtype, **given, **GRADIENTS)
             add(NORM, "batch_norm_gradients_kernel", dtype, **given, SPLITS=1, FIXED=True, weight=None)
-            add(NORM, "row_norm_weight_kernel", dtype, **given)
-            add(NORM, "row_norm_weight_kernel", dtype, **given, mean=None)
+            for one, without in itertools.product((True, False), ({}, {"mean": None})):
+                add(NORM, "row_norm_weight_kernel", dtype, **given, ONE=one, **without)
         for without in ({}, {"mean": None, "v_bias": None}, {"v_weight": None, "v_bias": None, "weight": None}):
             for one, wide in itertools.product((True, False), repeat=2):
                 add(NORM, "row_norm_gradients_kernel", dtype, BLOCK=1024, ONE=one, WIDE=wide, **without)

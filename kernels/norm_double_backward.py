@@ -15,34 +15,72 @@ from .tile import kernel
 
 TILE = 4096 if INTERPRETED else 1024  # elements of a tile
 PROGRAMS = 2 if INTERPRETED else 1024  # that sums take, so that there are several for each multiprocessor
+VECTOR = 8  # elements: 128 bits of the narrowest
 MAX_SPLITS = 32  # partial sums of a channel that each program of the next kernel adds up again
 MAX_GRID = 65535  # of a launch, but for its first dimension
 N_SUMS = tl.constexpr(5)
 
 
 # ---- elements of channels: (outer, channels, inner), with inner = 1 for channels_last -------------------------------
+# A program takes BLOCK_I elements of BLOCK_C channels where these are LAST, else BLOCK_I vectors of BLOCK_C elements of
+# one channel, with one division a vector. WIDE says that vectors are whole and aligned in all tensors.
+
+
+@triton.jit
+def _channels(LAST: tl.constexpr, BLOCK_C: tl.constexpr):
+    """The program's channels, (1, BLOCK_C), or its one, (1, 1)."""
+    several: tl.constexpr = BLOCK_C if LAST else 1
+    return tl.program_id(0) * several + tl.arange(0, several)[None, :]
 
 
 @triton.jit
 def _elements(begin, end, channels, inner, LAST: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_C: tl.constexpr):
-    """Index, and whether it is one, of elements begin, begin + 1, ... of the program's channels."""
-    c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)[None, :]
-    i = begin + tl.arange(0, BLOCK_I)[:, None]
-    index = i * channels + c
-    if not LAST:
-        index = i // inner * (channels * inner) + c * inner + i % inner
-    return index, (i < end) & (c < channels)
+    """Numbers, (BLOCK_I, 1), of vectors from ``begin`` on, the index of all elements, and whether there are such."""
+    if LAST:
+        i, c = begin + tl.arange(0, BLOCK_I)[:, None], _channels(LAST, BLOCK_C)
+        index, mask = i * channels + tl.arange(0, BLOCK_C)[None, :], (i < end) & (c < channels)
+    else:
+        i = begin + tl.arange(0, BLOCK_I)[:, None] * BLOCK_C
+        index, mask = i // inner * (channels * inner) + i % inner + tl.arange(0, BLOCK_C)[None, :], i < end
+    return i, index, mask
 
 
 @triton.jit
-def _of_channel(pointer, channels, BLOCK_C: tl.constexpr, otherwise: tl.constexpr):
-    """A number of each of the program's channels, (1, BLOCK_C); ``otherwise`` without a pointer."""
-    c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)[None, :]
+def _of_channel(pointer, channels, otherwise: tl.constexpr, LAST: tl.constexpr, BLOCK_C: tl.constexpr):
+    """A number of each of the program's channels, in float64; ``otherwise`` without a pointer."""
+    c = _channels(LAST, BLOCK_C)
     if pointer is None:
-        numbers = tl.full((1, BLOCK_C), otherwise, tl.float64)
+        numbers = tl.full(c.shape, otherwise, tl.float64)
     else:
         numbers = tl.load(pointer + c, mask=c < channels, other=0).to(tl.float64)
     return numbers
+
+
+@triton.jit
+def _store_sum(target, total, channels, LAST: tl.constexpr, BLOCK_C: tl.constexpr):
+    """The sums of the program's channels."""
+    if LAST:
+        c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
+        tl.store(target + c, tl.sum(total, 0), mask=c < channels)
+    else:
+        tl.store(target + tl.program_id(0), tl.sum(tl.sum(total, 1), 0))
+
+
+@triton.jit
+def _whole(number, WIDE: tl.constexpr, VECTOR: tl.constexpr = 8):
+    """The same number, visibly a multiple of VECTOR: the compiler believes no promises about arguments."""
+    if WIDE:
+        number = number // VECTOR * VECTOR
+    return number
+
+
+@triton.jit
+def _of_program(pointer, inner, LAST: tl.constexpr, WIDE: tl.constexpr, BLOCK_C: tl.constexpr):
+    """The first element of the program's channels."""
+    pointer += tl.program_id(0) * (BLOCK_C if LAST else inner)
+    if WIDE:
+        pointer = tl.multiple_of(pointer, 16)
+    return pointer
 
 
 @kernel
@@ -57,18 +95,22 @@ def batch_norm_sums_kernel(
     inner,
     length,
     LAST: tl.constexpr,
+    WIDE: tl.constexpr,
     BLOCK_I: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
     """Each program sums v, g, v (x - mean), g (x - mean) and v g over ``length`` elements of its channels."""
     STATE: tl.constexpr = partials.dtype.element_ty
-    center = _of_channel(mean, channels, BLOCK_C, 0).to(STATE)
+    length, inner, channels = _whole(length, WIDE), _whole(inner, WIDE and not LAST), _whole(channels, WIDE and LAST)
+    v = _of_program(v, inner, LAST, WIDE, BLOCK_C)
+    grad, x = _of_program(grad, inner, LAST, WIDE, BLOCK_C), _of_program(x, inner, LAST, WIDE, BLOCK_C)
+    center = _of_channel(mean, channels, 0, LAST, BLOCK_C).to(STATE)
     sum_v = tl.zeros([BLOCK_I, BLOCK_C], STATE)
     sum_g, sum_vx, sum_gx, sum_vg = sum_v, sum_v, sum_v, sum_v
     begin = tl.program_id(1) * length
     end = tl.minimum(begin + length, count)
     while begin < end:
-        index, mask = _elements(begin, end, channels, inner, LAST, BLOCK_I, BLOCK_C)
+        _, index, mask = _elements(begin, end, channels, inner, LAST, BLOCK_I, BLOCK_C)
         v_i = tl.load(v + index, mask=mask, other=0).to(STATE)
         g_i = tl.load(grad + index, mask=mask, other=0).to(STATE)
         x_i = tl.load(x + index, mask=mask, other=0).to(STATE) - center
@@ -77,20 +119,21 @@ def batch_norm_sums_kernel(
         sum_vx += v_i * x_i
         sum_gx += g_i * x_i
         sum_vg += v_i * g_i
-        begin += BLOCK_I
-    c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
-    target = partials + tl.program_id(1) * N_SUMS * channels + c
-    tl.store(target, tl.sum(sum_v, 0), mask=c < channels)
-    tl.store(target + channels, tl.sum(sum_g, 0), mask=c < channels)
-    tl.store(target + 2 * channels, tl.sum(sum_vx, 0), mask=c < channels)
-    tl.store(target + 3 * channels, tl.sum(sum_gx, 0), mask=c < channels)
-    tl.store(target + 4 * channels, tl.sum(sum_vg, 0), mask=c < channels)
+        begin += BLOCK_I if LAST else BLOCK_I * BLOCK_C
+    target = partials + tl.program_id(1) * N_SUMS * channels
+    _store_sum(target, sum_v, channels, LAST, BLOCK_C)
+    _store_sum(target + channels, sum_g, channels, LAST, BLOCK_C)
+    _store_sum(target + 2 * channels, sum_vx, channels, LAST, BLOCK_C)
+    _store_sum(target + 3 * channels, sum_gx, channels, LAST, BLOCK_C)
+    _store_sum(target + 4 * channels, sum_vg, channels, LAST, BLOCK_C)
 
 
 @triton.jit
-def _total(partials, number: tl.constexpr, splits, channels, SPLITS: tl.constexpr, BLOCK_C: tl.constexpr):
-    """One of the sums over all splits, (1, BLOCK_C)."""
-    c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)[None, :]
+def _total(
+    partials, number: tl.constexpr, splits, channels, SPLITS: tl.constexpr, LAST: tl.constexpr, BLOCK_C: tl.constexpr
+):
+    """One of the sums over all splits, of each of the program's channels."""
+    c = _channels(LAST, BLOCK_C)
     split = tl.arange(0, SPLITS)[:, None]
     parts = partials + (split * N_SUMS + number) * channels + c
     return tl.sum(tl.load(parts, mask=(split < splits) & (c < channels), other=0).to(tl.float64), 0)[None, :]
@@ -117,6 +160,7 @@ def batch_norm_gradients_kernel(
     splits,
     FIXED: tl.constexpr,
     LAST: tl.constexpr,
+    WIDE: tl.constexpr,
     SPLITS: tl.constexpr,
     BLOCK_I: tl.constexpr,
     BLOCK_C: tl.constexpr,
@@ -124,42 +168,58 @@ def batch_norm_gradients_kernel(
     """Each program writes ``length`` elements of its channels' gradients, which are linear in v, g and x."""
     STATE: tl.constexpr = d_weight.dtype.element_ty
     n = count.to(tl.float64)
-    s, w = _of_channel(invstd, channels, BLOCK_C, 1.0), _of_channel(weight, channels, BLOCK_C, 1.0)
-    vw, vb = _of_channel(v_weight, channels, BLOCK_C, 0.0), _of_channel(v_bias, channels, BLOCK_C, 0.0)
-    sum_vg = _total(partials, 4, splits, channels, SPLITS, BLOCK_C)
+    length, inner, channels = _whole(length, WIDE), _whole(inner, WIDE and not LAST), _whole(channels, WIDE and LAST, 4)
+    v = _of_program(v, inner, LAST, WIDE, BLOCK_C)
+    grad, x = _of_program(grad, inner, LAST, WIDE, BLOCK_C), _of_program(x, inner, LAST, WIDE, BLOCK_C)
+    d_grad, d_x = _of_program(d_grad, inner, LAST, WIDE, BLOCK_C), _of_program(d_x, inner, LAST, WIDE, BLOCK_C)
+    s, w = _of_channel(invstd, channels, 1.0, LAST, BLOCK_C), _of_channel(weight, channels, 1.0, LAST, BLOCK_C)
+    vw, vb = _of_channel(v_weight, channels, 0.0, LAST, BLOCK_C), _of_channel(v_bias, channels, 0.0, LAST, BLOCK_C)
+    sum_vg = _total(partials, 4, splits, channels, SPLITS, LAST, BLOCK_C)
     if FIXED:
         dw = s * sum_vg
         grad_x, grad_1, x_v, x_g, x_x, x_1 = vw * s, vb, 0 * s, vw * s, 0 * s, 0 * s
     else:
-        v_mean = _total(partials, 0, splits, channels, SPLITS, BLOCK_C) / n
-        g_mean = _total(partials, 1, splits, channels, SPLITS, BLOCK_C) / n
-        vx = s * _total(partials, 2, splits, channels, SPLITS, BLOCK_C)
-        gx = s * _total(partials, 3, splits, channels, SPLITS, BLOCK_C)
+        v_mean = _total(partials, 0, splits, channels, SPLITS, LAST, BLOCK_C) / n
+        g_mean = _total(partials, 1, splits, channels, SPLITS, LAST, BLOCK_C) / n
+        vx = s * _total(partials, 2, splits, channels, SPLITS, LAST, BLOCK_C)
+        gx = s * _total(partials, 3, splits, channels, SPLITS, LAST, BLOCK_C)
         dw = s * (sum_vg - n * v_mean * g_mean - vx * gx / n)
         x_g, x_v = s * (vw - w * s * vx / n), -s * w * s * gx / n
         grad_x, grad_1 = x_g, vb - w * s * v_mean
         x_x = -s * ((x_v * vx + x_g * gx) / n + w * s * dw / n)
         x_1 = -x_v * v_mean - x_g * g_mean
-    c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)[None, :]
+    c = _channels(LAST, BLOCK_C)
     tl.store(d_weight + c, dw.to(STATE), mask=c < tl.where(tl.program_id(1) == 0, channels, 0))
     grad_v, grad_x, grad_1 = (w * s).to(STATE), grad_x.to(STATE), grad_1.to(STATE)
     x_v, x_g, x_x, x_1 = x_v.to(STATE), x_g.to(STATE), x_x.to(STATE), x_1.to(STATE)
-    center = _of_channel(mean, channels, BLOCK_C, 0).to(STATE)
+    center = _of_channel(mean, channels, 0, LAST, BLOCK_C).to(STATE)
     begin = tl.program_id(1) * length
     end = tl.minimum(begin + length, count)
     while begin < end:
-        index, mask = _elements(begin, end, channels, inner, LAST, BLOCK_I, BLOCK_C)
+        _, index, mask = _elements(begin, end, channels, inner, LAST, BLOCK_I, BLOCK_C)
         v_i = tl.load(v + index, mask=mask, other=0).to(STATE)
         g_i = tl.load(grad + index, mask=mask, other=0).to(STATE)
         x_i = tl.load(x + index, mask=mask, other=0).to(STATE) - center
         tl.store(d_grad + index, grad_v * v_i + (grad_x * x_i + grad_1), mask=mask)
         tl.store(d_x + index, (x_v * v_i + x_g * g_i) + (x_x * x_i + x_1), mask=mask)
-        begin += BLOCK_I
+        begin += BLOCK_I if LAST else BLOCK_I * BLOCK_C
 
 
-def _splits(count: int, groups: int, block: int) -> int:
-    """How many programs share the sums of each of ``groups`` groups of channels, ``block`` elements at a time."""
-    return min(triton.cdiv(PROGRAMS, groups), triton.cdiv(count, block), MAX_GRID)
+def _blocks(channels: int, inner: int, *tensors: torch.Tensor) -> dict[str, int]:
+    """How programs take the elements of channels, ``inner`` side by side: see above."""
+    last, is_wide = inner == 1, (channels if inner == 1 else inner) % VECTOR == 0 and _are_aligned(*tensors)
+    block_c = min(triton.next_power_of_2(channels), 32) if last else VECTOR if is_wide else 1
+    return {"LAST": last, "WIDE": is_wide, "BLOCK_I": TILE // block_c, "BLOCK_C": block_c}
+
+
+def _grid(count: int, channels: int, blocks: dict[str, int]) -> tuple[tuple[int, int], int, int]:
+    """Programs that sum over elements of channels, how many each of them takes in one turn, and in all."""
+    groups, block = (
+        (triton.cdiv(channels, blocks["BLOCK_C"]), blocks["BLOCK_I"]) if blocks["LAST"] else (channels, TILE)
+    )
+    splits = min(triton.cdiv(PROGRAMS, groups), triton.cdiv(count, block), MAX_GRID)
+    length = triton.cdiv(triton.cdiv(count, splits), VECTOR) * VECTOR
+    return (groups, triton.cdiv(count, length)), block, length
 
 
 def _length(count: int, block: int) -> int:
@@ -173,21 +233,18 @@ def batch_norm_double_backward(v, v_weight, v_bias, grad, x, weight, mean, invst
     last = not x.is_contiguous() or x.numel() == x.shape[0] * x.shape[1]
     channels = x.shape[1]
     count = x.numel() // channels
-    block_c = min(triton.next_power_of_2(channels), 32) if last else 1
-    blocks = {"LAST": last, "BLOCK_I": TILE // block_c, "BLOCK_C": block_c}
-    grid = triton.cdiv(channels, block_c)
-    splits = _splits(count, grid, blocks["BLOCK_I"])
     sizes = count, channels, 1 if last else count // x.shape[0]
+    blocks = _blocks(channels, sizes[2], v, grad, x)
+    grid, block, length = _grid(count, channels, blocks)
+    splits = grid[1]
     results = torch.empty_like(x), torch.empty_like(x), torch.empty_like(invstd)
     partials = torch.empty(splits, N_SUMS.value, channels, dtype=invstd.dtype, device=x.device)
     with on("batch_norm_double_backward", x.device):
-        batch_norm_sums_kernel[(grid, splits)](
-            v, grad, x, mean, partials, *sizes, triton.cdiv(count, splits), num_warps=4, **FUSION, **blocks
-        )
+        batch_norm_sums_kernel[grid](v, grad, x, mean, partials, *sizes, length, num_warps=4, **FUSION, **blocks)
         if splits > MAX_SPLITS:
             partials, splits = partials.sum(0, keepdim=True, dtype=torch.float64), 1
-        length = _length(count, blocks["BLOCK_I"])
-        batch_norm_gradients_kernel[(grid, triton.cdiv(count, length))](
+        length = _length(count, block)
+        batch_norm_gradients_kernel[(grid[0], triton.cdiv(count, length))](
             *(v, v_weight, v_bias, grad, x, weight, mean, invstd, partials),
             *results,
             *sizes,
@@ -327,30 +384,38 @@ def row_norm_weight_kernel(
     rows,
     channels,
     groups,
+    ONE: tl.constexpr,
     LAST: tl.constexpr,
+    WIDE: tl.constexpr,
     BLOCK_I: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
     """Each program sums g P(v) over ``length`` of the elements that have its weights."""
     STATE: tl.constexpr = partials.dtype.element_ty
+    length, inner, weights = _whole(length, WIDE), _whole(inner, WIDE and not LAST), _whole(weights, WIDE and LAST)
+    v = _of_program(v, inner, LAST, WIDE, BLOCK_C)
+    grad, x = _of_program(grad, inner, LAST, WIDE, BLOCK_C), _of_program(x, inner, LAST, WIDE, BLOCK_C)
     total = tl.zeros([BLOCK_I, BLOCK_C], STATE)
     begin = tl.program_id(1) * length
     end = tl.minimum(begin + length, count)
-    c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     while begin < end:
-        index, mask = _elements(begin, end, weights, inner, LAST, BLOCK_I, BLOCK_C)
-        row = (begin + tl.arange(0, BLOCK_I)[:, None]) // inner * groups + c[None, :] // channels
-        s = tl.load(invstd + row, mask=mask, other=0)
+        i, index, mask = _elements(begin, end, weights, inner, LAST, BLOCK_I, BLOCK_C)
+        row, seen = i, i < end
+        if not LAST:
+            row //= inner
+        if not ONE:
+            row, seen = row * groups + _channels(LAST, BLOCK_C) // channels, mask
+        s = tl.load(invstd + row, mask=seen, other=0)
         v_i = tl.load(v + index, mask=mask, other=0).to(STATE)
         g_i = tl.load(grad + index, mask=mask, other=0).to(STATE)
         x_i = tl.load(x + index, mask=mask, other=0).to(STATE)
         if mean is not None:
-            x_i -= tl.load(mean + row, mask=mask, other=0)
-        v_mean = tl.load(means + row, mask=mask, other=0)
-        vx = tl.load(means + rows + row, mask=mask, other=0)
+            x_i -= tl.load(mean + row, mask=seen, other=0)
+        v_mean = tl.load(means + row, mask=seen, other=0)
+        vx = tl.load(means + rows + row, mask=seen, other=0)
         total += tl.where(mask, g_i * s * (v_i - v_mean - x_i * s * vx), 0)
-        begin += BLOCK_I
-    tl.store(partials + tl.program_id(1) * weights + c, tl.sum(total, 0), mask=c < weights)
+        begin += BLOCK_I if LAST else BLOCK_I * BLOCK_C
+    _store_sum(partials + tl.program_id(1) * weights, total, weights, LAST, BLOCK_C)
 
 
 def _are_aligned(*tensors):
@@ -364,11 +429,9 @@ def row_norm_double_backward(v, v_weight, v_bias, grad, x, weight, mean, invstd,
     weights, count = groups * channels, rows // groups * inner
     d_grad, d_x = torch.empty_like(x), torch.empty_like(x)
     means = torch.empty(2, rows, dtype=invstd.dtype, device=x.device)
-    block_c = min(triton.next_power_of_2(weights), 32) if inner == 1 else 1
-    blocks = {"LAST": inner == 1, "BLOCK_I": TILE // block_c, "BLOCK_C": block_c}
-    grid = triton.cdiv(weights, block_c)
-    splits = _splits(count, grid, blocks["BLOCK_I"])
-    partials = torch.empty(splits, weights, dtype=invstd.dtype, device=x.device)
+    blocks = _blocks(weights, inner, v, grad, x)
+    grid, _, share = _grid(count, weights, blocks)
+    partials = torch.empty(grid[1], weights, dtype=invstd.dtype, device=x.device)
     with on("row_norm_double_backward", x.device):
         row_norm_gradients_kernel[(rows,)](
             *(v, v_weight, v_bias, grad, x, weight, mean, invstd, d_grad, d_x, means),
@@ -379,9 +442,10 @@ def row_norm_double_backward(v, v_weight, v_bias, grad, x, weight, mean, invstd,
             num_warps=4,
             **FUSION,
         )
-        row_norm_weight_kernel[(grid, splits)](
+        row_norm_weight_kernel[grid](
             *(v, grad, x, mean, invstd, means, partials),
-            *(count, weights, inner, triton.cdiv(count, splits), rows, channels, groups),
+            *(count, weights, inner, share, rows, channels, groups),
+            ONE=groups == 1,
             num_warps=4,
             **FUSION,
             **blocks,

@@ -43,10 +43,14 @@ CASES = {
 INTERPRETED = {
     "small_images": (BATCH, (2, 3, 5, 2), False),
     "small_channels_last": (BATCH, (2, 3, 5, 2), False),
+    "whole_vectors": (BATCH, (2, 3, 4, 4), False),
+    "whole_vectors_channels_last": (BATCH, (2, 24, 3, 2), False),
     "small_fixed": (BATCH, (2, 3, 2, 2), True),
     "small_layer": (ROW, (3, 9, 1), 1),
     "rms_small": (ROW, (2, 5, 1), 1),
     "small_group": (ROW, (4, 3, 5), 2),
+    "whole_vectors_layer": (ROW, (3, 16, 1), 1),
+    "whole_vectors_group": (ROW, (4, 3, 8), 2),
 }
 
 

@@ -44,6 +44,10 @@ def test_nothing_spills_and_16_warps_fit(compiled: dict[str, dict], case: str) -
         ("rademacher-bf16", 0, 2),
         ("perturb-fp32", 2, 2 * 2),  # p -> saved, p
         ("perturb-bf16", 1, 2),
+        ("batch-sums-fp32", 2 * 3, 0),  # v, g, x
+        ("batch-sums-channels-last-bf16", 3, 0),
+        ("batch-gradients-fp32", 2 * 3, 2 * 2),
+        ("row-weight-fp32", 2 * 3, 0),
         ("row-gradients-fp32", 2 * 3 * 2, 2 * 2),  # v, g, x, twice -> d_g, d_x
         ("row-gradients-bf16", 2 * 3, 2),
         ("row-gradients-rms-bf16", 2 * 3, 2),
