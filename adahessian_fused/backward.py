@@ -82,7 +82,7 @@ def backward(
     if wanted or (others and curvature != 0):
         differentiate_twice(scaled, [step], others, **options, inverse_scale=inverse_scale, weight=weight)
     else:
-        differentiate_once(scaled, step, others, **options, by_ddp=batch_size is None and not due)
+        differentiate_once(scaled, [step], others, **options, by_ddp=batch_size is None and not due)
     return None if given else loss.detach()
 
 
@@ -113,7 +113,7 @@ def backward_split(
 
 def differentiate_once(
     loss: Tensor,
-    step: HessianStep,
+    steps: Sequence[HessianStep],
     others: Sequence[HessianStep] = (),
     *,
     gradient: Tensor | None,
@@ -121,20 +121,20 @@ def differentiate_once(
     by_ddp: bool,
 ) -> None:
     """Compute the gradient alone; averaged by DDP if it may be and DDP does so, otherwise here."""
-    ranks = step.ranks
-    due = [each for each in (step, *others) if each.is_due]  # a pass is nothing to the others
+    due = [each for each in (*steps, *others) if each.is_due]  # a pass is nothing to the others
     with contextlib.ExitStack() if due else contextlib.nullcontext() as stack:
         for each in due:
             stack.enter_context(each.passing())
-        if ranks is None or (by_ddp and ranks.averages_first_order):
+        if all(step.ranks is None or (by_ddp and step.ranks.averages_first_order) for step in steps):
             torch.autograd.backward(loss, gradient, retain_graph=retain_graph)
             return
         leaves = hvp.explore([loss]).leaves  # without any hooks of DDP
         grads = torch.autograd.grad(loss, leaves, gradient, retain_graph=retain_graph, allow_unused=True)
-        average = step.start_average(leaves, grads)
+        averages = [step.start_average(leaves, grads) for step in steps]
         hvp.accumulate_grads(leaves, grads, gradient)
         hvp.run_accumulated(leaves, grads)
-        step.finish_average(average)
+        for step, average in zip(steps, averages, strict=True):
+            step.finish_average(average)
 
 
 def differentiate_twice(

@@ -481,6 +481,12 @@ class HessianStep:
         elif self._together.ranks is not None:
             self._together.ranks.grads_averaged = False
 
+    @property
+    def averages_itself(self) -> bool:
+        """Whether the gradients of an ordinary backward pass would still have to be averaged here."""
+        ranks = self._together.ranks
+        return ranks is not None and not ranks.silent and not ranks.averages_first_order
+
     def average_local(self, *, with_curvature: bool = True) -> None:
         """Average what other backward passes than ours have left on this rank, and take in their curvature."""
         if self.ranks is None or self.ranks.grads_averaged:
@@ -516,11 +522,16 @@ class HessianStep:
         Raises:
             NoCurvatureError: it is due, and there is none.
             ValueError: a function ``update_each`` returned what is no number of steps.
-            RuntimeError: some of the gradients have their curvature, and some not; or the ranks' parameters differ.
+            RuntimeError: some of the gradients have their curvature, and some not; or parameters or averaged gradients
+                are not the same on all ranks.
         """
         self.schedule.check()
+        ranks = self.ranks
+        averaged = ranks is not None and ranks.grads_averaged
         self.average_local(with_curvature=hessian is None)
         entries, grads = self.layout.with_gradients()
+        if averaged:
+            ranks.check_grads([(entry.name, g) for entry, g in zip(entries, grads, strict=True)])
         if not entries:
             return Gathered((), [], (), None)
         due = self.schedule.due()
@@ -531,9 +542,9 @@ class HessianStep:
             due = [True] * len(due)
         hvp.release_graph(grads)
         self.average_curvature(due)
-        if self._together.ranks is not None and any(due):
+        if ranks is not None and any(due):
             trained = self.layout.ensure([p for _, p in self.layout.trained()])
-            self._together.ranks.check_same([(entry.name, entry.param) for entry in trained])
+            ranks.check_same([(entry.name, entry.param) for entry in trained])
         return Gathered(entries, grads, due, self.curvature)
 
     def complete(self, entries: Sequence[Entry], grads: Sequence[Tensor], due: Sequence[bool]) -> None:

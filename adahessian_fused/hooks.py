@@ -5,13 +5,14 @@ from __future__ import annotations
 import functools
 import weakref
 from collections import OrderedDict
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
 from . import hvp, sharing
-from .backward import differentiate_twice
+from .backward import differentiate_once, differentiate_twice
 
 if TYPE_CHECKING:
     from .hessian_step import HessianStep
@@ -64,26 +65,28 @@ def _backward(
     create_graph: bool = False,
     inputs: Any = None,
 ) -> None:
-    takers, others = ([], []) if create_graph or inputs is not None else _takers(self)
-    if not takers and not others:
+    ours = not create_graph and inputs is None
+    hooked = [opt for opt in (ref() for ref in list(_hooked.values() if ours else ())) if opt is not None]
+    steps, others = _takers(self, [opt.coming_step for opt in hooked])
+    options: dict[str, Any] = {"gradient": gradient, "retain_graph": bool(retain_graph)}
+    if any(step.is_due for step in (*steps, *others)):
+        for step in steps:
+            if step.is_due:
+                step.check_whole_batch()
+        differentiate_twice(self, steps, others, **options)
+    elif any(step.averages_itself for step in steps):
+        differentiate_once(self, steps, **options, by_ddp=True)
+    else:
         _original(self, gradient, retain_graph, create_graph, inputs)
-        return
-    for opt in takers:
-        if opt.needs_hessian:
-            opt.coming_step.check_whole_batch()
-    steps = [opt.coming_step for opt in takers]
-    differentiate_twice(self, steps, others, gradient=gradient, retain_graph=bool(retain_graph))
 
 
-def _takers(loss: Tensor) -> tuple[list[AdaHessian], list[HessianStep]]:
-    """Return the hooked optimizers that this loss concerns, if any of it is curvature, and the steps of others."""
-    hooked = [opt for opt in (ref() for ref in list(_hooked.values())) if opt is not None]
-    steps = [opt.coming_step for opt in hooked]
-    if not any(opt.needs_hessian for opt in hooked) and not (steps and sharing.awaiting(steps)):
+def _takers(loss: Tensor, hooked: Sequence[HessianStep]) -> tuple[list[HessianStep], list[HessianStep]]:
+    """Return the steps of hooked optimizers that this loss concerns, and those of others that it gives curvature to.
+
+    None where PyTorch's own backward pass does all there is to do.
+    """
+    if not hooked or not (any(step.is_due or step.averages_itself for step in hooked) or sharing.awaiting(hooked)):
         return [], []
     leaves = hvp.explore([loss]).leaves
-    reached, others = set(map(id, leaves)), sharing.joining(steps, leaves)
-    concerned = [opt for opt in hooked if opt.coming_step.concerns(reached)]
-    if not others and not any(opt.needs_hessian for opt in concerned):
-        return [], []
-    return concerned, others
+    reached = set(map(id, leaves))
+    return [step for step in hooked if step.concerns(reached)], sharing.joining(hooked, leaves)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
+import itertools
 import os
 import time
 import warnings
@@ -11,6 +13,10 @@ import pytest
 import torch
 import torch.distributed as dist
 from distributed_problem import (
+    SETTINGS,
+    STEPS,
+    N,
+    assert_close,
     backward,
     batch,
     bytes_reduced,
@@ -50,10 +56,11 @@ def check_traffic_is_one_and_one_bth(ranks):
     per_tensor = len(params)  # the number of ranks that have it travels along
     checksums = 2 * 8 * per_tensor  # once in a hundred steps with curvature
     alike = 2 * 8  # once
-    assert bytes_reduced(step) == alike + checksums + 4 * (d + per_tensor + blocks + per_tensor)
-    assert bytes_reduced(step) == 4 * (d + per_tensor)
-    assert bytes_reduced(step) == 4 * (d + per_tensor + blocks + per_tensor)
-    assert bytes_reduced(step) == 4 * (d + per_tensor)
+    clipped = 2 * 8  # a checksum of all gradients, in each step
+    assert bytes_reduced(step) == alike + checksums + clipped + 4 * (d + per_tensor + blocks + per_tensor)
+    assert bytes_reduced(step) == clipped + 4 * (d + per_tensor)
+    assert bytes_reduced(step) == clipped + 4 * (d + per_tensor + blocks + per_tensor)
+    assert bytes_reduced(step) == clipped + 4 * (d + per_tensor)
     assert bytes_reduced(backward_only) == 0
 
 
@@ -226,6 +233,48 @@ def check_parameters_that_drift_apart_later_are_noticed(ranks):
         model.bias.data[1] += 1e-9
     with pytest.raises(RuntimeError, match=r"bias is not the same on all ranks"):
         opt.step(lambda: loss_of(model, x.flatten(1), y))
+
+
+def _clipped_over_two(model, share, other, hooked, **options):
+    """A generator of steps of an optimizer beside another one, with a norm over the parameters of both."""
+    opts = [AdaHessian(model[:3].parameters(), **SETTINGS, **options), other(model[3:])]
+    for step in range(STEPS):
+        x, y = batch(step)
+        for opt in opts:
+            opt.zero_grad()
+        loss = loss_of(model, x[share], y[share])
+        with contextlib.ExitStack() as hooks:
+            for opt in opts[:hooked]:
+                hooks.enter_context(opt.hook_backward())
+            loss.backward() if hooked else opts[0].backward(loss)
+        nn.utils.clip_grad_norm_(model.parameters(), 0.05)
+        for opt in opts:
+            opt.step()
+        yield step
+
+
+@worlds(2)
+def check_a_norm_over_gradients_that_are_not_averaged_is_an_error(ranks):
+    """It scales the averaged ones apart, in the first step and in one without curvature."""
+    for hooked, first in itertools.product((0, 1), (0, 1)):
+        model = make_model()
+        another = lambda part: AdaHessian(part.parameters(), **SETTINGS, process_group=ranks.group)  # noqa: E731
+        plain = lambda part: torch.optim.SGD(part.parameters(), 0.1)  # noqa: E731
+        steps = _clipped_over_two(model, ranks.share(N), (another, plain)[first], hooked, process_group=ranks.group)
+        before = [p.clone() for p in model.parameters()]
+        with pytest.raises(RuntimeError, match=r"gradient of parameter 0 of group 0 was averaged .* differ"):
+            next(steps)
+        assert all(map(torch.equal, before, model.parameters()))
+
+
+def check_two_hooked_optimizers_are_clipped_by_one_norm(ranks):
+    options, share = {"process_group": ranks.group, "probe_per_rank": False}, ranks.share(N)
+    model, expected = make_model(), make_model()
+    for part, group in ((share, options), (slice(N), {"process_group": "alone"})):
+        other = lambda last: AdaHessian(last.parameters(), **SETTINGS, **group)  # noqa: B023, E731
+        list(_clipped_over_two(model if part is share else expected, part, other, 2, **group))
+    assert_close(model, expected)
+    assert same_bits(list(model.parameters()), ranks.group)
 
 
 # ---- ranks that fail -------------------------------------------------------------------------------------------------

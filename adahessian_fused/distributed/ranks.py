@@ -51,6 +51,13 @@ DIFFERENT = (
     "p.data, 0) for p in model.parameters(), or call torch.manual_seed with one seed before the model is made"
 )
 
+CHANGED_APART = (
+    "the gradient of {} was averaged over the ranks, and is not the same on all of them any more; expected nothing to "
+    "be done to it that differs, as clip_grad_norm_ does over parameters whose gradients are this rank's own: clip "
+    "this optimizer's alone, average the others' before, call hook_backward() of every AdaHessian in the loss, or wrap "
+    "the model in DistributedDataParallel"
+)
+
 
 def batch_weight(batch_size: int, group: dist.ProcessGroup, like: Tensor) -> Tensor:
     """Return W n / (n_1 + ... + n_W) for the n examples of this rank: a factor on its mean loss.
@@ -342,13 +349,33 @@ class Ranks:
             RuntimeError: a parameter is not the same on all ranks.
         """
         self._checked += 1
-        if not params or _capturing() or self._checked % CHECK_EACH != 1:
-            return
-        largest = _checksums([p for _, p in params])
-        dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=self.group)
+        if self._checked % CHECK_EACH == 1 and (differing := self._differing(params)):
+            raise RuntimeError(DIFFERENT.format(differing))
+
+    @torch.no_grad()
+    def check_grads(self, grads: Sequence[tuple[str, Tensor]]) -> None:
+        """Compare checksums of gradients that have been averaged, and may have been clipped since.
+
+        DDP has averaged those of all parameters, and ranks cannot clip apart.
+
+        Args:
+            grads: names and gradients, the same on every rank.
+
+        Raises:
+            RuntimeError: a gradient is not the same on all ranks.
+        """
+        if not self._alive() and self._differing(grads, together=True) and (differing := self._differing(grads)):
+            raise RuntimeError(CHANGED_APART.format(differing))
+
+    def _differing(self, tensors: Sequence[tuple[str, Tensor]], *, together: bool = False) -> str:
+        """Return the name of the first tensor that is not the same on all ranks, if any; ``together``: of any."""
+        if not tensors or _capturing():
+            return ""
+        largest = _checksums([t for _, t in tensors])
+        largest = largest.sum(dim=1, keepdim=True) if together else largest
+        largest = self.largest(largest)
         differ = (largest[0] != -largest[1]).tolist()
-        if any(differ):
-            raise RuntimeError(DIFFERENT.format(params[differ.index(True)][0]))
+        return tensors[differ.index(True)][0] if any(differ) else ""
 
     def largest(self, flag: Tensor) -> Tensor:
         """Return the largest of the ranks' values."""
