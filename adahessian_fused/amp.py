@@ -25,7 +25,7 @@ def complete_curvature(step: HessianStep, grad_scaler: torch.amp.GradScaler | No
         grad_scaler: what has scaled the loss, if its factor is to be taken out of the curvature.
     """
     if step.written is None:  # later it may be us
-        step.written = step.is_written_to()
+        step.written = step.record.is_written_to()
     _average(step, too_late=grad_scaler is None)
     entries, grads = step.layout.with_gradients()
     if hvp.has_graph(grads):

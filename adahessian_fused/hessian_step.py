@@ -19,7 +19,7 @@ from .distributed.ranks import Ranks, Together, agreed, batch_weight
 from .distributed.sharded import EXACT_IS_REFUSED, any_sharded, groups_of, make_twice_differentiable, part_of
 from .layout import ParameterLayout
 from .looks import note_gradients
-from .record import GradientRecord, is_zero
+from .record import StepRecord, is_zero
 from .schedule import Schedule
 
 Differentiate = Callable[..., None]
@@ -61,6 +61,7 @@ class HessianStep:
         evaluation: differentiates the losses of the closure that a strategy evaluates just now.
         before_closure: what was noted of all gradients before the closure that runs just now.
         unfinished: what is left of an update that has failed, for the gradients as they are.
+        record: of gradients that have their curvature, and of those that have not.
         place: number of this step's probe, where several optimizers share a product.
         strangers: steps of other optimizers that a pass of this one has had nothing for.
         written: whether gradients were written to between their passes and ``scaler.step(opt)``; None before that.
@@ -76,8 +77,7 @@ class HessianStep:
         self.strangers: weakref.WeakSet[HessianStep] = weakref.WeakSet()
         self.written: bool | None = None
         self.warned = False
-        self._record: GradientRecord | None = None  # of this step, from its first pass on
-        self._left: GradientRecord | None = None  # of the gradients after the last step, if the coming one is due
+        self.record = StepRecord()
         self._graphs = hvp.Graphs(self._awaited, self._begin_graph, self._end_graph)
         sharing.register(self)
 
@@ -184,7 +184,7 @@ class HessianStep:
         return [p for _, p in self.layout.trained()] if wanted else []
 
     def _check_unmixed(self) -> None:
-        if self._record is not None and self._record.added:
+        if self.record.added:
             raise RuntimeError(hvp.MIXED)
 
     def _begin_graph(self) -> Collection[int]:
@@ -195,10 +195,10 @@ class HessianStep:
         """
         params = [p for _, p in self.layout.trained()]
         self._drop_zeroed(params)
-        return self._mixed_in(params)
+        return self.record.mixed_in(params)
 
     def _end_graph(self, added: Collection[int]) -> None:
-        self._note_pass([p for _, p in self.layout.trained()], added, of_graphs=True)
+        self.record.note_pass([p for _, p in self.layout.trained()], added, of_graphs=True)
 
     # ---- beside other optimizers -------------------------------------------------------------------------------------
 
@@ -220,7 +220,7 @@ class HessianStep:
 
     def is_unmixed(self) -> bool:
         """Tell whether the gradients are this step's, so far, and have their curvature; zeros and None are."""
-        added = None if self._record is None else self._record.added
+        added = self.record.added
         return all(is_zero(p) for _, p in self.layout.trained() if added is None or id(p) in added)
 
     # ---- backward passes ---------------------------------------------------------------------------------------------
@@ -237,49 +237,14 @@ class HessianStep:
         """
         params = [p for _, p in self.layout.trained()]
         self._drop_zeroed(params)
-        if self._mixed_in(params):
-            raise RuntimeError(hvp.MIXED)
-        if self._record is not None:
-            self._record.ours = True
+        self.record.begin_pass(params)
         return params
-
-    def end_pass(self, params: Sequence[Tensor], *, failed: bool) -> None:
-        """End it."""
-        if not failed:
-            self._note_pass(params)
-        elif self._record is not None:
-            self._record.ours = False
-
-    def _note_pass(self, params: Sequence[Tensor], added: Collection[int] = (), *, of_graphs: bool = False) -> None:
-        """Note what a pass has left, and watch for others' from here on; ``added`` is :class:`GradientRecord`'s."""
-        if self._record is not None:
-            self._record.close()
-        self._record = GradientRecord(params, of_graphs=of_graphs)
-        self._record.added.update(added)
-        self._record.watch()
-
-    def _mixed_in(self, params: Sequence[Tensor]) -> Collection[int]:
-        """Return ids of parameters whose gradient holds a part of this step that has no curvature."""
-        return self._record.added if self._record is not None else set(map(id, self._foreign(params)))
-
-    def is_written_to(self) -> bool:
-        """Tell whether gradients have been written to since their passes, and not by another pass."""
-        record = self._record
-        return record is not None and not record.added and any(p.grad is not None for p in record.changed())
-
-    def _foreign(self, params: Sequence[Tensor]) -> list[Tensor]:
-        """Return parameters whose gradient has been written to since the last step, though by no pass of this one."""
-        present = [p for p in params if p.grad is not None]
-        return [p for p in self._left.changed(present) if not is_zero(p)] if self._left and present else []
 
     def _drop_zeroed(self, params: Sequence[Tensor]) -> None:
         """Forget the curvature of gradients that were zeroed or dropped behind our back (``model.zero_grad()``)."""
-        if self._record is None:
-            return
-        zeroed = {id(p) for p in self._record.changed(params) if is_zero(p)}
+        zeroed = self.record.zeroed(params)
         if not zeroed:
             return
-        self._record.added -= zeroed
         if all(id(p) in zeroed or p.grad is None for p in params):
             self.forget()
         elif self.curvature is not None:
@@ -413,13 +378,13 @@ class HessianStep:
         """Tell whether the curvature is in the graphs of ``loss.backward(create_graph=True)``, all of them whole."""
         grads = [p.grad for _, p in self.layout.trained() if p.grad is not None]
         whole = self.curvature is None and self._graphs.seen and hvp.has_graph(grads) and self._graphs.are_whole
-        return whole and not (self._record and self._record.added)
+        return whole and not self.record.added
 
     def begin_with(self, curvature: Curvature) -> None:
         """Take in the curvature of all gradients there are, which another optimizer has differentiated with its own."""
         self.curvature = self.with_all(curvature)
         self.finish_average(None)
-        self._note_pass([p for _, p in self.layout.trained()])
+        self.record.note_pass([p for _, p in self.layout.trained()])
 
     def _take_diagonal(self, hessian: Sequence[Tensor | None], entries: Sequence[Entry]) -> None:
         """Take in curvature that the user brings: D for each parameter, in the order of the groups."""
@@ -561,9 +526,8 @@ class HessianStep:
 
     def forget(self) -> None:
         """Drop what has been gathered: its gradients are gone, or their step is done."""
-        if self._record is not None:
-            self._record.close()
-        self.curvature = self._record = self.unfinished = self.written = None
+        self.record.forget()
+        self.curvature = self.unfinished = self.written = None
         self.place = 0
         self._graphs.clear()
 
@@ -589,7 +553,7 @@ class HessianStep:
 
     def begin(self) -> None:
         """Note the gradients as they are, if the coming step is due: none of them is foreign to it."""
-        self._left = GradientRecord(self.layout.params()) if self.is_due else None
+        self.record.begin(self.layout.params() if self.is_due else None)
 
     def close(self) -> None:
         """End the step, and be ready for the gradients of the next one."""
@@ -609,4 +573,4 @@ class _Passing:
         self._params = self._step.begin_pass()
 
     def __exit__(self, kind: object, *error: object) -> None:
-        self._step.end_pass(self._params, failed=kind is not None)
+        self._step.record.end_pass(self._params, failed=kind is not None)

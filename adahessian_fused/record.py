@@ -93,6 +93,77 @@ def is_zero(p: Tensor) -> bool:
     return p.grad is None or not bool(part_of(p.grad, p).detach().any())
 
 
+class StepRecord:
+    """The gradients of one step after the other: which parts of them have their curvature, and which have not.
+
+    Attributes:
+        added: ids of parameters whose gradient other passes have added to since this step's first; None before that.
+    """
+
+    def __init__(self) -> None:
+        self._record: GradientRecord | None = None  # of this step, from its first pass on
+        self._left: GradientRecord | None = None  # of the gradients after the last step, if the coming one is due
+
+    @property
+    def added(self) -> set[int] | None:
+        return None if self._record is None else self._record.added
+
+    def begin(self, params: Iterable[Tensor] | None) -> None:
+        """Note gradients as the last step leaves them: none is foreign to the coming one. None if that is not due."""
+        self._left = None if params is None else GradientRecord(params)
+
+    def forget(self) -> None:
+        """Forget the passes of this step."""
+        if self._record is not None:
+            self._record.close()
+        self._record = None
+
+    def begin_pass(self, params: Iterable[Tensor]) -> None:
+        """Begin a backward pass of the optimizer.
+
+        Raises:
+            RuntimeError: there are gradients of this step without their curvature.
+        """
+        if self.mixed_in(params):
+            raise RuntimeError(hvp.MIXED)
+        if self._record is not None:
+            self._record.ours = True
+
+    def end_pass(self, params: Iterable[Tensor], *, failed: bool) -> None:
+        """End it."""
+        if not failed:
+            self.note_pass(params)
+        elif self._record is not None:
+            self._record.ours = False
+
+    def note_pass(self, params: Iterable[Tensor], added: Iterable[int] = (), *, of_graphs: bool = False) -> None:
+        """Note what a pass has left, and watch for others'; the arguments are :class:`GradientRecord`'s."""
+        self.forget()
+        self._record = GradientRecord(params, of_graphs=of_graphs)
+        self._record.added.update(added)
+        self._record.watch()
+
+    def mixed_in(self, params: Iterable[Tensor]) -> set[int]:
+        """Return ids of parameters whose gradient holds a part of this step that has no curvature."""
+        if self._record is not None:
+            return self._record.added
+        present = [p for p in params if p.grad is not None]
+        return {id(p) for p in self._left.changed(present) if not is_zero(p)} if self._left and present else set()
+
+    def is_written_to(self) -> bool:
+        """Tell whether gradients have been written to since their passes, and not by another pass."""
+        record = self._record
+        return record is not None and not record.added and any(p.grad is not None for p in record.changed())
+
+    def zeroed(self, params: Iterable[Tensor]) -> set[int]:
+        """Return ids of parameters whose gradient was zeroed since the passes, by ``model.zero_grad()`` say."""
+        if self._record is None:
+            return set()
+        found = {id(p) for p in self._record.changed(params) if is_zero(p)}
+        self._record.added -= found
+        return found
+
+
 class OtherLeaves(hvp.BackwardObserver):
     """Leaves that are not the optimizer's, while it evaluates a loss several times: they get the mean gradient, once.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 import threading
 from pathlib import Path
@@ -119,6 +120,8 @@ LOSES = {
     "in_place": in_place,
     "numpy": lambda g: torch.from_numpy(2 * g.detach().numpy()),
     "constant": torch.ones_like,
+    "in_part": lambda g: g + 2 * g.detach(),
+    "norm": lambda g: g * (1 / g.detach().norm()).clamp(max=1),
 }
 
 
@@ -175,6 +178,49 @@ def test_a_hook_that_loses_the_tangent_is_an_error(place, hook):
     opt = AdaHessian([p], lr=0.1, hvp="forward_over_reverse")
     with pytest.raises(RuntimeError, match=DROPPED):
         opt.backward(lambda: loss(torch.ones(2)))
+
+
+class FixedPoint(nn.Module):
+    """z = tanh(W z + x), whose adjoint equation a hook solves; or by Newton's steps from there."""
+
+    def __init__(self, how):
+        super().__init__()
+        self.how, self.weight = how, nn.Parameter(torch.tensor([[0.2, -0.3], [0.4, 0.1]], dtype=torch.float64))
+
+    def forward(self, x):
+        f = lambda z: torch.tanh(z @ self.weight.T + x)  # noqa: E731
+        with torch.no_grad():
+            z = functools.reduce(lambda z, _: f(z), range(60), torch.zeros_like(x))
+        if self.how == "newton":
+            for _ in range(2):
+                z1 = f(z)
+                jacobian = (1 - z1**2)[:, :, None] * self.weight
+                z = z + torch.linalg.solve(torch.eye(2, dtype=z.dtype) - jacobian, z1 - z)
+            return z
+        z = f(z)
+        start = z.detach().clone().requires_grad_()
+        again, graph = f(start), self.how == "hook with a graph"
+        pull = lambda g: torch.autograd.grad(again, start, g, retain_graph=True, create_graph=graph)[0]  # noqa: E731
+        z.register_hook(lambda grad: functools.reduce(lambda g, _: pull(g) + grad, range(60), grad))
+        return z
+
+
+def diagonal_of_fixed_point(how, **options):
+    layer, x = FixedPoint(how), torch.tensor([[0.5, -1.0], [0.3, 0.2]], dtype=torch.float64)
+    opt = AdaHessian(layer.parameters(), lr=0.0, seed=0, **options)
+    opt.step(lambda: layer(x).pow(3).sum())
+    return opt.hessian_diag(layer.weight)
+
+
+@pytest.mark.parametrize("how", ["hook", "hook with a graph"])
+def test_a_hook_that_solves_for_an_implicit_layers_gradient(how):
+    """Its gradient is right and its graph is that of one step: a sixth of the diagonal is missing."""
+    right = diagonal_of_fixed_point("newton")
+    numbers = diagonal_of_fixed_point(how, hvp="finite_difference")
+    torch.testing.assert_close(numbers, right, rtol=1e-6, atol=1e-8)
+    for hvp, match in (("autograd", LOST), ("forward_over_reverse", DROPPED)):
+        with pytest.raises(RuntimeError, match=match):
+            diagonal_of_fixed_point(how, hvp=hvp)
 
 
 @pytest.mark.parametrize("module", [nn.SiLU(), nn.Mish(), nn.GroupNorm(2, 4)], ids=str)

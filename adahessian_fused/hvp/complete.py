@@ -34,7 +34,7 @@ from .errors import HIDDEN_NUMBERS, HOOK_WITHOUT_GRAPH, NO_GRAPH, WRONG_NORM, WR
 from .graph import WEIGHT_NORM, Graph, explore, nodes
 from .intercept import BackwardObserver
 from .replay import Replay
-from .treatment import Hook, Treatment, accumulating, beside_the_graph, is_number, name_of, numbers_in, treating
+from .treatment import Hook, Parts, Treatment, accumulating, beside_the_graph, is_number, name_of, numbers_in, treating
 
 _CUT = {  # names of nodes behind which a graph silently ends
     "torch::autograd::Error": "a torch.autograd.Function whose backward is marked once_differentiable",
@@ -170,17 +170,21 @@ class _Examined(Treatment):
 
     def __call__(self, hook: Hook, args: Sequence[Any]) -> Any:
         given = [(t, t._version, t.grad_fn) for arg in args for t in numbers_in(arg)]
-        results = hook(*args)
-        problem = self._lost(hook, given, numbers_in(results))
+        with Parts([t for t, _, fn in given if fn is not None]) as parts:
+            results = hook(*args)
+        problem = self._lost(hook, given, numbers_in(results), parts)
         if problem is not None:
             self._found.append(problem)
         return results
 
-    def _lost(self, hook: Hook, given: Sequence[tuple[Tensor, int, Any]], results: Sequence[Tensor]) -> str | None:
+    def _lost(
+        self, hook: Hook, given: Sequence[tuple[Tensor, int, Any]], results: Sequence[Tensor], parts: Parts
+    ) -> str | None:
         sources = {fn for _, _, fn in given if fn is not None}
         written = any(t._version != version and t.grad_fn is fn for t, version, fn in given)
         new = [r for r in results if not any(r is t for t, _, _ in given)]
         lost = any(sources.isdisjoint(_between(r, self._graph, sources)) and _not_zero(r) for r in new)
+        lost = lost or (bool(new) and parts.cut_off) or any(map(parts.lacks_a_part, [*new, *(t for t, _, _ in given)]))
         return HOOK_WITHOUT_GRAPH.format(name_of(hook)) if sources and (written or lost) else None
 
 

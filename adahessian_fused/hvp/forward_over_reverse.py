@@ -16,7 +16,7 @@ from .double_backward import accumulate_grads
 from .errors import HOOK_WITHOUT_TANGENT, explanation, naming_the_operator
 from .graph import explore
 from .replay import Replay
-from .treatment import Hook, Treatment, name_of, numbers_in, treating
+from .treatment import Hook, Parts, Treatment, name_of, numbers_in, treating
 
 _TWICE_DIFFERENTIABLE_ONLY = {"SiluBackward0", "MishBackward0", "NativeGroupNormBackward0"}
 
@@ -68,17 +68,18 @@ class _Examined(Treatment):
 
     def __call__(self, hook: Hook, args: Sequence[Any]) -> Any:
         given = [t for arg in args for t in numbers_in(arg)]
-        results = hook(*args)
-        problem = _dropped(hook, given, numbers_in(results))
+        with Parts(()) as parts:
+            results = hook(*args)
+        problem = _dropped(hook, given, numbers_in(results), cut_off=parts.cut_off)
         if problem is not None:
             raise RuntimeError(explanation(problem, "forward_over_reverse"))
         return results
 
 
-def _dropped(hook: Hook, given: Sequence[Tensor], results: Sequence[Tensor]) -> str | None:
+def _dropped(hook: Hook, given: Sequence[Tensor], results: Sequence[Tensor], *, cut_off: bool) -> str | None:
     new = [r for r in results if not any(r is t for t in given)]
-    lost = any(map(_has_tangent, given)) and any(not _has_tangent(r) and bool(r.any()) for r in new)
-    return HOOK_WITHOUT_TANGENT.format(name_of(hook)) if lost else None
+    lost = cut_off or any(not _has_tangent(r) and bool(r.any()) for r in new)
+    return HOOK_WITHOUT_TANGENT.format(name_of(hook)) if new and lost and any(map(_has_tangent, given)) else None
 
 
 def _has_tangent(tensor: Tensor) -> bool:

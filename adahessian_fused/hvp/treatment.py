@@ -17,6 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd import Function
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakTensorKeyDictionary
 
 Hook = Callable[..., Any]
@@ -64,6 +66,42 @@ def is_number(value: Any) -> bool:
 def numbers_in(gradients: Any) -> list[Tensor]:
     """Return the tensors among what a hook is given or returns: one, several or nothing."""
     return [t for t in (gradients if isinstance(gradients, (tuple, list)) else [gradients]) if is_number(t)]
+
+
+class Parts(TorchFunctionMode):
+    """Follows what a hook computes from gradients, some of it without a graph, and what is made of that.
+
+    Args:
+        grads: what the hook is given, with a graph.
+
+    Attributes:
+        cut_off: whether the hook has differentiated by a tensor that was cut from the loss, as an implicit layer's
+            solution is.
+    """
+
+    def __init__(self, grads: Sequence[Tensor]) -> None:
+        super().__init__()
+        self._computed = {id(t): t for t in grads}
+        self._lacking: dict[int, Tensor] = {}
+        self.cut_off = False
+
+    def lacks_a_part(self, tensor: Tensor) -> bool:
+        """Tell whether a part of a tensor was computed from the gradients without a graph."""
+        return id(tensor) in self._lacking
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.autograd.grad:
+            inputs = tree_leaves(args[1] if len(args) > 1 else (kwargs or {}).get("inputs"))
+            self.cut_off |= any(t.is_leaf and not isinstance(t, torch.nn.Parameter) for t in inputs)
+        results, name = func(*args, **(kwargs or {})), getattr(func, "__name__", "")
+        given = {id(t) for t in tree_leaves((args, kwargs)) if is_number(t)}
+        if name.endswith("_like") or name.startswith("new_") or given.isdisjoint(self._computed):
+            return results
+        for result in filter(is_number, tree_leaves(results)):
+            self._computed[id(result)] = result
+            if not (result.requires_grad and given.isdisjoint(self._lacking)):
+                self._lacking[id(result)] = result
+        return results
 
 
 def _present() -> Treatment | None:
