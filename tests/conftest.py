@@ -24,7 +24,7 @@ BACKENDS = {"cpu": ("reference", "native", "emulated", "triton"), "cuda": ("refe
 ENGINES = {"engine": ("reference", "native"), "every_engine": ("reference", "native", "triton")}
 # Of `make test`, whose workers take one file after the other: those that take long come first.
 LONG = """
-    adahessian_step distributed trainers train_step triton_inspect cuda_inspect friendly fuzz bench zoo
+    adahessian_step distributed trainers train_step train_step_seen triton_inspect cuda_inspect friendly fuzz bench zoo
     instruction_sets ops hessian_diag op_properties strategies demo convergence installation
 """
 
@@ -152,3 +152,11 @@ def set_threads():
     before = torch.get_num_threads()
     yield torch.set_num_threads
     torch.set_num_threads(before)
+
+
+@pytest.fixture
+def traced(monkeypatch):
+    """Graphs are traced but not compiled, which would take long."""
+    monkeypatch.setattr(torch._inductor, "compile", lambda graph, inputs: graph)
+    # Nothing of a compiler's is to be freed, and to look for it takes longer the more objects a process has.
+    monkeypatch.setattr("adahessian_fused.train_step.compiled._give_back", lambda: None)

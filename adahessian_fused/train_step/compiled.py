@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .surroundings import described
+
 FILE_FOR_EACH_KERNEL_FROM = 4  # threads of the compiler
 
 
@@ -27,6 +29,9 @@ class Compiled:
         tensors: its inputs.
         check: called with the ids of the tensors that the function holds itself, before anything is compiled.
 
+    Attributes:
+        held: those tensors.
+
     Raises:
         Exception: whatever ``check``, the model, make_fx or TorchInductor object to.
     """
@@ -39,8 +44,8 @@ class Compiled:
         graph = make_fx(function, tracing_mode="fake", _allow_non_fake_inputs=True)(*tensors)
         held = _as_inputs(graph)
         check(set(map(id, held)))
-        self._held = [tensor.detach() for tensor in held]
-        inputs: list[Any] = [*self._held, *tensors]
+        self.held, self._described = held, list(map(described, held))
+        inputs: list[Any] = [*(tensor.detach() for tensor in held), *tensors]
         in_one_file = _may_be_one_file({t.device.type for t in inputs})
         try:
             self._function = _compiled(graph, inputs, cpp_wrapper=in_one_file)
@@ -51,10 +56,14 @@ class Compiled:
         del graph
         _give_back()
 
+    def fits(self) -> bool:
+        """Tell whether the tensors that the function holds are what they were, but for their numbers."""
+        return list(map(described, self.held)) == self._described
+
     def __call__(self, *tensors: Tensor) -> Sequence[Tensor]:
         """Run with other inputs of the same shapes and strides."""
         with torch.no_grad():
-            return self._function(*self._held, *tensors)
+            return self._function(*(tensor.detach() for tensor in self.held), *tensors)
 
 
 def _compiled(graph: torch.fx.GraphModule, inputs: list[Any], *, cpp_wrapper: bool) -> Callable[..., Sequence[Tensor]]:

@@ -81,7 +81,7 @@ class Graph:
                     self._captured = Captured(self._run, inputs, len(fixed), len(due) * spec.n_samples, pool)
                     if not compiled:
                         check(None)
-                    self.pool, self._addresses = self._captured.pool, list(map(Tensor.data_ptr, fixed))
+                    self.pool, self._addresses = self._captured.pool, self._addresses_of(fixed)
         finally:
             module.tracing = False
 
@@ -102,8 +102,14 @@ class Graph:
         ]
 
     def fits(self, params: Sequence[Tensor]) -> bool:
-        """Tell whether everything a CUDA graph has the address of is still there."""
-        return self._addresses is None or list(map(Tensor.data_ptr, self._fixed(params))) == self._addresses
+        """Tell whether everything that was found when this was made, and a CUDA graph has the address of, is there."""
+        if isinstance(self._run, Compiled) and not self._run.fits():
+            return False
+        return self._addresses is None or self._addresses_of(self._fixed(params)) == self._addresses
+
+    def _addresses_of(self, fixed: Sequence[Tensor]) -> list[int]:
+        held = self._run.held if isinstance(self._run, Compiled) else []
+        return list(map(Tensor.data_ptr, (*fixed, *held)))
 
     def __call__(
         self, params: Sequence[Tensor], draw: Probes, scale: Tensor | None, tensors: Sequence[Tensor]

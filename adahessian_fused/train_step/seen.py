@@ -11,12 +11,14 @@ import contextlib
 import dis
 import functools
 import itertools
+import os
 import sys
 import types
 import weakref
 from array import array
 from collections import UserList, deque
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextvars import ContextVar
 from enum import Enum
 from typing import Any, NamedTuple
 
@@ -42,7 +44,14 @@ _CALLED = frozenset(  # without being named
 _ANY_NAME = {"getattr", "vars", "__dict__", "attrgetter", "asdict", "astuple"}
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")  # of modules
 MAX_ITEMS = 1_000  # of a list or dict that is looked into
+MAX_CONSTANTS = 10_000  # of one that holds nothing but constants
 MAX_PLACES = 50_000
+
+
+class _Constants(tuple):
+    """What is in a long list or dict, compared at once."""
+
+    __slots__ = ()
 
 
 class Place(NamedTuple):
@@ -181,6 +190,12 @@ class Seen:
 
     def _place(self, scope: Any, look: Callable[[Any], Any] | None, name: str | None, label: str) -> None:
         value = scope.get(name) if look is None else look(scope)
+        if value.__class__ is _Constants:
+            if set(map(type, value)) <= CONSTANTS:
+                self.places.append(Place(scope, look, name, value, label))
+            else:
+                self.places.append(Place(scope, len, name, len(scope), label))
+            return
         items = value if look in _LOOKS_INTO else (value,)
         then = tuple(map(_held, items)) if look in _LOOKS_INTO else _held(value)
         self.places.append(Place(scope, look, name, then, label))
@@ -193,6 +208,8 @@ class Seen:
         self._found[id(value)] = value
         if isinstance(value, Tensor):
             self._tensors.append(value)
+        elif value is os.getenv or (value is os and not self._names.isdisjoint(("environ", "getenv"))):
+            self._place(os.environ, _pairs, None, "os.environ")
         elif isinstance(value, types.FunctionType):
             self._function(value)
         elif isinstance(value, types.MethodType):
@@ -201,6 +218,8 @@ class Seen:
             self._waiting += [(part, label) for part in (value.func, *value.args, value.keywords)]
         elif isinstance(value, nn.Module):
             self._module(value)
+        elif isinstance(value, ContextVar):
+            self._place(value, _in_context, None, value.name)
         elif isinstance(value, types.ModuleType):
             if not self._foreign(value.__name__):
                 for name in self._names.intersection(vars(value)):
@@ -301,8 +320,9 @@ def _named_by(code: types.CodeType) -> tuple[frozenset[str], frozenset[str]]:
     """Return all that a function's code names, attributes for instance, and the globals among that."""
     loads = (i.argval for i in dis.get_instructions(code) if i.opname in ("LOAD_GLOBAL", "LOAD_NAME"))
     names, of_globals = frozenset(code.co_names), frozenset(loads)
-    if not names.isdisjoint({*_ANY_NAME, "hasattr"}):
-        names |= {c for c in code.co_consts if isinstance(c, str) and c.isidentifier()}
+    if not names.isdisjoint({*_ANY_NAME, "hasattr", "globals"}):
+        constants = frozenset(c for c in code.co_consts if isinstance(c, str) and c.isidentifier())
+        names, of_globals = names | constants, of_globals | (constants if "globals" in names else set())
     for constant in code.co_consts:
         if isinstance(constant, types.CodeType):
             more, more_globals = _named_by(constant)
@@ -335,6 +355,11 @@ def _same(now: Any, then: Any) -> bool:
         return True
     if then.__class__ is weakref.ref:
         return then() is now
+    if then.__class__ is _Constants:
+        try:
+            return now.__class__ is _Constants and now == then
+        except RuntimeError:  # something else is there, a tensor
+            return False
     if isinstance(then, np.ndarray):
         return isinstance(now, np.ndarray) and now.dtype == then.dtype and np.array_equal(now, then)
     if now.__class__ is not then.__class__:
@@ -368,12 +393,19 @@ def _tensor_of(held: Any) -> Any:
 
 
 def _items(container: Collection[Any]) -> tuple[Any, ...]:
-    return tuple(container) if len(container) <= MAX_ITEMS else (len(container),)
+    return _up_to(len(container), container)
 
 
 def _pairs(mapping: Mapping[Any, Any]) -> tuple[Any, ...]:
-    pairs = mapping.items() if len(mapping) <= MAX_ITEMS else ((len(mapping), None),)
-    return tuple(itertools.chain.from_iterable(pairs))
+    return _up_to(len(mapping), itertools.chain.from_iterable(mapping.items()))
+
+
+def _up_to(length: int, items: Iterable[Any]) -> tuple[Any, ...]:
+    return tuple(items) if length <= MAX_ITEMS else _Constants(items) if length <= MAX_CONSTANTS else (length,)
+
+
+def _in_context(variable: ContextVar[Any]) -> Any:
+    return variable.get(None)
 
 
 def _contents(cell: Any) -> Any:

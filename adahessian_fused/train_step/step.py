@@ -59,15 +59,16 @@ class TrainStep:
     A graph is made for each kind of step: which groups use curvature; shapes and dtypes in the batch, and what is no
     tensor in it; which parameters are trained; modules, their modes and hooks; autocast and PyTorch's other settings;
     and what the Python code of the loss and of the modules' ``forward`` looks at, also behind functions and methods of
-    yours: attributes (a dropout rate), globals, closures and defaults, what is in lists, dicts (of up to 1,000
-    entries), arrays and objects there. Floating-point numbers in a batch become tensors where the loss can do with
-    them, and so do ints that change, so that a temperature that is lowered needs no further graph. The first step with
-    and the first without curvature are compiled at once, further kinds (a shorter last batch) after a few steps of
-    theirs; ``adahessian_fused``'s logger tells, all but the first as warnings. Above ``MAX_GRAPHS`` steps run eagerly,
-    with a warning. Buffers that are written to, and tensors that ``forward`` leaves in attributes, lists and dicts, are
-    as after an eager step; where it counts in a Python number, or reads what its last call has left, steps run
-    eagerly, with a warning that names it. What no code names (random numbers of Python, files, the clock) is fixed when
-    the graph is made: use ``compile=False, cuda_graph=False`` for such models.
+    yours: attributes (a dropout rate), globals, closures and defaults, the environment, what is in lists, dicts (of up
+    to 1,000 entries, or 10,000 constants), arrays and objects there. Floating-point numbers in a batch become tensors
+    where the loss can do with them, and so do ints that change, so that a temperature that is lowered needs no further
+    graph. The first step with and the first without curvature are compiled at once, further kinds (a shorter last
+    batch) after a few steps of theirs; ``adahessian_fused``'s logger tells, all but the first as warnings. Above
+    ``MAX_GRAPHS`` steps run eagerly, with a warning. Buffers that are written to, and tensors that ``forward`` leaves
+    in attributes, lists and dicts, are as after an eager step; where it counts in a Python number, or reads what its
+    last call has left, steps run eagerly, with a warning that names it. What no code names (random numbers of Python,
+    files, the clock) is fixed when the graph is made: use ``compile=False, cuda_graph=False`` for such models.
+    docs/troubleshooting.md lists it.
 
     Args:
         model: called as ``model(inputs)``; with ``*inputs`` or ``**inputs`` if they are a tuple or a mapping. Left out
