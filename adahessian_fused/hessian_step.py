@@ -245,6 +245,8 @@ class HessianStep:
         zeroed = self.record.zeroed(params)
         if not zeroed:
             return
+        # Zeroed in place under no_grad, they have kept the graph that they came with.
+        hvp.release_graph([p.grad for p in params if id(p) in zeroed and p.grad is not None])
         if all(id(p) in zeroed or p.grad is None for p in params):
             self.forget()
         elif self.curvature is not None:

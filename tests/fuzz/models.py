@@ -611,10 +611,13 @@ class Trial:
             now = state["exp_avg"].double(), state["exp_hessian_diag_sq"].double()
             largest = [largest_of(m), largest_of(v)]
             self.close(now[0], m, off_g + 8 * unit * largest[0], f"m of parameter {i}", lambda: noise()[0])  # noqa: B023
-            of_d = max(off_d, 1e-5 * largest_of(d)) if own and d is not None else off_d
-            of_v = of_square(scale_d, of_d) + 8 * unit * largest[1]
+            share = 1 - self.options["betas"][1]  # of D's square in v
+            of_v, of_noise = of_square(scale_d, off_d), lambda: share * of_square(scale_d, noise()[1])  # noqa: B023
+            if own and d is not None:  # by differences, which have errors of their own
+                of_v, of_noise = of_square(largest_of(d), off_d + 1e-5 * largest_of(d)), lambda: 0.0
+            of_v = share * of_v + 8 * unit * largest[1]
             try:
-                self.close(now[1], v, of_v, f"v of parameter {i}", lambda: of_square(scale_d, noise()[1]))  # noqa: B023
+                self.close(now[1], v, of_v, f"v of parameter {i}", of_noise)
             except AssertionError:
                 alike = d is not None and (own or self.plain_is_alike(i, x))
                 if not (alike and self.is_at_a_kink(sides(), now[1], old, (now[1] - v).abs() <= of_v)):
