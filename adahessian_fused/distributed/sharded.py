@@ -60,25 +60,46 @@ def local(tensor: Any) -> Tensor:
 
 @functools.cache
 def make_twice_differentiable() -> None:
-    """Have ``DTensor.from_local`` keep the graph of its gradient, from now on.
+    """Have ``DTensor.from_local`` keep the graph of its gradient, from now on; ``to_local`` and ``redistribute``, too.
 
-    Its backward redistributes the gradient, where it must, without a graph. Between two blocks with tensor parallelism
-    that would cut the second derivative, and nothing would tell. Gradients stay what they are.
+    The first one's backward redistributes the gradient, where it must, without a graph; those of the others leave none
+    before PyTorch 2.13. Between two blocks with tensor parallelism that would cut the second derivative. Gradients stay
+    what they are.
     """
-    from torch.distributed.tensor import Replicate, _api
+    from torch.distributed.tensor import DTensor, Replicate, _api, _redistribute
 
-    function: Any = _api._FromTorchTensor
-    original = function.backward
-
-    @functools.wraps(original)
-    def backward(ctx: Any, grad: Any) -> Any:
+    def from_local(original: Any, ctx: Any, grad: Any) -> Any:
         if grad is not None and grad.requires_grad and torch.is_grad_enabled():
             came = getattr(ctx, "forward_input_placements", None) or ctx.previous_placement
             wanted = getattr(ctx, "grad_placements", None) or [Replicate() if p.is_partial() else p for p in came]
             grad = grad.redistribute(placements=wanted)
         return original(ctx, grad)
 
-    function.backward = staticmethod(backward)
+    def is_cut(result: Any, grad: Any) -> bool:
+        return result is not None and result.grad_fn is None and grad.requires_grad and torch.is_grad_enabled()
+
+    def to_local(original: Any, ctx: Any, grad: Any) -> Any:
+        result, *others = original(ctx, grad)
+        if is_cut(result, grad):
+            placed = result.device_mesh, result.placements
+            result = DTensor.from_local(grad, *placed, run_check=False, shape=result.shape, stride=result.stride())
+        return result, *others
+
+    def redistribute(original: Any, ctx: Any, grad: Any) -> Any:
+        result, *others = original(ctx, grad)
+        if is_cut(result, grad):
+            result = grad.redistribute(placements=result.placements).to(result.dtype)
+        return result, *others
+
+    functions: Any = {
+        _api._FromTorchTensor: from_local,
+        _api._ToTorchTensor: to_local,
+        _redistribute.Redistribute: redistribute,
+    }
+    for function, backward in functions.items():
+        function.backward = staticmethod(
+            functools.wraps(function.backward)(functools.partial(backward, function.backward))
+        )
 
 
 def groups_of(params: Iterable[Any]) -> list[Any]:
