@@ -248,3 +248,19 @@ def check_ranks_take_the_seed_of_the_first(ranks):
     assert (
         AdaHessian(nn.Linear(2, 2).parameters(), process_group="alone", seed=None).defaults["seed"] == 100 + ranks.rank
     )
+
+
+def check_states_in_bfloat16_round_alike_on_all_ranks(ranks):
+    """Probes differ from rank to rank; what rounds the states does not, or replicas would drift apart."""
+    torch.manual_seed(0)
+    model = nn.Linear(64, 8)
+    opt = AdaHessian(model.parameters(), lr=1e-2, process_group=ranks.group, state_dtype=torch.bfloat16)
+    for i in range(4):
+        opt.zero_grad()
+        x = torch.randn(16, 64, generator=torch.Generator().manual_seed(10 * i + ranks.rank))
+        opt.backward(model(x).square().mean())
+        opt.step()
+    for p in model.parameters():
+        copies = [torch.empty_like(p) for _ in range(ranks.size)]
+        torch.distributed.all_gather(copies, p.detach(), group=ranks.group)
+        assert all(torch.equal(p, copy) for copy in copies)
