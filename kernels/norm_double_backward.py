@@ -41,7 +41,9 @@ def _elements(begin, end, channels, inner, LAST: tl.constexpr, BLOCK_I: tl.const
         index, mask = i * channels + tl.arange(0, BLOCK_C)[None, :], (i < end) & (c < channels)
     else:
         i = begin + tl.arange(0, BLOCK_I)[:, None] * BLOCK_C
-        index, mask = i // inner * (channels * inner) + i % inner + tl.arange(0, BLOCK_C)[None, :], i < end
+        # Triton 3.6 does not find out by itself.
+        first = tl.multiple_of(i // inner * (channels * inner) + i % inner, (1, BLOCK_C))
+        index, mask = first + tl.arange(0, BLOCK_C)[None, :], i < end
     return i, index, mask
 
 

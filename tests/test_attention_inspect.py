@@ -11,6 +11,7 @@ import os
 import re
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -81,7 +82,8 @@ def test_products_are_on_tensor_cores(inspected: dict[str, dict], case: str) -> 
     found = inspected[case]
     assert found["tensor_cores"] >= 30
     assert found["atomics"] == 0
-    assert found["spills"] <= (100 if case.endswith("sm_80") else 0) + 60 * ("dropout" in case)
+    on_sm_80, of_triton_36 = case.endswith("sm_80"), version("triton") < "3.7"
+    assert found["spills"] <= 100 * on_sm_80 + (60 + 40 * (on_sm_80 and of_triton_36)) * ("dropout" in case)
     assert found["shared"] <= 96 * 1024
 
 
