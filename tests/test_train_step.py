@@ -425,7 +425,6 @@ def test_a_loss_of_none_of_the_parameters_is_an_error():
         ),
         ({"loss_fn": lambda batch: batch}, TypeError, "function, which cannot be called with outputs and targets"),
     ],
-    ids=str,
 )
 def test_refused(device, change, error, match):
     model, opt = fresh(mlp(device=device))
