@@ -62,8 +62,8 @@ def local(tensor: Any) -> Tensor:
 def make_twice_differentiable() -> None:
     """Have ``DTensor.from_local`` keep the graph of its gradient, from now on; ``to_local`` and ``redistribute``, too.
 
-    The first one's backward redistributes the gradient, where it must, without a graph; those of the others leave none
-    before PyTorch 2.13. Between two blocks with tensor parallelism that would cut the second derivative. Gradients stay
+    The first one's backward redistributes the gradient, where it must, without a graph; those of the others left none
+    in PyTorch 2.11. Between two blocks with tensor parallelism that would cut the second derivative. Gradients stay
     what they are.
     """
     from torch.distributed.tensor import DTensor, Replicate, _api, _redistribute
