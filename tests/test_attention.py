@@ -219,6 +219,21 @@ def test_interpreted_triton(device, name, dtype, drops):
     check(backends.get("triton").attention_double_backward, given)
 
 
+@pytest.mark.parametrize("drops", [False, True], ids=["", "dropout"])
+@pytest.mark.parametrize("name", ["small_grouped", "small_bias"])
+def test_parts_of_a_batch_that_is_larger_than_a_grid(monkeypatch, device, name, drops):
+    """They have the mask of the whole batch."""
+    name_of_module = "adahessian_fused.kernels.attention_double_backward"
+    module = pytest.importorskip(name_of_module, reason="Triton is not installed")
+    if device == "cuda" or backends.unavailable_reason("triton", device) is not None:
+        pytest.skip("not interpreted")
+    given = arguments(name, torch.float32, device, n=6) + list(dropout(device) if drops else ())
+    whole = module.attention_double_backward(*given)
+    monkeypatch.setattr(module, "MAX_GRID", 5)
+    for found, expected in zip(module.attention_double_backward(*given), whole, strict=True):
+        assert torch.equal(found, expected)
+
+
 @pytest.mark.parametrize("batch", [1 << 14, 1 << 17], ids=str)
 def test_grids_that_cuda_takes(monkeypatch, batch):
     """Windows' attention has many heads in all: dimensions of a grid but the first end at 65,535."""
