@@ -326,10 +326,10 @@ def attention_double_backward(
         most, wide = MAX_GRID // 4 * 4, None if bias is None else bias.expand(batch, heads, queries, keys)
         several = []
         for first in range(0, batch, most):
-            *part, of_part = (None if t is None else t[first : first + most] for t in (*tensors, wide))
+            part = [None if t is None else t[first : first + most] for t in (*tensors, wide)]
             # The numbers of the part's weights; four of them share a call of Philox.
             stream = None if random is None else random + random.new_tensor([0, first * heads * queries * keys])
-            several.append(attention_double_backward(*part, of_part, scale, diagonal, stream, least, kept))
+            several.append(attention_double_backward(*[*part, scale, diagonal, stream, least, kept]))
         return tuple(map(torch.cat, zip(*several, strict=True)))
     tensors = [t.contiguous() for t in tensors]
     results = [torch.empty_like(t) for t in (tensors[3], tensors[4], tensors[5], tensors[6])]
