@@ -6,6 +6,7 @@ same tests run on CUDA tensors. ``--require native,triton`` makes a backend of t
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 from pathlib import Path
@@ -51,11 +52,23 @@ def compute_alike() -> None:
         products.fp32_precision = "ieee"
 
 
+def interpret_triton() -> None:
+    """Let Triton's interpreter replace the language's functions once, not at each call, which takes most of its time."""
+    os.environ["TRITON_INTERPRET"] = "1"  # before anything imports the Triton kernels
+    with contextlib.suppress(ImportError):
+        from triton import language
+        from triton.runtime import interpreter
+
+        # A kernel knows the first module, Triton's own device functions the second.
+        interpreter._patch_lang(SimpleNamespace(__globals__={"tl": language, "core": language.core}))
+        interpreter._patch_lang = lambda fn: SimpleNamespace(restore=lambda: None)
+
+
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "cases(list): run the test once for each backend and case of the list")
     seeds.shift()
     if config.getoption("--device") == "cpu":
-        os.environ["TRITON_INTERPRET"] = "1"  # before anything imports the Triton kernels
+        interpret_triton()
     else:
         config.addinivalue_line("filterwarnings", "ignore:.*does not have a deterministic implementation:UserWarning")
         compute_alike()
