@@ -100,7 +100,8 @@ def agreed(number: int, groups: Sequence[dist.ProcessGroup], device: torch.devic
 def ddps_around(params: Iterable[Tensor]) -> list[DistributedDataParallel]:
     """Return the DistributedDataParallel modules that have some of the parameters."""
     wanted = set(map(id, params))
-    alive = [each for each in gc.get_objects() if issubclass(type(each), DistributedDataParallel)]
+    # Not issubclass, which asks Python code for each object, as DDP is an abstract class.
+    alive = [each for each in gc.get_objects() if DistributedDataParallel in type(each).__mro__]
     return [ddp for ddp in alive if "module" in ddp._modules and not wanted.isdisjoint(map(id, ddp.parameters()))]
 
 
