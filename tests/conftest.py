@@ -54,7 +54,7 @@ def compute_alike() -> None:
 
 
 def interpret_triton() -> None:
-    """Let Triton's interpreter replace the language's functions once, not at each call, which takes most of its time."""
+    """Have Triton's interpreter replace the language's functions once: at each call it takes most of the time."""
     os.environ["TRITON_INTERPRET"] = "1"  # before anything imports the Triton kernels
     with contextlib.suppress(ImportError):
         from triton import language

@@ -298,7 +298,7 @@ STEPPED = {
 
 @pytest.mark.parametrize("n_samples", [1, 2])
 @pytest.mark.parametrize("hook", STEPPED)
-def test_curvature_in_a_graph_follows_the_hooks_of_parameters(hook, n_samples):
+def test_curvature_in_a_graph_follows_the_hooks_of_parameters(traced, hook, n_samples):
     change, factor = STEPPED[hook]
     p = nn.Parameter(torch.tensor([2.0, 2.0], dtype=torch.float64))
     model = nn.ParameterList([p])
@@ -311,7 +311,7 @@ def test_curvature_in_a_graph_follows_the_hooks_of_parameters(hook, n_samples):
 
 
 @pytest.mark.parametrize("hook", LOSES)
-def test_hooks_of_parameters_beside_a_graph_may_not_lose_it(hook):
+def test_hooks_of_parameters_beside_a_graph_may_not_lose_it(traced, hook):
     model = nn.ParameterList([torch.ones(2, dtype=torch.float64)])
     step = TrainStep(lambda x: (model[0] ** 3 * x).sum(), AdaHessian(model.parameters(), lr=0.1))
     model[0].register_hook(LOSES[hook])
