@@ -53,7 +53,10 @@ NARROW_PLANES, NARROW_ROWS = {**PLANES, "WIDE": False, "BLOCK_I": 1024, "BLOCK_C
 ROUNDED = dict.fromkeys(["exp_avg", "exp_hessian_diag_sq"], "*bf16")
 HESSIAN, NONE = {"CURVATURE": "hessian", "missed": "*i64"}, {"CURVATURE": "none", "diag": None}
 MOVE = {"SAVE": True, "RESTORE": False}
-LAYER = {"ONE": True, "WIDE": True, "BLOCK": 1024}
+# A row in registers (short, of three and four blocks), and one that is read twice.
+ROW_BLOCKS = [{"HELD": n, "BLOCK": 256 * warps, "num_warps": warps} for n, warps in ((1, 1), (3, 2), (4, 4))]
+ROW_BLOCKS += [{"HELD": 0, "BLOCK": 1024, "num_warps": 4}]
+LAYER = {"ONE": True, "WIDE": True, "HELD": 4, "BLOCK": 256, "num_warps": 1}  # 1,024
 GRADIENTS = {"SPLITS": 32, "FIXED": False}
 # name: module, kernel, dtype of the parameters, and what differs: constants (None: no such tensor) or types of others
 CASES: dict[str, tuple[str, str, str, dict[str, Any]]] = {
@@ -113,8 +116,9 @@ def every() -> dict[str, tuple[str, str, str, dict[str, Any]]]:
             for one, without in itertools.product((True, False), ({}, {"mean": None})):
                 add(NORM, "row_norm_weight_kernel", dtype, **given, ONE=one, **without)
         for without in ({}, {"mean": None, "v_bias": None}, {"v_weight": None, "v_bias": None, "weight": None}):
-            for one, wide in itertools.product((True, False), repeat=2):
-                add(NORM, "row_norm_gradients_kernel", dtype, BLOCK=1024, ONE=one, WIDE=wide, **without)
+            for one, wide, blocks in itertools.product((True, False), (True, False), ROW_BLOCKS):
+                if dtype != "fp64" or not blocks["HELD"]:
+                    add(NORM, "row_norm_gradients_kernel", dtype, ONE=one, WIDE=wide, **blocks, **without)
     return found
 
 
@@ -125,11 +129,17 @@ def compile_case(module: str, name: str, dtype: str, given: dict[str, Any], arch
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from adahessian_fused.kernels.rademacher import tile_of
-    from adahessian_fused.kernels.table import FUSION, LAUNCH, TILES
+    from adahessian_fused.kernels.hessian_diag import diag_tile
+    from adahessian_fused.kernels.table import FUSION, LAUNCH, TILES, double_tile
 
     kernel = getattr(importlib.import_module(f"adahessian_fused.kernels.{module}"), name)
-    tile, num_warps = (tile_of if module == RADEMACHER else TILES.get)(BYTES[dtype])
+    tile, num_warps = TILES[BYTES[dtype]]
+    num_warps = 1 if name in ("combine_kernel", "coefficients_kernel") else given.get("num_warps", num_warps)
+    options = {"num_warps": num_warps, **(FUSION if module == NORM else LAUNCH)}
+    if name == "hessian_diag_kernel":
+        tile, options = diag_tile(BYTES[dtype])
+    elif module in (RADEMACHER, PERTURB):
+        tile, options = double_tile(BYTES[dtype], 128 if module == RADEMACHER else 168)
     wide = "*fp64" if dtype == "fp64" else "*fp32"
     numbers = NORM_WIDE if module == NORM else WIDE
     types = ({} if module == NORM else POINTERS) | dict.fromkeys(numbers, wide) | dict.fromkeys(NARROW, f"*{dtype}")
@@ -139,8 +149,6 @@ def compile_case(module: str, name: str, dtype: str, given: dict[str, Any], arch
     constants |= {"IS_HVP": True, "TILE": tile} | ({} if module == NORM else dict.fromkeys(OPTIONAL)) | given
     constants = {n: value for n, value in constants.items() if n in kernel.arg_names and n not in pointers}
     signature = {n: "constexpr" if n in constants else types.get(n, "i32") for n in kernel.arg_names}
-    options = {"num_warps": 1 if name in ("combine_kernel", "coefficients_kernel") else num_warps}
-    options |= FUSION if module == NORM else LAUNCH
     compiled = triton.compile(ASTSource(kernel, signature, constants), GPUTarget("cuda", arch, 32), options)
     with tempfile.TemporaryDirectory() as folder:
         binary = Path(folder, "kernel.cubin")
@@ -149,7 +157,7 @@ def compile_case(module: str, name: str, dtype: str, given: dict[str, Any], arch
     ptx = compiled.asm["ptx"]
     return asdict(found) | {
         "mul_hi": len(re.findall(r"mul\.(?:hi|wide)\.u32", ptx)),
-        "elements_per_thread": tile // (32 * num_warps),
+        "elements_per_thread": tile // (32 * options["num_warps"]),
     }
 
 

@@ -229,6 +229,15 @@ def update_param(p, q, v, c):
 
 
 @triton.jit
+def widen(x, dtype: tl.constexpr):
+    """Convert x to the dtype of arithmetic: bfloat16, two to a word, by one instruction each."""
+    if _HAS_PTX and x.dtype == tl.bfloat16 and dtype == tl.float32:
+        asm: tl.constexpr = "shl.b32 $0, $2, 16; and.b32 $1, $2, 0xffff0000;"
+        x = tl.inline_asm_elementwise(asm, "=f,=f,r", [x], tl.float32, is_pure=True, pack=2)
+    return x.to(dtype)
+
+
+@triton.jit
 def round_to(x, dtype: tl.constexpr):
     """Convert x to the dtype it is stored in, rounding to nearest even."""
     if _INTERPRETED and dtype == tl.bfloat16:

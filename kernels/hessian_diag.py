@@ -12,7 +12,20 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .table import LAUNCH, TILES, Mode, Plan, addresses, common_dtype, on, plan_of, seed_words, send, tl_dtype
+from .table import (
+    LAUNCH,
+    TILES,
+    Mode,
+    Plan,
+    addresses,
+    common_dtype,
+    double_tile,
+    on,
+    plan_of,
+    seed_words,
+    send,
+    tl_dtype,
+)
 from .tile import (
     at,
     block_means,
@@ -199,6 +212,12 @@ def average_long_blocks(
     )
 
 
+def diag_tile(size: int) -> tuple[int, dict[str, object]]:
+    """Elements of a tile, and launch options; 16-bit tiles have twice the warps, or some registers would spill."""
+    tile, options = double_tile(size, 128 if size == 2 else 168)
+    return tile, options | {"num_warps": 8 if size == 2 else options["num_warps"]}
+
+
 def hessian_diag(
     hessians: list[Tensor],
     diag: Tensor,
@@ -232,13 +251,15 @@ def hessian_diag(
         return
     dtype = common_dtype("hessian_diag", "hessians", hessians, segments)
     tile, num_warps = TILES[dtype.itemsize]
+    double, options = diag_tile(dtype.itemsize)
+    options["TILE"] = double
     with on("hessian_diag", diag.device):
-        plan = plan_of(segments, Mode.DIAG, tile, diag.device)
+        plan = plan_of(segments, Mode.DIAG, double, diag.device)
         table, factor, steps = send(plan, diag.device, addresses(hessians), np.array([scale], dtype=np.float64), steps)
         probe = seed_words(seed, sample)
-        config = {"DTYPE": tl_dtype(dtype), "IS_HVP": is_hvp, "TILE": tile, "num_warps": num_warps, **LAUNCH}
+        config: dict[str, object] = {"DTYPE": tl_dtype(dtype), "IS_HVP": is_hvp}
         if len(plan.tiles):
-            hessian_diag_kernel[(len(plan.tiles),)](
-                table, diag, plan.rows, plan.tiles, steps, factor, int(accumulate), *probe, **config
-            )
+            numbers = table, diag, plan.rows, plan.tiles, steps, factor, int(accumulate), *probe
+            hessian_diag_kernel[(len(plan.tiles),)](*numbers, **config, **options)
+        config |= {"TILE": tile, "num_warps": num_warps, **LAUNCH}
         average_long_blocks(plan, table, (1, 0), diag, steps, factor, accumulate, probe, **config)

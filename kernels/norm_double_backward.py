@@ -10,15 +10,27 @@ import torch
 import triton
 import triton.language as tl
 
+from .adahessian_math import widen
 from .table import FUSION, INTERPRETED, on
 from .tile import kernel
 
 TILE = 4096 if INTERPRETED else 1024  # elements of a tile
 PROGRAMS = 2 if INTERPRETED else 1024  # that sums take, so that there are several for each multiprocessor
 VECTOR = 8  # elements: 128 bits of the narrowest
+HELD_BY_WARP = 1024  # elements of a row, of three tensors in registers; also of a block of longer rows
 MAX_SPLITS = 32  # partial sums of a channel that each program of the next kernel adds up again
 MAX_GRID = 65535  # of a launch, but for its first dimension
 N_SUMS = tl.constexpr(5)
+
+
+@triton.jit
+def _numbers(pointer, index, mask, otherwise: tl.constexpr, STATE: tl.constexpr):
+    """Numbers in the dtype of arithmetic; ``otherwise`` without a pointer."""
+    if pointer is None:
+        numbers = tl.full(index.shape, otherwise, STATE)
+    else:
+        numbers = widen(tl.load(pointer + index, mask=mask, other=0), STATE)
+    return numbers
 
 
 # ---- elements of channels: (outer, channels, inner), with inner = 1 for channels_last -------------------------------
@@ -113,9 +125,9 @@ def batch_norm_sums_kernel(
     end = tl.minimum(begin + length, count)
     while begin < end:
         _, index, mask = _elements(begin, end, channels, inner, LAST, BLOCK_I, BLOCK_C)
-        v_i = tl.load(v + index, mask=mask, other=0).to(STATE)
-        g_i = tl.load(grad + index, mask=mask, other=0).to(STATE)
-        x_i = tl.load(x + index, mask=mask, other=0).to(STATE) - center
+        v_i = _numbers(v, index, mask, 0, STATE)
+        g_i = _numbers(grad, index, mask, 0, STATE)
+        x_i = _numbers(x, index, mask, 0, STATE) - center
         sum_v += v_i
         sum_g += g_i
         sum_vx += v_i * x_i
@@ -199,9 +211,9 @@ def batch_norm_gradients_kernel(
     end = tl.minimum(begin + length, count)
     while begin < end:
         _, index, mask = _elements(begin, end, channels, inner, LAST, BLOCK_I, BLOCK_C)
-        v_i = tl.load(v + index, mask=mask, other=0).to(STATE)
-        g_i = tl.load(grad + index, mask=mask, other=0).to(STATE)
-        x_i = tl.load(x + index, mask=mask, other=0).to(STATE) - center
+        v_i = _numbers(v, index, mask, 0, STATE)
+        g_i = _numbers(grad, index, mask, 0, STATE)
+        x_i = _numbers(x, index, mask, 0, STATE) - center
         tl.store(d_grad + index, grad_v * v_i + (grad_x * x_i + grad_1), mask=mask)
         tl.store(d_x + index, (x_v * v_i + x_g * g_i) + (x_x * x_i + x_1), mask=mask)
         begin += BLOCK_I if LAST else BLOCK_I * BLOCK_C
@@ -265,23 +277,55 @@ def batch_norm_double_backward(v, v_weight, v_bias, grad, x, weight, mean, invst
 
 
 @triton.jit
-def _of_weight(pointer, index, mask, otherwise: tl.constexpr, WIDE: tl.constexpr, STATE: tl.constexpr):
-    """The weights with these numbers; ``otherwise`` without a pointer."""
-    if pointer is None:
-        numbers = tl.full(index.shape, otherwise, STATE)
-    else:
+def _from(pointer, offset, WIDE: tl.constexpr):
+    """The pointer, if there is one, moved on; aligned as rows of whole vectors are."""
+    if pointer is not None:
+        pointer += offset
         if WIDE:
             pointer = tl.multiple_of(pointer, 16)
-        numbers = tl.load(pointer + index, mask=mask, other=0)
-    return numbers
+    return pointer
 
 
 @triton.jit
-def _center(mean, row, STATE: tl.constexpr):
-    center = tl.full((), 0, STATE)
-    if mean is not None:
-        center = tl.load(mean + row)
-    return center
+def _elements_of_row(
+    v, grad, x, center, s, begin, length, inner, ONE: tl.constexpr, WHOLE: tl.constexpr, BLOCK: tl.constexpr
+):
+    """A block's places in its row, whether there are such, the places of their weights; v, g and x_hat."""
+    i = begin + tl.arange(0, BLOCK)
+    mask = tl.full(i.shape, True, tl.int1) if WHOLE else i < length
+    c = i if ONE else i // inner
+    x_i = (_numbers(x, i, mask, 0, s.dtype) - center) * s
+    return i, mask, c, _numbers(v, i, mask, 0, s.dtype), _numbers(grad, i, mask, 0, s.dtype), x_i
+
+
+@triton.jit
+def _store_gradients(d_grad, d_x, v_weight, v_bias, weight, elements, coefficients):
+    """Both gradients of elements of a row, which are linear in v, g and x_hat."""
+    i, mask, c, v_i, g_i, x_i = elements
+    s, p_x, p_1, x_u, x_v, x_x, x_1 = coefficients
+    w_i, vw_i = _numbers(weight, c, mask, 1, s.dtype), _numbers(v_weight, c, mask, 0, s.dtype)
+    p_i = s * v_i + (p_x * x_i + p_1)
+    tl.store(d_grad + i, w_i * p_i + (vw_i * x_i + _numbers(v_bias, c, mask, 0, s.dtype)), mask=mask)
+    tl.store(d_x + i, (s * vw_i + x_u * w_i) * g_i + (x_v * v_i + (x_x * x_i + x_1)), mask=mask)
+
+
+@triton.jit
+def _with(sums, v_weight, weight, elements):
+    """The sums of v, w g, v_w g, their products with x_hat, and v w g, with those of more elements."""
+    _, mask, c, v_i, g_i, x_i = elements
+    v, u, r, vx, ux, rx, vu = sums
+    u_i, r_i = g_i * _numbers(weight, c, mask, 1, g_i.dtype), g_i * _numbers(v_weight, c, mask, 0, g_i.dtype)
+    return v + v_i, u + u_i, r + r_i, vx + v_i * x_i, ux + u_i * x_i, rx + r_i * x_i, vu + v_i * u_i
+
+
+@triton.jit
+def _add_4(a0, a1, a2, a3, b0, b1, b2, b3):
+    return a0 + b0, a1 + b1, a2 + b2, a3 + b3
+
+
+@triton.jit
+def _add_7(a0, a1, a2, a3, a4, a5, a6, b0, b1, b2, b3, b4, b5, b6):
+    return a0 + b0, a1 + b1, a2 + b2, a3 + b3, a4 + b4, a5 + b5, a6 + b6
 
 
 @kernel
@@ -303,71 +347,64 @@ def row_norm_gradients_kernel(
     groups,
     ONE: tl.constexpr,
     WIDE: tl.constexpr,
+    HELD: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """Each program has a row: its sums, then its two gradients. The means of v and v x_hat go to ``means``.
 
-    ``ONE`` says that there is one element to a weight, ``WIDE`` that rows are whole vectors in all tensors.
+    ``ONE`` says that there is one element to a weight, ``WIDE`` that rows are whole vectors in all tensors. A row of
+    at most ``HELD`` blocks stays in registers; 0: it is read twice.
     """
     STATE: tl.constexpr = means.dtype.element_ty
     row = tl.program_id(0)
-    center, s = _center(mean, row, STATE), tl.load(invstd + row)
-    length = channels * inner
-    first_weight = row % groups * channels
-    v, grad, x = v + row * length, grad + row * length, x + row * length
-    d_grad, d_x = d_grad + row * length, d_x + row * length
-    if WIDE:
-        length = tl.multiple_of(length, 16)
-        if ONE:
-            first_weight = tl.multiple_of(first_weight, 16)
-        v, grad, x = tl.multiple_of(v, 16), tl.multiple_of(grad, 16), tl.multiple_of(x, 16)
-        d_grad, d_x = tl.multiple_of(d_grad, 16), tl.multiple_of(d_x, 16)
-    sum_v = tl.zeros([BLOCK], STATE)
-    sum_u, sum_r, sum_vx, sum_ux, sum_rx, sum_vu = sum_v, sum_v, sum_v, sum_v, sum_v, sum_v
-    begin = row * 0
-    while begin < length:
-        i = begin + tl.arange(0, BLOCK)
-        mask, c = i < length, first_weight + (i if ONE else i // inner)
-        v_i = tl.load(v + i, mask=mask, other=0).to(STATE)
-        g_i = tl.load(grad + i, mask=mask, other=0).to(STATE)
-        x_i = (tl.load(x + i, mask=mask, other=0).to(STATE) - center) * s
-        u_i, r_i = (
-            g_i * _of_weight(weight, c, mask, 1, WIDE, STATE),
-            g_i * _of_weight(v_weight, c, mask, 0, WIDE, STATE),
-        )
-        sum_v += v_i
-        sum_u += u_i
-        sum_r += r_i
-        sum_vx += v_i * x_i
-        sum_ux += u_i * x_i
-        sum_rx += r_i * x_i
-        sum_vu += v_i * u_i
-        begin += BLOCK
+    s, center = tl.load(invstd + row), tl.full((), 0, STATE)
+    if mean is not None:
+        center = tl.load(mean + row)
+    length = _whole(channels * inner, WIDE)
+    v, grad, x = _from(v, row * length, WIDE), _from(grad, row * length, WIDE), _from(x, row * length, WIDE)
+    d_grad, d_x = _from(d_grad, row * length, WIDE), _from(d_x, row * length, WIDE)
+    first = tl.program_id(1) if ONE else row % groups * channels  # 0: promises are believed about sums only
+    weight, v_weight = _from(weight, first, WIDE and ONE), _from(v_weight, first, WIDE and ONE)
+    v_bias = _from(v_bias, first, WIDE and ONE)
+    zero = tl.zeros([BLOCK], STATE)
+    sums = (zero, zero, zero, zero, zero, zero, zero)
+    held = ()
+    if HELD:
+        for block in tl.static_range(HELD):
+            e = _elements_of_row(v, grad, x, center, s, block * BLOCK, length, inner, ONE, block + 1 < HELD, BLOCK)
+            held += (e,)
+            sums = _with(sums, v_weight, weight, e)
+    else:
+        begin = row * 0
+        while begin < length:
+            e = _elements_of_row(v, grad, x, center, s, begin, length, inner, ONE, False, BLOCK)
+            sums = _with(sums, v_weight, weight, e)
+            begin += BLOCK
     n = length.to(STATE)
-    vx, ux = tl.sum(sum_vx, 0) / n, tl.sum(sum_ux, 0) / n
+    # Together: the warps of a program meet once.
     if mean is None:
+        vx, ux, rx, vu = tl.reduce((sums[3], sums[4], sums[5], sums[6]), 0, _add_4)
         v_mean, u_mean, r_mean = tl.full((), 0, STATE), tl.full((), 0, STATE), tl.full((), 0, STATE)
     else:
-        v_mean, u_mean, r_mean = tl.sum(sum_v, 0) / n, tl.sum(sum_u, 0) / n, tl.sum(sum_r, 0) / n
+        v_mean, u_mean, r_mean, vx, ux, rx, vu = tl.reduce(sums, 0, _add_7)
+        v_mean, u_mean, r_mean = v_mean / n, u_mean / n, r_mean / n
+    vx, ux = vx / n, ux / n
     inner_mean = r_mean - s * (vx * u_mean + ux * v_mean)
-    inner_x = tl.sum(sum_rx, 0) / n - 2 * s * vx * ux
-    k = s * s * (tl.sum(sum_vu, 0) / n - v_mean * u_mean - vx * ux)
+    inner_x = rx / n - 2 * s * vx * ux
+    k = s * s * (vu / n - v_mean * u_mean - vx * ux)
     tl.store(means + row, v_mean)
     tl.store(means + rows + row, vx)
-    begin = row * 0
-    while begin < length:
-        i = begin + tl.arange(0, BLOCK)
-        mask, c = i < length, first_weight + (i if ONE else i // inner)
-        v_i = tl.load(v + i, mask=mask, other=0).to(STATE)
-        g_i = tl.load(grad + i, mask=mask, other=0).to(STATE)
-        x_i = (tl.load(x + i, mask=mask, other=0).to(STATE) - center) * s
-        w_i, vw_i = _of_weight(weight, c, mask, 1, WIDE, STATE), _of_weight(v_weight, c, mask, 0, WIDE, STATE)
-        p = s * (v_i - v_mean - x_i * vx)
-        inner_i = vw_i * g_i - s * (vx * (w_i * g_i) + ux * v_i)
-        dg_i = w_i * p + (vw_i * x_i + _of_weight(v_bias, c, mask, 0, WIDE, STATE))
-        tl.store(d_grad + i, dg_i, mask=mask)
-        tl.store(d_x + i, s * (inner_i - inner_mean - x_i * inner_x) - x_i * k, mask=mask)
-        begin += BLOCK
+    x_u, x_v = -s * s * vx, -s * s * ux
+    coefficients = s, -s * vx, -s * v_mean, x_u, x_v, -s * inner_x - k, -s * inner_mean
+    if HELD:
+        for block in tl.static_range(HELD):
+            _store_gradients(d_grad, d_x, v_weight, v_bias, weight, held[block], coefficients)
+    else:
+        begin = row * 0
+        while begin < length:
+            e = _elements_of_row(v, grad, x, center, s, begin, length, inner, ONE, False, BLOCK)
+            _store_gradients(d_grad, d_x, v_weight, v_bias, weight, e, coefficients)
+            begin += BLOCK
 
 
 @kernel
@@ -408,9 +445,9 @@ def row_norm_weight_kernel(
         if not ONE:
             row, seen = row * groups + _channels(LAST, BLOCK_C) // channels, mask
         s = tl.load(invstd + row, mask=seen, other=0)
-        v_i = tl.load(v + index, mask=mask, other=0).to(STATE)
-        g_i = tl.load(grad + index, mask=mask, other=0).to(STATE)
-        x_i = tl.load(x + index, mask=mask, other=0).to(STATE)
+        v_i = _numbers(v, index, mask, 0, STATE)
+        g_i = _numbers(grad, index, mask, 0, STATE)
+        x_i = _numbers(x, index, mask, 0, STATE)
         if mean is not None:
             x_i -= tl.load(mean + row, mask=seen, other=0)
         v_mean = tl.load(means + row, mask=seen, other=0)
@@ -423,6 +460,15 @@ def row_norm_weight_kernel(
 def _are_aligned(*tensors):
     """Whether all that there are begin at multiples of 128 bits."""
     return all(t is None or t.data_ptr() % 16 == 0 for t in tensors)
+
+
+def row_blocks(length: int, wide: bool) -> dict[str, int]:
+    """How a program takes its row: in blocks of 8 elements a thread, of which four stay in its registers."""
+    warps = next((n for n in (1, 2, 4) if length <= n * HELD_BY_WARP), None)
+    if warps is None or wide:
+        return {"HELD": 0, "BLOCK": min(triton.next_power_of_2(length), HELD_BY_WARP), "num_warps": 4}
+    block = min(triton.next_power_of_2(length), warps * 32 * VECTOR)
+    return {"HELD": triton.cdiv(length, block), "BLOCK": block, "num_warps": warps}
 
 
 def row_norm_double_backward(v, v_weight, v_bias, grad, x, weight, mean, invstd, groups: int):
@@ -438,11 +484,10 @@ def row_norm_double_backward(v, v_weight, v_bias, grad, x, weight, mean, invstd,
         row_norm_gradients_kernel[(rows,)](
             *(v, v_weight, v_bias, grad, x, weight, mean, invstd, d_grad, d_x, means),
             *(rows, channels, inner, groups),
-            ONE=inner == 1,
+            ONE=inner == groups == 1,
             WIDE=channels * inner % 16 == 0 and _are_aligned(v, v_weight, v_bias, grad, x, weight),
-            BLOCK=min(triton.next_power_of_2(channels * inner), TILE),
-            num_warps=4,
             **FUSION,
+            **row_blocks(channels * inner, invstd.dtype == torch.float64),
         )
         row_norm_weight_kernel[grid](
             *(v, grad, x, mean, invstd, means, partials),

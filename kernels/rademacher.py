@@ -7,7 +7,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .adahessian_math import signs
-from .table import LAUNCH, TILES, Mode, on, plan_of, seed_words, send
+from .table import Mode, double_tile, on, plan_of, seed_words, send
 from .tile import at, find_tile, is_vector, kernel, load_probe_key, load_row, rademacher_bits, tile_lanes
 
 
@@ -16,12 +16,6 @@ def _write_signs(z, key, row, start, count, VECTOR: tl.constexpr, TILE: tl.const
     lanes = tile_lanes(row, start, count, VECTOR, TILE)
     bits = rademacher_bits(key, start, lanes.logical, VECTOR, TILE)
     tl.store(at(z, lanes.origin, lanes.index, VECTOR), signs(bits, z.dtype.element_ty), mask=lanes.mask)
-
-
-def tile_of(size: int) -> tuple[int, int]:
-    """Elements of a tile and warps: nothing is read, so that a thread can have more."""
-    tile, num_warps = TILES[size]
-    return 2 * tile, num_warps
 
 
 @kernel
@@ -46,12 +40,12 @@ def rademacher(z: Tensor, segments: Tensor, steps: Tensor, seed: int, sample: in
         seed: 64-bit Philox key.
         sample: number of the probe within the step.
     """
-    tile, num_warps = tile_of(z.element_size())
+    tile, options = double_tile(z.element_size(), 128)
     with on("rademacher", z.device):
         plan = plan_of(segments, Mode.PROBE, tile, z.device)
         if len(plan.tiles) == 0:
             return
         (steps,) = send(plan, z.device, steps)
         rademacher_kernel[(len(plan.tiles),)](
-            z, plan.rows, plan.tiles, steps, *seed_words(seed, sample), TILE=tile, num_warps=num_warps, **LAUNCH
+            z, plan.rows, plan.tiles, steps, *seed_words(seed, sample), TILE=tile, **options
         )

@@ -39,6 +39,14 @@ LAUNCH: dict[str, object] = {"enable_fp_fusion": False}  # adahessian_math says 
 if torch.version.hip is None:
     LAUNCH["maxnreg"] = 128  # nothing spills yet
 
+
+def double_tile(size: int, max_registers: int = 168) -> tuple[int, dict[str, object]]:
+    """A tile of twice as many elements, and launch options: where little is read, threads can have more of them."""
+    tile, num_warps = TILES[size]
+    options = {**LAUNCH, "num_warps": num_warps}
+    return 2 * tile, options | ({"maxnreg": max_registers} if "maxnreg" in LAUNCH else {})
+
+
 VECTOR = 8  # elements: tiles begin at multiples of this where they can, so that every access is 128 bits wide
 MAX_PARTS = 4096  # of a long block; one program each
 
@@ -69,7 +77,7 @@ class Mode(Enum):
     """What a launch needs of the logical order."""
 
     PROBE = "rademacher: every element's logical index"
-    DIAG = "hessian_diag: whole blocks in a tile"
+    DIAG = "hessian_diag: whole blocks in a double tile"
     HESSIAN = "adahessian_step with Hz: whole blocks in a tile, unless b = 1"
     COMPACT = "adahessian_step with a compact diagonal: every element's block"
     ELEMENTWISE = "adahessian_step without curvature"
@@ -106,12 +114,13 @@ def _row(segment: list[int], mode: Mode, tile: int) -> dict[str, int]:
     row = {column.name.lower(): segment[column] for column in Segment}
     row["block"] = min(row["block"], max(row["numel"], 1))
     averaged = mode in (Mode.DIAG, Mode.HESSIAN)
-    long = averaged and row["block"] > tile
+    most = tile // 2 if mode is Mode.DIAG else tile  # blocks are as long, and sums as they are, as in a step's tiles
+    long = averaged and row["block"] > most
     if mode is Mode.ELEMENTWISE or (mode is Mode.HESSIAN and row["block"] == 1):
         row["period"] = row["stride"] = 1  # elements are independent: any order will do
     in_tile = row["block"] if averaged and not long else 1
     row["tile_length"], row["lane_period"] = tile_shape(in_tile, row["period"], tile)
-    row["part_length"] = tile * -(-row["block"] // (tile * MAX_PARTS)) if long else 0
+    row["part_length"] = most * -(-row["block"] // (most * MAX_PARTS)) if long else 0
     return row
 
 

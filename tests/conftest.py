@@ -36,6 +36,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--require", default="", metavar="A,B", help="backends that fail, not skip, where they cannot run")
 
 
+def safe_path() -> dict[str, str]:
+    """The environment of a program of its own, as `make gpu` has it: nothing is imported from the folder it runs in."""
+    return {**os.environ, "PYTHONSAFEPATH": "1", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+
+
 def compute_alike() -> None:
     """Have PyTorch's CUDA libraries compute the same numbers each time: many tests compare two runs bit for bit.
 

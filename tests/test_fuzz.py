@@ -5,8 +5,8 @@ from __future__ import annotations
 import importlib
 import subprocess
 import sys
-from pathlib import Path
 
+import conftest
 import pytest
 
 CASES = {"models": 60, "sequences": 60, "layouts": 150, "failures": 120}
@@ -23,5 +23,5 @@ def test_cases(kind, set_threads):
 def test_killed_runs():
     """From its own program, whose processes begin as copies of one that has imported everything."""
     command = [sys.executable, "-m", "fuzz", "--kinds", "kills", "--cases", "1"]
-    done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True)
+    done = subprocess.run(command, env=conftest.safe_path(), capture_output=True, text=True)
     assert "'right': 1" in done.stdout, done.stdout + done.stderr

@@ -50,6 +50,10 @@ INTERPRETED = {
     "rms_small": (ROW, (2, 5, 1), 1),
     "small_group": (ROW, (4, 3, 5), 2),
     "whole_vectors_layer": (ROW, (3, 16, 1), 1),
+    "rms_of_three_blocks": (ROW, (2, 592, 1), 1),
+    "layer_of_two_warps": (ROW, (2, 1025, 1), 1),
+    "group_of_several_blocks": (ROW, (2, 4, 96), 2),
+    "layer_that_is_read_twice": (ROW, (2, 4112, 1), 1),
     "whole_vectors_group": (ROW, (4, 3, 8), 2),
 }
 
@@ -209,6 +213,15 @@ def test_grids_that_cuda_takes(monkeypatch, op, shape, layout):
             count, _, _, length = [n for n in arguments if isinstance(n, int)][:4]
             assert grid[1] * length >= count > (grid[1] - 1) * length
             assert grid[0] * grid[1] >= 512
+
+
+@pytest.mark.parametrize("length", [1, 31, 256, 257, 768, 1024, 1025, 1600, 2049, 3072, 4096, 4097, 50000])
+def test_rows_in_registers_are_whole_blocks_but_for_the_last(length):
+    module = pytest.importorskip("adahessian_fused.kernels.norm_double_backward", reason="Triton is not installed")
+    held, block, warps = module.row_blocks(length, wide=False).values()
+    assert (0 < length - (held - 1) * block <= block and held <= 4) if length <= 4096 else held == 0
+    assert block <= warps * 32 * 8
+    assert module.row_blocks(length, wide=True)["HELD"] == 0
 
 
 def test_the_library_and_python_define_the_same_operators():

@@ -21,7 +21,10 @@ def compiled() -> dict[str, dict]:
 @pytest.mark.parametrize("case", CASES)
 def test_nothing_spills_and_16_warps_fit(compiled: dict[str, dict], case: str) -> None:
     assert (compiled[case]["stack"], compiled[case]["local"]) == (0, 0)
-    assert compiled[case]["registers"] <= 128
+    # 12 warps where a thread has 16 or, of a row, 32 elements: they have 24 and 73 KB in flight, and 26 are bandwidth
+    # times latency, of which half and less are reads.
+    several = case.startswith(("row-gradients", "perturb", "diag"))
+    assert compiled[case]["registers"] <= (168 if several else 128)
 
 
 @pytest.mark.parametrize(
@@ -36,21 +39,21 @@ def test_nothing_spills_and_16_warps_fit(compiled: dict[str, dict], case: str) -
         ("step-none-bf16-rounded", 4, 2),
         ("step-none-fp32", 2 * 4, 2 * 2),  # p, g, m, v -> p, m
         ("step-none-bf16", 2 + 2 * 2, 1 + 2),
-        ("diag-fp32", 2, 2),  # Hz -> Ds where b = 1
+        ("diag-fp32", 4, 4),  # Hz -> Ds where b = 1; 16 elements a thread
         ("diag-bf16", 1, 2),
         ("partial-sums-fp32", 2, 0),
         ("partial-sums-bf16", 1, 0),
         ("rademacher-fp32", 0, 4),  # 16 elements a thread
         ("rademacher-bf16", 0, 2),
-        ("perturb-fp32", 2, 2 * 2),  # p -> saved, p
-        ("perturb-bf16", 1, 2),
+        ("perturb-fp32", 4, 2 * 4),  # p -> saved, p
+        ("perturb-bf16", 2, 2 * 2),
         ("batch-sums-fp32", 2 * 3, 0),  # v, g, x
         ("batch-sums-channels-last-bf16", 3, 0),
         ("batch-gradients-fp32", 2 * 3, 2 * 2),
         ("row-weight-fp32", 2 * 3, 0),
-        ("row-gradients-fp32", 2 * 3 * 2, 2 * 2),  # v, g, x, twice -> d_g, d_x
-        ("row-gradients-bf16", 2 * 3, 2),
-        ("row-gradients-rms-bf16", 2 * 3, 2),
+        ("row-gradients-fp32", 8 * (3 + 5), 8 * 2),  # 32 elements: v, g, x, weights -> d_g, d_x
+        ("row-gradients-bf16", 4 * 3 + 8 * 5, 4 * 2),
+        ("row-gradients-rms-bf16", 4 * 3 + 8 * 5, 4 * 2),
     ],
 )
 def test_accesses_are_128_bits_wide(compiled: dict[str, dict], case: str, loads: int, stores: int) -> None:

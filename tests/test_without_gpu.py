@@ -6,9 +6,9 @@ import contextlib
 import importlib
 import subprocess
 import sys
-from pathlib import Path
 from types import SimpleNamespace
 
+import conftest
 import pytest
 import torch
 from conftest import OPS
@@ -56,7 +56,7 @@ assert {torch.backends.cudnn.conv.fp32_precision, torch.backends.cuda.matmul.fp3
 
 def test_tests_on_a_gpu_are_deterministic():
     """In a process of its own, whose settings end with it."""
-    subprocess.run([sys.executable, "-c", COMPUTED_ALIKE], cwd=Path(__file__).parent, check=True)
+    subprocess.run([sys.executable, "-c", COMPUTED_ALIKE], env=conftest.safe_path(), check=True)
 
 
 # ---- operators -------------------------------------------------------------------------------------------------------
