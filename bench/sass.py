@@ -8,13 +8,14 @@ import operator
 import re
 import shutil
 import subprocess
-from collections import defaultdict
+from collections import Counter, defaultdict
 from dataclasses import dataclass, field
 from operator import ge
 from pathlib import Path
 
 CUDA = Path(__file__).resolve().parent.parent / "csrc" / "cuda"
 _LINE = re.compile(r"^\s+/\*([0-9a-f]{4,})\*/\s+(@!?U?P\w+ )?([A-Z][\w.]*)([^;]*);", re.M)
+_OPCODE = re.compile(r"/\*[0-9a-f]{4,}\*/ +(?:@\S+ +)?([A-Z][\w.]*)")
 
 
 @dataclass(frozen=True)
@@ -153,13 +154,15 @@ class Kernel:
     @classmethod
     def of(cls, code: str, **facts: int) -> Kernel:
         """What the disassembly of a function tells."""
-        count = {
-            "wide_loads": r"\bLDG\.E\.(?:\w+\.)*128\b",
-            "wide_stores": r"\bSTG\.E\.(?:\w+\.)*128\b",
-            "local": r"\b(?:LDL|STL)\b",
-            "generic": r"\b(?:LD|ST)\.E\b",
+        kinds = {
+            "wide_loads": r"LDG\.E\.(?:\w+\.)*128\b",
+            "wide_stores": r"STG\.E\.(?:\w+\.)*128\b",
+            "local": r"(?:LDL|STL)\b",
+            "generic": r"(?:LD|ST)\.E\b",
         }
-        return cls(code=code, **facts, **{name: len(re.findall(pattern, code)) for name, pattern in count.items()})
+        opcodes = Counter(_OPCODE.findall(code))
+        count = {kind: sum(opcodes[op] for op in opcodes if re.match(form, op)) for kind, form in kinds.items()}
+        return cls(code=code, **facts, **count)
 
 
 def tool(name: str) -> str | None:
