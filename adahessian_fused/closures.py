@@ -38,7 +38,7 @@ def run(opt: AdaHessian, closure: Callable[[], Any]) -> Any:
     due, step = opt.needs_hessian, opt.coming_step
     if due and opt.param_groups[0]["hvp"] != "autograd":
         return _evaluate(opt, closure)
-    step.before_closure = note_gradients(list(step.layout.params()))
+    noted = step.before_closure = note_gradients(list(step.layout.params()))
     try:
         with torch.enable_grad():
             if due or sharing.expecting(step):
@@ -56,7 +56,8 @@ def run(opt: AdaHessian, closure: Callable[[], Any]) -> Any:
     if loss is None and any(p.grad is not None for _, p in step.layout.trained()):
         return loss  # Lightning passes a closure that does nothing after manual_backward()
     _check_returned(loss)
-    opt.zero_grad()
+    if before is noted:  # no zero_grad() of this optimizer was called by the closure
+        opt.zero_grad()
     opt.backward(loss)
     return loss.detach()
 

@@ -72,11 +72,11 @@ class Recurrence(Operator):
             return by_autograd(self._plain, cotangents[:4], (grad, grad_final), (a, w, b, state), mask)
         v_a, v_w, v_b, v_state = cotangents[:4]
         width, d_u = d_gates.shape[1], d_gates[:, -len(w) :]
-        terms = [] if v_a is None else [F.pad(v_a, (0, width - v_a.shape[1]))]
+        terms = [] if v_a is None else [_padded_to(width, v_a, first=True)]
         if v_w is not None:
-            terms.append(F.pad(previous[0] @ v_w.T, (width - len(w), 0)))
+            terms.append(_padded_to(width, previous[0] @ v_w.T))
         if v_b is not None:
-            terms.append(F.pad(v_b, (width - len(v_b), 0)).expand_as(d_gates))
+            terms.append(_padded_to(width, v_b).expand_as(d_gates))
         p = functools.reduce(torch.add, terms or [torch.zeros_like(d_gates)]).to(w.dtype).contiguous()
         v_state = torch.zeros_like(state) if v_state is None else v_state.contiguous()
         on_h = None if v_w is None else (d_u @ v_w).to(w.dtype)  # autocast may be on
@@ -90,6 +90,12 @@ class Recurrence(Operator):
 
     def _plain(self, a: Tensor, w: Tensor, b: Tensor | None, state: Tensor) -> tuple[Tensor, Tensor]:
         return recurrence.recurrence(self.kind, a, w, b, state, self.sizes, self.reverse)[:2]
+
+
+def _padded_to(width: int, t: Tensor, *, first: bool = False) -> Tensor:
+    """Return a tensor with zeros before or, if it comes first, behind what it has along its last axis."""
+    lacking = width - t.shape[-1]
+    return F.pad(t, (0, lacking) if first else (lacking, 0)) if lacking else t  # which would copy
 
 
 def _direction(
