@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import os
 
+import accelerate
+import lightning as L
 import torch
 from distributed_problem import everything, same_bits
+from lightning.pytorch.plugins.environments import LightningEnvironment
+from lightning.pytorch.strategies import DDPStrategy
 from published import AdaHessian
 from ranks import Ranks, worlds
 from tolerances import assert_trajectory
@@ -37,8 +41,6 @@ def alone(accumulate: int = 1) -> list[torch.Tensor]:
 
 @worlds(2)
 def check_accelerate(ranks: Ranks):
-    import accelerate
-
     os.environ |= {"RANK": str(ranks.rank), "LOCAL_RANK": str(ranks.rank), "WORLD_SIZE": str(ranks.size)}
     os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": "0", "ACCELERATE_USE_CPU": "true"}
     for accumulate in (1, 2):
@@ -62,10 +64,6 @@ def check_accelerate(ranks: Ranks):
 
 @worlds(2)
 def check_lightning(ranks: Ranks):
-    import lightning as L
-    from lightning.pytorch.plugins.environments import LightningEnvironment
-    from lightning.pytorch.strategies import DDPStrategy
-
     class Environment(LightningEnvironment):
         creates_processes_externally = True
         world_size = staticmethod(lambda: ranks.size)
