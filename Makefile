@@ -55,8 +55,9 @@ paper: $(VENV)/.tools $(VENV)/.built
 	$(PY) -m paper $(ARGS)
 
 # A thread for each worker: two that wait for each other on small tensors take three times as long. Tests of threads set them.
+# Bytecode is kept, or each of some eighty processes would compile what it imports.
 test: $(VENV)/.tools $(VENV)/.built cpp-test
-	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive $(PY) -m pytest -q -n $(WORKERS) --dist loadfile --no-loadscope-reorder --require $(REQUIRE) $(ARGS)
+	PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive $(PY) -m pytest -q -n $(WORKERS) --dist loadfile --no-loadscope-reorder --require $(REQUIRE) $(ARGS)
 
 test-everywhere: $(VENV)/.tools $(VENV)/.built
 	$(PY) tests/everywhere.py --jobs 2 $(ARGS)

@@ -10,6 +10,7 @@ import contextlib
 import gc
 import os
 import sys
+from collections.abc import Generator
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -89,8 +90,15 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: order.get(item.path.stem, len(order)))
 
 
-def pytest_collection_finish() -> None:
-    gc.freeze()  # tests collect garbage of their own, without a look at hundreds of thousands of objects each time
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Generator[None, object, object]:
+    """Tests collect garbage of their own, without a look at hundreds of thousands of objects each time."""
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.freeze()
+        gc.enable()
 
 
 def pytest_sessionfinish() -> None:
