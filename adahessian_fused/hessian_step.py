@@ -559,8 +559,8 @@ class HessianStep:
 
     def close(self) -> None:
         """End the step, and be ready for the gradients of the next one."""
+        self.begin()  # before what has been noted of the same gradients goes: half of it serves again
         self.forget()
-        self.begin()
         if self._together.ranks is not None:
             self._together.ranks.stepped()
 

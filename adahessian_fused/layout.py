@@ -179,22 +179,32 @@ class ParameterLayout:
 
     def ensure(self, params: Sequence[Tensor]) -> list[Entry]:
         """Return the entries of parameters; rebuild the buckets first if anything about them or the groups changed."""
-        options = [
+        parts = [sharded.local(p) for p in params] if sharded.any_sharded(params) else params
+        found = self._lookup.entries(params, parts, self.entries) if self._is_as_before() else None
+        if found is None:
+            self._rebuild(params)
+            self._options, self._placed, self._lookup = self._averaged(), list(self.params()), _Lookup()
+            found = [self.entries[id(p)] for p in params]
+        return found
+
+    def _averaged(self) -> list[tuple[int | str, str, bool, bool, int]]:
+        """Return what the layout depends on in each group."""
+        return [
             (group["block_size"], group["averaging"], _keeps_diag(group), group["shrink"] > 0, len(group["params"]))
             for group in self.groups
         ]
-        parts = [sharded.local(p) for p in params] if sharded.any_sharded(params) else params
-        as_before = options == self._options and all(map(is_, self.params(), self._placed))
-        found = self._lookup.entries(params, parts, self.entries) if as_before and not self._state_replaced() else None
-        if found is None:
-            self._rebuild(params)
-            self._options, self._placed, self._lookup = options, list(self.params()), _Lookup()
-            found = [self.entries[id(p)] for p in params]
-        return found
+
+    def _is_as_before(self) -> bool:
+        """Tell whether groups and states are as the buckets were made for."""
+        placed = all(map(is_, self.params(), self._placed))
+        return placed and self._averaged() == self._options and not self._state_replaced()
 
     def with_gradients(self) -> tuple[list[Entry], list[Tensor]]:
         """Return the entries of the parameters that have a gradient, and their gradients."""
         params = list(self.params())
+        found = self._lookup.with_gradients(params) if self._is_as_before() else None
+        if found is not None:
+            return found
         grads = list(map(_GRAD, params))
         if not all(map(is_not, grads, repeat(None))):
             params = [p for p, grad in zip(params, grads, strict=True) if grad is not None]
@@ -348,6 +358,14 @@ class _Lookup:
         self._params: list[Tensor] = []
         self._entries: list[Entry | None] = []
         self._then: Any = None
+
+    def with_gradients(self, params: list[Tensor]) -> tuple[list[Entry], list[Tensor]] | None:
+        """Return the entries of the parameters of the last look-up and their gradients, the plain case in one go.
+
+        None if these are other parameters, or look otherwise now, or some gradient is not an ordinary tensor.
+        """
+        grads = None if self._then is None else self._then.gradients(params, self._params)
+        return None if grads is None else (self._entries, grads)
 
     def entries(
         self, params: Sequence[Tensor], parts: Sequence[Tensor], known: Mapping[int, Entry]

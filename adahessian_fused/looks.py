@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import chain
 from operator import attrgetter, eq, is_
 from typing import Any
@@ -40,6 +40,9 @@ class PythonLooks:
     def addresses(self, tensors: Sequence[Tensor], table: int, columns: int, column: int) -> bool:
         """Tell that addresses are not to be had."""
         return False
+
+    def gradients(self, tensors: Sequence[Tensor], known: Sequence[Tensor]) -> None:
+        """Tell that they are to be looked for one by one."""
 
 
 def _holds(states: Mapping[Any, dict[str, Any]], dicts: Sequence[Any], objects: Sequence[Any]) -> bool:
@@ -86,6 +89,12 @@ def looks_of(tensors: Sequence[Tensor]) -> Any:
 def holds(states: dict[Any, dict[str, Any]], dicts: list[dict[str, Any]], objects: list[Any]) -> bool:
     """Tell whether a dict of dicts has these dicts as values, and they these objects, in this order."""
     return (_holds if _c() is None else _c().holds)(states, dicts, objects)
+
+
+def requires_grad(tensors: Iterable[Tensor]) -> bool:
+    """Tell whether autograd follows any of some tensors."""
+    found = _c()
+    return any(map(attrgetter("requires_grad"), tensors)) if found is None else found.requires_grad(list(tensors))
 
 
 def note_gradients(params: Sequence[Tensor]) -> tuple[list[Callable[[], Tensor | None] | None], list[int]]:

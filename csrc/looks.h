@@ -42,10 +42,17 @@ class Looks {
   // memory.
   bool addresses(pybind11::list tensors, int64_t table, int64_t columns, int64_t column) const;
 
+  // The gradients of tensors that are the same objects as others and look like these; None if one is not, or has no
+  // gradient, or one that is of a subclass or not strided.
+  pybind11::object gradients(pybind11::list tensors, pybind11::list known) const;
+
  private:
   std::vector<DlTensor> looks_;  // shape and strides point into extents_
   std::vector<int64_t> extents_;
 };
+
+// Whether autograd follows any of some tensors.
+bool requires_grad(pybind11::list tensors);
 
 // Whether a dict of dicts has these dicts as values, and they these objects, in this order.
 bool holds(pybind11::dict states, pybind11::list dicts, pybind11::list objects);

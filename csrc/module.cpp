@@ -49,7 +49,9 @@ PYBIND11_MODULE(_C, module) {
   py::class_<adahessian::Looks>(module, "Looks", "The looks of a list of tensors, as they are now.")
       .def(py::init<py::list>())
       .def("same", &adahessian::Looks::same, "Whether tensors look like these, addresses and all.")
-      .def("addresses", &adahessian::Looks::addresses, "Write addresses of tensors like these into a table.");
+      .def("addresses", &adahessian::Looks::addresses, "Write addresses of tensors like these into a table.")
+      .def("gradients", &adahessian::Looks::gradients, "Gradients of the same tensors, if they look like these.");
+  module.def("requires_grad", &adahessian::requires_grad, "Whether autograd follows any of some tensors.");
   module.def("holds", &adahessian::holds, "Whether a dict of dicts has these dicts, and they these objects.");
   module.def("count", &adahessian::count, "Add one to the first numbers of every row of a table.");
   module.def("any", &adahessian::any, "Whether any of some numbers is not zero.");

@@ -83,6 +83,47 @@ def test_addresses_of_other_tensors_are_not_written(kind):
     assert written(of, [torch.empty_like(of[0])])[0]
 
 
+def missing(params):
+    params[1].grad = None
+
+
+def sparse(params):
+    params[0].grad = params[0].grad.to_sparse()
+
+
+def of_a_subclass(params):
+    params[0].grad = params[0].grad.as_subclass(Subclass)
+
+
+def replaced(params):
+    params[2] = P(params[2].detach().clone())
+    params[2].grad = torch.zeros_like(params[2])
+
+
+@pytest.mark.parametrize("change", [None, missing, sparse, of_a_subclass, replaced, rebound, shorter])
+def test_gradients_are_fetched_together_in_the_plain_case_only(change):
+    params = [P(torch.randn(shape)) for shape in ((3, 4), (5,), (4, 3))]
+    looks, known = _C.Looks(params), list(params)
+    for p in params:
+        p.grad = torch.ones_like(p)
+    if change is None:
+        assert all(g is p.grad for g, p in zip(looks.gradients(params, known), params, strict=True))
+    else:
+        change(params)
+        assert looks.gradients(params, known) is None
+
+
+@pytest.mark.parametrize("without_c", [False, True])
+def test_what_autograd_follows(without_c, monkeypatch):
+    if without_c:
+        monkeypatch.setattr(looks, "_c", lambda: None)
+    plain, followed = torch.ones(2), torch.ones(2, requires_grad=True)
+    assert not looks.requires_grad([])
+    assert not looks.requires_grad([plain, plain.as_subclass(Subclass)])
+    assert looks.requires_grad([plain, followed.as_subclass(Subclass)])
+    assert looks.requires_grad(iter([plain, 2 * followed]))
+
+
 def steps(change=lambda p: None, dtype=torch.float64, count=4):
     """Parameters after some steps, every other one without curvature; ``change`` is called before each."""
     torch.manual_seed(0)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from itertools import chain
-from operator import attrgetter
 from typing import Any
 
 import torch
@@ -12,13 +11,13 @@ from torch import Tensor
 from torch.autograd.graph import _engine_run_backward
 
 from ..distributed.sharded import any_sharded, joined, part_of
+from ..looks import requires_grad
 from .complete import examined, refuse
 from .errors import naming_the_operator
 from .graph import Graph, explore
 from .precision import Precision, second_pass
 from .treatment import without_hooks
 
-_REQUIRES_GRAD = attrgetter("requires_grad")
 _PLAIN = {Tensor, torch.nn.Parameter}
 
 NO_CURVATURE = (
@@ -61,7 +60,7 @@ def differentiable(grads: Sequence[Tensor | None]) -> list[int]:
 
 def has_graph(grads: Iterable[Tensor]) -> bool:
     """Tell whether any of the gradients can be differentiated again."""
-    return any(map(_REQUIRES_GRAD, grads))
+    return requires_grad(grads)
 
 
 def hessian_vector_product(
