@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from plain import PlainAdaHessian
 from torch import Tensor, nn
 
-from adahessian_fused import AdaHessian, curvature_friendly, recipes
+from adahessian_fused import AdaHessian, TrainStep, curvature_friendly, recipes
 
 # Cost of AdaHessian relative to SGD: the paper's Table 6 (RTX Titan, CIFAR-10), by Hutchinson frequency.
 PAPER_COST = {
@@ -45,6 +45,7 @@ class Contestant:
         make: parameters and settings to an optimizer.
         differentiate: what stands in the place of ``loss.backward()``.
         told: whether the model is told that it will be differentiated twice.
+        compiled: whether a TrainStep makes the steps.
         options: of AdaHessian, beside the published ones.
         start: steps before the cost repeats itself.
     """
@@ -55,6 +56,7 @@ class Contestant:
     make: Callable[[Iterable[Tensor], Settings], torch.optim.Optimizer]
     differentiate: Callable[[torch.optim.Optimizer, Tensor], None]
     told: bool = False
+    compiled: bool = False
     options: Mapping[str, Any] = field(default_factory=dict)
     start: int = 0
 
@@ -129,6 +131,11 @@ def fused(frequency: int) -> Contestant:
     return Contestant(name, label, frequency, make, our_backward, told=True)
 
 
+def compiled() -> Contestant:
+    """Ours with forward pass and both differentiations as one compiled function; the first step compiles it."""
+    return Contestant("compiled", "AdaHessian, TrainStep", 1, make_ours, our_backward, told=True, compiled=True)
+
+
 def cheap() -> Contestant:
     """Ours at little more than the price of first order."""
     options = {name: value for name, value in recipes.cheap.items() if name != "update_each"}
@@ -137,10 +144,10 @@ def cheap() -> Contestant:
     return Contestant("cheap", label, every, make, our_backward, told=True, options=options, start=start)
 
 
-def reference(*, told: bool = False, **options: Any) -> Contestant:
+def reference(*, told: bool = False, compiled: bool = False, **options: Any) -> Contestant:
     """Ours in plain PyTorch, as the specification has it."""
     make = partial(make_ours, backend="reference", **options)
-    return Contestant("reference", "AdaHessian, reference", 1, make, graph_backward, told=told)
+    return Contestant("reference", "AdaHessian, reference", 1, make, graph_backward, told=told, compiled=compiled)
 
 
 CONTESTANTS = {
@@ -151,24 +158,30 @@ CONTESTANTS = {
         Contestant("plain", "AdaHessian, plain PyTorch", 1, make_plain, graph_backward),
         reference(),
         *(fused(frequency) for frequency in range(1, 6)),
+        compiled(),
         cheap(),
     )
 }
-DEFAULT = ("sgd", "adamw", "plain", "fused", "cheap")
+DEFAULT = ("sgd", "adamw", "plain", "fused", "compiled", "cheap")
 
 
 class Run:
-    """A model of its own and the contestant that trains it."""
+    """A model of its own and the contestant that trains it; ``compile`` is TrainStep's."""
 
-    def __init__(self, contestant: Contestant, model: nn.Module, settings: Settings) -> None:
+    def __init__(self, contestant: Contestant, model: nn.Module, settings: Settings, *, compile: bool = True) -> None:
         self.contestant = contestant
         self.model = copy.deepcopy(model)
         self.optimizer = contestant.make(self.model.parameters(), settings)
         if contestant.told:
             curvature_friendly(self.model, self.optimizer)
+        self.train_step: TrainStep | None = None
+        if contestant.compiled:
+            self.train_step = TrainStep(self.model, F.cross_entropy, self.optimizer, compile=compile)
 
     def step(self, x: Tensor, y: Tensor) -> Tensor:
         """One training step; returns the loss before it."""
+        if self.train_step is not None:
+            return self.train_step(x, y)
         self.optimizer.zero_grad()
         loss = F.cross_entropy(self.model(x), y)
         self.contestant.differentiate(self.optimizer, loss)

@@ -52,8 +52,11 @@ class Agreement:
 
 
 def first_step(contestant: Contestant, model: nn.Module, settings: Settings, x: Tensor, y: Tensor) -> Run:
-    """One step from the model's weights, with the probe all backends draw for this seed."""
-    run = Run(contestant, model, settings)
+    """One step from the model's weights, with the probe all backends draw for this seed.
+
+    Not compiled: a compiler rounds the gradient and Hz in other places.
+    """
+    run = Run(contestant, model, settings, compile=False)
     if isinstance(run.optimizer, PlainAdaHessian):
         run.optimizer.draw = lambda params: [
             rademacher_signs(p.numel(), i, torch.zeros((), dtype=torch.int64, device=p.device), settings.seed, 0)
@@ -103,7 +106,8 @@ def agreement(
 ) -> list[Agreement]:
     """Compare the first update of every AdaHessian with that of the reference backend.
 
-    Both have the same weights, batch and seed, and the same operators: a told model's Hz is rounded in other places. A
+    Both have the same weights, batch and seed, and the same operators: a told model's Hz, and TrainStep's, is rounded in
+    other places. A
     contestant with options of its own is compared with the reference of these options.
     """
     deterministic = torch.backends.cudnn.deterministic
@@ -111,7 +115,8 @@ def agreement(
     try:
         results = []
         for contestant in contestants:
-            right = first_step(reference(told=contestant.told, **contestant.options), model, settings, x, y)
+            same_operators = {"told": contestant.told, "compiled": contestant.compiled}
+            right = first_step(reference(**same_operators, **contestant.options), model, settings, x, y)
             bounds = rounding_bounds(right, model, settings, x, y)
             run = first_step(contestant, model, settings, x, y)
             difference = of_tolerance = 0.0

@@ -173,7 +173,7 @@ def agree(measure: ModuleType, contestant) -> bool:
     return result.ok
 
 
-@pytest.mark.parametrize("name", ["plain", "fused", "fused5", "cheap"])
+@pytest.mark.parametrize("name", ["plain", "fused", "fused5", "compiled", "cheap"])
 def test_first_update_agrees_with_the_reference(measure, name):
     assert agree(measure, measure.CONTESTANTS[name])
 
