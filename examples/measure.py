@@ -106,9 +106,8 @@ def agreement(
 ) -> list[Agreement]:
     """Compare the first update of every AdaHessian with that of the reference backend.
 
-    Both have the same weights, batch and seed, and the same operators: a told model's Hz, and TrainStep's, is rounded in
-    other places. A
-    contestant with options of its own is compared with the reference of these options.
+    Both have the same weights, batch and seed, and the same operators: Hz of a told model, and of TrainStep, is rounded
+    in other places. A contestant with options of its own is compared with the reference of these options.
     """
     deterministic = torch.backends.cudnn.deterministic
     torch.backends.cudnn.deterministic = True  # otherwise two gradients of the same loss differ already
