@@ -27,8 +27,8 @@ BACKENDS = {"cpu": ("reference", "native", "emulated", "triton"), "cuda": ("refe
 ENGINES = {"engine": ("reference", "native"), "every_engine": ("reference", "native", "triton")}
 # Of `make test`, whose workers take one file after the other: those that take long come first.
 LONG = """
-    adahessian_step distributed trainers train_step train_step_seen triton_inspect cuda_inspect friendly fuzz bench zoo
-    instruction_sets ops hessian_diag op_properties strategies demo convergence installation
+    adahessian_step distributed trainers train_step train_step_seen train_step_losses triton_inspect cuda_inspect
+    friendly fuzz bench zoo instruction_sets ops hessian_diag op_properties strategies demo convergence installation
 """
 
 

@@ -21,11 +21,11 @@ HERE = Path(__file__).parent
 # Where numbers are compared: of the kernels, and of models and their derivatives.
 FILES = """
     adahessian_step hessian_diag norm_double_backward op_properties perturb rademacher recurrent reference rounding
-    amp attention clipping compat compat_state complete_graph default_device distributed fraction friendly
-    friendly_models groups hook_backward hutchinson hvp_check hvp_dtype leaves_and_hooks master_weights optimizer
-    optimizer_capture optimizer_conventions optimizer_layout optimizer_schedule options overhead paper recompute
-    stabilisers state state_dtype state_loading statistics strategies styles told tolerances train_step trainers
-    unmeasured zoo
+    amp attention attention_mode clipping compat compat_state complete_graph default_device distributed fraction
+    friendly friendly_models groups hook_backward hutchinson hvp_check hvp_dtype leaves_and_hooks master_weights
+    optimizer optimizer_capture optimizer_conventions optimizer_layout optimizer_schedule options overhead paper
+    recompute stabilisers state state_dtype state_loading statistics strategies styles told tolerances train_step
+    train_step_losses trainers unmeasured zoo
 """
 # What draws its numbers in processes of its own, by hypothesis or not at all: other seeds change nothing.
 UNSEEDED = "distributed op_properties overhead paper trainers"

@@ -9,7 +9,7 @@ import sys
 import conftest
 import pytest
 
-CASES = {"models": 60, "sequences": 60, "layouts": 150, "failures": 60}
+CASES = {"models": 60, "sequences": 60, "layouts": 150, "failures": 120}
 
 
 @pytest.mark.parametrize("kind", CASES)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,6 +19,12 @@ def layers() -> dict[str, int]:
     section = (ROOT / "docs" / "design.md").read_text().partition("\n## Who imports whom\n")[2]
     lines = re.search(r"```text\n(.*?)```", section, re.DOTALL)[1].splitlines()
     return {module: number for number, line in enumerate(lines) for module in line.split()}
+
+
+@functools.cache
+def nodes_of(path: Path) -> list[ast.AST]:
+    """Everything in a file, also inside functions."""
+    return list(ast.walk(ast.parse(path.read_text())))
 
 
 def imports(path: Path) -> Iterator[list[str]]:
@@ -59,7 +66,7 @@ def test_parts_are_used_by_what_they_show(part):
     """Private attributes of the optimizer and its parts are their own, and of subclasses."""
     private, wrong = set(), []
     for path in [PACKAGE / f"{part}.py", *PACKAGE.rglob("*.py")]:  # the part itself comes first
-        for node in ast.walk(ast.parse(path.read_text())):
+        for node in nodes_of(path):
             if isinstance(node, ast.Attribute) and re.match("_[a-z]", node.attr):
                 of_self = isinstance(node.value, ast.Name) and node.value.id == "self"
                 if of_self and path.stem == part:
