@@ -6,6 +6,7 @@ Run as a program (``python measure.py JSON``) it is the subprocess that measures
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -180,7 +181,8 @@ def peak_memory(
         "threads": threads,
     }
     command = [sys.executable, str(Path(__file__).resolve()), json.dumps(job)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    same_modules = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run(command, env=same_modules, capture_output=True, text=True, check=False)
     if done.returncode != 0:
         last = (done.stderr.strip().splitlines() or ["no message"])[-1]
         raise RuntimeError(f"the process that measures the memory of {contestant} ended with {done.returncode}: {last}")

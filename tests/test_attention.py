@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from contextlib import nullcontext
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -219,6 +220,17 @@ def test_parts_of_a_batch_that_is_larger_than_a_grid(monkeypatch, device, name, 
     monkeypatch.setattr(module, "MAX_GRID", 5)
     for found, expected in zip(module.attention_double_backward(*given), whole, strict=True):
         assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("length", [2**24 - 2**13, 2**24], ids=str)
+@pytest.mark.parametrize("long", ["queries", "keys"])
+def test_heads_whose_numbers_have_more_than_32_bits_take_plain_pytorch(monkeypatch, long, length):
+    triton = SimpleNamespace(attention_double_backward=lambda *_: "triton")
+    monkeypatch.setattr(op.backends, "get", lambda name: triton)
+    monkeypatch.setattr(op, "attention_double_backward", lambda *_: "plain")
+    queries, keys = (torch.empty(1, 1, length if long == n else 64, 128, device="meta") for n in ("queries", "keys"))
+    found = op._by_triton(queries, keys, keys, queries, queries, keys, keys)
+    assert found == ("plain" if length * 128 >= 2**31 else "triton")
 
 
 @pytest.mark.parametrize("batch", [1 << 14, 1 << 17], ids=str)

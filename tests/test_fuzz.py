@@ -20,6 +20,12 @@ def test_cases(kind, set_threads):
     assert results.count("right") > len(results) / 2
 
 
+@pytest.mark.parametrize("way", ["backward", "closure_standard", "train_step"])
+def test_a_failure_at_each_operator(way, set_threads):
+    set_threads(1)
+    assert importlib.import_module("fuzz.failures").at_every_operator(way, {}) > 200
+
+
 def test_killed_runs():
     """From its own program, whose processes begin as copies of one that has imported everything."""
     command = [sys.executable, "-m", "fuzz", "--kinds", "kills", "--cases", "1"]

@@ -215,6 +215,22 @@ def test_grids_that_cuda_takes(monkeypatch, op, shape, layout):
             assert grid[0] * grid[1] >= 512
 
 
+@pytest.mark.parametrize("numel", [2**31 - 2**20, 2**31 - 2**20 + 1, 2**31 - 1])
+@pytest.mark.parametrize(
+    ("op", "options"), [("batch_norm", {"fixed": False}), ("row_norm", {"shape": (1, 1, None), "groups": 1})]
+)
+def test_sizes_whose_numbers_have_more_than_32_bits_take_the_formulas(monkeypatch, op, options, numel):
+    """The kernels' loops count on to the end of a block."""
+    taken = []
+    monkeypatch.setattr(double_backward, "_kernels", lambda _: taken.append(True) or formulas)
+    x, of_one = torch.empty(1, 1, numel, device="meta"), torch.empty(1, device="meta")
+    if "shape" in options:
+        options = {**options, "shape": x.shape}
+    with torch.no_grad():
+        getattr(double_backward, op)(x, None, None, x, x, None, of_one, of_one, **options)
+    assert taken == [True] * (numel <= 2**31 - 2**20)
+
+
 @pytest.mark.parametrize("length", [1, 31, 256, 257, 768, 1024, 1025, 1600, 2049, 3072, 4096, 4097, 50000])
 def test_rows_in_registers_are_whole_blocks_but_for_the_last(length):
     module = pytest.importorskip("adahessian_fused.kernels.norm_double_backward", reason="Triton is not installed")

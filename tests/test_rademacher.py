@@ -32,6 +32,11 @@ def test_z_is_the_reference_s(backend, case, device):
     check_z(backend, build(case, device))
 
 
+@pytest.mark.parametrize("row", [4097, 5000, 8191, 8193])
+def test_stored_transposed_with_rows_about_as_long_as_a_tile(backend, row, device):
+    check_z(backend, build(Case("rows", (Spec((7, row), order="transposed"),)), device))
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_z_in_every_dtype(backend, dtype, device):
     problem = build(MIXED, device)

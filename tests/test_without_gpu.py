@@ -22,7 +22,7 @@ from adahessian_fused import TrainStep, backends, capture
 from adahessian_fused.friendly.embedding_bag import MAX, EmbeddingBag
 from adahessian_fused.friendly.row_norm import RmsNorm
 from adahessian_fused.segments import Segment, segment_table
-from adahessian_fused.train_step import cuda_graph, graph
+from adahessian_fused.train_step import cuda_graph, derivatives, graph
 from adahessian_fused.update import HyperTable
 
 aten = torch.ops.aten
@@ -268,9 +268,14 @@ def test_graphs_of_a_train_step_draw_into_their_own_memory_and_share_a_pool(gpus
     monkeypatch.setattr(graph, "Captured", Captured)
     (a, opt_a), (b, opt_b) = (fresh(mlp(), update_each=2, n_samples=2) for _ in range(2))
     step = TrainStep(a, nn.functional.mse_loss, opt_a, compile=False, cuda_graph=True)
-    for i in range(6):
+    for i in range(4):
+        step(*batch(i, a))
+    walks, places = [], derivatives.LossModule.places
+    monkeypatch.setattr(derivatives.LossModule, "places", lambda module: walks.append(1) or places(module))
+    for i in (4, 5):
         step(*batch(i, a))
     assert_same(weights(a), train(opt_b, b, 6))
+    assert len(walks) == 2  # modules are gone through once a step
     assert {len(z) for _, z in seen} == {0, 2 * len(list(a.parameters()))}
     assert len({pool for pool, _ in seen}) == 1
 

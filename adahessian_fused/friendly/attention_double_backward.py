@@ -38,6 +38,7 @@ from .attention_dropout import OF_ALL, blocks, library, probabilities
 
 Gradients = tuple[Tensor, Tensor, Tensor, Tensor]
 NAME = "adahessian_fused::attention_double_backward"
+MOST = 2**31 - 2**20  # elements of a head, of the Triton kernels: they count in 32 bits, and a little past the end
 
 # The native library has the CPU's kernel of it.
 library.define(
@@ -149,7 +150,8 @@ def prepare(device_type: str) -> None:
 
 def _by_triton(*arguments: Any) -> Gradients:
     query, value = arguments[4], arguments[6]
-    small = max(query.shape[3], value.shape[3]) <= 128 and query.dtype != torch.float64
+    size, length = max(query.shape[3], value.shape[3]), max(query.shape[2], value.shape[2])
+    small = size <= 128 and query.dtype != torch.float64 and length * size <= MOST
     fits = small and query.numel() > 0 and value.numel() > 0
     return (backends.get("triton").attention_double_backward if fits else attention_double_backward)(*arguments)
 

@@ -18,6 +18,7 @@ from . import formulas
 Gradients = tuple[Tensor | None, ...]
 CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+MOST = 2**31 - 2**20  # elements, of the Triton kernels: they count in 32 bits, and a little past the end
 
 
 def batch_norm(
@@ -68,7 +69,7 @@ def _run(name: str, v: Tensor, grad: Tensor, x: Tensor, *others: Any) -> Gradien
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
     v_weight, v_bias, weight, mean, invstd = (t if t is None else t.reshape(-1).to(dtype).contiguous() for t in numbers)
     batched = any(torch._C._functorch.is_batchedtensor(t) for t in (v, v_weight, v_bias) if t is not None)
-    fused = x.dtype in DTYPES and x.numel() < 2**31 and not batched and not torch.is_grad_enabled()
+    fused = x.dtype in DTYPES and x.numel() <= MOST and not batched and not torch.is_grad_enabled()
     kernels = _kernels(x.device.type) if fused else formulas
     return getattr(kernels, name)(v, v_weight, v_bias, grad, x, weight, mean, invstd, option)
 

@@ -28,6 +28,7 @@ struct RademacherBody {
   using Arguments = RademacherArguments<T>;
   static constexpr int kTimes = 4;  // the tile of others: nothing is read, and what precedes the first store counts
   static constexpr int kSlots = kTimes * Traits<T>::kSlots;
+  static_assert(kTimes * Traits<T>::kTile <= kMaxDivisor, "a tile passes the end of a longer row once");
   struct Shared {
     RademacherRow row;
     ProbeConstant constant;

@@ -13,12 +13,13 @@ enum class Order {
   kAny
 };
 
-// Division of small numbers (below 16384) by a number up to 4096, which one thread prepares for all.
+// Division of small numbers (below 32768) by a number up to 8192, which one thread prepares for all. A tile has no more
+// elements, so that what is longer is passed at most once in a tile.
 struct Divisor {
   uint32_t magic;
 };
 
-constexpr int64_t kMaxDivisor = 4096;
+constexpr int64_t kMaxDivisor = 8192;
 
 ADAHESSIAN_HD Divisor divisor(int64_t d) {
   return {d > kMaxDivisor ? 0u : (0x80000000u + uint32_t(d) - 1) / uint32_t(d)};

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import random
 import warnings
 from collections.abc import Callable
@@ -101,6 +102,37 @@ def same(a: Any, b: Any) -> bool:
     return len(a) == len(b) and all(map(same, a, b)) if isinstance(a, list) else a == b
 
 
+def is_whole(run: Run, before: list[Any], after: list[Any], what: str) -> bool:
+    """Assert that a failed step has changed nothing, or everything; tell which: True for everything."""
+    found = run.now()
+    if same(found, after):
+        return True
+    nothing = same(found[::2], before[::2]) and all(
+        same(a, b) or not any(bool(t.any()) for name, t in a.items() if name not in LAID_OUT)
+        for a, b in zip(found[1], before[1], strict=True)
+    )
+    assert nothing, f"{what} it is neither before nor after it"
+    return False
+
+
+def at_every_operator(way: str, options: dict[str, Any]) -> int:
+    """The second of two steps fails at each of its operators in turn, with one error and the next; their number."""
+    expected: list[list[Any]] = []
+    for n in itertools.count():
+        run, error = Run(way, options), ERRORS[n % len(ERRORS)]
+        run.step(0)
+        before = run.now()
+        with FailsAt(n, error) as at, contextlib.suppress(error):
+            run.step(1)
+        if n == 0:
+            expected = [before, run.now()]
+        elif not at.failed:
+            return n - 1
+        else:
+            is_whole(run, *expected, f"{way}, {options}: after {error.__name__} at operator {n}")
+    raise AssertionError
+
+
 def case(seed: int) -> str:
     """Three steps, of which one fails at an operator and is taken again."""
     r = random.Random(seed)
@@ -124,15 +156,8 @@ def case(seed: int) -> str:
                 run.step(number)
             failed |= at.failed
             if at.failed:
-                found = run.now()
-                after = same(found, expected[number + 1])
-                before = same(found[::2], expected[number][::2]) and all(
-                    same(a, b) or not any(bool(t.any()) for name, t in a.items() if name not in LAID_OUT)
-                    for a, b in zip(found[1], expected[number][1], strict=True)
-                )
                 what = f"{way}, {options}: after {error.__name__} at operator {n} of step {number}"
-                assert before or after, f"{what} it is neither before nor after it"
-                if not after:
+                if not is_whole(run, *expected[number : number + 2], what):
                     run.step(number)
             assert same(run.now(), expected[number + 1]), f"{way}, {options}: operator {n} of step {failing}: other"
     return "right" if failed else "not reached"
