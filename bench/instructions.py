@@ -58,12 +58,14 @@ def _way(loads: int, stores: int, **others: int) -> dict[str, int]:
 SQUARE = r"[FD]MUL R\d+, (R\d+)(\.reuse)?, \1\b"
 EACH = {"MUFU": 16, SQUARE: 8}
 STEP, STEP_16 = _way(10, 6, **EACH), _way(5, 3, **EACH)
+# Four barriers: Hz and the probe, D in its place, and the blocks' means; a thread sums a block and reads two means for
+# each of its two vectors.
+MEANS = {"BAR": 4, "STS": 8, r"LDS R\d+, \[R\d+\+0x27[0-9a-f]\]": 9 + 2 * 2}
 PHILOX = {r"IMAD\.(WIDE|HI)\.U32": 18}  # ten rounds, of which the first or last may do with one
 WARP = 1 / 8  # a Philox call is 128 signs: 16 threads draw for 2,048 elements, 64 for 8,192
 LOOPS = {
     "step fp32 b=1, CUDA": Loop("adahessian_step-float32-flat", 32, 8, STEP),
-    # Four barriers: Hz and the probe, D in its place, and the blocks' means.
-    "step fp32 b=9, CUDA": Loop("adahessian_step-float32-logical", 32, 8, {**STEP, "BAR": 4, "STS": 8}),
+    "step fp32 b=9, CUDA": Loop("adahessian_step-float32-logical", 32, 8, {**STEP, **MEANS}),
     "step bf16 everything b=1, CUDA": Loop("adahessian_step rounded-bfloat16-flat", 16, 8, STEP_16),
     "rademacher fp32, CUDA": Loop("rademacher-float32-flat", 4, 32, _way(0, 8), 2 * WARP),
     "rademacher bf16, CUDA": Loop("rademacher-bfloat16-flat", 2, 32, _way(0, 4), 2 * WARP),

@@ -283,14 +283,12 @@ ADAHESSIAN_HD void update_slot(const typename Body::Arguments& arguments, typena
   Vec<S, kVector>& p = state.weight[i];
   const bool has_curvature = shared.row.curvature != DiagonalSource::kNone;
   if (has_curvature) {
+    if constexpr (kOrder != Order::kFlat) {
+      if (averages(shared.row.curvature)) gather<kOrder>(state.d[i], shared.blocks, shared.tile, slot);
+    }
     ADAHESSIAN_UNROLL
     for (int e = 0; e < kVector; ++e) {
-      S ds = get(state.d[i], e);
-      if constexpr (kOrder != Order::kFlat) {
-        if (averages(shared.row.curvature))
-          ds = mean_at(shared.blocks, shared.tile, logical_index<kOrder>(shared.tile, slot, e));
-      }
-      set(state.d[i], e, square_of(ds, c));
+      set(state.d[i], e, square_of(get(state.d[i], e), c));
       set(v, e, averaged(get(v, e), get(state.d[i], e), c));
     }
   }

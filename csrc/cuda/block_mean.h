@@ -21,10 +21,38 @@ ADAHESSIAN_HD S& value_at(Blocks<S, kTile>& blocks, int logical) {
   return at(blocks.value, int(logical + uint32_t(logical) / Blocks<S, kTile>::kPad));
 }
 
-// The mean of the block that holds a logical element of the tile.
-template <typename S, int kTile>
-ADAHESSIAN_HD S mean_at(Blocks<S, kTile>& blocks, const Tile& t, int logical) {
-  return value_at(blocks, quotient(logical, t.by_unit) * t.unit);
+// A slot's elements to their logical places.
+template <Order kOrder, typename S, int kVector, int kTile>
+ADAHESSIAN_HD void scatter(Blocks<S, kTile>& blocks, const Vec<S, kVector>& d, const Tile& t, const Slot& slot) {
+  // Neighbours with nothing left out between them.
+  if (t.layout == Layout::kFlat && is_full<kVector>(slot) && slot.local % kVector == 0) {
+    S* values = &value_at(blocks, slot.local);
+    ADAHESSIAN_UNROLL
+    for (int e = 0; e < kVector; ++e) values[e] = get(d, e);
+    return;
+  }
+  ADAHESSIAN_UNROLL
+  for (int e = 0; e < kVector; ++e) {
+    if (has(slot, e)) value_at(blocks, logical_index<kOrder>(t, slot, e)) = get(d, e);
+  }
+}
+
+// The means of the blocks that hold a slot's elements.
+template <Order kOrder, typename S, int kVector, int kTile>
+ADAHESSIAN_HD void gather(Vec<S, kVector>& means, Blocks<S, kTile>& blocks, const Tile& t, const Slot& slot) {
+  // Neighbours are in one block or, some of them, in the next.
+  if (t.layout == Layout::kFlat && is_full<kVector>(slot) && t.unit >= kVector) {
+    const int unit = quotient(slot.local, t.by_unit), left = (unit + 1) * t.unit - slot.local;
+    const S here = value_at(blocks, unit * t.unit);
+    const S behind = value_at(blocks, (left < kVector ? unit + 1 : unit) * t.unit);
+    ADAHESSIAN_UNROLL
+    for (int e = 0; e < kVector; ++e) set(means, e, e < left ? here : behind);
+    return;
+  }
+  ADAHESSIAN_UNROLL
+  for (int e = 0; e < kVector; ++e) {
+    set(means, e, value_at(blocks, quotient(logical_index<kOrder>(t, slot, e), t.by_unit) * t.unit));
+  }
 }
 
 template <typename S, int kTile>

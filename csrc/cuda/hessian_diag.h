@@ -68,15 +68,6 @@ ADAHESSIAN_HD void multiply_probe(Vec<StateOf<T>, Traits<T>::kVector>& d, const 
   }
 }
 
-// The slot's elements to their logical places.
-template <Order kOrder, typename S, int kVector, int kTile>
-ADAHESSIAN_HD void scatter(Blocks<S, kTile>& blocks, const Vec<S, kVector>& d, const Tile& tile, const Slot& slot) {
-  ADAHESSIAN_UNROLL
-  for (int e = 0; e < kVector; ++e) {
-    if (has(slot, e)) value_at(blocks, logical_index<kOrder>(tile, slot, e)) = get(d, e);
-  }
-}
-
 template <typename Target>
 ADAHESSIAN_HD void write_mean(void* target, int64_t index, double mean, const HessianDiagArguments& arguments) {
   Target& place = in_global(static_cast<Target*>(target))[index];

@@ -28,12 +28,13 @@ struct RademacherBody {
   using Arguments = RademacherArguments<T>;
   static constexpr int kTimes = 4;  // the tile of others: nothing is read, and what precedes the first store counts
   static constexpr int kSlots = kTimes * Traits<T>::kSlots;
-  static_assert(kTimes * Traits<T>::kTile <= kMaxDivisor, "a tile passes the end of a longer row once");
+  static constexpr int kTile = kTimes * Traits<T>::kTile;
+  static_assert(kTile <= kMaxDivisor, "a tile passes the end of a longer row once");
   struct Shared {
     RademacherRow row;
     ProbeConstant constant;
     Tile tile;
-    Signs<kTimes * Traits<T>::kTile> signs;
+    Signs<kTile> signs;
   };
   struct Thread {};
   static constexpr int kBlocksPerSm = kOrder == Order::kFlat ? 6 : 5;
@@ -65,13 +66,24 @@ ADAHESSIAN_HD Vec<T, n> signed_ones(uint32_t negative) {
 template <typename T, Order kOrder>
 ADAHESSIAN_HD void write_probe(const RademacherArguments<T>& arguments,
                                typename RademacherBody<T, kOrder>::Shared& shared, int thread) {
-  constexpr int kVector = Traits<T>::kVector;
+  constexpr int kVector = Traits<T>::kVector, kApart = kThreads * kVector;
+  T* z = arguments.z + shared.row.offset;
+  // In a whole tile the slots of a thread are as far apart as their signs, whole words.
+  if (kOrder == Order::kFlat && shared.row.aligned && shared.tile.count == RademacherBody<T, kOrder>::kTile) {
+    const uint32_t bit = uint32_t(shared.tile.begin % kSignsPerCall) + uint32_t(thread * kVector);
+    z += shared.tile.begin + thread * kVector;
+    ADAHESSIAN_UNROLL
+    for (int i = 0; i < RademacherBody<T, kOrder>::kSlots; ++i) {
+      const uint32_t negative = at(shared.signs.word, int(bit / 32) + i * (kApart / 32)) >> (bit % 32);
+      store_aligned(z + i * kApart, signed_ones<T, kVector>(negative));
+    }
+    return;
+  }
   ADAHESSIAN_UNROLL
   for (int i = 0; i < RademacherBody<T, kOrder>::kSlots; ++i) {
     const Slot slot = slot_of<kVector, kOrder>(shared.tile, thread + i * kThreads);
     const uint32_t negative = negative_signs<kVector, kOrder>(shared.signs, shared.tile, slot);
-    const Vec<T, kVector> z = signed_ones<T, kVector>(negative);
-    store<kOrder>(arguments.z + shared.row.offset, z, shared.tile, slot, shared.row.aligned);
+    store<kOrder>(z, signed_ones<T, kVector>(negative), shared.tile, slot, shared.row.aligned);
   }
 }
 
