@@ -291,6 +291,20 @@ def test_capturing_asks_the_device_it_is_asked_about(gpus):
         assert not capture.capturing(torch.device("cpu"))
 
 
+@pytest.mark.parametrize(("update_each", "reads"), [(1, 0), (3, 1)])
+def test_grad_scalers_flag_is_read_where_a_schedule_depends_on_it(gpus, update_each, reads):
+    opt = AdaHessian([nn.Parameter(torch.ones(2))], lr=0.1, update_each=update_each, dense_steps=0)
+    schedule = opt.coming_step.schedule
+    schedule.count([0], OnGpu.of(torch.ones(())))
+    with Called() as called:
+        schedule.settle_on_host()
+        assert aten._local_scalar_dense not in called.packets
+        schedule.check()
+        schedule._settle()
+    assert called.packets.count(aten._local_scalar_dense) == reads
+    assert opt.param_groups[0]["step"] == 1 - reads
+
+
 PARAM, FLAT = torch.ones(16), torch.zeros(16)
 TABLES = {"segments": segment_table([(0, 16, 1, 1, 1, 0, 0, 0, 0, 0)]), "steps": torch.zeros(1, 2, dtype=torch.int64)}
 KEY = {"seed": 0, "sample": 0}
