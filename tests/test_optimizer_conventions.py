@@ -46,6 +46,22 @@ def test_step_hooks(device):
     assert calls == ["before", "after"] * 2
 
 
+@pytest.mark.parametrize("update_each", [1, 2])
+def test_gradients_that_a_closure_has_zeroed_in_place_stay_where_they_are(device, update_each):
+    p = torch.ones(3, device=device, requires_grad=True)
+    opt = AdaHessian([p], lr=0.125, update_each=update_each)
+
+    def closure():
+        opt.zero_grad(set_to_none=False)
+        return p.pow(3).sum()
+
+    opt.step(closure)
+    grad, before = p.grad, p.detach().clone()
+    opt.step(closure)
+    assert p.grad is grad
+    torch.testing.assert_close(grad, 3 * before**2)
+
+
 def test_many_groups_are_one_call(device, monkeypatch):
     model, calls = mlp(device=device), []
     opt = AdaHessian(
