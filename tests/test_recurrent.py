@@ -72,12 +72,23 @@ OPERATORS = {"recurrence": op.run, "backward": op.run_backward, "double_backward
 @pytest.mark.parametrize("name", SHAPES)
 @pytest.mark.parametrize("kind", GATES)
 def test_kernels_against_the_formulas(device, kind, name, reverse, dtype):
+    """To 4 times the formulas' own error, which is known in float32 and in proportion to the roundoff.
+
+    In float64 what the kernels are compared with is off by it once more.
+    """
+
+    def computed(operator, given, dtype):
+        given = [t.to("cpu", dtype) if isinstance(t, Tensor) and t.is_floating_point() else t for t in given]
+        return given, getattr(op, operator)(*given)
+
+    single, units = torch.float32, torch.finfo(dtype).eps / torch.finfo(torch.float32).eps
     for operator, given in arguments(kind, name, reverse, dtype, device).items():
-        exact = [t.double().cpu() if isinstance(t, Tensor) and t.is_floating_point() else t for t in given]
-        plain, found = getattr(op, operator)(*given), OPERATORS[operator](*given)
-        for a, b, c in zip(found, plain, getattr(op, operator)(*exact), strict=True):
+        found, (_, exact) = OPERATORS[operator](*given), computed(operator, given, torch.float64)
+        rounded, plain = computed(operator, given, single)
+        for a, b, c, d in zip(found, exact, plain, computed(operator, rounded, torch.float64)[1], strict=True):
             assert a.dtype == dtype
-            assert_error([a.cpu()], [c], 4 * relative_error([b.cpu()], [c]) + 8 * torch.finfo(dtype).eps)
+            own = units * relative_error([c], [d])
+            assert_error([a.cpu()], [b], (4 + (dtype == torch.float64)) * own + 8 * torch.finfo(dtype).eps)
 
 
 @pytest.mark.parametrize("kind", GATES)
@@ -288,7 +299,13 @@ def test_autocast(device, kind, dtype):
     model, x = KINDS[kind](8, 16).to(device), torch.randn(7, 4, 8).to(device, dtype)
     exact = derivatives(copy.deepcopy(model).double(), [x.double()], False, nullcontext())
     with torch.autocast(device, torch.bfloat16):
-        plain, ours = (run(model, [x], False, context) for context in (nullcontext(), curvature_friendly()))
+        try:
+            plain = run(model, [x], False, nullcontext())
+        except RuntimeError as error:
+            if "could not create a primitive descriptor" in str(error):
+                pytest.skip("oneDNN has no LSTM in bfloat16 with these instructions")
+            raise
+        ours = run(model, [x], False, curvature_friendly())
         found = derivatives(model, [x], False, curvature_friendly())
     assert [t.dtype for t in ours] == [t.dtype for t in plain]
     # Weights and inputs are rounded alike; then each rounds the gates' products, their sums and h in its own way.
