@@ -81,6 +81,18 @@ CASES: dict[str, tuple[str, str, str, dict[str, Any]]] = {
     "row-gradients-fp32": (NORM, "row_norm_gradients_kernel", "fp32", LAYER),
     "row-gradients-bf16": (NORM, "row_norm_gradients_kernel", "bf16", LAYER),
     "row-gradients-rms-bf16": (NORM, "row_norm_gradients_kernel", "bf16", {**LAYER, "mean": None}),
+    "row-gradients-4096-bf16": (
+        NORM,
+        "row_norm_gradients_kernel",
+        "bf16",
+        {"ONE": True, "WIDE": True, **ROW_BLOCKS[2]},
+    ),
+    "row-gradients-group-bf16": (
+        NORM,
+        "row_norm_gradients_kernel",
+        "bf16",
+        {"ONE": False, "WIDE": True, **ROW_BLOCKS[3]},
+    ),
     "row-weight-fp32": (NORM, "row_norm_weight_kernel", "fp32", {**ROWS, "ONE": True}),
 }
 
@@ -117,7 +129,7 @@ def every() -> dict[str, tuple[str, str, str, dict[str, Any]]]:
                 add(NORM, "row_norm_weight_kernel", dtype, **given, ONE=one, **without)
         for without in ({}, {"mean": None, "v_bias": None}, {"v_weight": None, "v_bias": None, "weight": None}):
             for one, wide, blocks in itertools.product((True, False), (True, False), ROW_BLOCKS):
-                if dtype != "fp64" or not blocks["HELD"]:
+                if not blocks["HELD"] or (one and dtype != "fp64"):
                     add(NORM, "row_norm_gradients_kernel", dtype, ONE=one, WIDE=wide, **blocks, **without)
     return found
 

@@ -462,10 +462,10 @@ def _are_aligned(*tensors):
     return all(t is None or t.data_ptr() % 16 == 0 for t in tensors)
 
 
-def row_blocks(length: int, wide: bool) -> dict[str, int]:
-    """How a program takes its row: in blocks of 8 elements a thread, of which four stay in its registers."""
+def row_blocks(length: int, held: bool) -> dict[str, int]:
+    """How a program takes its row: ``held`` in registers, up to four blocks of 8 elements a thread, or twice."""
     warps = next((n for n in (1, 2, 4) if length <= n * HELD_BY_WARP), None)
-    if warps is None or wide:
+    if warps is None or not held:
         return {"HELD": 0, "BLOCK": min(triton.next_power_of_2(length), HELD_BY_WARP), "num_warps": 4}
     block = min(triton.next_power_of_2(length), warps * 32 * VECTOR)
     return {"HELD": triton.cdiv(length, block), "BLOCK": block, "num_warps": warps}
@@ -475,6 +475,7 @@ def row_norm_double_backward(v, v_weight, v_bias, grad, x, weight, mean, invstd,
     """As :func:`adahessian_fused.friendly.formulas.row_norm_double_backward`."""
     rows, channels, inner = x.shape
     weights, count = groups * channels, rows // groups * inner
+    one = inner == groups == 1
     d_grad, d_x = torch.empty_like(x), torch.empty_like(x)
     means = torch.empty(2, rows, dtype=invstd.dtype, device=x.device)
     blocks = _blocks(weights, inner, v, grad, x)
@@ -484,10 +485,10 @@ def row_norm_double_backward(v, v_weight, v_bias, grad, x, weight, mean, invstd,
         row_norm_gradients_kernel[(rows,)](
             *(v, v_weight, v_bias, grad, x, weight, mean, invstd, d_grad, d_x, means),
             *(rows, channels, inner, groups),
-            ONE=inner == groups == 1,
+            ONE=one,
             WIDE=channels * inner % 16 == 0 and _are_aligned(v, v_weight, v_bias, grad, x, weight),
             **FUSION,
-            **row_blocks(channels * inner, invstd.dtype == torch.float64),
+            **row_blocks(channels * inner, one and invstd.dtype != torch.float64),  # places or numbers of two registers
         )
         row_norm_weight_kernel[grid](
             *(v, grad, x, mean, invstd, means, partials),

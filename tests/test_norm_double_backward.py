@@ -234,10 +234,10 @@ def test_sizes_whose_numbers_have_more_than_32_bits_take_the_formulas(monkeypatc
 @pytest.mark.parametrize("length", [1, 31, 256, 257, 768, 1024, 1025, 1600, 2049, 3072, 4096, 4097, 50000])
 def test_rows_in_registers_are_whole_blocks_but_for_the_last(length):
     module = pytest.importorskip("adahessian_fused.kernels.norm_double_backward", reason="Triton is not installed")
-    held, block, warps = module.row_blocks(length, wide=False).values()
+    held, block, warps = module.row_blocks(length, held=True).values()
     assert (0 < length - (held - 1) * block <= block and held <= 4) if length <= 4096 else held == 0
     assert block <= warps * 32 * 8
-    assert module.row_blocks(length, wide=True)["HELD"] == 0
+    assert module.row_blocks(length, held=False)["HELD"] == 0
 
 
 def test_the_library_and_python_define_the_same_operators():
