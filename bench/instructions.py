@@ -74,7 +74,7 @@ LOOPS = {
     "step bf16 everything b=1, Triton": Loop("step-hessian-bf16-rounded", 16, 8, STEP_16),
     "rademacher fp32, Triton": Loop("rademacher-fp32", 4, 16, {**_way(0, 4), **PHILOX}),
     "rademacher bf16, Triton": Loop("rademacher-bf16", 2, 16, {**_way(0, 2), **PHILOX}),
-    "perturb fp32, Triton": Loop("perturb-fp32", 12, 16, {**_way(4, 8), **PHILOX}),
+    "perturb fp32, Triton": Loop("perturb-fp32", 12, 8, {**_way(2, 4), **PHILOX}),
     "hessian_diag fp32 b=1, Triton": Loop("diag-fp32", 8, 16, {**_way(4, 4), **PHILOX}),
     "batch norm sums fp32, Triton": Loop("batch-sums-fp32", 12, 8, None),
     "batch norm sums bf16 channels_last, Triton": Loop("batch-sums-channels-last-bf16", 6, 8, None),

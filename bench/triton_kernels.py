@@ -150,8 +150,8 @@ def compile_case(module: str, name: str, dtype: str, given: dict[str, Any], arch
     options = {"num_warps": num_warps, **(FUSION if module == NORM else LAUNCH)}
     if name == "hessian_diag_kernel":
         tile, options = diag_tile(BYTES[dtype])
-    elif module in (RADEMACHER, PERTURB):
-        tile, options = double_tile(BYTES[dtype], 128 if module == RADEMACHER else 168)
+    elif module == RADEMACHER:
+        tile, options = double_tile(BYTES[dtype], 128)
     wide = "*fp64" if dtype == "fp64" else "*fp32"
     numbers = NORM_WIDE if module == NORM else WIDE
     types = ({} if module == NORM else POINTERS) | dict.fromkeys(numbers, wide) | dict.fromkeys(NARROW, f"*{dtype}")

@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .adahessian_math import round_to, signs
-from .table import Mode, addresses, common_dtype, double_tile, on, plan_of, seed_words, send, tl_dtype
+from .table import LAUNCH, TILES, Mode, addresses, common_dtype, on, plan_of, seed_words, send, tl_dtype
 from .tile import at, find_tile, is_vector, kernel, load_probe_key, load_row, rademacher_bits, tile_lanes
 
 
@@ -94,7 +94,7 @@ def perturb(
     if len(segments) == 0:
         return
     dtype = common_dtype("perturb", "params", params, segments)
-    tile, options = double_tile(dtype.itemsize)
+    tile, num_warps = TILES[dtype.itemsize]
     with on("perturb", saved.device):
         plan = plan_of(segments, Mode.PROBE, tile, saved.device)
         if len(plan.tiles) == 0:
@@ -104,5 +104,5 @@ def perturb(
         perturb_kernel[(len(plan.tiles),)](
             table, saved, length, plan.rows, plan.tiles, steps, *seed_words(seed, sample),
             DTYPE=tl_dtype(dtype), STATE=tl.float64 if dtype.itemsize == 8 else tl.float32, SAVE=save,
-            RESTORE=scale == 0, TILE=tile, **options,
+            RESTORE=scale == 0, TILE=tile, num_warps=num_warps, **LAUNCH,
         )  # fmt: skip

@@ -26,8 +26,8 @@ def test_nothing_spills_and_16_warps_fit(compiled: dict[str, dict], case: str) -
     assert compiled[case]["local"] <= spilled
     assert compiled[case]["stack"] <= 2 * spilled
     # 12 warps where a thread has 16 or, of a row, 32 elements: they have 24 and 73 KB in flight, and 26 are bandwidth
-    # times latency, of which half and less are reads.
-    several = case.startswith(("row-gradients", "perturb", "diag"))
+    # times latency, of which half are reads.
+    several = case.startswith(("row-gradients", "diag"))
     assert compiled[case]["registers"] <= (168 if several else 128)
 
 
@@ -49,8 +49,8 @@ def test_nothing_spills_and_16_warps_fit(compiled: dict[str, dict], case: str) -
         ("partial-sums-bf16", 1, 0),
         ("rademacher-fp32", 0, 4),  # 16 elements a thread
         ("rademacher-bf16", 0, 2),
-        ("perturb-fp32", 4, 2 * 4),  # p -> saved, p
-        ("perturb-bf16", 2, 2 * 2),
+        ("perturb-fp32", 2, 2 * 2),  # p -> saved, p
+        ("perturb-bf16", 1, 2),
         ("batch-sums-fp32", 2 * 3, 0),  # v, g, x
         ("batch-sums-channels-last-bf16", 3, 0),
         ("batch-gradients-fp32", 2 * 3, 2 * 2),
