@@ -200,7 +200,11 @@ def plot_costs(axes: plt.Axes, rows: Sequence[dict], paper: dict[int, float]) ->
     right = max([m + e for m, e in zip(medians, errors[1], strict=True)] + list(paper.values()))
     for k, (_, row) in enumerate(shown):
         axes.annotate(
-            f"{medians[k]:.2f}", (row["cost_x_sgd"]["p80"], k), xytext=(6, 0), textcoords="offset points", va="center"
+            f"{medians[k]:.2f}",
+            (max(row["cost_x_sgd"]["p80"], row["paper_cost_x_sgd"] or 0), k),
+            xytext=(7, 0),
+            textcoords="offset points",
+            va="center",
         )
     quoted = [(row["paper_cost_x_sgd"], k) for k, (_, row) in enumerate(shown) if row["paper_cost_x_sgd"] is not None]
     if quoted:
@@ -231,9 +235,14 @@ def draw(results: dict[str, Any], path: Path) -> None:
         width_ratios=[1, 1, 0.9],
         layout="constrained",
     )
+    compiling = "".join(
+        f", without {row['compile_seconds']:.0f} s of compiling {row['label'].removeprefix('AdaHessian, ')}"
+        for row in rows
+        if row["compile_seconds"]
+    )
     horizontal = {
         "epochs": (lambda row: range(1, len(row["curves"]["seconds"]) + 1), "epoch"),
-        "seconds": (lambda row: row["curves"]["seconds"], "seconds of training"),
+        "seconds": (lambda row: row["curves"]["seconds"], f"seconds of training{compiling}"),
     }
     for kind, (x_of, x_label) in horizontal.items():
         accuracy, loss = grid[f"accuracy {kind}"], grid[f"loss {kind}"]
@@ -247,7 +256,7 @@ def draw(results: dict[str, Any], path: Path) -> None:
             axes.set_xlabel(x_label)
     plot_costs(grid["cost"], rows, {row["label"]: row["paper_cost_x_sgd"] or 0 for row in rows})
     handles, labels = grid["loss epochs"].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=min(5, len(labels)), frameon=False)
+    figure.legend(handles, labels, loc="outside lower center", ncols=min(6, len(labels)), frameon=False)
     figure.suptitle(f"{heading(settings)}, {where(host)}")
     figure.savefig(path, dpi=110)
     plt.close(figure)
