@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable
+from itertools import zip_longest
 from operator import is_
 from typing import TYPE_CHECKING, Any
 
@@ -105,7 +106,7 @@ def _are_new(now: Any, before: Any) -> bool:
     """Tell whether any gradient is another one than before, or was written to, by what was noted of them."""
     if now[1] == before[1] and all(map(is_, now[0], before[0])):
         return False
-    looks = zip(*now, *before, strict=True)
+    looks = zip_longest(*now, *before)  # the closure may have added a group
     return any(grad is not None and (grad is not old or n != m) for grad, n, old, m in looks)
 
 

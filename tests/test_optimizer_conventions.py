@@ -62,6 +62,27 @@ def test_gradients_that_a_closure_has_zeroed_in_place_stay_where_they_are(device
     torch.testing.assert_close(grad, 3 * before**2)
 
 
+@pytest.mark.parametrize("differentiates", [True, False])
+def test_a_closure_may_add_a_group(device, differentiates):
+    def stepped(later: bool) -> list[torch.Tensor]:
+        p, q = (torch.full((n,), 2.0, dtype=torch.float64, device=device, requires_grad=True) for n in (3, 2))
+        opt = AdaHessian([p] if later else [{"params": [p]}, {"params": [q]}], lr=0.125, seed=0)
+
+        def closure():
+            opt.zero_grad()
+            if len(opt.param_groups) < 2:
+                opt.add_param_group({"params": [q]})
+            loss = p.pow(4).sum() + q.pow(4).sum()
+            if differentiates:
+                opt.backward(loss)
+            return loss
+
+        opt.step(closure), opt.step(closure)
+        return [p.detach(), q.detach()]
+
+    torch.testing.assert_close(stepped(later=True), stepped(later=False), rtol=0, atol=0)
+
+
 def test_many_groups_are_one_call(device, monkeypatch):
     model, calls = mlp(device=device), []
     opt = AdaHessian(
