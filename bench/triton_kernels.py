@@ -151,7 +151,7 @@ def compile_case(module: str, name: str, dtype: str, given: dict[str, Any], arch
     if name == "hessian_diag_kernel":
         tile, options = diag_tile(BYTES[dtype])
     elif module == RADEMACHER:
-        tile, options = double_tile(BYTES[dtype], 128)
+        tile, options = double_tile(BYTES[dtype])
     wide = "*fp64" if dtype == "fp64" else "*fp32"
     numbers = NORM_WIDE if module == NORM else WIDE
     types = ({} if module == NORM else POINTERS) | dict.fromkeys(numbers, wide) | dict.fromkeys(NARROW, f"*{dtype}")

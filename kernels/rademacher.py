@@ -40,7 +40,7 @@ def rademacher(z: Tensor, segments: Tensor, steps: Tensor, seed: int, sample: in
         seed: 64-bit Philox key.
         sample: number of the probe within the step.
     """
-    tile, options = double_tile(z.element_size(), 128)
+    tile, options = double_tile(z.element_size())
     with on("rademacher", z.device):
         plan = plan_of(segments, Mode.PROBE, tile, z.device)
         if len(plan.tiles) == 0:

@@ -40,7 +40,7 @@ if torch.version.hip is None:
     LAUNCH["maxnreg"] = 128  # nothing spills yet
 
 
-def double_tile(size: int, max_registers: int) -> tuple[int, dict[str, object]]:
+def double_tile(size: int, max_registers: int = 128) -> tuple[int, dict[str, object]]:
     """A tile of twice as many elements, and launch options: where little is read, threads can have more of them."""
     tile, num_warps = TILES[size]
     options = {**LAUNCH, "num_warps": num_warps}

@@ -12,7 +12,7 @@ from torch.nn.functional import cross_entropy
 from adahessian_fused import AdaHessian, curvature_friendly
 
 STEPS, TAIL, BATCH = 100, 10, 32
-CHEAPER = ((1, 0.25), (5, 1.0), (10, 1.0), (10, 0.25))  # how often, of which part of the batch
+CHEAPER = ((1, 0.25), (5, 1.0), (5, 0.25), (10, 1.0), (10, 0.25))  # how often, of which part of the batch
 
 
 class RareIds(nn.Module):

@@ -35,10 +35,10 @@ from torch import Tensor
 
 from .. import backends
 from .attention_dropout import OF_ALL, blocks, library, probabilities
+from .double_backward import MOST
 
 Gradients = tuple[Tensor, Tensor, Tensor, Tensor]
 NAME = "adahessian_fused::attention_double_backward"
-MOST = 2**31 - 2**20  # elements of a head, of the Triton kernels: they count in 32 bits, and a little past the end
 
 # The native library has the CPU's kernel of it.
 library.define(

@@ -18,7 +18,8 @@ from . import formulas
 Gradients = tuple[Tensor | None, ...]
 CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-MOST = 2**31 - 2**20  # elements, of the Triton kernels: they count in 32 bits, and a little past the end
+# Elements of a tensor, or of a head of attention's, that Triton kernels count: in 32 bits, and a little past the end.
+MOST = 2**31 - 2**20
 
 
 def batch_norm(
