@@ -14,16 +14,15 @@ for module in ("sklearn", "scipy", "matplotlib", "rich", "sacrebleu"):
     pytest.importorskip(module)
 
 from paper import __main__ as program  # noqa: E402 - without its packages there is nothing to test
-from paper import schedules  # noqa: E402
 from paper.optimizers import CHEAP, EXACT, OURS, SETUPS, SIGNED, SOPHIA, make, stepper  # noqa: E402
-from paper.plan import FULL, QUICK, Extent, Planner, around, runs_of  # noqa: E402
-from paper.report import judged, paper, pays, tables, write  # noqa: E402
-from paper.report.outcome import Outcome, difference  # noqa: E402
+from paper.plan import FULL, QUICK, Extent, Planner, runs_of  # noqa: E402
+from paper.report import judged, paper, pays, write  # noqa: E402
+from paper.report.outcome import Outcome  # noqa: E402
 from paper.results import OtherSettingsError, Results  # noqa: E402
 from paper.run import Run, Setup  # noqa: E402
 from paper.tasks import MAKERS, Spec  # noqa: E402
 from paper.tasks import make as make_task  # noqa: E402
-from paper.training import thin, train  # noqa: E402
+from paper.training import train  # noqa: E402
 
 TASKS = ("resnet20", "nmt", "lm", "acceptability", "recsys")
 
@@ -99,24 +98,6 @@ def test_divergence_is_recorded_and_ends_the_run(task):
     assert "NaN" not in json.dumps(record)
 
 
-def test_thinned_curves_keep_the_mean():
-    values = [float(i) for i in range(100)]
-    points = thin(values, 30)
-    assert len(points) <= 30
-    assert points[0] == [4, 1.5]
-    assert points[-1][0] == 100
-
-
-@pytest.mark.parametrize("schedule", [schedules.inverse_sqrt, schedules.cosine, schedules.linear, schedules.constant])
-def test_schedules_warm_up_and_fall(schedule):
-    factors = [schedule((i + 0.5) / 100) for i in range(100)]
-    top = factors.index(max(factors))
-    assert 0 < factors[0] < 0.1
-    assert 9 <= top <= 15
-    assert max(factors) == pytest.approx(1, abs=0.06)
-    assert factors[top:] == sorted(factors[top:], reverse=True)
-
-
 # ---- plan and results ------------------------------------------------------------------------------------------------
 
 
@@ -130,11 +111,6 @@ def test_every_setting_has_as_many_trials(task, name):
             trials[setting] = [*grid, *planner.trials(setting, setup, grid[0].lr)]
         assert {len(runs) for runs in trials.values()} == {6}
         assert not {run.seed for runs in trials.values() for run in runs} & set(FULL.seeds)
-
-
-@pytest.mark.parametrize(("best", "expected"), [(0.1, (0.033, 0.17)), (0.3, (0.17, 0.55)), (1.0, (0.55, 3.3))])
-def test_trials_around_the_best_of_a_grid(best, expected):
-    assert around(best, (0.1, 0.3, 1.0)) == expected
 
 
 def test_cost_in_first_order_steps():
@@ -240,39 +216,6 @@ def test_learning_rates_are_those_with_the_best_validation_score(tmp_path):
 # ---- report ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("scores", "text"),
-    [
-        ([1.0, 2.0, 3.0], "2.00 ± 1.00"),
-        ([1.0, None, 3.0], "2.00 ± 1.41 (1 of 3 diverged)"),
-        ([None] * 3, "diverged"),
-        ([1.0], "1.00 (1 of 3 seeds)"),
-        ([], "-"),
-    ],
-)
-def test_cells(invent, scores, text):
-    outcome = invent(lambda run: scores[run.seed] if run.seed < len(scores) else 0.0)
-    runs = outcome.tables["optimizers"]["AdamW", ""]
-    for run in runs[len(scores) :]:
-        del outcome.results.runs[run.key]
-    assert outcome.cell(runs) == text
-
-
-@pytest.mark.parametrize(
-    ("gains", "verdict"),
-    [((1.0, 1.1, 0.9), "better"), ((-1.0, -1.1, -0.9), "worse"), ((1.0, 1.1, -0.9), "even"), ((0.0,) * 3, "even")],
-)
-def test_differences(gains, verdict):
-    assert difference(gains).verdict == verdict
-
-
-def test_student_interval():
-    """Half the width is 4.303 standard errors for three seeds."""
-    d = difference([1.0, 2.0, 3.0])
-    assert d.high - d.mean == pytest.approx(4.302653 / math.sqrt(3), rel=1e-5)
-    assert difference([1.0]) is None
-
-
 def gaining(**gaps: float):
     """Scores of 20, SGD's of 10, with a gap to it; seeds differ a little.
 
@@ -303,65 +246,6 @@ def test_the_report_says_whether_the_effect_is_shown(invent, gap, found):
     assert sgd.startswith("translation: SGD is behind AdamW: **shown**")
 
 
-@pytest.mark.parametrize(("higher", "found"), [(True, "better"), (False, "worse")])
-def test_smaller_is_better_for_some_scores(invent, higher, found):
-    outcome = invent(gaining(exact=2), higher_is_better=higher)
-    cells = outcome.tables["optimizers"]
-    assert outcome.difference(cells[OURS, ""], cells["AdamW", ""]).verdict == found
-
-
-@pytest.mark.parametrize(
-    ("limits", "found"), [((2, 10), "**shown**"), ((4, 4), "**not shown**"), ((10, 2), "**the opposite**")]
-)
-@pytest.mark.parametrize("fails_with", [1.0, None])
-def test_largest_learning_rates(invent, limits, found, fails_with):
-    limit = dict(zip(("AdamW", OURS), limits, strict=True))
-    tuned = {"AdamW": 0.01, OURS: 0.1}
-
-    def score(run: Run) -> float | None:
-        scale = run.lr / tuned.get(run.setup.optimizer, run.lr)
-        return 20.0 if scale <= limit.get(run.setup.optimizer, 1) * 1.01 else fails_with
-
-    said = judged.scaling(invent(score))
-    assert found in said
-    assert f"AdamW up to {limits[0]} times" in said
-    assert f"AdaHessian up to {limits[1]} times" in said
-
-
-def test_block_sizes_that_matter_are_named(invent):
-    outcome = invent(lambda run: 9.0 + run.seed if run.setup.options.get("block_size") == 4 else 20.0 + 1.1 * run.seed)
-    ours, signed = judged.blocks(outcome)
-    assert "worst b = 4): **not shown**" in ours
-    assert "worst b = 4): **not shown**" in signed
-    assert "**shown**" in judged.blocks(invent(gaining()))[0]
-    assert tables.blocks(outcome).splitlines()[0] == "| block size | 1 | 4 | 32 | 128 |"
-
-
-def test_frontier(invent):
-    lines = tables.frontier(invent(gaining(cheap=-3))).splitlines()
-    assert lines[0] == "| translation; f = | 1 | 2 | 5 | 10 | 20 |"
-    assert lines[2].startswith("| r = 1: BLEU | 21.01 ± 1.01 | 18.01 ± 1.01 |")
-    # 100 steps, the first 20 of them and every f-th with curvature.
-    assert lines[3] == "| against AdamW | even, +0.01 | worse, -2.99 | worse, -2.99 | worse, -2.99 | worse, -2.99 |"
-    assert lines[4] == "| time / AdamW's | 3.00 | 2.20 | 1.72 | 1.56 | 1.48 |"
-
-
-@pytest.mark.parametrize(
-    ("gap", "times", "found"),
-    [
-        (2, {}, "20 better, 0 even, 0 worse; 3 in AdamW's time, better of them: f = 5, r = 0.125 (+2.01); f = 10,"),
-        (-2, {}, "0 better, 0 even, 20 worse; 3 in AdamW's time, better of them: none. The best"),
-        (2, {"without curvature": 2.0}, "20 better, 0 even, 0 worse; 0 in AdamW's time, better of them: none."),
-    ],
-)
-def test_what_the_grid_over_frequency_and_fraction_shows(invent, gap, times, found):
-    outcome = invent(gaining(exact=gap, cheap=gap))
-    outcome.results.step_times |= {name: {"median": 1e-3 * t, "wall": 1e-3 * t} for name, t in times.items()}
-    task, both = judged.frontier([outcome, outcome])[::2]
-    assert task.startswith(f"translation: of 20 settings {found}")
-    assert both.startswith(f"Better in AdamW's time in two tasks or more: {'f = 5' if ': f = 5' in found else 'none'}")
-
-
 def test_pages(invent, tmp_path):
     invent(gaining(exact=2, cheap=2))
     written = write(tmp_path, tmp_path / "docs", GRID_ONLY)
@@ -389,20 +273,6 @@ def test_when_it_pays(invent, gaps, found):
     assert f"translation: {found}" in pays({"nmt": invent(gaining(**gaps))})
 
 
-def test_divergence_is_named(invent):
-    assert "Worse than AdamW in AdamW's time: translation." in pays({"nmt": invent(gaining(short=-4))})
-    said = pays({"nmt": invent(lambda run: None if run.setup.options.get("update_each") == 10 else 20.0 + run.seed)})
-    assert "Diverged in more seeds than AdamW: translation." in said
-    assert "AdaHessian, cheap (3 of 3 seeds)" in said
-
-
-def test_a_perplexity_without_bound_is_not_averaged(invent):
-    outcome = invent(gaining(), metric="perplexity", higher_is_better=False)
-    runs = outcome.tables["optimizers"]["SGD", ""]
-    outcome.results.runs[runs[0].key] |= {"diverged": True, "scores": {"validation": 1e43, "test": 1e43}}
-    assert outcome.cell(runs) == "11.5 ± 0.7 (1 of 3 diverged)"
-
-
 def test_a_report_of_half_of_the_runs_says_so(invent):
     outcome = invent(gaining(exact=2))
     for key in [key for key in outcome.results.runs if key.startswith(OURS) and not key.endswith(("=100", "seed=1"))]:
@@ -410,19 +280,6 @@ def test_a_report_of_half_of_the_runs_says_so(invent):
     said = paper({"nmt": outcome})
     assert "**Not finished:** translation (" in said
     assert "not decided: fewer than two seeds" in said
-
-
-def test_a_report_of_half_of_the_trials_says_so(invent):
-    outcome = invent(gaining())
-    block = Planner(outcome.task, GRID_ONLY).settings("block_size")[f"{OURS}, b = 4"]
-    keys = [key for key in outcome.results.runs if key.startswith(f"{block.key} lr") and key.endswith("=100")]
-    for key in keys:
-        del outcome.results.runs[key]
-    outcome.results.write()
-    found = Outcome(outcome.results.path, GRID_ONLY)
-    assert found.done() == f"tuning of {OURS}, b = 4"
-    assert f"| {OURS} | 21.01 ± 1.01 | - | 21.01 ± 1.01 |" in tables.blocks(found)
-    assert "not decided" in judged.blocks(found)[0]
 
 
 def test_scores_are_compared_seed_by_seed(invent):
