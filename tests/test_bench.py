@@ -125,16 +125,6 @@ def test_launches_and_host_time(native, device):
     assert timings["floor"].launches is None
 
 
-def test_rotation_leaves_the_cache(monkeypatch):
-    monkeypatch.setattr(machine, "last_level_cache", lambda device: 1_000_000)
-    small, large = Case("small", ((1000,),)), Case("large", ((10**6,),))
-    assert run.rotations(Case("cached", ((1000,),), cached=True), "cpu") == 1
-    assert run.rotations(large, "cpu") == 1
-    assert run.rotations(small, "cpu") == run.MOST_ROTATIONS
-    medium = Case("medium", ((10_000,),))
-    assert run.rotations(medium, "cpu") * 20 * medium.numel >= 2_000_000
-
-
 def test_a_case_without_the_memory_is_skipped(monkeypatch):
     monkeypatch.setattr(machine, "available_memory", lambda device: 1000)
     result = run.run_case(TINY, "cpu", ["native"], 0.01)
@@ -159,15 +149,6 @@ def test_the_floor_moves_the_bytes_of_the_step(dtype, state_dtype, hessian_step,
         contestants.floor(Problem(case, "cpu")).step()
 
 
-@pytest.mark.parametrize("device", ["cpu", "cuda"])
-def test_suites(device):
-    quick, default, full = ([c.name for c in cases.cases(device, suite)] for suite in ("quick", "default", "full"))
-    assert len(quick) < len(default) <= len(full)
-    assert len(full) == len(set(full))
-    blocks = {c.block for c in cases.cases(device, "default")}
-    assert blocks >= {1, 9, 32, 49, 64, 127, 1024, "row", "tensor", "auto"}
-
-
 # ---- the page and the comparison -------------------------------------------------------------------------------------
 
 
@@ -184,15 +165,6 @@ def test_the_committed_page_shows_the_committed_results():
     assert report.PAGE.read_text() == text + report.programs(report.PROGRAMS), "run python -m bench.report"
 
 
-def test_a_backend_that_does_not_load_has_its_reason_in_the_table():
-    data = results(native=2e-3, floor=1e-3)
-    data["results"][0] |= {"backends": ["native", "triton"], "missing_peers": {"triton": "no driver"}}
-    assert [row[:3] for row in table.rows(data["results"])] == [
-        ["x", "native", "2 ms"],
-        ["x", "triton", "not run: no driver"],
-    ]
-
-
 def test_what_was_measured_stays_if_a_later_case_fails(tmp_path, monkeypatch):
     done = []
 
@@ -207,16 +179,6 @@ def test_what_was_measured_stays_if_a_later_case_fails(tmp_path, monkeypatch):
         run.main(["--quick", "--out", str(tmp_path)])
     [path] = tmp_path.glob("*.json")
     assert [result["case"] for result in json.loads(path.read_text())["results"]] == done
-
-
-def test_plots(tmp_path):
-    pytest.importorskip("matplotlib")
-    from bench.plots import draw
-
-    data = report.load(report.RESULTS)
-    drawn = draw(next(iter(data.values())), tmp_path / "stem")
-    assert {path.name for path in drawn} == {f"stem-{n}.{s}" for n in ("peers", "roofline") for s in ("svg", "png")}
-    assert all(path.stat().st_size > 1000 for path in drawn)
 
 
 @pytest.mark.parametrize(

@@ -96,35 +96,12 @@ def test_cifar_values(cifar):
     assert dataset.std.tolist() == pytest.approx(planes.std((0, 2)).tolist(), rel=torch.finfo(torch.float32).eps)
 
 
-def test_cifar_in_the_published_subfolder(cifar, tmp_path):
-    root, files = cifar
-    (root / data.CIFAR_FOLDER).mkdir()
-    for name in files:
-        (root / name).rename(root / data.CIFAR_FOLDER / name)
-    assert len(data.load_cifar10(root, RECORDS).train_y) == 5 * RECORDS
-
-
 def test_cifar_file_of_the_wrong_size(cifar):
     root, _ = cifar
     with (root / "data_batch_3.bin").open("ab") as file:
         file.write(b"\0")
     with pytest.raises(data.DataError, match=r"data_batch_3\.bin has 61,461 bytes; expected 61,460 .*cifar-10-binary"):
         data.load_cifar10(root, RECORDS)
-
-
-def test_cifar_file_missing(cifar):
-    root, _ = cifar
-    (root / "test_batch.bin").unlink()
-    with pytest.raises(data.DataError, match=r"test_batch\.bin is missing; expected a file of 61,460 bytes"):
-        data.load_cifar10(root, RECORDS)
-
-
-def test_cifar_not_there(tmp_path):
-    with pytest.raises(data.DataError, match=r"not a folder.*cifar-10-binary\.tar\.gz.*--root"):
-        data.load_cifar10(tmp_path / "nowhere")
-    (tmp_path / "data_batch_1").touch()
-    with pytest.raises(data.DataError, match=r"Python version of the data"):
-        data.load_cifar10(tmp_path)
 
 
 def test_crop_and_flip_are_windows_of_the_padded_image():

@@ -125,10 +125,6 @@ LOSES = {
 }
 
 
-def on_tensor(x, hook):
-    x.register_hook(hook)
-
-
 def of_module(x, hook):
     module = nn.Identity()
     module.register_full_backward_hook(lambda module, results, grads: None if (g := hook(results[0])) is None else (g,))

@@ -81,36 +81,6 @@ def test_other_leaves_lose_their_graph_after_create_graph(device):
         torch.testing.assert_close(leaf.grad, g)
 
 
-@pytest.mark.parametrize("way", WAYS)
-def test_hooks_run_once_and_see_the_gradient(way, device):
-    model = mlp(device=device)
-    x, y = batch(0, model)
-    x.requires_grad_()
-    opt = AdaHessian(model.parameters(), lr=0.0)
-    loss = lambda: (model(x) - y).square().mean()  # noqa: E731
-    expected = dict(zip([*model.parameters(), x], torch.autograd.grad(loss(), [*model.parameters(), x]), strict=True))
-    seen, after = [], []
-    for p in expected:
-        p.register_hook(lambda g, p=p: seen.append((p, g.detach().clone())))
-        p.register_post_accumulate_grad_hook(lambda p: after.append((p, p.grad.clone())))
-    WAYS[way](opt, loss)
-    parts = 2 if way == "split" else 1  # two backward passes with half of the gradient each
-    assert len(seen) == len(after) == parts * len(expected)
-    for number, (p, g) in enumerate(after):
-        torch.testing.assert_close(g, expected[p] * (number // len(expected) + 1) / parts)
-    for p, g in seen:
-        torch.testing.assert_close(g, expected[p] / parts)
-
-
-def test_a_hook_that_changes_the_gradient_changes_its_curvature_once():
-    p = nn.Parameter(torch.tensor([1.0, 2.0]))
-    p.register_hook(lambda g: 2 * g)
-    opt = AdaHessian([p], lr=0.0)
-    opt.backward((p**3).sum())
-    opt.step()
-    torch.testing.assert_close(opt.hessian_diag(p), 12 * p.detach())
-
-
 EVERY_WAY = [
     *((way, {}) for way in ways.WAYS),
     *((way, {"hvp": hvp}) for way in sorted(EVALUATED) for hvp in ("finite_difference", "forward_over_reverse")),

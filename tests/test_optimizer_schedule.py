@@ -8,18 +8,7 @@ import warnings
 
 import pytest
 import torch
-from models import (
-    ByHand,
-    assert_follows_paper,
-    assert_same,
-    exact_conv_net,
-    exact_mlp,
-    fresh,
-    loss_of,
-    mlp,
-    train,
-    weights,
-)
+from models import assert_follows_paper, assert_same, conv_net, fresh, loss_of, mlp, train, weights
 from published import AdaHessian
 from torch import nn
 
@@ -44,25 +33,23 @@ OPTIONS = {
 
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 def test_follows_algorithm_1(engine, device, options):
-    model, opt = fresh(exact_mlp(device=device), backend=engine, **options)
-    assert_follows_paper(opt, model, [ByHand(p, i, **options) for i, p in enumerate(model.parameters())])
+    model, opt = fresh(mlp(device=device), backend=engine, **options)
+    assert_follows_paper(opt, model)
 
 
 @pytest.mark.parametrize("block_size", ["auto", 5, "row"])
 def test_follows_algorithm_1_with_convolutions(engine, device, block_size):
-    model, opt = fresh(exact_conv_net(device=device), backend=engine, block_size=block_size)
-    hands = [ByHand(p, i, block_size=block_size) for i, p in enumerate(model.parameters())]
-    assert_follows_paper(opt, model, hands, steps=2)
+    model, opt = fresh(conv_net(device=device), backend=engine, block_size=block_size)
+    assert_follows_paper(opt, model, steps=2)
 
 
 def test_interpreted_triton_follows_algorithm_1(every_engine, device):
-    options = {"block_size": 4, "update_each": 2, "weight_decay": 0.1}
-    model, opt = fresh(exact_mlp(device=device), backend=every_engine, **options)
-    assert_follows_paper(opt, model, [ByHand(p, i, **options) for i, p in enumerate(model.parameters())], steps=3)
+    model, opt = fresh(mlp(device=device), backend=every_engine, block_size=4, update_each=2, weight_decay=0.1)
+    assert_follows_paper(opt, model, steps=3)
 
 
 def test_options_of_groups(engine, device):
-    model = exact_mlp(device=device)
+    model = mlp(device=device)
     first = {"block_size": "row", "update_each": 2, "lr": 0.02, "betas": (0.8, 0.9), "hessian_power": 0.5}
     second = {
         "averaging": "abs",
@@ -73,22 +60,15 @@ def test_options_of_groups(engine, device):
         "eps": 1e-3,
     }
     groups = [{"params": model[0].parameters(), **first}, {"params": model[2:].parameters(), **second}]
-    hands = [ByHand(p, i, **(first if i < 2 else second)) for i, p in enumerate(model.parameters())]
-    assert_follows_paper(AdaHessian(groups, backend=engine), model, hands, steps=5)
+    assert_follows_paper(AdaHessian(groups, backend=engine), model, steps=5)
 
 
 def test_options_changed_while_training(engine, device):
-    model, opt = fresh(exact_mlp(device=device), backend=engine, off_step="stale")
-    hands = [ByHand(p, i, off_step="stale") for i, p in enumerate(model.parameters())]
+    model, opt = fresh(mlp(device=device), backend=engine, off_step="stale")
     changes = [{}, {"lr": 0.01, "update_each": 2}, {"block_size": 2}, {"off_step": "hold", "averaging": "abs"}]
     for options in changes:
         opt.param_groups[0].update(options)
-        for hand in hands:
-            hand.hyper["lr"] = options.get("lr", hand.hyper["lr"])
-            hand.update_each = options.get("update_each", hand.update_each)
-            hand.block, hand.absolute = options.get("block_size", hand.block), "averaging" in options
-            hand.stale = "off_step" not in options
-        assert_follows_paper(opt, model, hands, steps=2)
+        assert_follows_paper(opt, model, steps=2)
 
 
 def test_needs_hessian_follows_update_each():

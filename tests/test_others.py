@@ -39,12 +39,6 @@ def test_program_trains_writes_and_goes_on_where_it_stopped(program, tmp_path, m
     assert program.main(arguments) == records
 
 
-def test_program_refuses_what_it_does_not_know(program, capsys):
-    with pytest.raises(SystemExit):
-        program.main(["cnm"])
-    assert "unknown: cnm; expected some of cnn" in capsys.readouterr().err
-
-
 def test_a_loss_that_is_not_finite_ends_the_run(program, monkeypatch):
     diverging = SimpleNamespace(train=lambda script: iter([2.0, math.nan, 1.0]))
     monkeypatch.setattr(program.importlib, "import_module", lambda name: diverging)

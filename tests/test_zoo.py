@@ -7,7 +7,9 @@ from contextlib import nullcontext
 
 import pytest
 import torch
-from models import ByHand
+from fuzz.layouts import length
+from fuzz.oracle import block_means
+from models import probe
 from published import AdaHessian
 from tolerances import UNITS, assert_share, effect, unit
 from torch import Tensor, nn
@@ -27,18 +29,14 @@ def as_double(t: Tensor) -> Tensor:
 def diagonal(animal: Animal, batch, h: int) -> list[Tensor | None]:
     """Block means of |D| by PyTorch's own operators, after h Hessian steps; None where there is no gradient."""
     model, params = animal.model, list(animal.model.parameters())
-    hands = [ByHand(p, i) for i, p in enumerate(params)]
-    for hand in hands:
-        hand.h = h
     with sdpa_kernel(SDPBackend.MATH):
         loss = animal.reference(model, *map(as_double, batch))
     grads = torch.autograd.grad(loss, params, create_graph=True, allow_unused=True)
     used = [i for i, g in enumerate(grads) if g is not None and g.requires_grad]
-    z = [hands[i].z() for i in used]
+    z = [probe(params[i], i, h) for i in used]
     products = torch.autograd.grad([grads[i] for i in used], [params[i] for i in used], z, materialize_grads=True)
-    found = dict(
-        zip(used, (hands[i].average(v * h).abs() for i, v, h in zip(used, z, products, strict=True)), strict=True)
-    )
+    means = (block_means(a * b, length(a, "auto")).abs() for a, b in zip(z, products, strict=True))
+    found = dict(zip(used, means, strict=True))
     zeros = [None if g is None else torch.zeros_like(g) for g in grads]
     return [found.get(i, zero) for i, zero in enumerate(zeros)]
 

@@ -1,19 +1,17 @@
 """How far a result may be from the right one: rounding errors, counted or measured, never tuned until a test passes.
 
-**One step, counted.** The float64 reference (reference.py, or Algorithm 1 by hand in models.py) gets the same, already
-rounded, inputs. Notation: S is the type of the states and of all arithmetic, u = eps(S) / 2 its unit roundoff; every +,
-*, / and sqrt, and every hyperparameter rounded to S, contributes one relative error of at most u. A term that has
-passed through n of them is off by at most n u of its magnitude, whatever the order of the operations and with or
-without fused multiply-adds. What counts is the magnitude of what was added, not that of a sum in which it cancelled.
-The reference's own error counts only when S is float64, which doubles u. Inputs are far from overflow and underflow.
+**One step, counted.** The float64 reference (reference.py) gets the same, already rounded, inputs. Notation: S is the
+type of the states and of all arithmetic, u = eps(S) / 2 its unit roundoff; every +, *, / and sqrt, and every
+hyperparameter rounded to S, contributes one relative error of at most u. A term that has passed through n of them is
+off by at most n u of its magnitude, whatever the order of the operations and with or without fused multiply-adds. What
+counts is the magnitude of what was added, not that of a sum in which it cancelled. The reference's own error counts
+only when S is float64, which doubles u. Inputs are far from overflow and underflow.
 
-    D    = z Hz                 exact; by hand, g and Hz come from models whose numbers have few bits: exact too, in
-                                any order
+    D    = z Hz                 exact
     Ds   = mean of b values     4 u |Ds| for the division (or 1 / b rounded, and a product) and for the factor on it
                                 (rounded, and a product), plus the sum: exact in any order for multiples of 1/8 up to
                                 16 and b < 2^17; otherwise 4 sqrt(b) u mean|D| (Higham and Mary 2019, Theorem 2.4, with
                                 lambda = 4; for plain summation, so with room to spare for pairwise and vector sums)
-         over n samples too     (8 + n + b) u of the mean of the samples' |D|, which may cancel in Ds
     m                           beta1 m: 3, (1 - beta1) g / scale: 6
     v                           beta2 v: 3, (1 - beta2) (Ds / scale)^2: 8, plus 2 |Ds| e + e^2 for an error e in Ds
     v_hat = scale v + pull      two more for each term and one for the sum; five in reference.py, which divides twice
@@ -92,15 +90,6 @@ def diag_bound(problem: Problem, ds: Tensor, i: int) -> Tensor:
         d = to_logical(problem.window("hessian", i).double().abs(), row[Segment.PERIOD], row[Segment.STRIDE])
         bound = bound + 4 * min(row[Segment.BLOCK], row[Segment.NUMEL]) ** 0.5 * u * block_mean(d, row[Segment.BLOCK])
     return bound
-
-
-def mean_bound(total: Tensor, samples: int, block: int) -> Tensor:
-    """Error of the mean of exact float64 Ds over samples and a block.
-
-    ``total`` is the sum of their magnitudes: the Ds may cancel, and the errors of what was added stay. Every D passes
-    the 4 roundings of a mean's quotient and factor, for the samples' as for the block's, and at most the additions.
-    """
-    return (8 + samples + block) * unit(total.dtype) * total / samples
 
 
 def _spread(means: Tensor, row: list[int]) -> Tensor:
