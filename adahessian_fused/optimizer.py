@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch._compile import _disable_dynamo  # as torch.compiler.disable, which imports Dynamo
 
 from . import amp, backends, closures, hooks, state, statistics
 from .backward import backward, backward_split
@@ -286,7 +287,7 @@ class AdaHessian(torch.optim.Optimizer):
         """
         return self._step(closure, hessian)
 
-    @torch.compiler.disable  # a compiled training loop calls it as it is; of a compiled step torch 2.10 would lose self
+    @_disable_dynamo  # a compiled loop calls it as it is; of a compiled step torch 2.10 would lose self
     @torch.no_grad()
     def _step(self, closure: Callable[[], Any] | None, hessian: Sequence[Tensor | None] | None) -> Any:
         _check_graph_capture(self)
@@ -383,7 +384,7 @@ class AdaHessian(torch.optim.Optimizer):
         """Whether the coming step uses new curvature: ``loss.backward(create_graph=opt.needs_hessian)``."""
         return self.coming_step.is_due
 
-    @torch.compiler.disable
+    @_disable_dynamo
     @profiled(lambda opt: f"Optimizer.backward#{type(opt).__name__}.backward")
     def backward(
         self,
@@ -439,7 +440,7 @@ class AdaHessian(torch.optim.Optimizer):
             batch_size=batch_size,
         )
 
-    @torch.compiler.disable
+    @_disable_dynamo
     def backward_split(
         self,
         loss_fn: Callable[..., Tensor],
@@ -494,7 +495,7 @@ class AdaHessian(torch.optim.Optimizer):
         """
         return hooks.hook_backward(_unwrapped(self))
 
-    @torch.compiler.disable
+    @_disable_dynamo
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Reset the gradients, and drop curvature that was gathered with them."""
         # PyTorch's way to None takes ten times the time.

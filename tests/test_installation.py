@@ -300,3 +300,10 @@ def test_info_without_torch(tmp_path):
 def test_info_into_a_pipe_that_is_closed():
     command = f"{sys.executable} -m adahessian_fused info | true"
     assert subprocess.run(command, shell=True, cwd=ROOT, capture_output=True, text=True).stderr == ""
+
+
+def test_importing_the_package_leaves_the_compiler_out():
+    """Most of what torch.compile needs is slow to import, and every process of a data loader imports what trains."""
+    slow = {"torch._dynamo", "torch._inductor", "sympy", "triton"}
+    command = f"import sys, adahessian_fused; print(*{slow} & {{*sys.modules}})"
+    assert subprocess.run([sys.executable, "-c", command], cwd=ROOT, capture_output=True, text=True).stdout == "\n"

@@ -8,7 +8,7 @@ import types
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 import torch
 import torch.nn.functional as F
@@ -16,16 +16,23 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
 from torch.backends.cuda import SDPAParams, can_use_efficient_attention, can_use_flash_attention
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.attention.bias import CausalBias, CausalVariant
 
 from ..checks import warn
 from . import attention_double_backward, attention_dropout
 from .operator import Operator, Tensors, by_autograd, call
 from .precision import lower
 
+if TYPE_CHECKING:
+    from torch.nn.attention.bias import CausalBias
+
 aten = torch.ops.aten
 FLASH, EFFICIENT = SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION
 ALIGNMENT = 8  # of heads in the flash kernel, and of a mask's rows in the other
+
+
+def is_causal_bias(mask: object) -> TypeGuard[CausalBias]:
+    """Tell whether this is PyTorch's CausalBias: by name, since who imports its module imports all of torch._dynamo."""
+    return type(mask).__module__ == "torch.nn.attention.bias"
 
 
 @dataclass
@@ -175,7 +182,9 @@ def attention(
     if any(t.dim() != 4 for t in qkv):
         return math_kernel(*arguments, **options)
     diagonal, bias = (0 if is_causal else None), attn_mask
-    if isinstance(attn_mask, CausalBias):
+    if is_causal_bias(attn_mask):
+        from torch.nn.attention.bias import CausalVariant
+
         square = attn_mask.seq_len_q == attn_mask.seq_len_kv
         is_causal = square or attn_mask.variant == CausalVariant.UPPER_LEFT
         diagonal = 0 if is_causal else attn_mask.seq_len_kv - attn_mask.seq_len_q

@@ -14,11 +14,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd import forward_ad
-from torch.nn.attention.bias import CausalBias
 from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 from torch.utils import checkpoint
 
-from .attention import attention, math_kernel, with_attention
+from .attention import attention, is_causal_bias, math_kernel, with_attention
 from .batch_norm import batch_norm, instance_norm, torch_batch_norm, torch_instance_norm
 from .convolution import convolution
 from .cross_entropy import cross_entropy
@@ -217,7 +216,7 @@ checkpoint._CheckpointFrame = _Checkpoint  # type: ignore[misc]
 
 def _differentiable(arguments: list) -> bool:
     """Tell whether these are ordinary tensors whose operator autograd, and nothing else, is about to record."""
-    tensors = [a for a in arguments if isinstance(a, Tensor) and type(a) is not CausalBias]
+    tensors = [a for a in arguments if isinstance(a, Tensor) and not is_causal_bias(a)]
     return _recorded(arguments) and not _transformed() and all(map(_ordinary, tensors))
 
 
