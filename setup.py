@@ -81,7 +81,7 @@ def find_torch() -> tuple[Path | None, str]:
 
 
 def missing_for_native() -> str | None:
-    """What keeps the native library from being built here, or None."""
+    """Tell what keeps the native library from being built here; None if nothing does."""
     if NATIVE == "OFF":
         return "ADAHESSIAN_NATIVE=OFF"
     if not any(shutil.which(shlex.split(compiler)[0]) for compiler in COMPILERS):

@@ -95,7 +95,7 @@ def to_logical(stored: Tensor, period: int, stride: int) -> Tensor:
 
 
 def to_stored(logical: Tensor, period: int, stride: int) -> Tensor:
-    """Inverse of :func:`to_logical`."""
+    """Reorder a flat tensor from logical order to storage order: the inverse of :func:`to_logical`."""
     return to_logical(logical, stride, period) if period > 1 else logical
 
 

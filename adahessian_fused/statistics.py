@@ -325,7 +325,7 @@ def _joint(norms: Iterable[Tensor | None]) -> Tensor | None:
 
 
 def _share(parts: Sequence[Tensor], whole: int) -> Tensor | None:
-    """Sum of numbers over ``whole``."""
+    """Return the sum of numbers over ``whole``."""
     return _stacked([x.double() for x in parts]).sum() / whole if parts and whole else None
 
 

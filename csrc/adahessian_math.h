@@ -215,7 +215,7 @@ ADAHESSIAN_HD X update_exp_avg(X m, X g, const Coefficients<S>& c) {
   return averaged_grad(m, c.grad_factor * g, c);
 }
 
-// Ds^2, of the block means (Eq. 7) in cpu/block_mean.h and cuda/block_mean.h
+// Ds^2, of the block means (Eq. 7) of z * Hz (Eq. 6) in cpu/block_mean.h and cuda/block_mean.h
 template <typename X, typename S>
 ADAHESSIAN_HD X square_of(X ds, const Coefficients<S>& c) {
   const X scaled = c.hessian_factor * ds;

@@ -25,7 +25,7 @@ SIGNS_PER_CALL = tl.constexpr(128)
 
 @triton.jit
 def philox4x32(c0, c1, c2, c3, k0, k1, ROUNDS: tl.constexpr = 10):
-    """Philox4x32 (Salmon et al. 2011): four uint32 words from a counter and a key of uint32."""
+    """Return four uint32 words from a counter and a key of uint32 by Philox4x32 (Salmon et al. 2011)."""
     for _ in tl.static_range(ROUNDS):
         product0_high = tl.umulhi(c0, 0xD2511F53)
         product1_high = tl.umulhi(c2, 0xCD9E8D57)
@@ -52,7 +52,7 @@ class ProbeKey(NamedTuple):
 
 @triton.jit
 def rademacher_words(key, call):
-    """The signs of logical elements 128 * call ... 128 * call + 127.
+    """Return the signs of logical elements 128 * call ... 128 * call + 127.
 
     Element l reads bit l % 32 of word (l // 32) % 4; a set bit means -1.
     """
@@ -61,7 +61,7 @@ def rademacher_words(key, call):
 
 @triton.jit
 def signs(bits, dtype: tl.constexpr):
-    """+1 or, where the bit is set, -1: its sign bit and the bits of 1."""
+    """Return +1 or, where the bit is set, -1: its sign bit and the bits of 1."""
     if dtype == tl.float32:
         z = ((bits << 31) | 0x3F800000).to(tl.float32, bitcast=True)
     elif dtype == tl.bfloat16:
@@ -90,7 +90,7 @@ class RoundingKey(NamedTuple):
 
 @triton.jit
 def rounding_words(key, call):
-    """The bits of stored elements 8 * call ... 8 * call + 7, two to a word, the lower half first.
+    """Return the bits of stored elements 8 * call ... 8 * call + 7, two to a word, the lower half first.
 
     Seven rounds pass every test of randomness that ten do (Salmon et al. 2011, Table 2). The last word of the counter
     is one that no sample of a probe has.
@@ -100,13 +100,13 @@ def rounding_words(key, call):
 
 @triton.jit
 def swap_bytes(bits):
-    """What rounds v where ``bits`` round m: as uniform, and dependent only where the first byte leaves it open."""
+    """Return what rounds v where ``bits`` round m: as uniform, dependent only where the first byte leaves it open."""
     return (bits & 0xFF) << 8 | bits >> 8
 
 
 @triton.jit
 def round_stochastically(x, bits):
-    """A float32 in bfloat16: away from zero if the half that is cut off, plus 16 random bits, carries.
+    """Round a float32 to bfloat16: away from zero if the half that is cut off, plus 16 random bits, carries.
 
     A finite number stays finite: one beyond bfloat16's largest is cut off.
     """
@@ -140,13 +140,13 @@ class Coefficients(NamedTuple):
 
 @triton.jit
 def divide_rn(a, b):
-    """IEEE division; Triton's own is approximate in float32."""
+    """Divide as IEEE has it; Triton's own is approximate in float32."""
     return tl.div_rn(a, b) if b.dtype == tl.float32 else a / b
 
 
 @triton.jit
 def square_root(x):
-    """IEEE square root; Triton's own is approximate in float32."""
+    """Take the square root as IEEE has it; Triton's own is approximate in float32."""
     return tl.sqrt_rn(x) if x.dtype == tl.float32 else tl.sqrt(x)
 
 
@@ -171,32 +171,32 @@ def power_of(x, k):
 
 @triton.jit
 def update_exp_avg(m, g, c):
-    """Eq. 9: m <- beta1 m + (1 - beta1) g."""
+    """Compute Eq. 9's m <- beta1 m + (1 - beta1) g."""
     return tl.fma(c.beta1, m, c.one_minus_beta1 * (c.grad_factor * g))
 
 
 @triton.jit
 def square_of(ds, c):
-    """Ds^2, of the block means (Eq. 7) in tile.py."""
+    """Return Ds^2, of the block means (Eq. 7) of z * Hz (Eq. 6) in tile.py."""
     scaled = c.hessian_factor * ds
     return scaled * scaled
 
 
 @triton.jit
 def is_measured(square):
-    """Whether v can take Ds^2 in: not where Ds is infinite or NaN, or too large to be squared."""
+    """Tell whether v can take Ds^2 in: not where Ds is infinite or NaN, or too large to be squared."""
     return square < float("inf")
 
 
 @triton.jit
 def update_exp_hessian_diag_sq(v, square, c):
-    """Eq. 8: v <- beta2 v + (1 - beta2) Ds^2, where that is to be."""
+    """Compute Eq. 8's v <- beta2 v + (1 - beta2) Ds^2, where that is to be."""
     return tl.where(is_measured(square), tl.fma(c.beta2, v, c.one_minus_beta2 * square), v)
 
 
 @triton.jit
 def denominator(v, c, ROUGH: tl.constexpr):
-    """Eq. 8 and 9: sqrt(v_hat)^k + eps; ROUGH as in :func:`rough_divide`."""
+    """Return sqrt(v_hat)^k + eps of Eq. 8 and 9; ROUGH as in :func:`rough_divide`."""
     v_hat = tl.fma(c.scale, v, c.pull)
     root = tl.sqrt(v_hat) if ROUGH else square_root(v_hat)
     if c.power == 1.0:
@@ -210,7 +210,7 @@ def denominator(v, c, ROUGH: tl.constexpr):
 
 @triton.jit
 def quotient(m, denom, c, ROUGH: tl.constexpr):
-    """Eq. 9: m / denominator, cut at +-clip."""
+    """Return m / denominator of Eq. 9, cut at +-clip."""
     q = rough_divide(m, denom) if ROUGH else divide_rn(m, denom)
     if q.dtype == tl.float32:  # one instruction, which there is not for float64
         q = tl.clamp(q, -c.clip, c.clip, propagate_nan=tl.PropagateNan.ALL)
@@ -221,7 +221,7 @@ def quotient(m, denom, c, ROUGH: tl.constexpr):
 
 @triton.jit
 def update_param(p, q, v, c):
-    """Eq. 9: p <- p (1 - lr wd) - lr / (1 - beta1^t) * q, unless v has seen no curvature and holds p."""
+    """Compute Eq. 9's p <- p (1 - lr wd) - lr / (1 - beta1^t) * q, unless v has seen no curvature and holds p."""
     return tl.where(v <= c.held, p, tl.fma(-c.step_size, q, p * c.decay))
 
 

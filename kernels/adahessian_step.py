@@ -48,7 +48,7 @@ from .tile import (
 
 @triton.jit
 def load_compact(diag, row, start, lanes, VECTOR: tl.constexpr):
-    """Ds of every lane's block, from the compact diagonal."""
+    """Load Ds of every lane's block from the compact diagonal."""
     if row.block == 1:
         ds = tl.load(at(diag, start, lanes.logical, VECTOR), mask=lanes.mask, other=0)
     else:
@@ -71,7 +71,7 @@ class Arrays(NamedTuple):
 
 @triton.jit
 def load_state(arrays, lanes, S: tl.constexpr, VECTOR: tl.constexpr):
-    """The weights, g, m and v, in the dtype S of all arithmetic."""
+    """Load the weights, g, m and v, in the dtype S of all arithmetic."""
     weights = arrays.param if arrays.master is None else arrays.master
     p = tl.load(at(weights, lanes.origin, lanes.index, VECTOR), mask=lanes.mask, other=0)
     g = tl.load(at(arrays.grad, lanes.origin, lanes.index, VECTOR), mask=lanes.mask, other=0)
@@ -84,7 +84,7 @@ def load_state(arrays, lanes, S: tl.constexpr, VECTOR: tl.constexpr):
 def update(
     arrays, lanes, p, g, m, v, ds, c, rounding, CURVATURE: tl.constexpr, VECTOR: tl.constexpr, LANES: tl.constexpr
 ):
-    """Eq. 8 and 9; ``ds`` is ignored on an off-step, ``rounding`` unless the states are bfloat16."""
+    """Update by Eq. 8 and 9; ``ds`` is ignored on an off-step, ``rounding`` unless the states are bfloat16."""
     m = update_exp_avg(m, g, c)
     if CURVATURE != "none":
         square = square_of(ds, c)
@@ -123,7 +123,7 @@ def update_vector_tile(
     IS_HVP: tl.constexpr,
     TILE: tl.constexpr,
 ):
-    """A tile that is_vector."""
+    """Update a tile that is_vector."""
     lanes = vector_lanes(start, count, TILE)
     # All reads first: averaging has barriers, and reads do not move across them.
     p, g, m, v = load_state(arrays, lanes, S, True)
@@ -156,7 +156,7 @@ def update_general_tile(
     IS_HVP: tl.constexpr,
     TILE: tl.constexpr,
 ):
-    """Any tile: blocks are averaged over the whole tile, then the rest is done a few lanes at a time.
+    """Update any tile: blocks are averaged over the whole tile, then the rest is done a few lanes at a time.
 
     Addresses take two registers an element here; more lanes at a time would leave the tiles that are vectors with half
     the warps.
@@ -209,7 +209,7 @@ def adahessian_step_kernel(
     IS_HVP: tl.constexpr,
     TILE: tl.constexpr,
 ):
-    """Each program updates one tile of one parameter."""
+    """Update one tile of one parameter in each program."""
     segment = tl.load(tiles + tl.program_id(0))
     row = load_row(rows, segment)
     start, count = find_tile(row)
@@ -272,7 +272,7 @@ def adahessian_step(
     means: Tensor | None,
     missed: Tensor | None,
 ) -> None:
-    """One AdaHessian step (Eq. 6-9) on every segment, in place.
+    """Perform one AdaHessian step (Eq. 6-9) on every segment, in place.
 
     Everything is as in :func:`adahessian_fused.reference.adahessian_step`. With ``steps`` or ``groups`` on the device
     the call never waits for it and can be captured in a CUDA graph, after a call outside of one.

@@ -24,7 +24,7 @@ MAX_GRID = 65535  # of a launch, but for its first dimension
 
 @triton.jit
 def _load(pointer, rows, length, size, SIZE: tl.constexpr):
-    """Some rows of (length, size), with zeros up to SIZE."""
+    """Load some rows of (length, size), with zeros up to SIZE."""
     columns = tl.arange(0, SIZE)[None, :]
     return tl.load(
         pointer + rows[:, None] * size + columns, mask=(rows[:, None] < length) & (columns < size), other=0.0
@@ -47,7 +47,7 @@ def _dot(x, y, PRECISION: tl.constexpr):
 
 @triton.jit
 def _kept(random, head, rows, first, queries, keys, least, kept, N: tl.constexpr, ALIGNED: tl.constexpr):
-    """What dropout multiplies the weights of some queries and of N keys from ``first`` on by: 0 or ``kept``."""
+    """Return what dropout multiplies the weights of some queries and of N keys from ``first`` on by: 0 or ``kept``."""
     seed = tl.load(random)
     low, high = seed.to(tl.uint32), (seed >> 32).to(tl.uint32)
     number = tl.load(random + 1) + (head * queries + rows[:, None]) * keys + first
@@ -93,7 +93,7 @@ def _scores(
     ALIGNED: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """P and the tangent of S, G and H of some queries and of keys from ``first`` on, and what dropout multiplies by."""
+    """Return P, the tangent of S, G and H of some queries and keys from ``first`` on and what dropout multiplies by."""
     columns = first + tl.arange(0, key.shape[0])
     seen = (rows[:, None] < queries) & (columns[None, :] < keys)
     if CAUSAL:
@@ -117,7 +117,7 @@ def _scores(
 
 @triton.jit
 def _gradients(p, tangent, g, h, mu, d, w):
-    """The tangent of P, S' and that of S'."""
+    """Return the tangent of P, S' and that of S'."""
     centred = tangent - mu[:, None]
     return p * centred, p * (g - d[:, None]), p * (centred * g - d[:, None] * tangent + h - w[:, None])
 
@@ -159,7 +159,7 @@ def attention_queries_kernel(
     SIZE: tl.constexpr,
     VALUE_SIZE: tl.constexpr,
 ):
-    """The sums of a block of rows (mu, D, sum P W, 1 / sum P), and its part of the gradients of ``grad`` and query."""
+    """Write the sums of a block of rows (mu, D, sum P W, 1 / sum P) and its gradients of ``grad`` and query."""
     head = tl.program_id(2).to(tl.int64) * tl.num_programs(1) + tl.program_id(1)
     first = tl.program_id(0) * BLOCK
     rows = first + tl.arange(0, BLOCK)
@@ -258,7 +258,7 @@ def attention_keys_kernel(
     SIZE: tl.constexpr,
     VALUE_SIZE: tl.constexpr,
 ):
-    """The gradients of a block of keys and values: sums over all queries of the heads that share them."""
+    """Write the gradients of a block of keys and values: sums over all queries of the heads that share them."""
     kv_head = tl.program_id(2).to(tl.int64) * tl.num_programs(1) + tl.program_id(1)
     first = tl.program_id(0) * BLOCK
     columns = first + tl.arange(0, BLOCK)
@@ -305,7 +305,7 @@ def attention_keys_kernel(
 
 
 def launch_options(size: int, value_size: int, dtype: torch.dtype, drops: bool = False) -> dict:
-    """Blocks, warps and stages for heads of these sizes."""
+    """Return blocks, warps and stages for heads of these sizes."""
     sizes = {"SIZE": max(triton.next_power_of_2(size), 16), "VALUE_SIZE": max(triton.next_power_of_2(value_size), 16)}
     large, narrow = max(sizes.values()) >= MOST, dtype.itemsize == 2
     blocks = {"BLOCK": BLOCKS[dtype.itemsize], "OTHER": OTHER // 2 if drops else OTHER}
@@ -315,7 +315,7 @@ def launch_options(size: int, value_size: int, dtype: torch.dtype, drops: bool =
 def attention_double_backward(
     a, b, c, grad, query, key, value, logsumexp, bias, scale, diagonal, random=None, least=0, kept=1.0
 ):
-    """As :func:`adahessian_fused.friendly.attention_double_backward.attention_double_backward`.
+    """Compute :func:`adahessian_fused.friendly.attention_double_backward.attention_double_backward`.
 
     Not for float64, nor for heads larger than MOST.
     """

@@ -21,7 +21,7 @@ _HYPERS = tl.constexpr(len(Hyper))
 
 @triton.jit
 def load_coefficients(table, pair, grad_scale, means, slot):
-    """The row of the table of coefficients, with the scale of GradScaler taken out of g and D, and the mean in."""
+    """Load the row of the table of coefficients, with the scale of GradScaler taken out of g and D, and the mean in."""
     c = table + pair * _COLUMNS
     inv_scale = tl.load(c + 13)
     pull = tl.load(c + 7)
@@ -49,7 +49,7 @@ def load_coefficients(table, pair, grad_scale, means, slot):
 
 
 def host_coefficients(groups: np.ndarray, counts: np.ndarray, curvature: bool, has_means: bool) -> np.ndarray:
-    """A row of :class:`Coefficients` for each row of hyperparameters and step counts; float64."""
+    """Compute a row of :class:`Coefficients` for each row of hyperparameters and step counts; float64."""
     lr, beta1, beta2, eps, weight_decay, power, maximize, holds, clip, shrink = groups.T
     t = counts[:, Steps.STEP] + 1
     h = counts[:, Steps.HESSIAN_STEP] + curvature
@@ -77,13 +77,13 @@ def host_coefficients(groups: np.ndarray, counts: np.ndarray, curvature: bool, h
 
 @triton.jit
 def power_of_count(beta, n):
-    """beta^n in float64; exact for n = 1, where 1 - beta^n cancels most."""
+    """Return beta^n in float64; exact for n = 1, where 1 - beta^n cancels most."""
     return tl.where(n == 1, beta, tl.exp2(n.to(tl.float64) * tl.log2(beta)))
 
 
 @kernel
 def coefficients_kernel(coefficients, pairs, groups, steps, curvature, has_means):
-    """host_coefficients on the device, one program a row: step counts and hyperparameters are never waited for."""
+    """Compute host_coefficients on the device, a row a program: nothing waits for step counts or hyperparameters."""
     pair = tl.program_id(0)
     hyper = groups + tl.load(pairs + 2 * pair + 1) * _HYPERS
     lr = tl.load(hyper + 0)

@@ -92,7 +92,7 @@ def hessian_diag_kernel(
     IS_HVP: tl.constexpr,
     TILE: tl.constexpr,
 ):
-    """Each program reads a tile of Hz once and writes the means of its blocks."""
+    """Read a tile of Hz once in each program, and write the means of its blocks."""
     segment = tl.load(tiles + tl.program_id(0))
     row = load_row(rows, segment)
     start, count = find_tile(row)
@@ -149,7 +149,7 @@ def partial_sums_kernel(
     IS_HVP: tl.constexpr,
     TILE: tl.constexpr,
 ):
-    """Each program sums D over ``part_length`` elements of a block: a tree within a tile, float64 from tile to tile."""
+    """Sum D over ``part_length`` elements of a block: a tree within a tile, float64 from tile to tile."""
     segment = tl.load(parts + tl.program_id(0))
     row = load_row(rows, segment)
     key = load_probe_key(row, steps, seed_low, seed_high, sample)
@@ -173,7 +173,7 @@ def partial_sums_kernel(
 
 @kernel
 def combine_kernel(partials, diag, rows, blocks, scale, accumulate, WIDTH: tl.constexpr):
-    """Each program adds up one block's partial sums, always in the same order."""
+    """Add up one block's partial sums in each program, always in the same order."""
     row = load_row(rows, tl.load(blocks + tl.program_id(0)))
     block = tl.program_id(0) - row.first_block
     parts_per_block = tl.cdiv(row.block, row.part_length).to(tl.int32)
@@ -200,7 +200,7 @@ def average_long_blocks(
     probe: tuple[int, int, int],
     **config: object,
 ) -> None:
-    """Ds of the plan's long blocks into ``diag``; ``columns``: width of the table of addresses, and column of Hz."""
+    """Write Ds of the plan's long blocks into ``diag``; ``columns``: width of the table of addresses, column of Hz."""
     if len(plan.blocks) == 0:
         return
     partials = torch.empty(len(plan.parts), dtype=torch.float64, device=diag.device)
@@ -213,7 +213,7 @@ def average_long_blocks(
 
 
 def diag_tile(size: int) -> tuple[int, dict[str, object]]:
-    """Elements of a tile, and launch options; 16-bit tiles have twice the warps, or some registers would spill."""
+    """Return a tile's size and launch options; 16-bit tiles have twice the warps, or some registers would spill."""
     tile, options = double_tile(size, 128 if size == 2 else 168)
     return tile, options | {"num_warps": 8 if size == 2 else options["num_warps"]}
 
@@ -230,7 +230,7 @@ def hessian_diag(
     scale: float,
     accumulate: bool,
 ) -> None:
-    """Block-averaged Hutchinson diagonal Ds (Eq. 6 and 7) into the compact buffer ``diag``.
+    """Compute the block-averaged Hutchinson diagonal Ds (Eq. 6 and 7) into the compact buffer ``diag``.
 
     Args:
         hessians: Hz of every segment in its parameter's shape and storage order, or D itself if not ``is_hvp``.

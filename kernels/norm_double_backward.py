@@ -25,7 +25,7 @@ N_SUMS = tl.constexpr(5)
 
 @triton.jit
 def _numbers(pointer, index, mask, otherwise: tl.constexpr, STATE: tl.constexpr):
-    """Numbers in the dtype of arithmetic; ``otherwise`` without a pointer."""
+    """Load numbers in the dtype of arithmetic; ``otherwise`` without a pointer."""
     if pointer is None:
         numbers = tl.full(index.shape, otherwise, STATE)
     else:
@@ -40,14 +40,14 @@ def _numbers(pointer, index, mask, otherwise: tl.constexpr, STATE: tl.constexpr)
 
 @triton.jit
 def _channels(LAST: tl.constexpr, BLOCK_C: tl.constexpr):
-    """The program's channels, (1, BLOCK_C), or its one, (1, 1)."""
+    """Return the program's channels, (1, BLOCK_C), or its one, (1, 1)."""
     several: tl.constexpr = BLOCK_C if LAST else 1
     return tl.program_id(0) * several + tl.arange(0, several)[None, :]
 
 
 @triton.jit
 def _elements(begin, end, channels, inner, LAST: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_C: tl.constexpr):
-    """Numbers, (BLOCK_I, 1), of vectors from ``begin`` on, the index of all elements, and whether there are such."""
+    """Return numbers (BLOCK_I, 1) of vectors from ``begin`` on, the elements' indices, and which of them there are."""
     if LAST:
         i, c = begin + tl.arange(0, BLOCK_I)[:, None], _channels(LAST, BLOCK_C)
         index, mask = i * channels + tl.arange(0, BLOCK_C)[None, :], (i < end) & (c < channels)
@@ -61,7 +61,7 @@ def _elements(begin, end, channels, inner, LAST: tl.constexpr, BLOCK_I: tl.const
 
 @triton.jit
 def _of_channel(pointer, channels, otherwise: tl.constexpr, LAST: tl.constexpr, BLOCK_C: tl.constexpr):
-    """A number of each of the program's channels, in float64; ``otherwise`` without a pointer."""
+    """Load a number of each of the program's channels, in float64; ``otherwise`` without a pointer."""
     c = _channels(LAST, BLOCK_C)
     if pointer is None:
         numbers = tl.full(c.shape, otherwise, tl.float64)
@@ -72,7 +72,7 @@ def _of_channel(pointer, channels, otherwise: tl.constexpr, LAST: tl.constexpr, 
 
 @triton.jit
 def _store_sum(target, total, channels, LAST: tl.constexpr, BLOCK_C: tl.constexpr):
-    """The sums of the program's channels."""
+    """Store the sums of the program's channels."""
     if LAST:
         c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
         tl.store(target + c, tl.sum(total, 0), mask=c < channels)
@@ -82,7 +82,7 @@ def _store_sum(target, total, channels, LAST: tl.constexpr, BLOCK_C: tl.constexp
 
 @triton.jit
 def _whole(number, WIDE: tl.constexpr, VECTOR: tl.constexpr = 8):
-    """The same number, visibly a multiple of VECTOR: the compiler believes no promises about arguments."""
+    """Return the same number, visibly a multiple of VECTOR: the compiler believes no promises about arguments."""
     if WIDE:
         number = number // VECTOR * VECTOR
     return number
@@ -90,7 +90,7 @@ def _whole(number, WIDE: tl.constexpr, VECTOR: tl.constexpr = 8):
 
 @triton.jit
 def _of_program(pointer, inner, LAST: tl.constexpr, WIDE: tl.constexpr, BLOCK_C: tl.constexpr):
-    """The first element of the program's channels."""
+    """Return the first element of the program's channels."""
     pointer += tl.program_id(0) * (BLOCK_C if LAST else inner)
     if WIDE:
         pointer = tl.multiple_of(pointer, 16)
@@ -113,7 +113,7 @@ def batch_norm_sums_kernel(
     BLOCK_I: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """Each program sums v, g, v (x - mean), g (x - mean) and v g over ``length`` elements of its channels."""
+    """Sum v, g, v (x - mean), g (x - mean) and v g over ``length`` elements of the program's channels."""
     STATE: tl.constexpr = partials.dtype.element_ty
     length, inner, channels = _whole(length, WIDE), _whole(inner, WIDE and not LAST), _whole(channels, WIDE and LAST)
     v = _of_program(v, inner, LAST, WIDE, BLOCK_C)
@@ -146,7 +146,7 @@ def batch_norm_sums_kernel(
 def _total(
     partials, number: tl.constexpr, splits, channels, SPLITS: tl.constexpr, LAST: tl.constexpr, BLOCK_C: tl.constexpr
 ):
-    """One of the sums over all splits, of each of the program's channels."""
+    """Return one of the sums over all splits, of each of the program's channels."""
     c = _channels(LAST, BLOCK_C)
     split = tl.arange(0, SPLITS)[:, None]
     parts = partials + (split * N_SUMS + number) * channels + c
@@ -179,7 +179,7 @@ def batch_norm_gradients_kernel(
     BLOCK_I: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """Each program writes ``length`` elements of its channels' gradients, which are linear in v, g and x."""
+    """Write ``length`` elements of the program's channels' gradients, which are linear in v, g and x."""
     STATE: tl.constexpr = d_weight.dtype.element_ty
     n = count.to(tl.float64)
     length, inner, channels = _whole(length, WIDE), _whole(inner, WIDE and not LAST), _whole(channels, WIDE and LAST, 4)
@@ -220,14 +220,14 @@ def batch_norm_gradients_kernel(
 
 
 def _blocks(channels: int, inner: int, *tensors: torch.Tensor) -> dict[str, int]:
-    """How programs take the elements of channels, ``inner`` side by side: see above."""
+    """Return how programs take the elements of channels, ``inner`` side by side: see above."""
     last, is_wide = inner == 1, (channels if inner == 1 else inner) % VECTOR == 0 and _are_aligned(*tensors)
     block_c = min(triton.next_power_of_2(channels), 32) if last else VECTOR if is_wide else 1
     return {"LAST": last, "WIDE": is_wide, "BLOCK_I": TILE // block_c, "BLOCK_C": block_c}
 
 
 def _grid(count: int, channels: int, blocks: dict[str, int]) -> tuple[tuple[int, int], int, int]:
-    """Programs that sum over elements of channels, how many each of them takes in one turn, and in all."""
+    """Return how many programs sum over elements of channels, how many elements each takes in one turn, and in all."""
     groups, block = (
         (triton.cdiv(channels, blocks["BLOCK_C"]), blocks["BLOCK_I"]) if blocks["LAST"] else (channels, TILE)
     )
@@ -237,13 +237,13 @@ def _grid(count: int, channels: int, blocks: dict[str, int]) -> tuple[tuple[int,
 
 
 def _length(count: int, block: int) -> int:
-    """Elements of a channel for each program that writes them: some blocks, and as many as the grid makes it."""
+    """Return how many elements of a channel a program writes: some blocks, and as many as the grid makes it."""
     least = (1 << 20 if INTERPRETED else 8) * block
     return max(least, triton.cdiv(triton.cdiv(count, MAX_GRID), block) * block)
 
 
 def batch_norm_double_backward(v, v_weight, v_bias, grad, x, weight, mean, invstd, fixed: bool):
-    """As :func:`adahessian_fused.friendly.formulas.batch_norm_double_backward`."""
+    """Compute :func:`adahessian_fused.friendly.formulas.batch_norm_double_backward`."""
     last = not x.is_contiguous() or x.numel() == x.shape[0] * x.shape[1]
     channels = x.shape[1]
     count = x.numel() // channels
@@ -278,7 +278,7 @@ def batch_norm_double_backward(v, v_weight, v_bias, grad, x, weight, mean, invst
 
 @triton.jit
 def _from(pointer, offset, WIDE: tl.constexpr):
-    """The pointer, if there is one, moved on; aligned as rows of whole vectors are."""
+    """Return the pointer, if there is one, moved on; aligned as rows of whole vectors are."""
     if pointer is not None:
         pointer += offset
         if WIDE:
@@ -290,7 +290,7 @@ def _from(pointer, offset, WIDE: tl.constexpr):
 def _elements_of_row(
     v, grad, x, center, s, begin, length, inner, ONE: tl.constexpr, WHOLE: tl.constexpr, BLOCK: tl.constexpr
 ):
-    """A block's places in its row, whether there are such, the places of their weights; v, g and x_hat."""
+    """Return a block's places in its row, whether there are such, the places of their weights; v, g and x_hat."""
     i = begin + tl.arange(0, BLOCK)
     mask = tl.full(i.shape, True, tl.int1) if WHOLE else i < length
     c = i if ONE else i // inner
@@ -300,7 +300,7 @@ def _elements_of_row(
 
 @triton.jit
 def _store_gradients(d_grad, d_x, v_weight, v_bias, weight, elements, coefficients):
-    """Both gradients of elements of a row, which are linear in v, g and x_hat."""
+    """Store both gradients of elements of a row, which are linear in v, g and x_hat."""
     i, mask, c, v_i, g_i, x_i = elements
     s, p_x, p_1, x_u, x_v, x_x, x_1 = coefficients
     w_i, vw_i = _numbers(weight, c, mask, 1, s.dtype), _numbers(v_weight, c, mask, 0, s.dtype)
@@ -311,7 +311,7 @@ def _store_gradients(d_grad, d_x, v_weight, v_bias, weight, elements, coefficien
 
 @triton.jit
 def _with(sums, v_weight, weight, elements):
-    """The sums of v, w g, v_w g, their products with x_hat, and v w g, with those of more elements."""
+    """Add to the sums of v, w g, v_w g, their products with x_hat, and v w g those of more elements."""
     _, mask, c, v_i, g_i, x_i = elements
     v, u, r, vx, ux, rx, vu = sums
     u_i, r_i = g_i * _numbers(weight, c, mask, 1, g_i.dtype), g_i * _numbers(v_weight, c, mask, 0, g_i.dtype)
@@ -350,7 +350,7 @@ def row_norm_gradients_kernel(
     HELD: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Each program has a row: its sums, then its two gradients. The means of v and v x_hat go to ``means``.
+    """Compute a row's sums, then its two gradients, in each program. The means of v and v x_hat go to ``means``.
 
     ``ONE`` says that there is one element to a weight, ``WIDE`` that rows are whole vectors in all tensors. A row of
     at most ``HELD`` blocks stays in registers; 0: it is read twice.
@@ -429,7 +429,7 @@ def row_norm_weight_kernel(
     BLOCK_I: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """Each program sums g P(v) over ``length`` of the elements that have its weights."""
+    """Sum g P(v) over ``length`` of the elements that have the program's weights."""
     STATE: tl.constexpr = partials.dtype.element_ty
     length, inner, weights = _whole(length, WIDE), _whole(inner, WIDE and not LAST), _whole(weights, WIDE and LAST)
     v = _of_program(v, inner, LAST, WIDE, BLOCK_C)
@@ -458,12 +458,12 @@ def row_norm_weight_kernel(
 
 
 def _are_aligned(*tensors):
-    """Whether all that there are begin at multiples of 128 bits."""
+    """Tell whether all that there are begin at multiples of 128 bits."""
     return all(t is None or t.data_ptr() % 16 == 0 for t in tensors)
 
 
 def row_blocks(length: int, held: bool) -> dict[str, int]:
-    """How a program takes its row: ``held`` in registers, up to four blocks of 8 elements a thread, or twice."""
+    """Return how a program takes its row: ``held`` in registers, up to four blocks of 8 elements a thread, or twice."""
     warps = next((n for n in (1, 2, 4) if length <= n * HELD_BY_WARP), None)
     if warps is None or not held:
         return {"HELD": 0, "BLOCK": min(triton.next_power_of_2(length), HELD_BY_WARP), "num_warps": 4}
@@ -472,7 +472,7 @@ def row_blocks(length: int, held: bool) -> dict[str, int]:
 
 
 def row_norm_double_backward(v, v_weight, v_bias, grad, x, weight, mean, invstd, groups: int):
-    """As :func:`adahessian_fused.friendly.formulas.row_norm_double_backward`."""
+    """Compute :func:`adahessian_fused.friendly.formulas.row_norm_double_backward`."""
     rows, channels, inner = x.shape
     weights, count = groups * channels, rows // groups * inner
     one = inner == groups == 1

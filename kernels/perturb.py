@@ -48,7 +48,7 @@ def perturb_kernel(
     RESTORE: tl.constexpr,
     TILE: tl.constexpr,
 ):
-    """Each program moves one tile of one parameter."""
+    """Move one tile of one parameter in each program."""
     segment = tl.load(tiles + tl.program_id(0))
     row = load_row(rows, segment)
     start, count = find_tile(row)

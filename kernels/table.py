@@ -41,7 +41,7 @@ if torch.version.hip is None:
 
 
 def double_tile(size: int, max_registers: int = 128) -> tuple[int, dict[str, object]]:
-    """A tile of twice as many elements, and launch options: where little is read, threads can have more of them."""
+    """Return a tile of twice the size, and launch options: where little is read, threads can have more elements."""
     tile, num_warps = TILES[size]
     options = {**LAUNCH, "num_warps": num_warps}
     return 2 * tile, options | ({"maxnreg": max_registers} if "maxnreg" in LAUNCH else {})
@@ -98,7 +98,7 @@ class Plan:
 
 
 def tile_shape(block: int, period: int, tile: int) -> tuple[int, int]:
-    """Elements of a segment's tiles, and the period of their lanes' order.
+    """Return how many elements a segment's tiles have, and the period of their lanes' order.
 
     A tile holds whole blocks. It also begins at a multiple of VECTOR and holds whole rows of a transposed matrix if
     such a length fits; otherwise accesses are narrower, or not coalesced.
@@ -110,7 +110,7 @@ def tile_shape(block: int, period: int, tile: int) -> tuple[int, int]:
 
 
 def _row(segment: list[int], mode: Mode, tile: int) -> dict[str, int]:
-    """A segment's row, but for the numbers that depend on its predecessors."""
+    """Return a segment's row, but for the numbers that depend on its predecessors."""
     row = {column.name.lower(): segment[column] for column in Segment}
     row["block"] = min(row["block"], max(row["numel"], 1))
     averaged = mode in (Mode.DIAG, Mode.HESSIAN)
@@ -125,7 +125,7 @@ def _row(segment: list[int], mode: Mode, tile: int) -> dict[str, int]:
 
 
 def build_plan(segments: Tensor, mode: Mode, tile: int, device: torch.device) -> Plan:
-    """The plan of a segment table; uploads it."""
+    """Plan the launches over a segment table, and upload it."""
     rows: list[list[int]] = []
     pairs: dict[tuple[int, int], int] = {}
     counts: dict[str, list[int]] = {"first_tile": [], "first_part": [], "first_block": []}
@@ -159,7 +159,7 @@ _captured: list[Any] = []  # tables that CUDA graphs read at replay
 
 
 def plan_of(segments: Tensor, mode: Mode, tile: int, device: torch.device) -> Plan:
-    """The plan of this segment tensor, from the cache unless the tensor has been written since."""
+    """Return the plan of this segment tensor, from the cache unless the tensor has been written since."""
     cached = _plans.setdefault(segments, {})
     key = (segments._version, mode, tile, device)
     if key in cached:
@@ -174,7 +174,7 @@ def plan_of(segments: Tensor, mode: Mode, tile: int, device: torch.device) -> Pl
 
 
 def send(plan: Plan, device: torch.device, *parts: np.ndarray | Tensor) -> list[Tensor]:
-    """What changes from call to call, on the device: one copy for all parts, and none if they are the last ones sent.
+    """Send what changes from call to call to the device: one copy for all parts, and none if they were sent last.
 
     Tensors that are on the device already are passed through.
     """
@@ -206,7 +206,7 @@ def _send_words(plan: Plan, words: np.ndarray, device: torch.device) -> Tensor:
 
 
 def addresses(*lists: list[Tensor]) -> np.ndarray:
-    """The tensors' addresses, those of one segment side by side: int64, flat."""
+    """Return the tensors' addresses, those of one segment side by side: int64, flat."""
     columns = [[tensor.data_ptr() for tensor in tensors] for tensors in lists]
     return np.array(columns, dtype=np.int64).T.reshape(-1)
 
@@ -235,7 +235,7 @@ def _pinned(n_bytes: int, device: torch.device) -> Tensor:
 
 
 def upload(array: np.ndarray, device: torch.device) -> Tensor:
-    """A NumPy array on the device, without waiting for the copy."""
+    """Copy a NumPy array to the device, without waiting for the copy."""
     host = torch.from_numpy(np.ascontiguousarray(array))
     if device.type == "cpu" or host.numel() == 0:
         return host.to(device)
@@ -248,7 +248,7 @@ def upload(array: np.ndarray, device: torch.device) -> Tensor:
 
 
 def common_dtype(op: str, name: str, tensors: list[Tensor], segments: Tensor) -> torch.dtype:
-    """The one dtype of a list of tensors, one a segment."""
+    """Return the one dtype of a list of tensors, one a segment."""
     if len(tensors) != len(segments):
         raise ValueError(f"{op}: {name} has {len(tensors)} tensors, segments has {len(segments)} rows")
     dtypes = {tensor.dtype for tensor in tensors}
@@ -267,15 +267,15 @@ def on(op: str, device: torch.device) -> contextlib.AbstractContextManager:
 
 
 def tl_dtype(dtype: torch.dtype) -> tl.dtype:
-    """Triton's name of a dtype."""
+    """Return Triton's name of a dtype."""
     return getattr(tl, str(dtype).removeprefix("torch."))
 
 
 def signed32(word: int) -> int:
-    """The low 32 bits of an integer as Triton's i32, whose type then does not depend on the value."""
+    """Return the low 32 bits of an integer as Triton's i32, whose type then does not depend on the value."""
     return (word & 0xFFFFFFFF) - ((word & 0x80000000) << 1)
 
 
 def seed_words(seed: int, sample: int) -> tuple[int, int, int]:
-    """The low and high word of the Philox key and the sample's word of the counter."""
+    """Return the low and high word of the Philox key and the sample's word of the counter."""
     return signed32(seed), signed32(seed >> 32), signed32(sample)

@@ -31,7 +31,7 @@ WHOLE_VECTOR = tl.constexpr(_VECTOR)
 
 
 def kernel(function: Callable) -> Callable:
-    """triton.jit for a kernel: one binary, whatever the values and alignments of its arguments."""
+    """Make a kernel by triton.jit: one binary, whatever the values and alignments of its arguments."""
     parameters = inspect.signature(function).parameters.values()
     return triton.jit(function, do_not_specialize=[p.name for p in parameters if "constexpr" not in str(p.annotation)])
 
@@ -47,7 +47,7 @@ class Lanes(NamedTuple):
 
 @triton.jit
 def load_row(rows, segment):
-    """The segment's row; columns that a kernel does not use cost nothing."""
+    """Load the segment's row; columns that a kernel does not use cost nothing."""
     row = rows + segment * _COLUMNS
     return Row(
         tl.load(row + 0),
@@ -72,7 +72,7 @@ def load_row(rows, segment):
 
 @triton.jit
 def load_probe_key(row, steps, seed_low, seed_high, sample):
-    """The probe of the segment's parameter at its coming Hessian step."""
+    """Load the key of the probe of the segment's parameter at its coming Hessian step."""
     hessian_step = tl.load(steps + row.slot * 2 + 1)
     return ProbeKey(
         seed_low.to(tl.uint32, bitcast=True),
@@ -85,7 +85,7 @@ def load_probe_key(row, steps, seed_low, seed_high, sample):
 
 @triton.jit
 def load_rounding_key(row, steps, seed_low, seed_high):
-    """The rounding of the segment's states in the coming step."""
+    """Load the key of the rounding of the segment's states in the coming step."""
     step = tl.load(steps + row.slot * 2) + 1
     return RoundingKey(
         seed_low.to(tl.uint32, bitcast=True),
@@ -97,14 +97,14 @@ def load_rounding_key(row, steps, seed_low, seed_high):
 
 @triton.jit
 def find_tile(row):
-    """This program's stretch of the segment: first logical element (int64) and number of elements (int32)."""
+    """Return this program's stretch of the segment: first logical element (int64) and number of elements (int32)."""
     start = (tl.program_id(0) - row.first_tile) * row.tile_length
     return start, tl.minimum(row.tile_length, row.numel - start).to(tl.int32)
 
 
 @triton.jit
 def is_vector(row, start, count, addresses):
-    """Whether a tile can use VECTOR: ``addresses`` is the bitwise or of all that it reads and writes."""
+    """Tell whether a tile can use VECTOR: ``addresses`` is the bitwise or of all that it reads and writes."""
     return (row.period == 1) & (((start | count) % WHOLE_VECTOR) == 0) & (addresses % 16 == 0)
 
 
@@ -125,13 +125,13 @@ def divide(start, offset, divisor):
 
 @triton.jit
 def rows_in_tile(row):
-    """How many rows of ``row.lane_period`` elements a tile of the segment has."""
+    """Return how many rows of ``row.lane_period`` elements a tile of the segment has."""
     return (row.tile_length // row.lane_period).to(tl.int32)
 
 
 @triton.jit
 def vector_lanes(start, count, TILE: tl.constexpr):
-    """The lanes of a tile that is_vector."""
+    """Return the lanes of a tile that is_vector."""
     lane = tl.arange(0, TILE)
     # A bound that is visibly a multiple of the vector lets the compiler mask whole vectors.
     return Lanes(lane, start, lane, lane < count // WHOLE_VECTOR * WHOLE_VECTOR)
@@ -139,7 +139,7 @@ def vector_lanes(start, count, TILE: tl.constexpr):
 
 @triton.jit
 def general_lanes(row, start, count, n_rows, lane_period, lane):
-    """Some lanes of the tile that begins at logical element ``start``: ``n_rows`` rows of ``lane_period`` elements."""
+    """Return some lanes of the tile that begins at logical element ``start``: ``n_rows`` rows of ``lane_period``."""
     # Neighbouring lanes take neighbouring rows of the matrix that is stored transposed: accesses coalesce.
     logical = lane % n_rows * lane_period + lane // n_rows
     mask = (lane < n_rows * lane_period) & (logical < count)
@@ -155,7 +155,7 @@ def general_lanes(row, start, count, n_rows, lane_period, lane):
 
 @triton.jit
 def tile_lanes(row, start, count, VECTOR: tl.constexpr, TILE: tl.constexpr):
-    """All lanes of one of the segment's tiles."""
+    """Return all lanes of one of the segment's tiles."""
     if VECTOR:
         lanes = vector_lanes(start, count, TILE)
     else:
@@ -165,7 +165,7 @@ def tile_lanes(row, start, count, VECTOR: tl.constexpr, TILE: tl.constexpr):
 
 @triton.jit
 def lane_of(logical, row, VECTOR: tl.constexpr):
-    """Inverse of tile_lanes: the lane that works on a logical index of the tile."""
+    """Return the lane that works on a logical index of the tile: the inverse of tile_lanes."""
     if VECTOR:
         lane = logical
     else:
@@ -175,7 +175,7 @@ def lane_of(logical, row, VECTOR: tl.constexpr):
 
 @triton.jit
 def at(base, origin, index, VECTOR: tl.constexpr):
-    """Pointers base + origin + index, with what is_vector found out about base + origin."""
+    """Return pointers base + origin + index, with what is_vector found out about base + origin."""
     first = base + origin
     if VECTOR:
         first = tl.multiple_of(first, 16)
@@ -184,7 +184,7 @@ def at(base, origin, index, VECTOR: tl.constexpr):
 
 @triton.jit
 def rademacher_bits(key, start, logical, VECTOR: tl.constexpr, TILE: tl.constexpr):
-    """The lanes' bits of the probe: 1 means z = -1. One Philox call for each 128 elements that the tile touches."""
+    """Return the lanes' bits of the probe: 1 means z = -1. One Philox call serves 128 elements."""
     first_call = start // SIGNS_PER_CALL
     # The tile may begin within a call, so it touches up to one more than it has room for: twice as many, a power of 2.
     call = first_call + tl.arange(0, 2 * TILE // SIGNS_PER_CALL)
@@ -204,7 +204,7 @@ def rademacher_bits(key, start, logical, VECTOR: tl.constexpr, TILE: tl.constexp
 
 @triton.jit
 def rounding_bits(key, lanes, VECTOR: tl.constexpr, TILE: tl.constexpr):
-    """The lanes' 16 bits, uint32. In a tile that is_vector one Philox call for 8 lanes, otherwise one for each."""
+    """Return the lanes' 16 bits, uint32. In a tile that is_vector one Philox call serves 8 lanes, otherwise one."""
     if VECTOR:
         call = lanes.origin // ROUNDINGS_PER_CALL + tl.arange(0, TILE // ROUNDINGS_PER_CALL)
         w0, w1, w2, w3 = rounding_words(key, call.to(tl.uint32))
@@ -221,7 +221,7 @@ def rounding_bits(key, lanes, VECTOR: tl.constexpr, TILE: tl.constexpr):
 
 @triton.jit
 def hutchinson(d, key, row, start, lanes, IS_HVP: tl.constexpr, VECTOR: tl.constexpr, TILE: tl.constexpr):
-    """D = z * Hz (Eq. 6) of a tile, or |D|."""
+    """Return D = z * Hz (Eq. 6) of a tile, or |D|."""
     if row.absolute != 0:
         d = tl.abs(d)
     else:
@@ -232,7 +232,7 @@ def hutchinson(d, key, row, start, lanes, IS_HVP: tl.constexpr, VECTOR: tl.const
 
 @triton.jit
 def block_means(d, row, count, lanes, VECTOR: tl.constexpr):
-    """Ds (Eq. 7) of a tile that holds whole blocks, in the lane of each block's first element.
+    """Return Ds (Eq. 7) of a tile that holds whole blocks, in the lane of each block's first element.
 
     Doubling: when a pass begins, a lane holds the sum of ``span`` elements from its own on, as far as they lie in its
     block; it adds what the lane ``span`` further on holds. The order of the additions is fixed, and their rounding
@@ -252,6 +252,6 @@ def block_means(d, row, count, lanes, VECTOR: tl.constexpr):
 
 @triton.jit
 def spread(means, row, lanes, VECTOR: tl.constexpr):
-    """The mean of each lane's block."""
+    """Return the mean of each lane's block."""
     first = lanes.logical - lanes.logical % row.block.to(tl.int32)
     return tl.gather(means, lane_of(first, row, VECTOR), 0)

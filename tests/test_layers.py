@@ -75,3 +75,14 @@ def test_parts_are_used_by_what_they_show(part):
                     wrong.append(f"{path.name}:{node.lineno} {node.attr}")
     assert private
     assert not wrong
+
+
+@pytest.mark.parametrize("equation", [6, 7, 8, 9])
+@pytest.mark.parametrize(
+    "file", ["adahessian_fused/reference.py", "csrc/adahessian_math.h", "kernels/adahessian_math.py"]
+)
+def test_equations_carry_their_numbers(file, equation):
+    numbers = [
+        set(re.findall(r"\d", found)) for found in re.findall(r"Eq\. (\d(?:(?: and |-)\d)*)", (ROOT / file).read_text())
+    ]
+    assert any(str(equation) in found for found in numbers)

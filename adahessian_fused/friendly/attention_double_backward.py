@@ -64,7 +64,7 @@ def attention_double_backward(
     least: int = 0,
     kept: float = 1.0,
 ) -> Gradients:
-    """Gradients of ``grad``, query, key and value, in plain PyTorch: the specification of the kernels.
+    """Return the gradients of ``grad``, query, key and value, in plain PyTorch: the specification of the kernels.
 
     H heads of queries share Hk heads of keys and values; Hk divides H.
 

@@ -117,7 +117,7 @@ def probabilities(scores: Tensor, logsumexp: Tensor) -> Tensor:
 
 
 def attention_forward(query: Tensor, key: Tensor, value: Tensor, *of_all: Any) -> tuple[Tensor, Tensor]:
-    """Attention's output (N, H, T, V), and the logsumexp of its scores' rows (N, H, T), 0 where a row sees nothing.
+    """Return the output (N, H, T, V) and the logsumexp of the scores' rows (N, H, T), 0 where a row sees nothing.
 
     Args:
         query: (N, H, T, E).
@@ -142,7 +142,7 @@ def attention_forward(query: Tensor, key: Tensor, value: Tensor, *of_all: Any) -
 def attention_backward(
     grad: Tensor, query: Tensor, key: Tensor, value: Tensor, logsumexp: Tensor, *of_all: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of query, key and value; ``grad`` is that of the output, the rest as in :func:`attention_forward`."""
+    """Return the gradients of query, key and value; ``grad`` is the output's, the rest as for the forward pass."""
     wide, shared = logsumexp.dtype, (key.shape[1], query.shape[1] // max(key.shape[1], 1))
     grad5, query5, lse = (t.unflatten(1, shared) for t in (grad, query, logsumexp.unsqueeze(-1)))
     key5, value5 = (t.to(wide).unsqueeze(2) for t in (key, value))

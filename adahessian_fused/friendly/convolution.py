@@ -79,7 +79,7 @@ class Convolution(Operator):
 
 
 def _each(value: Any, dims: int) -> tuple[int, ...]:
-    """One number for each dimension, from one number or a sequence."""
+    """Return one number for each dimension, from one number or a sequence."""
     values = (value,) if isinstance(value, int) else tuple(value)
     return values * dims if len(values) == 1 else values
 

@@ -34,7 +34,7 @@ def batch_norm(
     *,
     fixed: bool,
 ) -> Gradients:
-    """Gradients of ``grad``, x and weight, as :func:`.formulas.batch_norm_double_backward`.
+    """Return the gradients of ``grad``, x and weight, as :func:`.formulas.batch_norm_double_backward`.
 
     Cotangents may be None, which is zero, and the tensors of any dtype and memory format.
     """

@@ -48,7 +48,7 @@ def norm_double_backward(
     shared: list[int],
     fixed: bool = False,
 ) -> Gradients:
-    """Gradients of ``grad``, x and the weight.
+    """Return the gradients of ``grad``, x and the weight.
 
     Args:
         v: cotangent of the input's gradient, shape of x.
@@ -109,7 +109,7 @@ def batch_norm_double_backward(
     invstd: Tensor,
     fixed: bool,
 ) -> Gradients:
-    """:func:`norm_double_backward` of batch norm.
+    """Return :func:`norm_double_backward` of batch norm.
 
     Shapes:
         v, grad, x: (N, C, ...), contiguous or channels_last, all in the same way.
@@ -134,7 +134,7 @@ def row_norm_double_backward(
     invstd: Tensor,
     groups: int,
 ) -> Gradients:
-    """:func:`norm_double_backward` of layer, RMS and group norm.
+    """Return :func:`norm_double_backward` of layer, RMS and group norm.
 
     Shapes:
         v, grad, x: (rows, channels, pixels), contiguous; each row has statistics of its own.

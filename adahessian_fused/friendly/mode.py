@@ -99,7 +99,7 @@ class _Settings:
 
     @contextmanager
     def suspended(self) -> Iterator[None]:
-        """Inside it, they are as they were before."""
+        """Put them back, inside it, to what they were before."""
         with self._lock:
             self._change_back()
         try:
@@ -187,7 +187,7 @@ def on() -> bool:
 
 @contextmanager
 def plain() -> Iterator[None]:
-    """Inside it, PyTorch's own operators run, whatever modes are entered around or in it."""
+    """Run PyTorch's own operators inside it, whatever modes are entered around or in it."""
     before, _thread.off = off(), True
     try:
         with _settings.suspended():

@@ -32,7 +32,7 @@ class Operator(ABC):
 
     @abstractmethod
     def backward(self, grad: Tensor, *saved: Tensor | None, mask: Sequence[bool]) -> Tensors:
-        """Gradients of the leading inputs; None, or anything, where ``mask`` is false.
+        """Return the gradients of the leading inputs; None, or anything, where ``mask`` is false.
 
         What comes after one for each input is saved for ``double_backward``, after all that ``forward`` saved.
         """
@@ -41,7 +41,7 @@ class Operator(ABC):
     def double_backward(
         self, cotangents: Tensors, grad: Tensor, *saved: Tensor | None, mask: Sequence[bool]
     ) -> Tensors:
-        """Gradients of ``grad`` and of the leading saved tensors.
+        """Return the gradients of ``grad`` and of the leading saved tensors.
 
         Args:
             cotangents: one for each gradient that ``backward`` returned; None is zero.

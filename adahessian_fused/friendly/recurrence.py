@@ -230,7 +230,7 @@ def adjoint(
 
 
 def spread(k: Tensor, states: Tensor) -> Tensor:
-    """Products of coefficients of the gates (rows, gates * H) and what each is for: h for o of an LSTM, else c."""
+    """Return coefficients times gates (rows, gates * H), and what each is for: h for o of an LSTM, else c."""
     parts = k.unflatten(1, (-1, states.shape[2]))
     terms = parts * states[-1].unsqueeze(1)
     if len(states) == 2:

@@ -154,7 +154,7 @@ class GroupNorm(Operator):
 
 
 def _rows(x: Tensor, shape: Sequence[int]) -> tuple[int, int, int]:
-    """X as rows of ``shape``, one weight an element."""
+    """Return x as rows of ``shape``, one weight an element."""
     length = math.prod(shape)
     return x.numel() // length, length, 1
 

@@ -10,5 +10,5 @@ from torch import Tensor
 
 
 def weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
-    """V scaled to the norm g along every axis but ``dim``, as ``torch._weight_norm``; -1: by one norm for all."""
+    """Scale v to the norm g along every axis but ``dim``, as ``torch._weight_norm``; -1: by one norm for all."""
     return v * (g / torch.norm_except_dim(v, 2, dim))

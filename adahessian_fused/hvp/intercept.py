@@ -66,7 +66,7 @@ class BackwardObserver:
             _original, torch.autograd.backward, _installed = torch.autograd.backward, _backward, True
 
     def close(self) -> None:
-        """End; the last one gives the function back, unless somebody else has wrapped it since."""
+        """End the interception; the last one gives the function back, unless somebody else has wrapped it since."""
         _observers.pop(id(self), None)
         if not _observers:
             _give_back()
