@@ -149,7 +149,7 @@ def _update(device: str) -> list[Case]:
 
 
 def _host() -> list[Case]:
-    """What a launch and a parameter cost: from one tensor to thousands."""
+    """Return what a launch and a parameter cost: from one tensor to thousands."""
     peers = EVERYBODY[:2]
     return [
         Case("1 x 1,024", ((1024,),), 1, cached=True, peers=peers),
@@ -164,7 +164,7 @@ SUITES = ("quick", "default", "full", "update", "host")
 
 
 def cases(device: str, suite: str = "default") -> list[Case]:
-    """The cases of one of ``SUITES``.
+    """Return the cases of one of ``SUITES``.
 
     "quick" takes a minute, "default" some minutes, "full" as long as it takes; "update" and "host" are what is looked
     at first on a new GPU, the most instructive cases first.

@@ -34,7 +34,7 @@ class Expected:
         self._slope = [_slope(small, i) for i in range(len(small.start))]
 
     def largest_error(self, params: Sequence[Tensor]) -> float:
-        """The largest error of parameters after one step, in units of its tolerance."""
+        """Return the largest error of parameters after one step, in units of its tolerance."""
         single, worst = torch.finfo(torch.float32).eps, 0.0
         for p, want, slope in zip(params, self._want, self._slope, strict=True):
             got = p.detach().flatten()[: want.numel()].double()
@@ -54,7 +54,7 @@ def first_step(contestant: Contestant, expected: Expected) -> float:
 
 
 def _shortened(problem: Problem) -> Problem:
-    """The problem in float64, of a single large tensor the first blocks only."""
+    """Return the problem in float64, of a single large tensor the first blocks only."""
     case, tensors = problem.case, (problem.start, problem.grads, problem.hessians)
     small = Problem.__new__(Problem)
     small.device = problem.device

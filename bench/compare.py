@@ -57,7 +57,7 @@ def missing(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
 
 
 def compare(old: dict[str, Any], new: dict[str, Any]) -> list[Change]:
-    """The ratios that are in both files, the largest growth first."""
+    """Return the ratios that are in both files, the largest growth first."""
     before, after = dict(ratios(old)), dict(ratios(new))
     changes = [Change(key, before[key], after[key]) for key in before.keys() & after.keys()]
     return sorted(changes, key=lambda change: (-change.growth, change.key))

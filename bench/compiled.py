@@ -81,7 +81,7 @@ def _time_limit(seconds: int) -> Iterator[None]:
 
 
 def make_step(problem: Problem, params: list[Tensor], *, lr: float, weight_decay: float) -> Callable[[], None]:
-    """The compiled step on the problem's tensors.
+    """Return the compiled step on the problem's tensors.
 
     The probe is at hand, as autograd's user has it. The first call takes a step like every other; it compiles, and is
     what the time limit is for.

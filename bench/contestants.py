@@ -40,7 +40,7 @@ class Contestant:
 
 
 def ours(problem: Problem, backend: str) -> Contestant:
-    """A whole optimizer.step() after opt.backward()."""
+    """Return a whole optimizer.step() after opt.backward()."""
     case = problem.case
     every = 1 if case.curvature else 2**40  # after the first step off-steps only
     options = {"block_size": case.block, "update_each": every, "state_dtype": case.state_dtype, "seed": 0}
@@ -49,7 +49,7 @@ def ours(problem: Problem, backend: str) -> Contestant:
 
 
 def stepping(problem: Problem, make: type[AdaHessian], **options: Any) -> Contestant:
-    """The same with any AdaHessian of ours."""
+    """Return the same with any AdaHessian of ours."""
     params = problem.params()
     opt = make(problem.grouped(params), lr=LR, weight_decay=WEIGHT_DECAY, **options)
 
@@ -65,7 +65,7 @@ def stepping(problem: Problem, make: type[AdaHessian], **options: Any) -> Contes
 
 
 def floor(problem: Problem) -> Contestant:
-    """The same bytes without arithmetic: a device copy on a GPU, in-place streaming on a CPU.
+    """Return the same bytes without arithmetic: a device copy on a GPU, in-place streaming on a CPU.
 
     Streaming reads p, g, Hz, m, v and writes p, m, v back (off-steps: without Hz and v's way back), as float32 words
     whatever the dtype, so that no conversion slows it down.

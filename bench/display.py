@@ -13,7 +13,7 @@ HAS_RICH = find_spec("rich") is not None
 
 
 def progress(items: Sequence[Any], title: str = "") -> Iterator[Any]:
-    """What is to be done, one by one, said aloud: some of it takes minutes."""
+    """Yield what is to be done, one by one, and say it aloud: some of it takes minutes."""
     for number, item in enumerate(items, 1):
         print(f"[{title}{number}/{len(items)}] {item.name}", file=sys.stderr, flush=True)
         yield item

@@ -122,7 +122,7 @@ def _update(setting: Setting, out: Path) -> list[list[str]]:
 
 
 def _tool(name: str) -> str | None:
-    """A program of the CUDA toolkit; None if it is not here."""
+    """Return a program of the CUDA toolkit; None if it is not here."""
     return shutil.which(name, path=f"{os.environ.get('PATH', '')}:/usr/local/cuda/bin")
 
 
@@ -239,7 +239,7 @@ def run_stage(stage: Stage, setting: Setting, limit: float, log: Path) -> dict[s
 
 
 def _loaded(path: Path) -> Any:
-    """A file of results; None if it was being written when its program ended."""
+    """Return a file of results; None if it was being written when its program ended."""
     try:
         return json.loads(path.read_text())
     except ValueError:
@@ -297,7 +297,7 @@ def _update_of(result: dict[str, Any], modelled: bool) -> str:
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    """The command line."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(prog="python -m bench.gpu", description=__doc__.split("\n\n")[0])
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--stages", default=",".join(stage.name[0] for stage in STAGES), metavar="0,1,...")
@@ -348,7 +348,7 @@ print(json.dumps(machine(sys.argv[1]) | {"missing": available_backends(sys.argv[
 
 
 def facts(device: str) -> dict[str, Any]:
-    """What the figures depend on; empty where not even that can be told."""
+    """Return what the figures depend on; empty where not even that can be told."""
     command = _python("-c", FACTS, device)
     try:
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True, timeout=120)

@@ -134,7 +134,7 @@ def predicted(result: Mapping[str, Any], backend: str, table: Mapping[str, Any],
 
 
 def kernel_name(mangled: str) -> str:
-    """A body's op, dtype and order, like ``adahessian_step-float32-flat``; other kernels keep their name."""
+    """Return a body's op, dtype and order, like ``adahessian_step-float32-flat``; other kernels keep their name."""
     names, types = "|".join(BODIES), "f|d|NS_8bfloat16E|NS_7float16E"
     body = re.search(rf"({names})I({types})({types}|S\d*_)?(?:LNS0_5OrderE(\d))?", mangled)
     if body is None:
@@ -146,7 +146,7 @@ def kernel_name(mangled: str) -> str:
 
 
 def cuda_kernels(folder: Path, arch: str = "sm_90") -> dict[str, Kernel]:
-    """The kernels of all CUDA files, by their names; compiled where the library has none of them."""
+    """Return the kernels of all CUDA files, by their names; compiled where the library has none of them."""
     found = built(arch)
     for op in SOURCES if not found else ():
         found |= compile_cuda(CUDA / f"{op}.cu", folder, arch)
@@ -154,13 +154,13 @@ def cuda_kernels(folder: Path, arch: str = "sm_90") -> dict[str, Kernel]:
 
 
 def of_triton(compiled: Mapping[str, Mapping[str, Any]]) -> dict[str, Kernel]:
-    """The Triton kernels, from what :func:`.triton_kernels.compiled` returns."""
+    """Return the Triton kernels, from what :func:`.triton_kernels.compiled` returns."""
     fields = Kernel.__dataclass_fields__
     return {name: Kernel(**{k: v for k, v in facts.items() if k in fields}) for name, facts in compiled.items()}
 
 
 def measure(kernels: Mapping[str, Kernel]) -> dict[str, dict[str, Any]]:
-    """A row for each of the loops whose kernel is there."""
+    """Return a row for each of the loops whose kernel is there."""
     table = {}
     for name, loop in LOOPS.items():
         if loop.kernel not in kernels:
@@ -186,7 +186,7 @@ def measure(kernels: Mapping[str, Kernel]) -> dict[str, dict[str, Any]]:
 
 
 def compilers() -> dict[str, str]:
-    """What the instructions depend on: the versions of nvcc and Triton."""
+    """Return what the instructions depend on: the versions of nvcc and Triton."""
     import triton
 
     nvcc = subprocess.run(["nvcc", "--version"], capture_output=True, text=True, check=True).stdout

@@ -69,7 +69,7 @@ def caches() -> dict[str, int]:
 
 
 def commit() -> str | None:
-    """The commit of the source tree this file lies in, marked if there are changes; None for an installed package."""
+    """Return the source tree's commit, marked if there are changes; None for an installed package."""
     git = ["git", "-C", str(Path(__file__).resolve().parent)]
     root = _output([*git, "rev-parse", "--show-toplevel"])
     if not root or not (Path(root) / "csrc" / "launch.h").exists():

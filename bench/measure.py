@@ -82,7 +82,7 @@ def in_turns(
     steps: Mapping[str, Callable[[], Any]], rounds: int, clock: Callable[[Callable[[], Any]], T],
     on_round: Callable[[], None] = lambda: None,
 ) -> dict[str, list[T]]:  # fmt: skip
-    """What a clock says of steps that take turns; one more round, the first, warms up.
+    """Return what a clock says of steps that take turns; one more round, the first, warms up.
 
     The order changes from round to round, so that nobody always follows the same neighbour.
     """
@@ -148,7 +148,7 @@ def _kernels(contestant: Contestant) -> int | None:
 
 
 def _calls(contestant: Contestant, steps: int = 5) -> tuple[int, float]:
-    """Calls of our operators in a step, and the seconds outside them (a little more, they are being watched)."""
+    """Return the calls of our operators in a step, and the seconds outside them (a little more: it is watched)."""
     outside = []
     for _ in range(steps):
         contestant.prepare()

@@ -45,6 +45,6 @@ class Problem:
         return params
 
     def grouped(self, params: list[Parameter]) -> list[dict[str, Any]]:
-        """The parameters in as many groups as the case has, in their order."""
+        """Return the parameters in as many groups as the case has, in their order."""
         n, groups = len(params), self.case.groups
         return [{"params": params[i * n // groups : (i + 1) * n // groups]} for i in range(groups)]

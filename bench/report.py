@@ -52,12 +52,12 @@ FACTS = ("gpu", "driver", "cuda", "cpu", "cores", "threads", "caches", "python",
 
 
 def load(folder: Path) -> dict[str, dict[str, Any]]:
-    """The results files by name, newest first."""
+    """Return the results files by name, newest first."""
     return {path.stem: json.loads(path.read_text()) for path in sorted(folder.glob("*.json"), reverse=True)}
 
 
 def of_device(files: dict[str, dict[str, Any]], device: str) -> dict[str, dict[str, Any]]:
-    """The files measured on "cpu" or "cuda"."""
+    """Return the files measured on "cpu" or "cuda"."""
     return {name: data for name, data in files.items() if data["machine"]["device"] == device}
 
 
@@ -67,7 +67,7 @@ def page(
     overheads: dict[str, dict[str, Any]] | None = None,
     wider: dict[str, dict[str, Any]] | None = None,
 ) -> str:
-    """The page's text.
+    """Return the page's text.
 
     Args:
         files: results by name.
@@ -109,7 +109,7 @@ def _wider(name: str, data: dict[str, Any]) -> str:
 
 
 def programs(folder: Path) -> str:
-    """What programs of their own have measured, as far as they have: first steps, and a loss with derivatives in it."""
+    """Return what programs of their own have measured, if they have: first steps, and a loss with derivatives in it."""
     found = {path.stem: json.loads(path.read_text()) for path in folder.glob("*.json")}
     text = ""
     if "warm_up" in found:
@@ -147,7 +147,7 @@ def _fact(value: Any) -> str:
 
 
 def plots_on(folder: Path) -> list[str]:
-    """The plots of the page: the newest results of each device."""
+    """Return the plots of the page: the newest results of each device."""
     return [f"{PLOTS}/{path.name}" for path in sorted((folder / PLOTS).glob("*.svg"))]
 
 

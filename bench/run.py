@@ -70,7 +70,7 @@ def run_case(case: Case, device: str, backends: Sequence[str], seconds: float) -
 def check_and_time(
     facts: dict[str, Any], names: Sequence[str], problems: Sequence[Problem], seconds: float
 ) -> dict[str, Timing]:
-    """Times of the contestants whose first step is right; errors and absences go into ``facts``."""
+    """Return the times of the contestants whose first step is right; errors and absences go into ``facts``."""
     expected, contestants = Expected(problems[0]), {}
     for name in names:
         try:
@@ -86,7 +86,7 @@ def check_and_time(
 
 
 def enter(name: str, problems: Sequence[Problem], expected: Expected) -> tuple[list[Contestant], float]:
-    """A contestant on each set of tensors after its first step, and how wrong that step was on the first set."""
+    """Return a contestant on each set of tensors after a first step, and how wrong that was on the first set."""
     make = PEERS.get(name, lambda problem: ours(problem, name))
     # The plain reference takes so long that the cache does not matter, and nobody wants to wait for it.
     instances = [make(problem) for problem in (problems[:1] if name == REFERENCE else problems)]
@@ -98,7 +98,7 @@ def enter(name: str, problems: Sequence[Problem], expected: Expected) -> tuple[l
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    """The command line."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(prog="python -m adahessian_fused bench", description=__doc__)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     suite = parser.add_mutually_exclusive_group()

@@ -34,7 +34,7 @@ class Instruction:
 
 
 def instructions(code: str) -> list[Instruction]:
-    """The instructions of one function in cuobjdump's output."""
+    """Return the instructions of one function in cuobjdump's output."""
     return [Instruction(int(a, 16), bool(p), op, rest.strip()) for a, p, op, rest in _LINE.findall(code)]
 
 
@@ -124,7 +124,7 @@ def shortest_path(code: str, required: dict[str, int]) -> int:
 
 
 def loops(code: str) -> list[list[Instruction]]:
-    """The bodies of a function's innermost loops that read global memory; a branch over a part of one is not taken."""
+    """Return the bodies of innermost loops that read global memory; a branch over a part of one is not taken."""
     program = instructions(code)
     index = {instruction.address: i for i, instruction in enumerate(program)}
     spans = []
@@ -153,7 +153,7 @@ class Kernel:
 
     @classmethod
     def of(cls, code: str, **facts: int) -> Kernel:
-        """What the disassembly of a function tells."""
+        """Return what the disassembly of a function tells."""
         kinds = {
             "wide_loads": r"LDG\.E\.(?:\w+\.)*128\b",
             "wide_stores": r"STG\.E\.(?:\w+\.)*128\b",
@@ -166,7 +166,7 @@ class Kernel:
 
 
 def tool(name: str) -> str | None:
-    """A program of the CUDA toolkit, or of Triton's package, which has some of them; None if it is not here."""
+    """Return a program of the CUDA toolkit, or of Triton's package, which has some of them; None if it is not here."""
     found = shutil.which(name)
     if found is None and (spec := importlib.util.find_spec("triton")) is not None:
         path = Path(spec.origin).parent / "backends" / "nvidia" / "bin" / name
@@ -175,7 +175,7 @@ def tool(name: str) -> str | None:
 
 
 def kernels(binary: Path, arch: str = "sm_90") -> dict[str, Kernel]:
-    """The kernels in a cubin or a library that are for ``arch``; by their mangled names."""
+    """Return the kernels in a cubin or a library that are for ``arch``; by their mangled names."""
 
     def say(what: str) -> list[str]:
         command = [str(tool("cuobjdump")), f"--dump-{what}", "--gpu-architecture", arch, str(binary)]
@@ -205,7 +205,7 @@ def compile_cuda(source: Path, folder: Path, arch: str = "sm_90") -> dict[str, K
 
 
 def built(arch: str = "sm_90") -> dict[str, Kernel]:
-    """The kernels of the library that was built from the sources as they are; none if there is no such library."""
+    """Return the kernels of the library built from the sources as they are; none if there is no such library."""
     library = Path(importlib.util.find_spec("adahessian_fused").origin).with_name("libadahessian_ops.so")
     sources = [*CUDA.parent.glob("*.h"), *CUDA.iterdir()]
     if not library.exists() or library.stat().st_mtime < max(source.stat().st_mtime for source in sources):

@@ -37,13 +37,13 @@ def per_byte(result: Result, backend: str) -> float | None:
 
 
 def against(result: Result, backend: str, peer: str) -> float | None:
-    """A peer's time over ours."""
+    """Return a peer's time over ours."""
     timings = result["seconds"]
     return timings[peer]["median"] / timings[backend]["median"] if peer in timings else None
 
 
 def columns(results: list[Result]) -> list[str]:
-    """The header: the fixed columns, and those peers that were timed at all."""
+    """Return the header: the fixed columns, and those peers that were timed at all."""
     timed = {name for result in results for name in result["seconds"]}
     return [*COLUMNS, *(peer for peer in cases.EVERYBODY if peer in timed)]
 
@@ -81,7 +81,7 @@ def _row(result: Result, backend: str, peers: list[str]) -> list[str]:
 
 
 def markdown(header: Sequence[str], body: Sequence[Sequence[str]], texts: int = 1) -> str:
-    """A Markdown table whose first ``texts`` columns are text; a row may be shorter."""
+    """Return a Markdown table whose first ``texts`` columns are text; a row may be shorter."""
     lines = [header, ["---"] * texts + ["---:"] * (len(header) - texts)]
     lines += [[*row, *[""] * (len(header) - len(row))] for row in body]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)

@@ -135,7 +135,7 @@ def every() -> dict[str, tuple[str, str, str, dict[str, Any]]]:
 
 
 def compile_case(module: str, name: str, dtype: str, given: dict[str, Any], arch: int = 90) -> dict[str, Any]:
-    """A kernel's :class:`.sass.Kernel`, and how many multiplications its PTX has, as a dictionary."""
+    """Return a kernel's :class:`.sass.Kernel`, and how many multiplications its PTX has, as a dictionary."""
     import triton
     import triton.language as tl
     from triton.backends.compiler import GPUTarget
@@ -174,7 +174,7 @@ def compile_case(module: str, name: str, dtype: str, given: dict[str, Any], arch
 
 
 def compiled(*arguments: str) -> dict[str, dict[str, Any]]:
-    """What this module prints, run as a program of its own: this process may interpret Triton."""
+    """Return what this module prints, run as a program of its own: this process may interpret Triton."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     # From another folder than the sources', where an installed package would not be found before them.
     environment["PYTHONPATH"] = os.pathsep.join([*filter(None, sys.path), str(ROOT)])

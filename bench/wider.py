@@ -157,7 +157,7 @@ MODELS: dict[str, Callable[[], Problem]] = {
 
 
 def steps(problem: Problem) -> tuple[Callable[[], None], Callable[[], None]]:
-    """A first-order step and one with a Hessian-vector product, without updates."""
+    """Return a first-order step and one with a Hessian-vector product, without updates."""
     model, loss = problem
     params = [p for p in model.parameters() if p.requires_grad]
     z = [torch.randint(0, 2, p.shape).mul_(2).sub_(1).to(p) for p in params]
@@ -201,7 +201,7 @@ def excess(first: Callable[[], None], second: Callable[[], None]) -> list[tuple[
 
 
 def records(names: Sequence[str], rounds: int) -> Iterator[Record]:
-    """What is measured of each model."""
+    """Return what is measured of each model."""
     for name in names:
         torch.manual_seed(0)
         pair = steps(MODELS[name]())
@@ -211,7 +211,7 @@ def records(names: Sequence[str], rounds: int) -> Iterator[Record]:
 
 
 def cells(record: Record) -> list[str]:
-    """A row of the table."""
+    """Return a row of the table."""
     most = ", ".join(f"{op} {share:.2f}" for op, share in record["excess"].items())
     return [record["model"], f"{1e3 * record['first_order_seconds']:.0f} ms", f"{record['cost']:.2f}", most]
 

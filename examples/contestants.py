@@ -67,7 +67,7 @@ class Contestant:
 
 
 def decoupled(weight_decay: float, lr: float) -> float:
-    """The official repository's rule: decoupled decay multiplies by lr, so divide by it to decay as SGD does."""
+    """Follow the official repository's rule: decoupled decay multiplies by lr, so divide by it to decay as SGD does."""
     return weight_decay / lr
 
 
@@ -90,7 +90,7 @@ def make_plain(params: Iterable[Tensor], s: Settings) -> torch.optim.Optimizer:
 def make_ours(
     params: Iterable[Tensor], s: Settings, *, backend: str = "auto", frequency: int = 1, **options: Any
 ) -> AdaHessian:
-    """This package's AdaHessian."""
+    """Return this package's AdaHessian."""
     return AdaHessian(
         params,
         lr=s.lr_adahessian,
@@ -107,19 +107,19 @@ def make_ours(
 
 
 def first_order_backward(_: torch.optim.Optimizer, loss: Tensor) -> None:
-    """What every first-order optimizer needs."""
+    """Return what every first-order optimizer needs."""
     loss.backward()
 
 
 def graph_backward(_: torch.optim.Optimizer, loss: Tensor) -> None:
-    """What AdaHessian users write today; PyTorch warns about the reference cycle, which zero_grad() breaks."""
+    """Return what AdaHessian users write today; PyTorch warns about the reference cycle, which zero_grad() breaks."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*create_graph=True.*")
         loss.backward(create_graph=True)
 
 
 def our_backward(opt: AdaHessian, loss: Tensor) -> None:
-    """The optimizer differentiates, to second order when it is time for that."""
+    """Let the optimizer differentiate, to second order when it is time for that."""
     opt.backward(loss)
 
 

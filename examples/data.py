@@ -45,7 +45,7 @@ class Dataset:
         return tuple(self.train_x.shape[1:])
 
     def to(self, device: torch.device) -> Dataset:
-        """The same data on a device."""
+        """Return the same data on a device."""
         names = ("train_x", "train_y", "test_x", "test_y", "mean", "std")
         return replace(self, **{name: getattr(self, name).to(device) for name in names})
 
@@ -58,7 +58,7 @@ class Dataset:
         return len(self.train_y) // batch_size
 
     def batches(self, batch_size: int, seed: int, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """The training batches of an epoch: a function of (seed, epoch) alone, so every optimizer sees the same."""
+        """Yield the training batches of an epoch: of (seed, epoch) alone, so every optimizer sees the same."""
         generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
         order = torch.randperm(len(self.train_y), generator=generator)
         for i in range(self.batches_per_epoch(batch_size)):
@@ -121,7 +121,7 @@ def digits_split() -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
 
 
 def load_digits() -> Dataset:
-    """The digits as (N, 1, 8, 8), not augmented: a mirrored digit is another character."""
+    """Return the digits as (N, 1, 8, 8), not augmented: a mirrored digit is another character."""
     images, labels, train, test = digits_split()
     x = torch.from_numpy(images).to(torch.uint8)[:, None]
     y = torch.from_numpy(labels).long()

@@ -32,7 +32,7 @@ from adahessian_fused import AdaHessian, batch_weight
 
 
 def make_model() -> nn.Module:
-    """A smooth convolutional network, the same on every rank."""
+    """Return a smooth convolutional network, the same on every rank."""
     torch.manual_seed(0)
     features = nn.Conv2d(1, 16, 3, padding=1), nn.GELU(), nn.Conv2d(16, 16, 3, stride=2, padding=1), nn.GELU()
     return nn.Sequential(*features, nn.Flatten(), nn.Linear(16 * 16, 10))
@@ -47,7 +47,7 @@ def digits(device: torch.device) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, T
 
 
 def my_parts(n: int, batch_size: int, epoch: int) -> Iterator[Tensor]:
-    """This rank's part of each joint batch; in the last one it may be smaller than that of other ranks."""
+    """Return this rank's part of each joint batch; in the last one it may be smaller than that of other ranks."""
     order = torch.randperm(n, generator=torch.Generator().manual_seed(epoch))
     for joint in order.split(batch_size):
         yield joint[dist.get_rank() :: dist.get_world_size()]

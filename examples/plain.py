@@ -25,7 +25,7 @@ class PlainAdaHessian(torch.optim.Optimizer):
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
 
     def draw(self, params: list[Tensor]) -> list[Tensor]:
-        """A Rademacher probe z for every parameter."""
+        """Return a Rademacher probe z for every parameter."""
         return [torch.randint_like(p, high=2) * 2 - 1 for p in params]
 
     def diagonals(self, params: list[Tensor]) -> list[Tensor]:
@@ -46,7 +46,7 @@ class PlainAdaHessian(torch.optim.Optimizer):
                         self.update(p, diagonals[p], group)
 
     def update(self, p: Tensor, d: Tensor, group: dict) -> None:
-        """Moving averages, bias correction and the step of one parameter (Eq. 8, 9)."""
+        """Update the moving averages and one parameter, with bias correction (Eq. 8, 9)."""
         state = self.state[p]
         if not state:
             state.update(step=0, exp_avg=torch.zeros_like(p), exp_hessian_diag_sq=torch.zeros_like(p))

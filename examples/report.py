@@ -59,7 +59,7 @@ class Display:
             self.bars.update(self.tasks[contestant.name], advance=1, now=f"loss {loss:.4f}")
 
     def epoch(self, contestant: Contestant, epoch: int, epochs: int, curves: dict[str, list[float]]) -> None:
-        """The end of one contestant's epoch."""
+        """Tell of the end of one contestant's epoch."""
         loss, accuracy = curves["train_loss"][-1], curves["test_accuracy"][-1]
         if self.bars is not None:
             self.bars.update(self.tasks[contestant.name], now=f"loss {loss:.4f}, test {accuracy:.2f} %")
@@ -73,7 +73,7 @@ class Display:
 
 @contextmanager
 def progress_of(console: Console, what: str, total: int) -> Iterator[Any]:
-    """A bar (a line where there is no terminal) for a section of measuring; yields what to call after each item."""
+    """Show a bar (a line where there is no terminal) while measuring; yields what to call after each item."""
     if not console.is_terminal:
         console.print(f"{what} ...", highlight=False)
         yield lambda: None
@@ -87,7 +87,7 @@ def progress_of(console: Console, what: str, total: int) -> Iterator[Any]:
 
 
 def machine(device: torch.device) -> dict[str, Any]:
-    """What the figures were measured on."""
+    """Return what the figures were measured on."""
     backends = adahessian_fused.available_backends(device.type)
     return bench_machine.machine(device.type) | {
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
@@ -96,7 +96,7 @@ def machine(device: torch.device) -> dict[str, Any]:
 
 
 def finite(value: Any) -> Any:
-    """The same with None in the place of infinities and NaN, which JSON does not have."""
+    """Return the same with None in the place of infinities and NaN, which JSON does not have."""
     if isinstance(value, dict):
         return {key: finite(v) for key, v in value.items()}
     if isinstance(value, (list, tuple)):
@@ -110,14 +110,14 @@ def write_json(results: dict[str, Any], path: Path) -> None:
 
 
 def where(host: dict[str, Any]) -> str:
-    """The device, for headings."""
+    """Return the device, for headings."""
     if host["device"] != "cpu":
         return host["device"]
     return f"{host['cpu']}, {host['threads']} thread{'s' if host['threads'] > 1 else ''}"
 
 
 def heading(settings: dict[str, Any]) -> str:
-    """What was trained."""
+    """Return what was trained."""
     return f"{settings['model'].replace('resnet', 'ResNet-')} on {settings['data']}, batch {settings['batch_size']}"
 
 
@@ -137,7 +137,7 @@ def spread(value: dict[str, float] | None, digits: int) -> str:
 
 
 def number(value: float | None, form: str) -> str:
-    """A number, or a dash for none."""
+    """Return a number, or a dash for none."""
     return "-" if value is None else form.format(value)
 
 

@@ -20,7 +20,7 @@ class Block(nn.Module):
         self.stride, self.new_channels = stride, c_out - c_in
 
     def shortcut(self, x: Tensor) -> Tensor:
-        """The block's input, or every second pixel of it between zero channels: half of the new ones on each side."""
+        """Return the block's input, or every second pixel of it between zero channels, half of them on each side."""
         if self.stride == 1 and self.new_channels == 0:
             return x
         before = self.new_channels // 2

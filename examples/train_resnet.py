@@ -47,7 +47,7 @@ class Stop(Exception):  # noqa: N818 - not an error of the program
 
 
 def positive(text: str) -> int:
-    """An int of at least 1, for argparse."""
+    """Parse an int of at least 1, for argparse."""
     value = int(text)
     if value < 1:
         raise argparse.ArgumentTypeError(f"{value} is not at least 1")
@@ -55,7 +55,7 @@ def positive(text: str) -> int:
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    """The arguments, with the defaults of the data set filled in."""
+    """Return the arguments, with the defaults of the data set filled in."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", choices=EPOCHS, default="digits")
     parser.add_argument("--root", type=Path, default=Path("data"), help="folder of CIFAR-10's binary files")
@@ -81,7 +81,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 
 def writable(folder: Path) -> Path:
-    """The folder, made if it is not there; an error now rather than after the training."""
+    """Return the folder, made if it is not there; an error now rather than after the training."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
@@ -91,7 +91,7 @@ def writable(folder: Path) -> Path:
 
 
 def usable(name: str) -> torch.device:
-    """The device, if it works."""
+    """Return the device, if it works."""
     try:
         device = torch.device(name)
         torch.zeros(1, device=device)
@@ -101,7 +101,7 @@ def usable(name: str) -> torch.device:
 
 
 def load(args: argparse.Namespace, device: torch.device) -> data.Dataset:
-    """The data, on the device."""
+    """Return the data, on the device."""
     dataset = data.load_digits() if args.data == "digits" else data.load_cifar10(args.root)
     if args.batch_size > len(dataset.train_y):
         raise Stop(f"--batch-size {args.batch_size} is more than the {len(dataset.train_y)} training images")
@@ -237,7 +237,7 @@ def collect(trainers: list[Trainer], times: dict, memory: dict, model: str) -> d
 
 
 def compare(args: argparse.Namespace, console: Console) -> None:
-    """The whole demo."""
+    """Run the whole demo."""
     start = time.perf_counter()
     out, device = writable(args.out), usable(args.device)
     if args.threads:

@@ -29,7 +29,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    """The arguments."""
+    """Parse the arguments."""
     parser = argparse.ArgumentParser(prog="python -m paper", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
     parser.add_argument("experiments", nargs="*", metavar="NAME", help=f"of {', '.join(MAKERS)}; default: all")
@@ -54,7 +54,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 
 def specs(args: argparse.Namespace) -> list[Spec]:
-    """The tasks that are asked for.
+    """Return the tasks that are asked for.
 
     Raises:
         DataError: a task does not know the data.

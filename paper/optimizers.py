@@ -30,7 +30,7 @@ SETUPS = {
 
 
 def make(setup: Setup, lr: float, seed: int, task: Task, params: Iterable[Tensor]) -> torch.optim.Optimizer:
-    """The optimizer of a run; schedule, betas and weight decay of ours are AdamW's."""
+    """Return the optimizer of a run; schedule, betas and weight decay of ours are AdamW's."""
     decay = task.decay(setup.optimizer, lr)
     if setup.optimizer == "SGD":
         return torch.optim.SGD(params, lr, momentum=0.9, weight_decay=decay, fused=True)
@@ -44,7 +44,7 @@ def make(setup: Setup, lr: float, seed: int, task: Task, params: Iterable[Tensor
 
 
 def stepper(opt: torch.optim.Optimizer, loss_fn: Callable[..., Tensor]) -> Callable[[Batch], Tensor]:
-    """A function that takes one step with a mini-batch and returns the loss before it."""
+    """Return a function that takes one step with a mini-batch and returns the loss before it."""
     if not isinstance(opt, AdaHessian):
         return lambda batch: _first_order(opt, loss_fn, batch)
     if opt.param_groups[0]["hessian_fraction"] < 1:

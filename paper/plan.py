@@ -74,7 +74,7 @@ class Planner:
         return {name: SETUPS[name] for name in names[table]}
 
     def trials(self, name: str, setup: Setup, best: float | None = None) -> list[Run]:
-        """The learning rates that are tried for a setting: as many for each, on a seed that no table uses.
+        """Return the learning rates that are tried for a setting: as many for each, on a seed that no table uses.
 
         Args:
             name: of the setting.

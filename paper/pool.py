@@ -26,7 +26,7 @@ def one_thread() -> None:
 
 
 def work(spec: Spec, run: Run) -> dict[str, Any]:
-    """A run, in a worker."""
+    """Carry out a run, in a worker."""
     return train(make(spec), run)
 
 
@@ -61,7 +61,7 @@ class Pool:
             self.on_done()
 
     def table(self, spec: Spec, results: Results, extent: Extent, name: str) -> None:
-        """A table of a task: first its settings' learning rates, on the grid and around the grid's best."""
+        """Train for a table of a task: first its settings' learning rates, on the grid and around the grid's best."""
         task = make(spec)
         for _ in ("the grid", "around its best"):
             trials = results.trials(Planner(task, extent), name)
@@ -70,6 +70,6 @@ class Pool:
         self.carry_out(spec, results, runs_of([Planner(task, extent, lrs).table(name)]))
 
     def calibrate(self, spec: Spec, results: Results, extent: Extent, rounds: int) -> None:
-        """The step times, alone, so that workers do not slow each other down."""
+        """Measure the step times, alone, so that workers do not slow each other down."""
         results.step_times = self.executor.submit(calibrate, spec, extent, rounds).result()
         results.write()

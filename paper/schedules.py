@@ -6,7 +6,7 @@ import math
 
 
 def steps(done: float) -> float:
-    """A tenth after half of the run, a hundredth after three quarters: the paper's for ResNets."""
+    """Return a tenth after half of the run, a hundredth after three quarters: the paper's for ResNets."""
     return 0.1 ** ((done >= 0.5) + (done >= 0.75))
 
 

@@ -46,7 +46,7 @@ class Task(ABC):
 
     @abstractmethod
     def model(self) -> nn.Module:
-        """A fresh model, from torch's global generator."""
+        """Return a fresh model, from torch's global generator."""
 
     @abstractmethod
     def batches(self, seed: int) -> Iterator[Batch]:
@@ -62,17 +62,17 @@ class Task(ABC):
 
     @abstractmethod
     def score(self, model: nn.Module, split: str) -> float:
-        """The metric on "validation" or "test"."""
+        """Return the metric on "validation" or "test"."""
 
     @abstractmethod
     def schedule(self, done: float) -> float:
         """Factor of the learning rate at a share of the run, strictly between 0 and 1."""
 
     def prepare(self) -> None:  # noqa: B027 - most need nothing
-        """What has to be there before the first run."""
+        """Make what has to be there before the first run."""
 
     def decay(self, optimizer: str, lr: float) -> float:
-        """The ``weight_decay`` an optimizer is given at a learning rate."""
+        """Return the ``weight_decay`` an optimizer is given at a learning rate."""
         del optimizer, lr
         return self.weight_decay
 

@@ -60,7 +60,7 @@ def start(problem: Problem, way: Way, device: str) -> tuple[dict[str, Any], Step
 
 
 def ratios(steps: dict[str, Step], alternating: set[str], device: str, rounds: int) -> dict[str, list[list[float]]]:
-    """Times over SGD's, with curvature and (for rows that alternate) without."""
+    """Return the times over SGD's, with curvature and (for rows that alternate) without."""
 
     def after_sgd(step: Step) -> tuple[float, float]:
         return wall_clock(steps[SGD], device), wall_clock(step, device)
@@ -83,7 +83,7 @@ def peak_memory(name: str, way: str, device: str, batch: int | None) -> int | No
 
 
 def measure_memory(problem: Problem, way: Way, device: str) -> int:
-    """What :func:`peak_memory` prints."""
+    """Return what :func:`peak_memory` prints."""
     step, _ = way.make(problem, problem.fresh())
     gc.collect()
     peak = meter(torch.device(device))

@@ -30,16 +30,16 @@ class Problem:
     precision: torch.dtype | None = None
 
     def fresh(self, dtype: torch.dtype | None = None) -> nn.Module:
-        """A copy of the model as it was made."""
+        """Return a copy of the model as it was made."""
         return copy.deepcopy(self.model).to(dtype)
 
     def loss(self, model: nn.Module, inputs: Tensor, targets: Tensor) -> Tensor:
-        """The loss of a batch."""
+        """Return the loss of a batch."""
         with self.autocast():
             return self.loss_fn(model(inputs), targets)
 
     def autocast(self) -> contextlib.AbstractContextManager[None]:
-        """What a forward pass runs in; float64 stays float64 there."""
+        """Return what a forward pass runs in; float64 stays float64 there."""
         if self.precision is None:
             return contextlib.nullcontext()
         return torch.autocast(self.batch[0].device.type, self.precision)
@@ -114,7 +114,7 @@ HALF = ("GPT-2 124M",)  # trained in bfloat16 autocast; for a GPU
 
 
 def problem(name: str, *, device: str = "cpu", batch: int | None = None) -> Problem:
-    """A problem by name, the same every time."""
+    """Return a problem by name, the same every time."""
     torch.manual_seed(0)
     model, loss_fn, inputs, targets = _make(name, batch)
     precision = torch.bfloat16 if name in HALF else None
@@ -122,6 +122,6 @@ def problem(name: str, *, device: str = "cpu", batch: int | None = None) -> Prob
 
 
 def describe(problem: Problem) -> Mapping[str, Any]:
-    """What the JSON file says about a problem."""
+    """Return what the JSON file says about a problem."""
     n_params = sum(p.numel() for p in problem.model.parameters())
     return {"model": problem.name, "parameters": n_params, "batch": list(problem.batch[0].shape)}

@@ -80,7 +80,7 @@ def _first_order(optimizer: type, *, compiled: bool = False, **options: Any) -> 
 
 
 def _captured(optimizer: type, **options: Any) -> Callable[..., Any]:
-    """A whole first-order step as one CUDA graph: what ours, captured, has to be compared with."""
+    """Return a whole first-order step as one CUDA graph: what ours, captured, has to be compared with."""
 
     def make(problem: Problem, model: nn.Module) -> tuple[Callable[[], None], Any]:
         opt = optimizer(model.parameters(), lr=LR, fused=True, **options)
@@ -108,7 +108,7 @@ def _captured(optimizer: type, **options: Any) -> Callable[..., Any]:
 
 
 def _create_graph(optimizer: Callable[[Iterable[Tensor]], Any]) -> Callable[..., Any]:
-    """What users of the published code write."""
+    """Return what users of the published code write."""
 
     def make(problem: Problem, model: nn.Module) -> tuple[Callable[[], None], Any]:
         opt = optimizer(model.parameters())

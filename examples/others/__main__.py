@@ -48,7 +48,7 @@ def run(task: str, script: Script, *, seed: int, steps: int) -> Record:
 
 
 def option(text: str) -> tuple[str, Any]:
-    """An argument of AdaHessian from ``name=value``."""
+    """Return an argument of AdaHessian from ``name=value``."""
     name, _, value = text.partition("=")
     try:
         return name, ast.literal_eval(value)
@@ -67,7 +67,7 @@ def mean(values: list[Any]) -> float:
 
 
 def rows(records: dict[str, Record], tasks: list[str], seeds: int) -> list[list[str]]:
-    """The table's cells: the task, losses from start to end by optimizer, costs beside the script's own optimizer."""
+    """Return the table's cells: the task, losses from start to end by optimizer, costs beside the script's own."""
     table = []
     for task in tasks:
         by_column = [[records[f"{task}, {column}, seed {s}"] for s in range(seeds)] for column in COLUMNS]

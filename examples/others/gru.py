@@ -16,13 +16,13 @@ LETTERS = "\0 abcdefghijklmnopqrstuvwxyz0123456789"
 
 
 def spelt(n: int) -> str:
-    """A number below 1,000 in words."""
+    """Return a number below 1,000 in words."""
     hundreds, rest = [f"{ONES[n // 100]} hundred"] * (n >= 100), n % 100
     return " ".join([*hundreds, *([ONES[rest]] if rest < 20 else [TENS[rest // 10], ONES[rest % 10]])]).strip()
 
 
 def numbered(texts: list[str], length: int) -> Tensor:
-    """The letters' numbers, filled up with zeros: (N, length)."""
+    """Return the letters' numbers, filled up with zeros: (N, length)."""
     return torch.tensor([[LETTERS.index(c) for c in text.ljust(length, "\0")[:length]] for text in texts])
 
 

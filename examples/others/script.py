@@ -23,7 +23,7 @@ class Script:
     ours: Mapping[str, Any] | None = None
 
     def optimizer(self, model: nn.Module, own: Callable[[Iterable[Tensor]], Optimizer]) -> Optimizer:
-        """What ``own`` makes of a model's parameters, or AdaHessian, with the same betas if that has any."""
+        """Return what ``own`` makes of a model's parameters, or AdaHessian, with the same betas if that has any."""
         usual = own(model.parameters())
         if self.ours is None:
             return usual

@@ -18,7 +18,7 @@ class Waves(nn.Module):
         self.first, self.second, self.out = nn.LSTMCell(1, width), nn.LSTMCell(width, width), nn.Linear(width, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        """What follows each value: (N, length)."""
+        """Return what follows each value: (N, length)."""
         a, b = ((x.new_zeros(len(x), self.width),) * 2 for _ in range(2))
         values = []
         for column in x.split(1, 1):

@@ -19,7 +19,7 @@ class VAE(nn.Module):
         self.code, self.decode = nn.Linear(hidden, 2 * latent), nn.Linear(latent, hidden)
 
     def forward(self, x: Tensor) -> Tensor:
-        """The negative lower bound on the likelihood of images (N, pixels), summed over them."""
+        """Return the negative lower bound on the likelihood of images (N, pixels), summed over them."""
         mean, log_variance = self.code(relu(self.inner(x))).chunk(2, 1)
         sample = mean + torch.randn_like(mean) * (0.5 * log_variance).exp()
         reconstruction = binary_cross_entropy_with_logits(self.outer(relu(self.decode(sample))), x, reduction="sum")

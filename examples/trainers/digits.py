@@ -19,19 +19,19 @@ def images_and_labels() -> tuple[TensorDataset, TensorDataset]:
 
 
 def batches(train: TensorDataset, size: int = 64) -> DataLoader:
-    """The training set, shuffled, in full batches."""
+    """Return the training set, shuffled, in full batches."""
     return DataLoader(train, size, shuffle=True, drop_last=True)
 
 
 def conv_net() -> nn.Module:
-    """A network of 4,074 parameters."""
+    """Return a network of 4,074 parameters."""
     layers = nn.Conv2d(1, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 16, 3), nn.BatchNorm2d(16), nn.ReLU()
     return nn.Sequential(*layers, nn.Flatten(), nn.Linear(256, 10))
 
 
 @torch.no_grad()
 def accuracy(model: nn.Module, test: TensorDataset) -> float:
-    """The share of the test set that a model of logits gets right."""
+    """Return the share of the test set that a model of logits gets right."""
     images, labels = test.tensors
     logits: Tensor = model.eval()(images)
     return (logits.argmax(1) == labels).float().mean().item()

@@ -18,7 +18,7 @@ class Classifier(L.LightningModule):
         self.net = conv_net()
 
     def training_step(self, batch, batch_idx):
-        """The loss of a mini-batch."""
+        """Return the loss of a mini-batch."""
         images, labels = batch
         return cross_entropy(self.net(images), labels)
 

@@ -11,7 +11,7 @@ from adahessian_fused import AdaHessian, curvature_friendly
 
 
 def rows(dataset) -> list[dict]:
-    """The data set under the names of the model's arguments."""
+    """Return the data set under the names of the model's arguments."""
     return [{"pixel_values": image, "labels": label} for image, label in dataset]
 
 

@@ -34,7 +34,7 @@ class Clicks:
 
 
 def generate(n: int, seed: int = 0, rank: int = 4) -> Clicks:
-    """Logs of a factorisation machine: a click's log-odds are linear in the numbers, have a term for every category
+    """Make logs of a factorisation machine: log-odds of a click are linear in the numbers, have a term for every category
     and the inner products of all pairs of fields' hidden factors. Categories follow Zipf's law.
     """
     generator = torch.Generator().manual_seed(seed)
@@ -60,7 +60,7 @@ def generate(n: int, seed: int = 0, rank: int = 4) -> Clicks:
 
 
 def read_criteo(root: Path, n_categories: int, most: int = 2_000_000) -> Clicks:
-    """The first ``most`` rows of ``train.txt``: a click, 13 integers, 26 hexadecimal categories; fields may be empty.
+    """Read ``most`` rows of ``train.txt``: a click, 13 integers, 26 hexadecimal categories; some of them empty.
 
     Numbers become log(1 + max(x, 0)), as DLRM takes them; categories are counted modulo ``n_categories - 1``.
 
@@ -88,7 +88,7 @@ def read_criteo(root: Path, n_categories: int, most: int = 2_000_000) -> Clicks:
 
 
 def in_order(clicks: Clicks, held: int) -> dict[str, Clicks]:
-    """The last ``held`` rows for testing, the ones before for validation, all others for training."""
+    """Take the last ``held`` rows for testing, the ones before for validation, all others for training."""
     n = len(clicks)
     ends: Sequence[tuple[str, int, int]] = (
         ("train", 0, n - 2 * held),

@@ -10,7 +10,7 @@ __all__ = ["DataError", "find", "lines_of"]
 
 
 def find(root: Path | None, *names: str) -> Path:
-    """The first of the names that is a file in ``root``.
+    """Return the first of the names that is a file in ``root``.
 
     Raises:
         DataError: there is none; the message has all of them.

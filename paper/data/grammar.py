@@ -69,7 +69,7 @@ Pair = tuple[list[str], list[str]]
 
 
 def number(rng: random.Random) -> Pair:
-    """A number from 2 to 99: tens first in English, units first in German."""
+    """Return a number from 2 to 99: tens first in English, units first in German."""
     unit = UNITS[rng.randrange(1, 10)]
     if rng.random() < 0.5:
         unit = UNITS[rng.randrange(2, 10)]

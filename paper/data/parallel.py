@@ -31,7 +31,7 @@ class Side:
         return torch.tensor([START, *(index.get(word, UNKNOWN) for word in sentence), END])
 
     def decode(self, tokens: Tensor) -> str:
-        """The words before the end."""
+        """Return the words before the end."""
         found = itertools.takewhile(lambda i: i != END, tokens.tolist())
         return " ".join(self.words[i] for i in found if i not in (PAD, START))
 

@@ -84,7 +84,7 @@ def by_rule(name: str, sizes: dict[str, int]) -> dict[str, list[Example]]:
 
 
 def words_of(examples: list[list[Example]], most: int = 20_000) -> list[str]:
-    """The special words, then those of all examples, the most frequent first."""
+    """Return the special words, then those of all examples, the most frequent first."""
     found = vocabulary((word for part in examples for words, _ in part for word in words), 1)
     return [*SPECIAL, *(word for word in found[2:] if word not in SPECIAL)][:most]
 

@@ -42,13 +42,13 @@ def encode(words: Iterable[str], vocabulary: Sequence[str]) -> Tensor:
 
 
 def from_words(parts: dict[str, list[str]], least: int) -> Corpus:
-    """A corpus from the words of its three parts; the vocabulary is the training part's."""
+    """Return a corpus from the words of its three parts; the vocabulary is the training part's."""
     words = vocabulary(parts["train"], least)
     return Corpus(*(encode(parts[name], words) for name in ("train", "validation", "test")), words)
 
 
 def python_topics(least: int = 3) -> Corpus:
-    """The language reference that ``help()`` shows, lower case, word by word; every tenth topic is for each test."""
+    """Return the language reference that ``help()`` shows, in lower-case words; every tenth topic is for each test."""
     from pydoc_data.topics import topics
 
     parts: dict[str, list[str]] = {"train": [], "validation": [], "test": []}
@@ -75,7 +75,7 @@ def read(root: Path, kind: str) -> Corpus:
 
 
 def python_library() -> Corpus:
-    """The sources of Python's own library, byte by byte; every tenth module is for each test."""
+    """Return the sources of Python's own library, byte by byte; every tenth module is for each test."""
     parts = {"train": bytearray(), "validation": bytearray(), "test": bytearray()}
     for number, path in enumerate(sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))):
         parts[{8: "validation", 9: "test"}.get(number % 10, "train")] += path.read_bytes()

@@ -50,7 +50,7 @@ class Tokens(nn.Module):
 
 
 def causal(length: int, device: torch.device) -> Tensor:
-    """True where a position must not look."""
+    """Return True where a position must not look."""
     return torch.ones(length, length, dtype=torch.bool, device=device).triu(1)
 
 
@@ -120,7 +120,7 @@ class EncoderDecoder(nn.Module):
 
     @torch.no_grad()
     def translate(self, source: Tensor, start: int, end: int, length: int) -> Tensor:
-        """The most probable token, one after the other, until every sentence has ended."""
+        """Take the most probable token, one after the other, until every sentence has ended."""
         memory = self.encode(source)
         target = torch.full((len(source), 1), start, device=source.device)
         ended = torch.zeros(len(source), dtype=torch.bool, device=source.device)

@@ -58,7 +58,7 @@ take turns, one thread, processor time. When these files were made wall-clock ti
 
 
 def write(results: Path, pages: Path, extent: Extent) -> list[Path]:
-    """The pages from all results of a folder; returns what was written.
+    """Write the pages from all results of a folder; returns what was written.
 
     Args:
         results: folder of the JSON files.
@@ -133,7 +133,7 @@ so a single setting that is better here is a candidate and no verdict."""
 
 
 def cost(o: Outcome) -> str:
-    """A row for each setting of a task: what it costs, what it scores."""
+    """Return a row for each setting of a task: what it costs, what it scores."""
     lines = []
     for row in judged.rows(o).values():
         run, seconds = row.runs[0], o.seconds(row.runs[0])
@@ -147,7 +147,7 @@ def cost(o: Outcome) -> str:
 
 
 def failed(outcomes: Iterable[Outcome]) -> list[str]:
-    """Settings that diverged with some seed."""
+    """List settings that diverged with some seed."""
     lines = []
     for o in outcomes:
         cells = {label: runs for (label, _), runs in o.tables["optimizers"].items()}
@@ -158,7 +158,7 @@ def failed(outcomes: Iterable[Outcome]) -> list[str]:
 
 
 def unfinished(outcomes: Mapping[str, Outcome]) -> str:
-    """What is still missing, if anything."""
+    """Tell what is still missing, if anything."""
     missing = [f"{o.task.title} ({text})" for o in outcomes.values() if (text := o.done())]
     if not set(MAKERS).isdisjoint(outcomes):
         missing += [name for name in MAKERS if name not in outcomes]
@@ -166,7 +166,7 @@ def unfinished(outcomes: Mapping[str, Outcome]) -> str:
 
 
 def edges(outcomes: Iterable[Outcome]) -> str:
-    """Settings whose best learning rate is the smallest or largest tried."""
+    """List settings whose best learning rate is the smallest or largest tried."""
     found = []
     for o in outcomes:
         for table, lrs in o.lrs.items():
@@ -198,7 +198,7 @@ def with_table(outcomes: Mapping[str, Outcome], name: str) -> list[Outcome]:
 
 
 def bullets(sentences: Iterable[str]) -> str:
-    """A list."""
+    """Write a list."""
     return "\n".join(f"* {sentence}" for sentence in sentences)
 
 

@@ -16,7 +16,7 @@ SLACK = 1.1  # a run counts as one in AdamW's time if it takes at most this much
 
 
 def judged(claim: str, d: Difference | None, words: Mapping[str, str] = BETTER) -> str:
-    """A claim about a difference, and whether that shows it."""
+    """Return a claim about a difference, and whether that shows it."""
     if d is None:
         return f"{claim}: not decided: fewer than two seeds have a score for both."
     return f"{claim}: {words[d.verdict]}; difference {d}."
@@ -76,7 +76,7 @@ def blocks(o: Outcome) -> list[str]:
 
 
 def beside_adamw(o: Outcome, runs: Runs) -> Difference | None:
-    """Runs of the grid over f and r less AdamW's of the same seeds."""
+    """Compare runs of the grid over f and r with AdamW's of the same seeds."""
     return o.difference(runs, o.tables["optimizers"]["AdamW", ""][: len(runs)])
 
 
@@ -159,7 +159,7 @@ def verdict(found: Mapping[str, Row]) -> str:
 
 
 def goal(outcomes: Mapping[str, Outcome]) -> list[str]:
-    """What is asked of the recipe, counted over the tasks.
+    """Return what is asked of the recipe, counted over the tasks.
 
     It is to beat AdamW in AdamW's time in two tasks, to lose in none by more than the scatter of the seeds, and to
     diverge nowhere where AdamW does not.

@@ -120,7 +120,7 @@ class Outcome:
         return not self.results.missing(runs)
 
     def done(self) -> str:
-        """What is missing, in words; empty if nothing is."""
+        """Return what is missing, in words; empty if nothing is."""
         waiting = {name for t in self.task.tables for name in self.planner.settings(t) if name not in self.lrs[t]}
         runs = runs_of(self.tables.values())
         missing = len(self.results.missing(runs))

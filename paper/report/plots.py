@@ -29,7 +29,7 @@ def curve(o: Outcome, runs: Runs) -> list[tuple[int, float, float, float]]:
 
 
 def draw_time(outcomes: Sequence[Outcome], path: Path) -> None:
-    """A panel for each task."""
+    """Plot a panel for each task."""
     with panels(path, len(outcomes), 3.4, 3.8) as axes:
         for panel, o in zip(axes, outcomes, strict=True):
             cells = {name: runs for (name, _), runs in o.tables["optimizers"].items()}
@@ -47,7 +47,7 @@ def draw_time(outcomes: Sequence[Outcome], path: Path) -> None:
 
 
 def draw_frontier(outcomes: Sequence[Outcome], path: Path) -> None:
-    """A panel for each task: a line for each r over f, and AdamW's mean and standard deviation, of the same seeds."""
+    """Plot a panel for each task: a line for each r over f, and AdamW's mean and standard deviation."""
     with panels(path, len(outcomes), 3.4, 3.8) as axes:
         for panel, o in zip(axes, outcomes, strict=True):
             cells = o.tables["frontier"]

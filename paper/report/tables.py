@@ -101,5 +101,5 @@ def ratio(value: float | None) -> str:
 
 
 def options(setup: Setup, lr: float) -> str:
-    """A setting as the arguments of AdaHessian."""
+    """Return a setting as the arguments of AdaHessian."""
     return ", ".join(f"{name}={value!r}" for name, value in {"lr": lr, **setup.options}.items())

@@ -44,7 +44,7 @@ class Spec:
 
 @cache
 def make(spec: Spec) -> Task:
-    """The task; made once in each process."""
+    """Return the task; made once in each process."""
     task = MAKERS[spec.name][0](spec.data, spec.root)
     task.device, task.folder = spec.device, spec.folder
     return task

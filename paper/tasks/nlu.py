@@ -87,7 +87,7 @@ class Acceptability(Task):
     # ---- fine-tuning -------------------------------------------------------------------------------------------------
 
     def model(self) -> nn.Module:
-        """The checkpoint and a new last layer."""
+        """Return the checkpoint and a new last layer."""
         return Classifier(copy.deepcopy(self._pretrained()), SMALL.width, 2)
 
     def batches(self, seed: int) -> Iterator[Batch]:
