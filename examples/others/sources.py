@@ -49,7 +49,7 @@ def words(kinds: int) -> Tensor:
 
 
 def _numbered(tokens: str | list[str], kinds: int) -> Tensor:
-    """Number the words; the rarest share the last number."""
+    """Give each word a number; the rarest share the last one."""
     number = {token: i for i, (token, _) in enumerate(Counter(tokens).most_common(kinds - 1))}
     return torch.tensor([number.get(token, kinds - 1) for token in tokens])
 

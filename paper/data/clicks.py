@@ -34,7 +34,7 @@ class Clicks:
 
 
 def generate(n: int, seed: int = 0, rank: int = 4) -> Clicks:
-    """Make logs of a factorisation machine: log-odds of a click are linear in the numbers, have a term for every category
+    """Make logs of a factorisation machine: log-odds of clicks are linear in the numbers, have a term for each category
     and the inner products of all pairs of fields' hidden factors. Categories follow Zipf's law.
     """
     generator = torch.Generator().manual_seed(seed)
