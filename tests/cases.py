@@ -6,10 +6,12 @@ problem.py makes tensors of a :class:`Case`; :func:`any_case` draws cases for hy
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 BLOCKS = (1, 2, 9, 32, 49, 127, 1000, 4095, "row", "tensor")
@@ -206,6 +208,16 @@ ROUNDED_CASES = (
     ),
 )
 
+MIXED = Case(
+    "mixed",
+    (
+        *(Spec((300,), 7), Spec((7, 40), "row", True), Spec((6, 5, 3, 3), 9, order="channels_last")),
+        *(Spec((5,)), Spec((0,)), Spec((12,), 5)),
+    ),
+    groups=GROUPS,
+    steps=MIXED_STEPS,
+)
+
 # What Triton's interpreter has the time for: a tenth of a second for each parameter and each 1024 elements.
 _INTERPRETED = (
     *("block_1", "block_127", "block_4095", "block_tensor", "channels_last_block_9", "channels_last_5d"),
@@ -259,6 +271,12 @@ def _stored_as(case: Case) -> list[Case]:
     return [case] if case.dtype == torch.float64 else [case, replace(case, stored=_HALF)]
 
 
-def examples(backend) -> int:
-    """How many drawn cases a backend has the time for."""
-    return 5 if backend.name == "triton" else 30
+def for_any_case(backend, check: Callable[[Case], None]) -> None:
+    """Check as many drawn cases as a backend has the time for."""
+
+    @settings(max_examples=5 if backend.name == "triton" else 30, deadline=None, derandomize=True, database=None)
+    @given(any_case())
+    def check_drawn(case: Case) -> None:
+        check(case)
+
+    check_drawn()

@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
+from fuzz import oracle
 from models import conv_net, mlp, probe
 from published import AdaHessian
 from tolerances import assert_error
@@ -128,17 +129,11 @@ def exact(
     params = list(model.parameters())
     wanted = [i for i, p in enumerate(params) if p.requires_grad]
     torch.manual_seed(5)
-    found = torch.autograd.grad(loss(model), [params[i] for i in wanted], create_graph=True, allow_unused=True)
-    grads = [torch.zeros_like(p) for p in params]
-    z = [probe(p, i, 0, sample=sample) * due(i) for i, p in enumerate(params)]
-    inner = 0.0
-    for i, g in zip(wanted, found, strict=True):
-        if g is not None:
-            grads[i], inner = g.detach(), inner + (g * z[i]).sum()
-    products = torch.autograd.grad(inner, [params[i] for i in wanted], allow_unused=True)
-    hz = [torch.zeros_like(p) for p in params]
-    for i, h in zip(wanted, products, strict=True):
-        hz[i] = hz[i] if h is None else h
+    z = [probe(params[i], i, 0, sample=sample) * due(i) for i in wanted]
+    found = oracle.derivatives(lambda: loss(model), [params[i] for i in wanted], z)
+    grads, hz = (list(map(torch.zeros_like, params)) for _ in range(2))
+    for i, g, h in zip(wanted, *found, strict=True):
+        grads[i], hz[i] = grads[i] if g is None else g, h
     return grads, hz
 
 

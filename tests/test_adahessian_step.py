@@ -6,35 +6,13 @@ import dataclasses
 
 import pytest
 import torch
-from cases import (
-    CASES,
-    GROUPS,
-    MIXED_STEPS,
-    NOT_FINITE,
-    ROUNDED_CASES,
-    SMALL_CASES,
-    Case,
-    Spec,
-    any_case,
-    examples,
-    specs,
-)
-from hypothesis import given, settings
+from cases import CASES, MIXED, NOT_FINITE, ROUNDED_CASES, SMALL_CASES, Case, for_any_case, specs
 from problem import Problem, bits, build
 from tolerances import assert_within, step_bounds
 
 from adahessian_fused import reference
 from adahessian_fused.segments import Hyper
 
-MIXED = Case(
-    "mixed",
-    (
-        *(Spec((300,), 7), Spec((7, 40), "row", True), Spec((6, 5, 3, 3), 9, order="channels_last")),
-        *(Spec((5,)), Spec((0,)), Spec((12,), 5)),
-    ),
-    groups=GROUPS,
-    steps=MIXED_STEPS,
-)
 STATES = ("exp_avg", "exp_hessian_diag_sq", "master", "param")
 STORED = (None, torch.bfloat16)
 INF, NAN = torch.inf, torch.nan
@@ -99,13 +77,11 @@ def test_states_in_bfloat16(backend, case, curvature, device):
 
 
 def test_any_layout(backend, device):
-    @settings(max_examples=examples(backend), deadline=None, derandomize=True, database=None)
-    @given(any_case())
     def check(case: Case) -> None:
         for curvature in ("hessian", "diag", "none"):
             check_step(backend, build(case, device), curvature)
 
-    check()
+    for_any_case(backend, check)
 
 
 @pytest.mark.parametrize("curvature", ["hessian", "diag", "none"])

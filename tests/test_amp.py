@@ -60,10 +60,12 @@ OPTIONS = {
 }
 
 
-def scaled_training(way, opt, model, scaler, steps=4):
+def scaled_training(way, opt, model, scaler, steps=4, clip=None):
     for i in range(steps):
         opt.zero_grad()
         way(opt, loss_of(model, i), scaler)
+        if clip is not None:
+            nn.utils.clip_grad_norm_(model.parameters(), clip)
         scaler.step(opt)
         scaler.update()
     return weights(model)
@@ -75,6 +77,15 @@ def test_scaling_changes_nothing(device, way, options):
     (a, opt_a), (b, opt_b) = (fresh(mlp(torch.float32, device), **options) for _ in range(2))
     growing = scaler_for(device, growth_interval=1)  # the scale doubles at every step
     assert_same(scaled_training(way, opt_a, a, growing), train(opt_b, b, 4))
+
+
+@pytest.mark.parametrize("options", ["plain", "stale"])
+@pytest.mark.parametrize("way", [name for name in WAYS if "unscale" in name])
+def test_scaling_does_not_change_a_clipped_step(device, way, options):
+    (a, opt_a), (b, opt_b) = (fresh(mlp(torch.float32, device), **OPTIONS[options]) for _ in range(2))
+    growing, off = scaler_for(device, growth_interval=1), scaler_for(device, enabled=False)
+    found = scaled_training(WAYS[way], opt_a, a, growing, clip=2.0**-4)
+    assert_same(found, scaled_training(backward_with_scaler, opt_b, b, off, clip=2.0**-4))
 
 
 @pytest.mark.parametrize("way", SCALED.values(), ids=SCALED)

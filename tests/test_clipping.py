@@ -84,62 +84,6 @@ def test_the_gradient_is_clipped_and_the_curvature_is_not(device, style, options
 # ---- with a loss scale -----------------------------------------------------------------------------------------------
 
 
-def scaled_create_graph(opt, loss, scaler):
-    scaler.scale(loss()).backward(create_graph=True)
-    opt.unscale_(scaler)
-
-
-def scaled_backward(opt, loss, scaler):
-    opt.backward(scaler.scale(loss()))
-    opt.unscale_(scaler)
-
-
-def scaled_function(opt, loss, scaler):
-    opt.backward(lambda: scaler.scale(loss()))
-    opt.unscale_(scaler)
-
-
-def with_scaler(opt, loss, scaler):
-    opt.backward(loss(), grad_scaler=scaler)
-    scaler.unscale_(opt)
-
-
-def with_scaler_function(opt, loss, scaler):
-    opt.backward(loss, grad_scaler=scaler)
-    opt.unscale_(scaler)
-
-
-SCALED = {
-    f.__name__: f for f in (scaled_create_graph, scaled_backward, scaled_function, with_scaler, with_scaler_function)
-}
-PLAIN, STALE = {}, {"update_each": 2, "off_step": "stale"}
-SCALED_WAYS = {
-    f"{name}-{label}": (f, o) for name, f in SCALED.items() for label, o in (("plain", PLAIN), ("stale", STALE))
-}
-SCALED_WAYS |= {
-    f"{f.__name__}-forward": (f, {"hvp": "forward_over_reverse"}) for f in (scaled_function, with_scaler_function)
-}
-
-
-@pytest.mark.parametrize(("way", "options"), SCALED_WAYS.values(), ids=SCALED_WAYS)
-def test_scaling_does_not_change_a_clipped_step(device, way, options):
-    """The scale is a power of two and doubles at every step."""
-    (model, opt), (other, other_opt) = (fresh(mlp(torch.float32, device), **options) for _ in range(2))
-    scaler = torch.amp.GradScaler(device, init_scale=1024.0, growth_interval=1)
-    for i in range(3):
-        opt.zero_grad()
-        way(opt, lambda: loss_of(model, i), scaler)  # noqa: B023
-        clip(model)
-        scaler.step(opt)
-        scaler.update()
-        other_opt.zero_grad()
-        other_opt.backward(lambda: loss_of(other, i))  # noqa: B023
-        clip(other)
-        other_opt.step()
-    assert scaler.get_scale() == 8192
-    assert_same(list(model.parameters()), list(other.parameters()))
-
-
 GATHER = {
     "loss": lambda opt, loss, scaler: opt.backward(scaler.scale(loss)),
     "scaler": lambda opt, loss, scaler: opt.backward(loss, grad_scaler=scaler),

@@ -13,7 +13,7 @@ import pytest
 
 from bench import instructions
 from bench.instructions import DTYPES, ROUNDED
-from bench.sass import Kernel, compile_cuda, loops, shortest_path, tool
+from bench.sass import Kernel, compile_cuda, tool
 
 # 128-bit accesses of one thread when everything is aligned, over all sources of curvature. A thread has 32 bytes of a
 # 16-bit dtype's states and 16 of its parameters, otherwise two times 16 bytes of each; 16 of states in bfloat16.
@@ -153,33 +153,3 @@ def test_no_loop_has_more_instructions_than_it_had(kernels):
     assert_no_more(table, "CUDA")
     with pytest.raises(AssertionError, match="instructions an element; expected"):
         assert_no_more(table, "CUDA", 0.9)
-
-
-CODE = """
-        /*0000*/                   S2R R0, SR_TID.X ;    /* 0x00 */
-        /*0010*/               @P0 BRA 0x0050 ;          /* 0x00 */
-        /*0020*/                   LDG.E.128 R4, R2 ;    /* 0x00 */
-        /*0030*/                   IADD3 R2, R2, R3, RZ ;
-        /*0040*/               @P1 BRA 0x0020 ;
-        /*0050*/               @P2 EXIT ;
-        /*0060*/                   CALL.REL.NOINC 0x0090 ;
-        /*0070*/                   MUFU.RCP R1, R2 ;
-        /*0080*/                   EXIT ;
-        /*0090*/                   MUFU.RSQ R1, R2 ;
-        /*00a0*/                   RET.REL.NODEC R2 0x0 ;
-"""
-
-
-@pytest.mark.parametrize(("loads", "length"), [(0, 3), (1, 6), (2, 9)])
-def test_the_shortest_path_takes_branches_and_loops(loads, length):
-    assert shortest_path(CODE, {r"LDG\.E\.128": loads}) == length
-
-
-def test_the_shortest_path_does_not_enter_subroutines():
-    with pytest.raises(ValueError, match="no way"):
-        shortest_path(CODE, {"MUFU": 1})
-
-
-def test_loops_are_found():
-    (body,) = loops(CODE)
-    assert [one.opcode for one in body] == ["LDG.E.128", "IADD3", "BRA"]

@@ -4,16 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from cases import CASES, NOT_FINITE, Case, Spec, any_case, examples, specs
-from hypothesis import given, settings
+from cases import CASES, MIXED, NOT_FINITE, Case, for_any_case, specs
 from problem import Problem, bits, build
 from tolerances import assert_within, diag_bound, unit
 
 from adahessian_fused import reference
-
-MIXED = Case(
-    "mixed", (Spec((300,), 7), Spec((0,)), Spec((7, 40), "row", True), Spec((6, 5, 3, 3), 9, order="channels_last"))
-)
 
 
 def check_diag(backend, problem: Problem, scale: float = 1.0, accumulate: bool = False, **options) -> None:
@@ -36,12 +31,7 @@ def test_against_the_reference_in_float64(backend, case, device):
 
 
 def test_any_layout(backend, device):
-    @settings(max_examples=examples(backend), deadline=None, derandomize=True, database=None)
-    @given(any_case())
-    def check(case: Case) -> None:
-        check_diag(backend, build(case, device))
-
-    check()
+    for_any_case(backend, lambda case: check_diag(backend, build(case, device)))
 
 
 @pytest.mark.parametrize("is_hvp", [True, False], ids=["Hz", "D"])

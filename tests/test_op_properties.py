@@ -5,21 +5,13 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 
+import cases
 import pytest
 import torch
-from cases import GROUPS, MIXED_STEPS, Case, Place, Spec, specs
+from cases import GROUPS, Case, Place, specs
 from problem import Problem, bits, build
 
-MIXED = Case(
-    "mixed",
-    (
-        *(Spec((300,), 7), Spec((7, 40), "row", True), Spec((6, 5, 3, 3), 9, order="channels_last")),
-        *(Spec((5,)), Spec((0,)), Spec((12,), 5)),
-    ),
-    groups=GROUPS,
-    steps=MIXED_STEPS,
-    gaussian=True,
-)
+MIXED = dataclasses.replace(cases.MIXED, gaussian=True)
 STATES = ("param", "exp_avg", "exp_hessian_diag_sq")
 OPS = {  # how it runs, what it writes, and what m and v are stored in
     "rademacher": (Problem.run_rademacher, ("z",), None),

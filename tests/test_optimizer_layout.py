@@ -12,61 +12,6 @@ from published import AdaHessian
 from tolerances import assert_trajectory
 from torch import nn
 
-# ---- strides ---------------------------------------------------------------------------------------------------------
-
-BASE = torch.linspace(-1, 1, 240, dtype=torch.float64)
-VIEWS = {
-    "sliced_columns": lambda base: base.view(10, 24)[2:7, 3:20:2],
-    "sliced_rows": lambda base: base.view(10, 24)[3:5],
-    "transposed": lambda base: base.view(10, 24).t(),
-    "transposed_slice": lambda base: base.view(10, 24)[:4].t(),
-    "permuted": lambda base: base.view(4, 5, 3, 4).permute(3, 1, 0, 2),
-    "channels_last": lambda base: base.view(4, 3, 4, 5).permute(0, 3, 1, 2),
-    "every_other": lambda base: base[1::2],
-    "rows_far_apart": lambda base: base.as_strided((5, 3), (40, 2), 7),
-    "single": lambda base: base[17:18],
-    "scalar": lambda base: base[17],
-}
-
-
-def run(p, gradients, **options):
-    """Three steps of a parameter along given gradients and diagonals; the second one is an off-step."""
-    opt = AdaHessian([p], update_each=2, weight_decay=0.1, block_size=3, **options)
-    for i, (g, d) in enumerate(gradients):
-        p.grad = g
-        opt.step(hessian=[d] if i != 1 else None)
-    return [p.detach().clone(), opt.hessian_diag(p).clone()]
-
-
-@pytest.mark.parametrize("gradient", ["like_parameter", "contiguous", "transposed", "expanded"])
-@pytest.mark.parametrize("view", VIEWS.values(), ids=VIEWS)
-def test_strides_do_not_matter_and_neighbours_stay(engine, device, view, gradient):
-    base = BASE.clone().to(device)
-    p, inside = nn.Parameter(view(base)), view(torch.zeros_like(base).fill_(0)).fill_(0)
-    mask = torch.ones_like(base)
-    view(mask).zero_()
-    dense = [
-        tuple(torch.cos(k + torch.arange(inside.numel(), device=device).double()).reshape(p.shape) for k in (i, i + 9))
-        for i in range(3)
-    ]
-    if gradient == "expanded":
-        dense = [tuple(torch.full_like(x, 0.5 + i).contiguous() for x in pair) for i, pair in enumerate(dense)]
-    found = run(p, [tuple(stored(x, p, gradient) for x in pair) for pair in dense], backend=engine)
-    expected = run(nn.Parameter(view(BASE).contiguous().to(device)), dense, backend=engine)
-    assert_same(found, expected)
-    assert torch.equal(base * mask, BASE.to(device) * mask)
-
-
-def stored(x, p, kind):
-    """A tensor with the same values in another memory layout."""
-    if kind == "like_parameter":
-        return torch.empty_like(p).copy_(x)
-    if kind == "transposed":
-        return x.mT.contiguous().mT if x.dim() > 1 else x.repeat_interleave(2)[::2].reshape(x.shape) if x.dim() else x
-    if kind == "expanded":
-        return x.reshape(-1)[0].expand(x.shape)
-    return x
-
 
 def kernel(device, memory_format):
     """A convolution kernel of few-bit fractions, so that sums are exact in any order."""

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from cases import DTYPES, SMALL_CASES, Case, Spec, any_case, examples, specs
-from hypothesis import given, settings
+from cases import DTYPES, MIXED, SMALL_CASES, Case, for_any_case, specs
 from problem import bits, build
 
 from adahessian_fused import reference
 
-MIXED = Case("mixed", (*specs((300,), (0,), (7, 40), (1000,)), Spec((6, 5, 3, 3), order="channels_last")))
 SCALES = {"up": 2.0**-5, "down": -0.1, "back": 0.0}
 
 
@@ -62,9 +60,4 @@ def test_special_values_return_bit_for_bit(backend, dtype, device):
 
 
 def test_any_layout(backend, device):
-    @settings(max_examples=examples(backend), deadline=None, derandomize=True, database=None)
-    @given(any_case())
-    def check_case(case: Case) -> None:
-        check(backend, case, device)
-
-    check_case()
+    for_any_case(backend, lambda case: check(backend, case, device))

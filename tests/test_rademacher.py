@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from cases import CASES, DTYPES, Case, Spec, any_case, examples, specs
-from hypothesis import given, settings
+from cases import CASES, DTYPES, MIXED, Case, Spec, for_any_case
 from problem import Problem, bits, build
 
 from adahessian_fused import reference
 from adahessian_fused.segments import Segment, Steps
 
-MIXED = Case("mixed", (*specs((300,), (0,), (7, 40), (1000,)), Spec((6, 5, 3, 3), order="channels_last")))
 EDGE_WORDS = {"zero": 0, "one": 1, "top_bit": 2**31, "all_bits": 2**32 - 1}
 EDGE_SEEDS = {"zero": 0, "high_word_only": 1 << 32, "largest": 2**63 - 1, "smallest": -(2**63), "all_bits": -1}
 
@@ -69,9 +67,4 @@ def test_hessian_step_beyond_32_bits_wraps(backend, device):
 
 
 def test_any_layout(backend, device):
-    @settings(max_examples=examples(backend), deadline=None, derandomize=True, database=None)
-    @given(any_case())
-    def check(case: Case) -> None:
-        check_z(backend, build(case, device))
-
-    check()
+    for_any_case(backend, lambda case: check_z(backend, build(case, device)))

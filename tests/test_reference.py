@@ -6,11 +6,9 @@ import math
 
 import pytest
 import torch
-from cases import PLAIN, Case, Spec
-from fuzz import oracle
-from problem import SEED, Problem, build
+from cases import Spec
+from problem import SEED
 
-from adahessian_fused import reference
 from adahessian_fused.reference import block_mean, philox4x32, rademacher_signs, to_logical, to_stored
 
 ONES = 0xFFFFFFFF
@@ -69,63 +67,6 @@ def test_storage_order_is_torch_s_own(order):
     assert torch.equal(to_stored(tensor.reshape(-1), *spec.period_and_stride()), flat)
     if order == "channels_last":
         assert stored.is_contiguous(memory_format=torch.channels_last)
-
-
-# ---- Algorithm 1 ----------------------------------------------------------------------------------------------------
-
-CLOSE = {"rel": 64 * torch.finfo(torch.float64).eps, "abs": 0}  # three steps of at most 20 roundings each
-
-
-def algorithm_1(p, grads, diagonals, block, lr, beta1, beta2, eps, weight_decay, k, maximize):
-    """Algorithm 1 in the fuzzer's words, which share nothing with the package; without a diagonal: an off-step."""
-    m, v, h, betas = torch.zeros_like(p), torch.zeros_like(p), 0, (beta1, beta2)
-    hyper = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "hessian_power": k}
-    for t, (g, d) in enumerate(zip(grads, diagonals, strict=True), start=1):
-        g, h = torch.tensor(g).to(p), h + (d is not None)
-        d = None if d is None else oracle.block_means(torch.tensor(d).to(p), block)
-        m, v = oracle.averages(m, v, -g if maximize else g, d, betas)
-        p = oracle.moved(p, m, v, t, h, **hyper)
-    return p, m, v
-
-
-GRADS = ([0.5, -1.0, 2.0], [0.25, 3.0, -1.0], [-4.0, 0.125, 1.0])
-DIAGONALS = ([3.0, -1.0, 0.5], [0.25, 2.0, -7.0], [1.0, 1.5, 6.0])
-OFF_STEPS = ([None, DIAGONALS[0], None], [DIAGONALS[0], None, DIAGONALS[1]], [None, None, None])
-
-
-def three_steps(diagonals, hyper, master=False, dtype=torch.float64, rest=PLAIN) -> Problem:
-    """The same on the reference: one parameter of three elements, blocks of two, curvature given as D."""
-    case = Case("three_steps", (Spec((3,), block=2),), dtype, groups=((*hyper, *rest),), steps=((0, 0),), master=master)
-    problem = build(case)
-    for kind, start in (("param", [1.0, -2.0, 0.5]), ("exp_avg", [0.0] * 3), ("exp_hessian_diag_sq", [0.0] * 3)):
-        problem.window(kind, 0).copy_(torch.tensor(start))
-    if master:
-        problem.window("master", 0).copy_(torch.tensor([1.0, -2.0, 0.5]))
-    for g, d in zip(GRADS, diagonals, strict=True):
-        problem.window("grad", 0).copy_(torch.tensor(g))
-        problem.window("hessian", 0).copy_(torch.tensor(d if d is not None else [math.nan] * 3))
-        problem.run_step(reference, "hessian" if d is not None else "none", is_hvp=False)
-        problem.steps += torch.tensor([1, d is not None])
-    return problem
-
-
-HYPERS = {
-    "paper": (0.15, 0.9, 0.999, 1e-4, 0.0, 1.0, 0),
-    "half_power": (0.1, 0.9, 0.99, 1e-8, 0.0, 0.5, 0),
-    "momentum_only": (0.1, 0.9, 0.99, 0.0, 0.0, 0.0, 0),
-    "power_two_thirds": (0.1, 0.8, 0.98, 1e-2, 0.0, 2 / 3, 0),
-    "weight_decay": (0.1, 0.9, 0.99, 1e-4, 0.5, 1.0, 0),
-    "maximize": (0.1, 0.9, 0.99, 1e-4, 0.5, 1.0, 1),
-}
-
-
-@pytest.mark.parametrize("hyper", HYPERS.values(), ids=HYPERS)
-@pytest.mark.parametrize("diagonals", [DIAGONALS, *OFF_STEPS], ids=["every_step", "late", "middle_off", "never"])
-def test_three_steps_of_algorithm_1_by_hand(hyper, diagonals):
-    expected = algorithm_1(torch.tensor([1.0, -2.0, 0.5], dtype=torch.float64), GRADS, diagonals, 2, *hyper)
-    problem = three_steps(diagonals, hyper)
-    for kind, values in zip(("param", "exp_avg", "exp_hessian_diag_sq"), expected, strict=True):
-        assert problem.window(kind, 0).tolist() == pytest.approx(values.tolist(), **CLOSE), kind
 
 
 # ---- the probe and Hutchinson's estimator ---------------------------------------------------------------------------

@@ -147,26 +147,3 @@ def test_infinities_and_nans_stay_and_large_numbers_stay_finite(backend, device)
             found.window(kind, 0)[: len(given)].cpu().float(), wanted, rtol=0, atol=0, equal_nan=True
         )
         assert found.window(kind, 0)[len(given) :].isfinite().all()
-
-
-# ---- why -------------------------------------------------------------------------------------------------------------
-
-
-def v_after(steps: int, device: str) -> torch.Tensor:
-    """The second moment on its way from 1 to a Ds^2 of 4; each step moves it by less than half an ulp."""
-    problem = build(Case("stall", specs((4096,)), stored=torch.bfloat16), device)
-    problem.window("exp_hessian_diag_sq", 0).fill_(1)
-    problem.window("diag", 0).fill_(2)
-    for step in range(steps):
-        problem.steps[:] = step
-        problem.run_step(reference, "diag")
-    return problem.window("exp_hessian_diag_sq", 0).double()
-
-
-def test_v_arrives_where_rounding_to_nearest_would_stall(device, monkeypatch):
-    steps = 100
-    v, expected = v_after(steps, device), 4 - 3 * 0.999**steps
-    # The deviation of a sum of independent roundings, each off by at most half an ulp of 2^-7.
-    assert abs(v.mean() - expected) < 5 * (steps / 4 / v.numel()) ** 0.5 * 2**-7
-    monkeypatch.setattr(reference, "round_stochastically", lambda x, bits: x.to(torch.bfloat16))
-    assert torch.equal(v_after(steps, device), torch.ones_like(v))

@@ -299,10 +299,11 @@ def test_master_weights_do_not_see_the_moves(hvp, device):
     assert_same([opt.state[p]["master_param"] for p in model.parameters()], [w.float() for w in before])
 
 
-def test_scaled_losses(device):
+@pytest.mark.parametrize("hvp", EVALUATING)
+def test_scaled_losses(hvp, device):
     found_steps = []
     for scaler in (torch.amp.GradScaler(device, init_scale=2.0**10), None):
-        model, opt = fresh(mlp(torch.float32, device), hvp="finite_difference")
+        model, opt = fresh(mlp(torch.float32, device), hvp=hvp)
         for i in range(3):
             opt.zero_grad()
             opt.backward(lambda i=i, m=model: loss_of(m, i), grad_scaler=scaler)

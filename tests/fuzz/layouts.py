@@ -76,6 +76,8 @@ def case(seed: int) -> str:
             for p in group["params"]:
                 p.requires_grad_(all(p is not other for other in frozen) or r.random() < 0.5)
                 p.grad = tensor(r, generator, p.shape, p.dtype) if p.requires_grad and r.random() < 0.9 else None
+                if p.grad is not None and p.numel() and r.random() < 0.1:
+                    p.grad = p.grad.reshape(-1)[0].expand(p.shape)
                 if r.random() < 0.1:
                     p.data = tensor(r, generator, p.shape, p.dtype)
         given = None if step and r.random() < 0.3 and not opt.needs_hessian else []
@@ -88,15 +90,24 @@ def case(seed: int) -> str:
     return "right"
 
 
+def beside(p: Tensor) -> Tensor:
+    """What a parameter's memory holds, with zeros in the place of its own elements."""
+    memory = torch.empty(0, dtype=p.dtype).set_(p.detach().untyped_storage().clone())
+    memory.as_strided(p.shape, p.stride(), p.storage_offset()).zero_()
+    return memory
+
+
 def take(opt: AdaHessian, given: list[Tensor | None] | None) -> None:
     """A step, with this diagonal or without any."""
     params = [(group, p) for group in opt.param_groups for p in group["params"]]
     before = [(p.detach().double().clone(), {k: v.clone() for k, v in opt.state.get(p, {}).items()}) for _, p in params]
+    neighbours = [beside(p) for _, p in params]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         opt.step(hessian=given)
     for i, ((group, p), (value, state)) in enumerate(zip(params, before, strict=True)):
         what = f"parameter {i}: {p.dtype} {tuple(p.shape)} strides {p.stride()} of group {group_of(group)}"
+        assert torch.equal(beside(p), neighbours[i]), f"{what}: wrote beside it"
         if p.grad is None:
             assert torch.equal(value, p.double()), f"{what} has moved without a gradient"
             continue
