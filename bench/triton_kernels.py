@@ -26,13 +26,8 @@ from typing import Any
 from .sass import kernels
 
 ROOT = Path(__file__).resolve().parent.parent
-STEP, DIAG, RADEMACHER, PERTURB, NORM = (
-    "adahessian_step",
-    "hessian_diag",
-    "rademacher",
-    "perturb",
-    "norm_double_backward",
-)
+STEP, DIAG, RADEMACHER, PERTURB = "adahessian_step", "hessian_diag", "rademacher", "perturb"
+NORM, ATTENTION = "norm_double_backward", "attention_double_backward"
 BYTES = {"fp32": 4, "bf16": 2, "fp16": 2, "fp64": 8}
 LANGUAGE = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16", "fp64": "float64"}
 POINTERS = {
@@ -45,6 +40,7 @@ POINTERS = {
 WIDE = ("diag", "exp_avg", "exp_hessian_diag_sq", "coefficients")
 NORM_WIDE = ("v_weight", "v_bias", "weight", "mean", "invstd", "partials", "means", "d_weight")
 NARROW = ("z", "saved", "v", "grad", "x", "d_grad", "d_x")
+SIZES = ("size", "value_size")  # of attention's heads
 OPTIONAL = ("master", "grad_scale", "found_inf", "means", "missed")
 
 PLANES = {"LAST": False, "WIDE": True, "BLOCK_I": 128, "BLOCK_C": 8}
@@ -94,6 +90,11 @@ CASES: dict[str, tuple[str, str, str, dict[str, Any]]] = {
         {"ONE": False, "WIDE": True, **ROW_BLOCKS[3]},
     ),
     "row-weight-fp32": (NORM, "row_norm_weight_kernel", "fp32", {**ROWS, "ONE": True}),
+    **{
+        f"attention-{part}{'-dropout' * drops}": (ATTENTION, f"attention_{part}_kernel", "bf16", {"DROPS": drops})
+        for part in ("queries", "keys")
+        for drops in (False, True)
+    },
 }
 
 
@@ -134,6 +135,20 @@ def every() -> dict[str, tuple[str, str, str, dict[str, Any]]]:
     return found
 
 
+def attention(drops: bool) -> tuple[dict[str, Any], dict[str, str], dict[str, int]]:
+    """Constants, types and options of attention's kernels: causal, for aligned heads of 64 in bfloat16."""
+    import torch
+
+    from adahessian_fused.kernels.attention_double_backward import launch_options
+
+    given = launch_options(64, 64, torch.bfloat16, drops)
+    options = {option: given.pop(option) for option in ("num_warps", "num_stages")}
+    constants = {"CAUSAL": True, "ALIGNED": True, "PRECISION": "ieee", "bias": None, **given}
+    tensors = ["a", "b", "c", "grad", "query", "key", "value", "d_grad", "d_query", "d_key", "d_value"]
+    types = {"logsumexp": "*fp32", "sums": "*fp32", "scale": "fp32", "kept": "fp32", "random": "*i64"}
+    return constants | ({} if drops else {"random": None}), types | dict.fromkeys(tensors, "*bf16"), options
+
+
 def compile_case(module: str, name: str, dtype: str, given: dict[str, Any], arch: int = 90) -> dict[str, Any]:
     """Return a kernel's :class:`.sass.Kernel`, and how many multiplications its PTX has, as a dictionary."""
     import triton
@@ -159,9 +174,15 @@ def compile_case(module: str, name: str, dtype: str, given: dict[str, Any], arch
     types |= pointers
     constants = {"DTYPE": getattr(tl, LANGUAGE[dtype]), "STATE": tl.float64 if dtype == "fp64" else tl.float32}
     constants |= {"IS_HVP": True, "TILE": tile} | ({} if module == NORM else dict.fromkeys(OPTIONAL)) | given
+    if module == ATTENTION:
+        constants, types, options = attention(given["DROPS"])
     constants = {n: value for n, value in constants.items() if n in kernel.arg_names and n not in pointers}
     signature = {n: "constexpr" if n in constants else types.get(n, "i32") for n in kernel.arg_names}
-    compiled = triton.compile(ASTSource(kernel, signature, constants), GPUTarget("cuda", arch, 32), options)
+    aligned = [
+        i for i, n in enumerate(kernel.arg_names) if module == ATTENTION and (types.get(n, "")[:1] == "*" or n in SIZES)
+    ]
+    source = ASTSource(kernel, signature, constants, {(i,): [["tt.divisibility", 16]] for i in aligned})
+    compiled = triton.compile(source, GPUTarget("cuda", arch, 32), options)
     with tempfile.TemporaryDirectory() as folder:
         binary = Path(folder, "kernel.cubin")
         binary.write_bytes(compiled.asm["cubin"])
@@ -170,6 +191,7 @@ def compile_case(module: str, name: str, dtype: str, given: dict[str, Any], arch
     return asdict(found) | {
         "mul_hi": len(re.findall(r"mul\.(?:hi|wide)\.u32", ptx)),
         "elements_per_thread": tile // (32 * options["num_warps"]),
+        "shared": compiled.metadata.shared,
     }
 
 
@@ -212,7 +234,7 @@ def main() -> int:
     parser.add_argument("--every", action="store_true", help="every variant; numbers without the disassembly")
     parser.add_argument("--archs", default="90", metavar="80,90")
     parser.add_argument("--jobs", type=int, default=1, help="processes, with --every")
-    parser.add_argument("--filter", default="", metavar="TEXT", help="only variants with this in their names")
+    parser.add_argument("--filter", default="", metavar="TEXT", help="only cases or variants with this in their names")
     args = parser.parse_args()
     archs = [*map(int, args.archs.split(","))]
     if args.every:
@@ -222,6 +244,7 @@ def main() -> int:
             case if args.archs == "90" else f"sm_{arch} {case}": compile_case(*variant, arch)
             for arch in archs
             for case, variant in CASES.items()
+            if args.filter in case
         }
     print(json.dumps(found))
     return int(any("failed" in kernel for kernel in found.values()))

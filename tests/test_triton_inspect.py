@@ -1,10 +1,11 @@
-"""What the Triton compiler makes of the kernels for sm_90: access widths, Philox's cost, spills. Needs no GPU.
+"""What the Triton compiler makes of the kernels for sm_90, and of attention's for sm_80. Needs no GPU.
 
-The suite interprets Triton, so the kernels are compiled in a process of their own: this file, run as a program.
+The suite interprets Triton, so the kernels are compiled in a process of their own: bench/triton_kernels.py.
 """
 
 from __future__ import annotations
 
+import re
 from importlib.metadata import version
 
 import pytest
@@ -21,7 +22,7 @@ def compiled() -> dict[str, dict]:
     return triton_kernels.compiled()
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", [case for case in CASES if "attention" not in case])
 def test_nothing_spills_and_16_warps_fit(compiled: dict[str, dict], case: str) -> None:
     spilled = 4 if case == "diag-fp32" and Version(version("triton")) < Version("3.7") else 0  # accesses
     assert compiled[case]["local"] <= spilled
@@ -64,6 +65,24 @@ def test_nothing_spills_and_16_warps_fit(compiled: dict[str, dict], case: str) -
 def test_accesses_are_128_bits_wide(compiled: dict[str, dict], case: str, loads: int, stores: int) -> None:
     assert compiled[case]["wide_loads"] >= loads
     assert compiled[case]["wide_stores"] >= stores
+
+
+@pytest.fixture(scope="module")
+def attention(compiled: dict[str, dict]) -> dict[str, dict]:
+    older = triton_kernels.compiled("--archs", "80", "--filter", "attention")
+    newer = {f"sm_90 {case}": kernel for case, kernel in compiled.items()}
+    return {case: kernel for case, kernel in (older | newer).items() if "attention" in case}
+
+
+@pytest.mark.parametrize("case", [f"sm_{arch} {case}" for arch in (80, 90) for case in CASES if "attention" in case])
+def test_products_of_attention_are_on_tensor_cores(attention: dict[str, dict], case: str) -> None:
+    """And nothing is what other programs add to; some registers spill on sm_80, or with dropout."""
+    found, sass = attention[case], attention[case]["code"]
+    assert len(re.findall(r"\bHG?MMA", sass)) >= 30
+    assert not re.findall(r"\b(?:ATOMG?|RED)\b", sass)
+    on_sm_80, of_triton_36 = "sm_80" in case, Version(version("triton")) < Version("3.7")
+    assert found["local"] <= 100 * on_sm_80 + (60 + 40 * (on_sm_80 and of_triton_36)) * ("dropout" in case)
+    assert found["shared"] <= 96 * 1024
 
 
 DRAWING = ["step-hessian-fp32", "step-hessian-bf16", "diag-fp32", "rademacher-fp32", "perturb-fp32"]
