@@ -34,7 +34,7 @@ class Graph:
         module: the loss function.
         spec: what the step computes.
         params: parameters to differentiate by.
-        draw: the probes.
+        probes: of the step that it is made in.
         scale: GradScaler's factor on the loss.
         tensors: those of a batch.
         seen: what Python code looks at.
@@ -52,7 +52,7 @@ class Graph:
         module: LossModule,
         spec: StepSpec,
         params: Sequence[Tensor],
-        draw: Probes,
+        probes: Probes,
         scale: Tensor | None,
         tensors: Sequence[Tensor],
         seen: Seen,
@@ -68,10 +68,10 @@ class Graph:
         # A captured graph reads the probes where they are drawn.
         self._memory: list[Memories | None] = [{} if capture else None for _ in range(spec.n_samples)]
         due = list(spec.due)
-        probes: Sequence[Sequence[Tensor]] = [[params[i] for i in due]] * spec.n_samples  # like them
+        z: Sequence[Sequence[Tensor]] = [[params[i] for i in due]] * spec.n_samples  # like them
         if capture and due:
-            probes = [draw.draw(due, sample, memory) for sample, memory in enumerate(self._memory)]
-        fixed, others = self._fixed(params), self._others(probes, scale, tensors)
+            z = [probes.draw(due, sample, memory) for sample, memory in enumerate(self._memory)]
+        fixed, others = self._fixed(params), self._others(z, scale, tensors)
         module.tracing = True
         try:
             with hvp.treating(hvp.Refused()):
@@ -91,12 +91,10 @@ class Graph:
         others = [t for t, _ in state.values() if id(t) not in trained]
         return [t.detach() for t in (*params, *others)]
 
-    def _others(
-        self, probes: Sequence[Sequence[Tensor]], scale: Tensor | None, tensors: Sequence[Tensor]
-    ) -> list[Tensor]:
-        """Return the inputs after those; ``probes``: for each sample one tensor for each parameter that is due."""
+    def _others(self, z: Sequence[Sequence[Tensor]], scale: Tensor | None, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """Return the inputs after those; ``z``: for each sample one tensor for each parameter that is due."""
         return [
-            *(z.detach() for sample in probes for z in sample),
+            *(probe.detach() for sample in z for probe in sample),
             *([] if scale is None else [scale]),
             *(t.detach() for t in tensors),
         ]
@@ -112,16 +110,16 @@ class Graph:
         return list(map(Tensor.data_ptr, (*fixed, *held)))
 
     def __call__(
-        self, params: Sequence[Tensor], draw: Probes, scale: Tensor | None, tensors: Sequence[Tensor]
+        self, params: Sequence[Tensor], probes: Probes, scale: Tensor | None, tensors: Sequence[Tensor]
     ) -> Derivatives:
         """Run with other numbers; gradients, and Hz with them, have been through the leaves' own hooks."""
         due, probed = self._flat.spec.due, self._flat.found.probed
-        probes: list[Sequence[Tensor]] = []
+        z: list[Sequence[Tensor]] = []
         for sample, memory in enumerate(self._memory):
             of_due = {i: params[i] for i in due}  # any tensor will do where there is no product
-            of_due |= zip(probed, draw(probed, sample, memory) if probed else (), strict=True)
-            probes.append(list(of_due.values()))
-        others = self._others(probes, scale, tensors)
+            of_due |= zip(probed, probes(probed, sample, memory) if probed else (), strict=True)
+            z.append(list(of_due.values()))
+        others = self._others(z, scale, tensors)
         # What a captured graph has the addresses of is not looked for again: it fits.
         outputs = self._run(*self._fixed(params), *others) if self._addresses is None else self._captured(*others)
         found = self._flat.unpack(outputs)

@@ -218,16 +218,16 @@ class TrainStep:
         capture = params[0].is_cuda if self.cuda_graph == "auto" else bool(self.cuda_graph)
         graphs = graphs and (capture or self.compile) and not self._counts
         spec, tensors = self._spec(steps, params, batch, scaled=scale is not None)
-        graph, draw = None, _Probes(steps, params)
+        graph, probes = None, _Probes(steps, params)
         if graphs:
-            graph, tensors = self._graph(steps, params, batch, spec, seen, tensors, draw, scale, capture=capture)
+            graph, tensors = self._graph(steps, params, batch, spec, seen, tensors, probes, scale, capture=capture)
         given = [t for t in tensors if t.requires_grad]
         if graph is not None:
-            found = graph(params, draw, scale, tensors)
+            found = graph(params, probes, scale, tensors)
         else:
             known = set(map(id, params))  # and what was computed from them before the step
             given = [leaf for leaf in dict.fromkeys(hvp.explore(given).leaves) if id(leaf) not in known]
-            found = spec.differentiate(self._module, [*params, *given], batch, draw, scale)
+            found = spec.differentiate(self._module, [*params, *given], batch, probes, scale)
         own, others = found.grads[: len(trained)], found.grads[len(trained) :]
         if opt.coming_step.ranks is None and all(grad is None for grad in own):  # of which another rank may have some
             shapes = ", ".join(str(tuple(p.shape)) for p in trained[:3]) + (", ..." if trained[3:] else "")
@@ -239,9 +239,9 @@ class TrainStep:
             for step in steps[1:]:
                 stack.enter_context(step.passing())
             others = [g if g is None else g.clone() for g in others]  # of a captured graph, which writes to its own
-            opt.coming_step.take([*params, *given], [*own, *others], *draw.of(0, found))
+            opt.coming_step.take([*params, *given], [*own, *others], *probes.of(0, found))
             for number, step in enumerate(steps[1:], start=1):
-                step.take_products(*draw.of(number, found))
+                step.take_products(*probes.of(number, found))
                 step.finish_average(None)
         if scale is None:
             opt.step()
@@ -330,7 +330,7 @@ class TrainStep:
         spec: StepSpec,
         seen: Seen,
         tensors: list[Tensor],
-        draw: _Probes,
+        probes: _Probes,
         scale: Tensor | None,
         *,
         capture: bool,
@@ -354,7 +354,7 @@ class TrainStep:
                     "of modules, groups that are due, numbers in Python); steps of further kinds run eagerly",
                 )
             return None, tensors
-        graph = self._make(params, spec, seen, tensors, draw, scale, capture=capture)
+        graph = self._make(params, spec, seen, tensors, probes, scale, capture=capture)
         if graph is None and not self._failure:
             return None, tensors
         if graph is None and not self._as_constants and {int, float}.intersection(spec.constants):
@@ -362,7 +362,7 @@ class TrainStep:
             self._as_constants = True
             self._graphs = {k: g for k, g in self._graphs.items() if not {int, float}.intersection(k.constants)}
             spec, tensors = self._spec(steps, params, batch, scaled=scale is not None)
-            return self._graph(steps, params, batch, spec, seen, tensors, draw, scale, capture=capture)
+            return self._graph(steps, params, batch, spec, seen, tensors, probes, scale, capture=capture)
         if graph is None:
             warn(
                 f"TrainStep runs this kind of step eagerly, because it cannot be "
@@ -409,7 +409,7 @@ class TrainStep:
         spec: StepSpec,
         seen: Seen,
         tensors: Sequence[Tensor],
-        draw: _Probes,
+        probes: _Probes,
         scale: Tensor | None,
         *,
         capture: bool,
@@ -426,7 +426,7 @@ class TrainStep:
                 pool = next((g.pool for g in self._graphs.values() if g is not None and g.pool is not None), None)
                 how: dict[str, Any] = {"compiled": self.compile, "capture": capture, "pool": pool}
                 check = functools.partial(self._check_written, seen)
-                graph = Graph(self._module, spec, params, draw, scale, tensors, seen, check, **how)
+                graph = Graph(self._module, spec, params, probes, scale, tensors, seen, check, **how)
         except _CachesError:
             self._failure = ""
             return None
