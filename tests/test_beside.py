@@ -27,22 +27,6 @@ SCHEDULERS = {  # the first two cycle betas
 }
 
 
-def by_hand(opt, loss, *batch):
-    """The definition: gradients of all leaves, D = z * Hz of the optimizer's by a plain double backward."""
-    opt.zero_grad()
-    value, model = loss(*batch), loss.model
-    own, leaves = [p for group in opt.param_groups for p in group["params"]], list(model.parameters())
-    grads = dict(zip(leaves, torch.autograd.grad(value, leaves, create_graph=True), strict=True))
-    for p, g in grads.items():
-        p.grad = g.detach().clone()
-    if opt.needs_hessian:
-        z = opt.coming_step.draw(own, 0)
-        products = torch.autograd.grad([grads[p] for p in own], own, z)
-        opt.step(hessian=[a * b for a, b in zip(z, products, strict=True)])
-    else:
-        opt.step()
-
-
 def train(way, other, device):
     """Five steps towards an average of the weights that follows them; weights and average."""
     model = mlp(device=device)
@@ -56,7 +40,6 @@ def train(way, other, device):
             target = teacher(x)
         return (model(x) - y).square().mean() + (model(x) - target).square().mean()
 
-    loss.model = model
     steps = TrainStep(loss, opt, cuda_graph=False) if way == "traced" else None
     for i in range(5):
         x, y = batch(i, model)
@@ -70,12 +53,10 @@ def train(way, other, device):
 
             another.step(closure)
         another.zero_grad()
-        if way == "by_hand":
-            by_hand(opt, loss, x, y)
-        elif way == "traced":
+        if way == "traced":
             steps(x, y)
         else:
-            ways.WAYS[way](opt, loss, x, y)
+            ways.EVERY[way](opt, loss, x, y)
         if other != "LBFGS":
             another.step()
         scheduler.step(*([float(i)] if other == "LBFGS" else []))

@@ -10,7 +10,7 @@ from models import assert_same, batch, fresh, loss_of, mlp
 from published import AdaHessian
 from tolerances import assert_within, unit
 from torch import nn
-from ways import WAYS
+from ways import EVERY, WAYS
 
 from adahessian_fused import LongStepWarning
 
@@ -39,16 +39,9 @@ def clip_out_of_place(model):
 def stepping(name):
     def style(opt, model, change):
         loss = lambda x, y: (model(x) - y).square().mean()  # noqa: E731
-        WAYS[name](opt, loss, *batch(0, model), then=lambda: change(model))
+        EVERY[name](opt, loss, *batch(0, model), then=lambda: change(model))
 
     return style
-
-
-def micro_batches(opt, model, change):
-    for part in (0.25, 0.75):
-        opt.backward(loss_of(model) * part)
-    change(model)
-    opt.step()
 
 
 def pre_hook(opt, model, change):
@@ -58,7 +51,8 @@ def pre_hook(opt, model, change):
 
 
 GIVEN = ("needs_hessian", "backward", "function", "backward_split", "closure_standard", "closure_create_graph")
-STYLES = {"micro_batches": (micro_batches, {}), "pre_hook": (pre_hook, {})} | {n: (stepping(n), {}) for n in GIVEN}
+GIVEN += ("micro_batches",)
+STYLES = {"pre_hook": (pre_hook, {})} | {n: (stepping(n), {}) for n in GIVEN}
 STYLES |= {f"{n}-forward": (stepping(n), {"hvp": "forward_over_reverse"}) for n in ("function", "closure_standard")}
 STYLES["function-differences"] = stepping("function"), {"hvp": "finite_difference"}
 STYLES["backward_split-quarter"] = stepping("backward_split"), {"hessian_fraction": 0.25}

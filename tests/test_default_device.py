@@ -9,7 +9,7 @@ import torch
 from models import assert_same, batch, conv_net, mlp
 from published import AdaHessian
 from torch import nn
-from ways import WAYS
+from ways import EVERY
 
 from adahessian_fused import TrainStep, adahessian, check_hvp, hutchinson_diagonal
 
@@ -50,7 +50,7 @@ DEFAULTS = {
 
 def plain(name):
     def way(model, opt, loss_of, x, y):
-        WAYS[name](opt, lambda x, y: loss_of(model(x), y), x, y)
+        EVERY[name](opt, lambda x, y: loss_of(model(x), y), x, y)
 
     way.__name__ = name
     return way
@@ -63,16 +63,6 @@ def micro_batches(model, opt, loss_of, x, y):
     opt.step()
 
 
-def scaled(model, opt, loss_of, x, y):
-    scaler = torch.amp.GradScaler("cpu", init_scale=256.0)
-    opt.zero_grad()
-    opt.backward(scaler.scale(loss_of(model(x), y)))
-    opt.unscale_(scaler)
-    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-    scaler.step(opt)
-    scaler.update()
-
-
 def scaler_given(model, opt, loss_of, x, y):
     scaler = torch.amp.GradScaler("cpu", init_scale=256.0)
     opt.zero_grad()
@@ -81,21 +71,15 @@ def scaler_given(model, opt, loss_of, x, y):
     scaler.update()
 
 
-def diagonal(model, opt, loss_of, x, y):
-    opt.zero_grad()
-    loss_of(model(x), y).backward()
-    opt.step(hessian=[p.detach() for p in model.parameters()])
-
-
 def train_step_scaled(model, opt, loss_of, x, y):
     scaler = torch.amp.GradScaler("cpu", init_scale=256.0)
     TrainStep(model, loss_of, opt, compile=False, cuda_graph=False, grad_scaler=scaler)(x, y)
 
 
-PLAIN = ("needs_hessian", "closure_standard", "hook_backward", "train_step")
+PLAIN = ("needs_hessian", "closure_standard", "hook_backward", "train_step", "scaled", "diagonal")
 backward, closure, function, split = map(plain, ("backward", "closure_returns_loss", "function", "backward_split"))
-EVERY = [*map(plain, PLAIN), backward, closure, function, split, micro_batches, scaled, scaler_given, diagonal]
-EVERY += [train_step_scaled]
+WAYS = [*map(plain, PLAIN), backward, closure, function, split, micro_batches, scaler_given]
+WAYS += [train_step_scaled]
 OPTIONS = {
     "defaults": {},
     "averages": {"block_size": 4, "averaging": "abs", "n_samples": 2},
@@ -106,7 +90,7 @@ OPTIONS = {
     "finite_difference": {"hvp": "finite_difference"},
     "forward_over_reverse": {"hvp": "forward_over_reverse"},
 }
-CASES = [(way, {"hessian_fraction": 0.5} if way in (split, train_step_scaled) else {}) for way in EVERY]
+CASES = [(way, {"hessian_fraction": 0.5} if way in (split, train_step_scaled) else {}) for way in WAYS]
 CASES += [(backward, OPTIONS[name]) for name in ("averages", "stale", "gaussian", "rounded", "capturable")]
 CASES += [(way, OPTIONS[name]) for way in (closure, function, scaler_given) for name in [*OPTIONS][-2:]]
 CASES += [(function, OPTIONS["finite_difference"] | {"probe": "gaussian"})]

@@ -18,7 +18,7 @@ from tolerances import UNITS, assert_error, effect, relative_error
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from ways import WAYS
+from ways import EVERY, WAYS
 
 from adahessian_fused import TrainStep
 from adahessian_fused.friendly import attention_double_backward
@@ -198,14 +198,8 @@ def test_models(name):
 # ---- ways of stepping ------------------------------------------------------------------------------------------------
 
 
-def micro_batches(opt, loss, *batch):
-    for _ in range(2):
-        opt.backward(loss(*batch) / 2)
-    opt.step()
-
-
 # Every other way of stepping does what these do: test_options.py.
-SOME = {"function": WAYS["function"], "backward_split": WAYS["backward_split"], "micro_batches": micro_batches}
+SOME = ("function", "backward_split", "micro_batches")
 OPTIONS = {
     "plain": {},
     "two_samples": {"n_samples": 2},
@@ -222,7 +216,7 @@ def test_the_gradient_stays_and_the_curvature_is_rounded(way, options):
     for dtype in (None, LOW):
         model = conv_net(torch.float32)
         opt = AdaHessian(model.parameters(), betas=(0.0, 0.0), hvp_dtype=dtype, **OPTIONS[options])
-        SOME[way](opt, lambda x, y, m=model: F.mse_loss(m(x), y), *batch(0, model))
+        EVERY[way](opt, lambda x, y, m=model: F.mse_loss(m(x), y), *batch(0, model))
         states = [opt.state[p] for p in model.parameters()]
         found.append([[s[key] for s in states] for key in ("exp_avg", "exp_hessian_diag_sq")])
     (g, v), (low_g, low_v) = found

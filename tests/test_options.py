@@ -13,8 +13,6 @@ import ways
 from models import assert_same, batch, fresh, mlp, weights
 from tolerances import assert_trajectory, growth, nudge
 
-from adahessian_fused.reference import rademacher_signs
-
 PAGE = Path(__file__).parents[1] / "docs" / "options.md"
 STEPS = 4
 
@@ -25,19 +23,6 @@ def squares(model, x, y):
     return (model(x) - y).square().mean()
 
 
-def given_diagonal(opt, loss, *batch):
-    """D as the optimizer itself would compute it, by plain double backward."""
-    params, due = opt.param_groups[0]["params"], opt.needs_hessian
-    grads = torch.autograd.grad(loss(*batch), params, create_graph=True)
-    h = torch.tensor(int(opt.state[params[0]].get("hessian_step", 0)))
-    seed = opt.param_groups[0]["seed"]
-    z = [rademacher_signs(p.numel(), n, h, seed, 0).view(p.shape).to(p) for n, p in enumerate(params)]
-    products = torch.autograd.grad(grads, params, z)
-    for p, g in zip(params, grads, strict=True):
-        p.grad = g.detach()
-    opt.step(hessian=[a * b for a, b in zip(z, products, strict=True)] if due else None)
-
-
 WAYS = {
     "create_graph": ways.WAYS["needs_hessian"],
     "backward_loss": ways.WAYS["backward"],
@@ -46,7 +31,7 @@ WAYS = {
     "closure": ways.WAYS["closure_returns_loss"],
     "closure_with_backward": ways.WAYS["closure_standard"],
     "hook_backward": ways.WAYS["hook_backward"],
-    "given_diagonal": given_diagonal,
+    "given_diagonal": ways.by_hand,
     "train_step": ways.WAYS["train_step"],
 }
 NAMES = (

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import torch
+
 from adahessian_fused import TrainStep
 
 Way = Callable[..., object]
@@ -63,4 +65,41 @@ WAYS: dict[str, Way] = {
     "backward_split": outside(lambda opt, loss, *batch: opt.backward_split(loss, *batch)),
     "train_step": lambda opt, loss, *batch: TrainStep(loss, opt, compile=False)(*batch),
 }
+
+
+def scaled(opt, loss, *batch, then=lambda: None):
+    scaler = torch.amp.GradScaler("cpu", init_scale=256.0)
+    opt.zero_grad()
+    opt.backward(scaler.scale(loss(*batch)))
+    then()
+    scaler.step(opt)
+    scaler.update()
+
+
+def micro_batches(opt, loss, *batch):
+    for part in (0.25, 0.75):
+        opt.backward(loss(*batch) * part)
+
+
+def diagonal(opt, loss, *batch):
+    """Any numbers."""
+    opt.zero_grad()
+    loss(*batch).backward()
+    opt.step(hessian=[p.detach().square() for group in opt.param_groups for p in group["params"]])
+
+
+def by_hand(opt, loss, *batch):
+    """The definition: D = z * Hz of the optimizer's parameters, by plain double backward."""
+    opt.zero_grad()
+    value, own = loss(*batch), [p for group in opt.param_groups for p in group["params"]]
+    value.backward(retain_graph=True)  # of all leaves there are
+    if not opt.needs_hessian:
+        return opt.step()
+    z = opt.coming_step.draw(own, 0)
+    products = torch.autograd.grad(torch.autograd.grad(value, own, create_graph=True), own, z)
+    return opt.step(hessian=[a * b for a, b in zip(z, products, strict=True)])
+
+
+MORE = {"scaled": scaled, "micro_batches": outside(micro_batches), "diagonal": diagonal, "by_hand": by_hand}
+EVERY = WAYS | MORE
 STYLES = [name for name in WAYS if name not in ("backward_split", "train_step")]  # the loss need not have a batch

@@ -6,7 +6,6 @@ import contextlib
 import itertools
 import random
 import warnings
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -62,28 +61,9 @@ class Run:
         return [[p.detach().clone() for p in self.model.parameters()], states, counts]
 
 
-def _accumulated(opt: AdaHessian, loss: Callable[[Tensor], Tensor], x: Tensor) -> None:
-    opt.backward(loss(x[:2]) / 2)
-    opt.backward(loss(x[2:]) / 2)
-    opt.step()
-
-
-def _diagonal(opt: AdaHessian, loss: Callable[[Tensor], Tensor], x: Tensor) -> None:
-    loss(x).backward()
-    opt.step(hessian=[p.grad.detach() for group in opt.param_groups for p in group["params"]])
-
-
-def _scaled(opt: AdaHessian, loss: Callable[[Tensor], Tensor], x: Tensor) -> None:
-    scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
-    opt.backward(scaler.scale(loss(x)))
-    scaler.step(opt)
-    scaler.update()
-
-
 EVALUATE = ("function", "closure_returns_loss", "closure_standard")  # which the strategies work with that evaluate
 USUAL = ("backward", "needs_hessian", *EVALUATE, "backward_split", "hook_backward", "train_step")
-WAYS = {name: ways.WAYS[name] for name in USUAL}
-WAYS |= {"accumulated": _accumulated, "diagonal": _diagonal, "scaled": _scaled}
+WAYS = {name: ways.EVERY[name] for name in (*USUAL, "micro_batches", "diagonal", "scaled")}
 OPTIONS = (
     {}, {"update_each": 2}, {"block_size": 2, "averaging": "abs"}, {"update_each": 2, "off_step": "stale"},
     {"shrink": 2.0, "clip": 0.5}, {"weight_decay": 0.1, "betas": (0.5, 0.9)}, {"hvp": "finite_difference"},

@@ -276,24 +276,16 @@ def _trains_here(session, a):
 
 
 def _usual(name):
-    """A way of tests/ways.py; of those with a closure only where there is something to train."""
+    """A way of tests/ways.py; those with a closure or a scaler only where there is something to train."""
 
     def way(session, a, loss, diags, meanwhile):
-        if name.startswith("closure") and not _trains_here(session, a):
+        if name.startswith(("closure", "scaled")) and not _trains_here(session, a):
             return None
-        ways.WAYS[name](session.opt, lambda: session.loss(a)[0], then=meanwhile)
+        ways.EVERY[name](session.opt, lambda: session.loss(a)[0], then=meanwhile)
         return "step"
 
     way.__name__ = name
     return way
-
-
-def _micro_batches(session, a, loss, diags, meanwhile):
-    session.opt.backward(loss / 4, retain_graph=True)
-    session.opt.backward(loss * 0.75)
-    meanwhile()
-    session.opt.step()
-    return "step"
 
 
 def _diagonal(session, a, loss, diags, meanwhile):
@@ -305,20 +297,11 @@ def _diagonal(session, a, loss, diags, meanwhile):
     return "diagonal"
 
 
-def _scaled(session, a, loss, diags, meanwhile):
-    if not _trains_here(session, a):
-        return None
-    scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
-    session.opt.backward(scaler.scale(loss))
-    scaler.step(session.opt)
-    scaler.update()
-    return "step"
-
-
-WAYS = (
-    _usual("create_graph"), _usual("backward"), _micro_batches, _usual("function"), _usual("closure_returns_loss"),
-    _usual("closure_standard"), _usual("hook_backward"), _diagonal, _scaled, _usual("closure_zeroes_in_place"),
-)  # fmt: skip
+USUAL = (
+    *("create_graph", "backward", "micro_batches", "function", "closure_returns_loss", "closure_standard"),
+    *("hook_backward", "scaled", "closure_zeroes_in_place"),
+)
+WAYS = (*map(_usual, USUAL), _diagonal)
 ACTIONS = (
     "move", "remove", "add", "change", "freeze", "rebind", "deepcopy", "pickle", "resume", "abandon", "fail",
     "overflow", "mixed", "unscaled", "write", "strange", "reload",
