@@ -113,7 +113,7 @@ def evaluate_repeatedly(
         hvp.run_accumulated(params, gradient, own=own)
         hvp.run_accumulated(leaves, leaves, own=own)
         step.finish_average(step.start_average())
-    step.report_overflow(scaled=scales().get("inverse_scale") is not None)
+        step.report_overflow(scaled=scales().get("inverse_scale") is not None)
     return mean_of(values)
 
 
