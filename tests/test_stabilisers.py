@@ -108,19 +108,6 @@ def test_each_parameter_warms_up_in_its_own_first_steps(engine, device, late):
             torch.testing.assert_close(x.detach(), hand.p, rtol=1e-11, atol=1e-11)
 
 
-@pytest.mark.parametrize("options", [{}, {"capturable": True}], ids=["host", "capturable"])
-@pytest.mark.filterwarnings("ignore:This instance was constructed with capturable=True")
-def test_resumed_within_the_warmup(device, options):
-    options |= {"warmup": 4, "lr": 1.0, "betas": BETAS}
-    model, opt = fresh(mlp(device=device), **options)
-    train(opt, model, range(2))
-    again, opt_again = fresh(model, **options)
-    opt_again.load_state_dict(opt.state_dict())
-    for optimizer, module in ((opt, model), (opt_again, again)):
-        train(optimizer, module, range(2, 6))
-    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
-
-
 def test_the_share_of_cut_elements_is_that_of_groups_that_cut(device):
     p, q = (nn.Parameter(torch.ones(4, device=device)) for _ in range(2))
     opt = AdaHessian([{"params": [p], "clip": 0.5}, {"params": [q]}])
