@@ -27,7 +27,8 @@ from .sass import kernels
 
 ROOT = Path(__file__).resolve().parent.parent
 STEP, DIAG, RADEMACHER, PERTURB = "adahessian_step", "hessian_diag", "rademacher", "perturb"
-NORM, ATTENTION = "norm_double_backward", "attention_double_backward"
+NORMS = BATCH, ROW = "batch_norm_double_backward", "row_norm_double_backward"
+ATTENTION = "attention_double_backward"
 BYTES = {"fp32": 4, "bf16": 2, "fp16": 2, "fp64": 8}
 LANGUAGE = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16", "fp64": "float64"}
 POINTERS = {
@@ -70,26 +71,26 @@ CASES: dict[str, tuple[str, str, str, dict[str, Any]]] = {
     "coefficients": ("coefficients", "coefficients_kernel", "fp32", {}),
     **{f"rademacher-{t}": (RADEMACHER, "rademacher_kernel", t, {}) for t in ("fp32", "bf16")},
     **{f"perturb-{t}": (PERTURB, "perturb_kernel", t, MOVE) for t in ("fp32", "bf16", "fp64")},
-    "batch-sums-fp32": (NORM, "batch_norm_sums_kernel", "fp32", PLANES),
-    "batch-sums-channels-last-bf16": (NORM, "batch_norm_sums_kernel", "bf16", ROWS),
-    "batch-gradients-fp32": (NORM, "batch_norm_gradients_kernel", "fp32", {**PLANES, **GRADIENTS}),
-    "batch-gradients-channels-last-bf16": (NORM, "batch_norm_gradients_kernel", "bf16", {**ROWS, **GRADIENTS}),
-    "row-gradients-fp32": (NORM, "row_norm_gradients_kernel", "fp32", LAYER),
-    "row-gradients-bf16": (NORM, "row_norm_gradients_kernel", "bf16", LAYER),
-    "row-gradients-rms-bf16": (NORM, "row_norm_gradients_kernel", "bf16", {**LAYER, "mean": None}),
+    "batch-sums-fp32": (BATCH, "batch_norm_sums_kernel", "fp32", PLANES),
+    "batch-sums-channels-last-bf16": (BATCH, "batch_norm_sums_kernel", "bf16", ROWS),
+    "batch-gradients-fp32": (BATCH, "batch_norm_gradients_kernel", "fp32", {**PLANES, **GRADIENTS}),
+    "batch-gradients-channels-last-bf16": (BATCH, "batch_norm_gradients_kernel", "bf16", {**ROWS, **GRADIENTS}),
+    "row-gradients-fp32": (ROW, "row_norm_gradients_kernel", "fp32", LAYER),
+    "row-gradients-bf16": (ROW, "row_norm_gradients_kernel", "bf16", LAYER),
+    "row-gradients-rms-bf16": (ROW, "row_norm_gradients_kernel", "bf16", {**LAYER, "mean": None}),
     "row-gradients-4096-bf16": (
-        NORM,
+        ROW,
         "row_norm_gradients_kernel",
         "bf16",
         {"ONE": True, "WIDE": True, **ROW_BLOCKS[2]},
     ),
     "row-gradients-group-bf16": (
-        NORM,
+        ROW,
         "row_norm_gradients_kernel",
         "bf16",
         {"ONE": False, "WIDE": True, **ROW_BLOCKS[3]},
     ),
-    "row-weight-fp32": (NORM, "row_norm_weight_kernel", "fp32", {**ROWS, "ONE": True}),
+    "row-weight-fp32": (ROW, "row_norm_weight_kernel", "fp32", {**ROWS, "ONE": True}),
     **{
         f"attention-{part}{'-dropout' * drops}": (ATTENTION, f"attention_{part}_kernel", "bf16", {"DROPS": drops})
         for part in ("queries", "keys")
@@ -123,15 +124,15 @@ def every() -> dict[str, tuple[str, str, str, dict[str, Any]]]:
         for save, restore in itertools.product((True, False), repeat=2):
             add(PERTURB, "perturb_kernel", dtype, SAVE=save, RESTORE=restore)
         for given in (PLANES, ROWS, NARROW_PLANES, NARROW_ROWS):
-            add(NORM, "batch_norm_sums_kernel", dtype, **given)
-            add(NORM, "batch_norm_gradients_kernel", dtype, **given, **GRADIENTS)
-            add(NORM, "batch_norm_gradients_kernel", dtype, **given, SPLITS=1, FIXED=True, weight=None)
+            add(BATCH, "batch_norm_sums_kernel", dtype, **given)
+            add(BATCH, "batch_norm_gradients_kernel", dtype, **given, **GRADIENTS)
+            add(BATCH, "batch_norm_gradients_kernel", dtype, **given, SPLITS=1, FIXED=True, weight=None)
             for one, without in itertools.product((True, False), ({}, {"mean": None})):
-                add(NORM, "row_norm_weight_kernel", dtype, **given, ONE=one, **without)
+                add(ROW, "row_norm_weight_kernel", dtype, **given, ONE=one, **without)
         for without in ({}, {"mean": None, "v_bias": None}, {"v_weight": None, "v_bias": None, "weight": None}):
             for one, wide, blocks in itertools.product((True, False), (True, False), ROW_BLOCKS):
                 if not blocks["HELD"] or (one and dtype != "fp64"):
-                    add(NORM, "row_norm_gradients_kernel", dtype, ONE=one, WIDE=wide, **blocks, **without)
+                    add(ROW, "row_norm_gradients_kernel", dtype, ONE=one, WIDE=wide, **blocks, **without)
     return found
 
 
@@ -162,18 +163,18 @@ def compile_case(module: str, name: str, dtype: str, given: dict[str, Any], arch
     kernel = getattr(importlib.import_module(f"adahessian_fused.kernels.{module}"), name)
     tile, num_warps = TILES[BYTES[dtype]]
     num_warps = 1 if name in ("combine_kernel", "coefficients_kernel") else given.get("num_warps", num_warps)
-    options = {"num_warps": num_warps, **(FUSION if module == NORM else LAUNCH)}
+    options = {"num_warps": num_warps, **(FUSION if module in NORMS else LAUNCH)}
     if name == "hessian_diag_kernel":
         tile, options = diag_tile(BYTES[dtype])
     elif module == RADEMACHER:
         tile, options = double_tile(BYTES[dtype])
     wide = "*fp64" if dtype == "fp64" else "*fp32"
-    numbers = NORM_WIDE if module == NORM else WIDE
-    types = ({} if module == NORM else POINTERS) | dict.fromkeys(numbers, wide) | dict.fromkeys(NARROW, f"*{dtype}")
+    numbers = NORM_WIDE if module in NORMS else WIDE
+    types = ({} if module in NORMS else POINTERS) | dict.fromkeys(numbers, wide) | dict.fromkeys(NARROW, f"*{dtype}")
     pointers = {n: kind for n, kind in given.items() if isinstance(kind, str) and kind.startswith("*")}
     types |= pointers
     constants = {"DTYPE": getattr(tl, LANGUAGE[dtype]), "STATE": tl.float64 if dtype == "fp64" else tl.float32}
-    constants |= {"IS_HVP": True, "TILE": tile} | ({} if module == NORM else dict.fromkeys(OPTIONAL)) | given
+    constants |= {"IS_HVP": True, "TILE": tile} | ({} if module in NORMS else dict.fromkeys(OPTIONAL)) | given
     if module == ATTENTION:
         constants, types, options = attention(given["DROPS"])
     constants = {n: value for n, value in constants.items() if n in kernel.arg_names and n not in pointers}

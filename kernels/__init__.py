@@ -6,10 +6,11 @@ find its elements and average them, ``table`` what the host prepares before a la
 
 from .adahessian_step import adahessian_step
 from .attention_double_backward import attention_double_backward
+from .batch_norm_double_backward import batch_norm_double_backward
 from .hessian_diag import hessian_diag
-from .norm_double_backward import batch_norm_double_backward, row_norm_double_backward
 from .perturb import perturb
 from .rademacher import rademacher
+from .row_norm_double_backward import row_norm_double_backward
 
 __all__ = [
     "adahessian_step",

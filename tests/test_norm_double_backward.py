@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from contextlib import nullcontext
 from functools import partial
 from types import SimpleNamespace
@@ -193,17 +194,20 @@ def test_traced_on_cuda(on_cuda, case):
 )
 def test_grids_that_cuda_takes(monkeypatch, op, shape, layout):
     """Up to 65,535 in the second dimension, with as many programs as a GPU needs, and no element left out."""
-    module = pytest.importorskip("adahessian_fused.kernels.norm_double_backward", reason="Triton is not installed")
+    module = pytest.importorskip(f"adahessian_fused.kernels.{op}", reason="Triton is not installed")
     launches = []
 
     class Kernel:
         def __getitem__(self, grid):
             return lambda *arguments, **constants: launches.append((grid, arguments, constants))
 
-    for name in ("batch_norm_sums", "batch_norm_gradients", "row_norm_gradients", "row_norm_weight"):
+    for name in (
+        ("batch_norm_sums", "batch_norm_gradients") if op == BATCH else ("row_norm_gradients", "row_norm_weight")
+    ):
         monkeypatch.setattr(module, f"{name}_kernel", Kernel())
-    for name, value in {"on": lambda *_: nullcontext(), "TILE": 1024, "PROGRAMS": 1024, "INTERPRETED": False}.items():
-        monkeypatch.setattr(module, name, value)
+    monkeypatch.setattr(module, "on", lambda *_: nullcontext())
+    for name, value in {"TILE": 1024, "PROGRAMS": 1024, "INTERPRETED": False}.items():
+        monkeypatch.setattr(sys.modules[f"{module.__package__}.norm"], name, value)
     x = torch.empty(shape, dtype=torch.bfloat16, device="meta", memory_format=layout)
     of_channel = torch.empty(shape[1], device="meta")
     getattr(module, op)(x, None, None, x, x, None, of_channel, of_channel, op == ROW)
@@ -233,7 +237,7 @@ def test_sizes_whose_numbers_have_more_than_32_bits_take_the_formulas(monkeypatc
 
 @pytest.mark.parametrize("length", [1, 31, 256, 257, 768, 1024, 1025, 1600, 2049, 3072, 4096, 4097, 50000])
 def test_rows_in_registers_are_whole_blocks_but_for_the_last(length):
-    module = pytest.importorskip("adahessian_fused.kernels.norm_double_backward", reason="Triton is not installed")
+    module = pytest.importorskip("adahessian_fused.kernels.row_norm_double_backward", reason="Triton is not installed")
     held, block, warps = module.row_blocks(length, held=True).values()
     assert (0 < length - (held - 1) * block <= block and held <= 4) if length <= 4096 else held == 0
     assert block <= warps * 32 * 8
