@@ -292,6 +292,11 @@ class AdaHessian(torch.optim.Optimizer):
     def _step(self, closure: Callable[[], Any] | None, hessian: Sequence[Tensor | None] | None) -> Any:
         _check_graph_capture(self)
         coming = self.coming_step
+        if coming.before_closure is not None or coming.evaluation is not None:
+            raise RuntimeError(
+                "opt.step() was called by the closure of opt.step(closure); expected a closure that computes the loss "
+                "and leaves the step to the call that it is given to"
+            )
         try:
             if coming.unfinished is not None:
                 (parts, loss, *then), coming.unfinished = coming.unfinished, None

@@ -155,12 +155,14 @@ def with_own_options(
 def take_states(opt: Optimizer, state_dict: Mapping[str, Any], source: Source, state_dtype: torch.dtype | None) -> None:
     """Put the states of a state dict, whose groups are loaded, into an optimizer as it keeps them."""
     saved = state_dict["state"]
-    ids = [i for group in state_dict["param_groups"] for i in group["params"]]
+    ids = [(i, theirs) for theirs in state_dict["param_groups"] for i in theirs["params"]]
     placed = [(group, p) for group in opt.param_groups for p in group["params"]]
     opt.state.clear()
-    for i, (group, p) in zip(ids, placed, strict=True):
+    for (i, theirs), (group, p) in zip(ids, placed, strict=True):
         loaded = normalized_state(saved[i], group, p, state_dtype) if i in saved else {}
         if loaded:
+            if source is ADAM and bool(theirs.get("maximize")) != bool(group.get("maximize")):
+                loaded["exp_avg"].neg_()  # of the gradient's negative there, or here
             opt.state[p] = loaded
     for group in opt.param_groups:
         steps = [opt.state[p]["step"] for p in group["params"] if p in opt.state]

@@ -273,6 +273,33 @@ def test_a_closure_that_is_a_loss():
         opt.step(loss_of(model))
 
 
+@pytest.mark.parametrize("inner", ["closure", "no closure"])
+@pytest.mark.parametrize("update_each", [1, 2])
+@pytest.mark.parametrize("hvp", ["autograd", "finite_difference", "forward_over_reverse"])
+def test_a_step_in_its_own_closure(hvp, update_each, inner):
+    model, calls = mlp(), []
+    opt = AdaHessian(model.parameters(), hvp=hvp, update_each=update_each)
+    opt.step(lambda: loss_of(model, 0))
+    before, state = weights(model), str(opt.state_dict())
+
+    def closure():
+        calls.append(1)
+        opt.zero_grad()
+        loss = loss_of(model, 1)
+        loss.backward()
+        opt.step(*[closure] * (inner == "closure"))
+        return loss
+
+    with pytest.raises(
+        RuntimeError, match=r"was called by the closure of opt.step\(closure\); expected a closure that"
+    ):
+        opt.step(closure)
+    assert len(calls) == 1
+    assert_same(weights(model), before)
+    assert str(opt.state_dict()) == state
+    opt.step(lambda: loss_of(model, 0))
+
+
 def test_a_loss_in_the_place_of_its_function():
     model, opt = fresh(mlp(), hessian_fraction=0.5)
     with pytest.raises(TypeError, match=r"loss_fn is of type Tensor; expected a function of the batch, as in .*lambda"):

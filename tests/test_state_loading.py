@@ -143,7 +143,7 @@ def test_a_run_goes_on_by_the_rules_of_its_code(device, package, name, shape):
 
 # ---- state dicts of other optimizers ---------------------------------------------------------------------------------
 
-KEPT = {"Adam": {}, "AdamW": {"amsgrad": True}, "Adamax": {}, "NAdam": {}, "RAdam": {}}
+KEPT = {"Adam": {}, "AdamW": {"amsgrad": True}, "Adamax": {"maximize": True}, "NAdam": {}, "RAdam": {}}
 OTHERS = {
     "SGD": {"momentum": 0.9},
     "Adagrad": {},
@@ -173,7 +173,8 @@ def test_the_gradients_average_of_adams_family_is_kept(device, name, options, ma
     p, theirs = first_order(name, options, device)
     opt, x = make([p], lr=0.01, betas=(0.9, 0.99), eps=0.0, hessian_power=1.0), p.detach().clone()
     expected = {name: value for name, value in opt.param_groups[0].items() if name != "params"}
-    m = 0.9 * theirs.state[p]["exp_avg"] + 0.1 * 4 * x**3
+    sign = -1 if options.get("maximize") else 1
+    m = 0.9 * sign * theirs.state[p]["exp_avg"] + 0.1 * 4 * x**3
     with pytest.warns(UserWarning, match="took exp_avg and step of a state dict of Adam's family"):
         opt.load_state_dict(theirs.state_dict())
     assert {name: opt.param_groups[0][name] for name in expected} == expected

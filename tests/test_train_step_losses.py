@@ -171,6 +171,33 @@ def test_losses_of_all_kinds(device, traced, make):
     assert len(step._graphs) == 2
 
 
+MISTAKEN = {
+    "a loss of the batch, and a model": (lambda m, f, opt: (m, f, opt), "mat1 and mat2 shapes", "for a loss_of"),
+    "a loss of the model": (lambda m, f, opt: (lambda model, x, y: f(x, y), opt), "missing 1 required", "a loss_of"),
+    "a model alone": (lambda m, f, opt: (m, opt), "takes 2 positional arguments", "a loss_of"),
+}
+
+
+@pytest.mark.parametrize(("arguments", "why", "instead"), MISTAKEN.values(), ids=MISTAKEN)
+def test_a_loss_that_is_called_in_another_way(device, arguments, why, instead):
+    model = torch.nn.Linear(3, 2).to(device)
+    opt = AdaHessian(model.parameters())
+    x, y, before = torch.ones(5, 3, device=device), torch.ones(5, 2, device=device), str(opt.state_dict())
+    step = TrainStep(*arguments(model, lambda x, y: F.mse_loss(model(x), y), opt), compile=False)
+    said = rf"called loss_.* with Tensor \(5, 3\), Tensor \(5, 2\), which failed: .*{why}.*; expected .*{instead}"
+    with pytest.raises((TypeError, RuntimeError), match=said):
+        step(x, y)
+    assert str(opt.state_dict()) == before
+
+
+def test_a_loss_that_fails_later_says_so_itself(device):
+    model = torch.nn.Linear(3, 2).to(device)
+    step = TrainStep(lambda x: model(x).square().mean(), AdaHessian(model.parameters()), compile=False)
+    step(torch.ones(5, 3, device=device))
+    with pytest.raises(RuntimeError, match=r"^mat1 and mat2 shapes"):
+        step(torch.ones(5, 4, device=device))
+
+
 def test_what_it_tells_of_itself(device, traced):
     model, opt = fresh(mlp(device=device), lr=0.01, update_each=2)
     step = TrainStep(model, F.mse_loss, opt, cuda_graph=False)

@@ -55,12 +55,19 @@ class LossModule(nn.Module):
         super().__init__()
         self.parts = nn.ModuleList(modules)
         self._loss_fn = (loss_fn,)  # a module would be registered once more
-        self.tracing = False
+        self.tracing = self._called = False
 
     def forward(self, *batch: Any) -> Any:
         """Return what the loss function returns."""
         if not self.tracing:
-            return self._loss_fn[0](*batch)
+            try:
+                result = self._loss_fn[0](*batch)
+            except Exception as error:
+                if self._called or type(error) not in (TypeError, ValueError, IndexError, RuntimeError):
+                    raise
+                raise type(error)(_what_failed(self._loss_fn[0], batch, error)) from error
+            self._called = True
+            return result
         with (
             no_buffer_replaced(self),
             # What torch.compile was told of is traced as it was before.
@@ -79,6 +86,16 @@ class LossModule(nn.Module):
                 if tensor is not None:
                     found.setdefault(id(tensor), (tensor, []))[1].append(f"{prefix}.{name}")
         return found
+
+
+def _what_failed(loss_fn: Callable[..., Any], batch: Sequence[Any], error: Exception) -> str:
+    """Say how the loss was called for the first time, and how else it could be."""
+    given = ", ".join(f"{type(x).__name__} {tuple(x.shape)}" if isinstance(x, Tensor) else repr(x)[:40] for x in batch)
+    called, expected = "loss_of(*batch)", "a loss_of(x, y) of the batch alone, or TrainStep(model, loss_fn, opt)"
+    if isinstance(loss_fn, OfModel):
+        called = "loss_fn(model(inputs), targets)"
+        expected = "TrainStep(loss_of, opt) for a loss_of(inputs, targets) that calls the model itself"
+    return f"TrainStep called {called} with {given}, which failed: {error}; expected {expected}"
 
 
 @contextlib.contextmanager

@@ -127,7 +127,8 @@ class TrainStep:
         if model is not None and not fits(loss_fn, 2):
             raise TypeError(
                 f"loss_fn is of type {type(loss_fn).__name__}, which cannot be called with outputs and targets; "
-                "expected TrainStep(model, loss_fn, optimizer), in this order"
+                "expected TrainStep(model, loss_fn, optimizer), in this order, or for a loss_of(model, x, y) "
+                "TrainStep(lambda x, y: loss_of(model, x, y), optimizer)"
             )
         if optimizer.param_groups[0]["hvp"] != "autograd":
             raise ValueError(f'optimizer has hvp={optimizer.param_groups[0]["hvp"]!r}; TrainStep is hvp="autograd"')
