@@ -24,24 +24,10 @@ def nothing_stays_hooked():
     assert Tensor.backward is PLAIN
 
 
-def step(opt, model, i, micro_batches=1, scale=lambda loss: loss, **options):
+def step(opt, model, i):
     opt.zero_grad()
-    for j in range(micro_batches):
-        scale(loss_of(model, i + j) / micro_batches).backward(**options)
+    loss_of(model, i).backward()
     opt.step()
-
-
-def test_micro_batches(device):
-    (a, opt_a), (b, opt_b) = (fresh(mlp(device=device), update_each=2) for _ in range(2))
-    with opt_a.hook_backward():
-        for i in range(3):
-            step(opt_a, a, i, 2)
-    for i in range(3):
-        opt_b.zero_grad()
-        for j in range(2):
-            opt_b.backward(loss_of(b, i + j) / 2)
-        opt_b.step()
-    assert_same(weights(a), weights(b))
 
 
 def test_other_losses_are_left_alone():
