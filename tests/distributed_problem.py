@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 import torch
 import torch.distributed as dist
 from published import AdaHessian
+from ranks import Ranks
 from tolerances import GROWS, ROUNDINGS, assert_trajectory, growth, nudge
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
@@ -100,7 +101,15 @@ def taking(name: str) -> Callable:
 
 
 backward, closure, standard_closure = map(taking, ("backward", "closure_returns_loss", "closure_standard"))
+function = taking("function")
 hooked, create_graph, train_step = map(taking, ("hook_backward", "needs_hessian", "train_step"))
+
+
+def train(ranks: Ranks, way: Callable, model: nn.Module, opt: AdaHessian, steps: Sequence[int] = range(STEPS)) -> None:
+    """Train with this rank's part of the joint batches."""
+    for step in steps:
+        inputs, targets = batch(step)
+        way(model, opt, inputs[ranks.share(N)], targets[ranks.share(N)])
 
 
 # ---- traffic ---------------------------------------------------------------------------------------------------------

@@ -23,6 +23,7 @@ from distributed_problem import (
     make_model,
     same_bits,
     standard_closure,
+    train,
     train_step,
 )
 from published import AdaHessian
@@ -40,9 +41,7 @@ def together(ranks: Ranks, step, **options):
     """A model trained on all ranks with a step of the check's, which gets model, optimizer and this rank's part."""
     model = make_model()
     opt = AdaHessian(model.parameters(), process_group=ranks.group, **SETTINGS | options)
-    for i in range(STEPS):
-        inputs, targets = batch(i)
-        step(model, opt, inputs[ranks.share(N)], targets[ranks.share(N)])
+    train(ranks, step, model, opt)
     assert same_bits(everything(model, opt), ranks.group)
     return model
 

@@ -23,11 +23,13 @@ from distributed_problem import (
     bytes_reduced,
     closure,
     everything,
+    function,
     hooked,
     loss_of,
     make_model,
     same_bits,
     standard_closure,
+    train,
     train_step,
 )
 from published import AdaHessian
@@ -124,9 +126,7 @@ def check_finite_differences_through_ddp(ranks):
         handle = {"process_group": ddp} if told == "module" else handle
         if "before" not in told:
             opt = AdaHessian(ddp.parameters(), probe_per_rank=False, **options, **handle)
-        for step in range(STEPS):
-            inputs, targets = batch(step)
-            standard_closure(ddp, opt, inputs[ranks.share(N)], targets[ranks.share(N)])
+        train(ranks, standard_closure, ddp, opt)
         assert_close(model, expected, hvp="finite_difference")
         assert same_bits(everything(model, opt), ranks.group)
 
@@ -150,7 +150,7 @@ def check_several_ddp_modules_of_one_optimizer(ranks):
 def check_what_another_optimizer_trains_is_averaged(ranks):
     """Steps with curvature go past DDP's hooks, and so average what it would have averaged for others."""
 
-    def train(model, wrapped, way, share, **options):
+    def trained(model, wrapped, way, share, **options):
         opt, sgd = (
             AdaHessian(model[:3].parameters(), **SETTINGS, **options),
             torch.optim.SGD(model[3:].parameters(), 0.1),
@@ -163,12 +163,12 @@ def check_what_another_optimizer_trains_is_averaged(ranks):
         return model
 
     model = make_model()
-    expected = train(model, model, backward, slice(N), process_group="alone")
+    expected = trained(model, model, backward, slice(N), process_group="alone")
     for told in ({}, {"process_group": ranks.group}):
         for way in (backward, closure, standard_closure, hooked, train_step, ddp_micro_batches):
             model = make_model()
             ddp = DistributedDataParallel(model, process_group=ranks.group)
-            train(model, ddp, way, ranks.share(N), probe_per_rank=False, **told)
+            trained(model, ddp, way, ranks.share(N), probe_per_rank=False, **told)
             assert_close(model, expected)
             assert same_bits(list(model.parameters()), ranks.group), way.__name__
 
@@ -204,7 +204,7 @@ PASSES |= {"micro-batches": _micro_batches_and_backward}
 def check_what_one_rank_does_not_use(ranks):
     """It takes part in whatever the others do for it."""
 
-    def train(way, whose, wrap, share, first, **options):
+    def trained(way, whose, wrap, share, first, **options):
         torch.manual_seed(2)
         model = Experts()
         wrapped = wrap(model)
@@ -225,11 +225,11 @@ def check_what_one_rank_does_not_use(ranks):
 
     n = N // ranks.size
     for whose in EXPERTS:
-        expected = train(WAYS["backward"], whose, lambda model: model, slice(N), n, process_group="alone")
+        expected = trained(WAYS["backward"], whose, lambda model: model, slice(N), n, process_group="alone")
         ddp = functools.partial(DistributedDataParallel, process_group=ranks.group, find_unused_parameters=True)
         for name, way in PASSES.items():
             for told in ({}, {"process_group": ranks.group}) if name == "backward" else ({},):
-                found = train(way, whose, ddp, ranks.share(N), 0 if ranks.rank else n, **told)
+                found = trained(way, whose, ddp, ranks.share(N), 0 if ranks.rank else n, **told)
                 assert_close(found, expected)
                 assert same_bits(list(found.parameters()), ranks.group), (whose, name)
 
@@ -253,9 +253,7 @@ def check_communication_hooks_of_ddp(ranks):
             ddp = DistributedDataParallel(model, process_group=ranks.group)
             hook(ddp, ranks.group)
             opt = AdaHessian(ddp.parameters(), probe_per_rank=False, **SETTINGS)
-            for step in range(STEPS):
-                inputs, targets = batch(step)
-                way(ddp, opt, inputs[ranks.share(N)], targets[ranks.share(N)])
+            train(ranks, way, ddp, opt)
             for found, wanted in zip(model.parameters(), expected.parameters(), strict=True):
                 torch.testing.assert_close(found, wanted, rtol=0, atol=2**-11)  # half a unit of float16 below 1
             assert same_bits(everything(model, opt), ranks.group)
@@ -296,9 +294,7 @@ def check_ddp_and_compiled_models(ranks):
             with pytest.raises(RuntimeError, match=r"compiled.*curvature_friendly\(model, opt\)"):
                 way(wrapped, opt, inputs[ranks.share(N)], targets[ranks.share(N)])
             continue
-        for step in range(STEPS):
-            inputs, targets = batch(step)
-            way(wrapped, opt, inputs[ranks.share(N)], targets[ranks.share(N)])
+        train(ranks, way, wrapped, opt)
         assert_close(model, expected)
         assert same_bits(everything(model, opt), ranks.group)
 
@@ -368,18 +364,10 @@ def _sharded(ranks: Ranks, **options) -> tuple[nn.Module, AdaHessian]:
 def check_fsdp_equals_the_joint_batch(ranks):
     """Same probes too: rows of the convolution and of the matrices lie on all ranks, unevenly."""
     more = {"warmup": 4, "lr": 0.5}, {"shrink": 5.0}
-    for way, options in ((closure, {}), (standard_closure, {}), ("function", {}), *((closure, o) for o in more)):
+    for way, options in ((closure, {}), (standard_closure, {}), (function, {}), *((closure, o) for o in more)):
         expected = alone(STEPS, hvp="finite_difference", **options)
         model, opt = _sharded(ranks, **options)
-        for step in range(STEPS):
-            inputs, targets = batch(step)
-            x, y = inputs[ranks.share(N)], targets[ranks.share(N)]
-            if way == "function":
-                opt.zero_grad()
-                opt.backward(lambda: loss_of(model, x, y))  # noqa: B023
-                opt.step()
-            else:
-                way(model, opt, x, y)
+        train(ranks, way, model, opt)
         assert_close(model, expected, hvp="finite_difference")
         weight = model[3].weight
         assert opt.state[weight]["exp_avg"].placements == weight.placements
@@ -463,16 +451,11 @@ def check_checkpoint_of_two_ranks_resumes_on_one_and_three(ranks):
     else:
         model, opt = _sharded(ranks, shrink=5.0)
 
-    def train(first, last):
-        for step in range(first, last):
-            inputs, targets = batch(step)
-            closure(model, opt, inputs[ranks.share(N)], targets[ranks.share(N)])
-
     def state():
         return {"model": model.state_dict(), "optimizer": get_optimizer_state_dict(model, opt)}
 
     if ranks.size == 2:
-        train(0, 3)
+        train(ranks, closure, model, opt, range(3))
         checkpoint.save(state(), checkpoint_id=ranks.folder / "saved", process_group=ranks.group)
     else:
         loaded = state()
@@ -482,7 +465,7 @@ def check_checkpoint_of_two_ranks_resumes_on_one_and_three(ranks):
         set_optimizer_state_dict(model, opt, loaded["optimizer"])
         assert opt.param_groups[0]["step"] == 3
         assert opt.state[model[0].weight]["hessian_step"] == 2
-    train(3, 6)  # an off-step first
+    train(ranks, closure, model, opt, range(3, 6))  # an off-step first
     assert_close(model, alone(6, hvp="finite_difference", shrink=5.0), 6, hvp="finite_difference")
 
 
