@@ -248,14 +248,13 @@ class AdaHessian(torch.optim.Optimizer):
         if isinstance(param_group["params"], nn.Module):
             self._kernels.update(kernels_of(param_group["params"]))
             param_group["params"] = param_group["params"].parameters()
+        param_group["step"] = 0  # whatever another optimizer has counted in this dict; before other threads see it
         super().add_param_group(param_group)
         try:
             self.layout.check_added()
         except (TypeError, ValueError, RuntimeError):
             self.param_groups.pop()
             raise
-        group = self.param_groups[-1]
-        group["step"] = 0  # whatever another optimizer has counted in this dict
         self.coming_step.begin()
 
     profile_hook_step = staticmethod(hooked_step)  # type: ignore[assignment]  # by which PyTorch wraps step()

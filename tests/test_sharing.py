@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 from adahessian_fused import TrainStep
 from adahessian_fused.hvp import double_backward
+from adahessian_fused.layout import ParameterLayout
 
 X = torch.linspace(-2, 2, 24, dtype=torch.float64).reshape(8, 3)
 
@@ -316,3 +317,18 @@ def test_optimizers_in_threads_of_their_own():
         found = list(pool.map(trained, range(3)))
     for ours, theirs in zip(found, expected, strict=True):
         assert all(map(torch.equal, ours, theirs))
+
+
+def test_a_pass_in_another_thread_while_an_optimizer_is_made(monkeypatch):
+    """It is known from its first group on, before that has been checked."""
+    model, check = mlp(), ParameterLayout.check_added
+    opt = AdaHessian(model.parameters())
+
+    def check_in_between(layout):
+        opt.backward(model(X).square().mean())
+        check(layout)
+
+    monkeypatch.setattr(ParameterLayout, "check_added", check_in_between)
+    AdaHessian(mlp().parameters())
+    opt.step()
+    assert opt.statistics().as_dict()["hessian_step"] == 1
