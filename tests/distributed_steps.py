@@ -34,7 +34,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from adahessian_fused.curvature import draw_probe
-from adahessian_fused.distributed.flat_mean import FlatMean
+from adahessian_fused.distributed import flat_mean
 
 
 def together(ranks: Ranks, step, **options):
@@ -232,8 +232,20 @@ def check_the_default_device_changes_nothing(ranks):
         assert all(map(torch.equal, *(model.parameters() for model in models))), step
     x = torch.full((2,), ranks.rank + 1.0)
     with torch.device("meta"):
-        means = FlatMean([x, x], [[x, None if ranks.rank else x]], ranks.group).wait()
+        means = flat_mean.FlatMean([x, x], [[x, None if ranks.rank else x]], ranks.group).wait()
     assert [float(mean[0]) for mean in means] == pytest.approx([(ranks.size + 1) / 2, 1 / ranks.size])
+
+
+def check_means_of_more_than_a_buffer_holds(ranks):
+    """Tensors stay whole, and one that is larger has a buffer of its own."""
+    sizes = ((3, torch.float32), (2, torch.float64), (100, torch.float32), (1, torch.float32), (4, torch.float32))
+    tensors = [torch.full((n,), n * (ranks.rank + 1.0), dtype=dtype) for n, dtype in (*sizes, (2, torch.float32))]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(flat_mean, "FLAT_BYTES", 20)
+        assert list(flat_mean.partition(tensors)) == [[0], [2], [3, 4], [5], [1]]
+        means = flat_mean.FlatMean(tensors, [tensors], ranks.group).wait()
+    for x, mean in zip(tensors, means, strict=True):
+        torch.testing.assert_close(mean, torch.full_like(x, len(x) * (ranks.size + 1) / 2))
 
 
 # ---- seeds -----------------------------------------------------------------------------------------------------------
