@@ -176,7 +176,7 @@ def check_group(group: dict[str, Any]) -> None:
             hessian_interval(group["update_each"], max(dense_steps(group) - 1, 0))  # the first number it will be asked
     else:
         check_count("update_each", group["update_each"])
-    for name in ("maximize", "capturable", "master_weights", "probe_per_rank"):
+    for name in ("nesterov", "cautious", "maximize", "capturable", "master_weights", "probe_per_rank"):
         if group[name] not in (True, False):
             raise ValueError(f"{name}={group[name]!r}; expected True or False")
     _check_number("hessian_fraction", group["hessian_fraction"], 0.0, 1.0, low_included=False, high_included=True)

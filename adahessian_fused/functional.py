@@ -74,6 +74,8 @@ def adahessian(
     unmeasured: str = "hold",
     clip: float | None = None,
     shrink: float = 0.0,
+    nesterov: bool = False,
+    cautious: bool = False,
     seed: int = 0,
     sample: int = 0,
     is_hvp: bool = True,
@@ -109,6 +111,8 @@ def adahessian(
         unmeasured: "hold": elements with v = 0 do not move; "move": they move by m / eps.
         clip: as for :class:`~adahessian_fused.AdaHessian`.
         shrink: likewise; needs ``hessian_diag_sq_means``.
+        nesterov: as for :class:`~adahessian_fused.AdaHessian`.
+        cautious: likewise.
         seed: key of the probe's generator, and of the one that rounds to bfloat16.
         sample: number of the probe.
         is_hvp: multiply ``hvps`` by the probe.
@@ -143,7 +147,7 @@ def adahessian(
     tools = backends.ByDevice(backend)
     group: dict[str, Any] = {"lr": lr, "betas": (beta1, beta2), "eps": eps, "weight_decay": weight_decay}
     group |= {"hessian_power": hessian_power, "maximize": maximize, "unmeasured": unmeasured}
-    group |= {"clip": clip, "shrink": shrink}
+    group |= {"clip": clip, "shrink": shrink, "nesterov": nesterov, "cautious": cautious}
     table = HyperTable().on(torch.device("cpu"), [group])
     curvature = None
     if hvps is not None:

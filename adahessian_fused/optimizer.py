@@ -37,6 +37,8 @@ _ADDED = {
     "clip": None,
     "dense_steps": 0,
     "shrink": 0.0,
+    "nesterov": False,
+    "cautious": False,
     "nonfinite": "keep",
     "unmeasured": "move",
 }
@@ -57,8 +59,9 @@ class AdaHessian(torch.optim.Optimizer):
         p <- p (1 - lr wd) - lr / (1 - beta1^t) * m / ((sqrt(v) / sqrt(1 - beta2^h))^k + eps)
 
     with Ds the block mean (Eq. 7, of magnitudes) of Hutchinson's estimate z * Hz (Eq. 6), z a Rademacher probe,
-    t the step and h the number of Hessian updates so far. By default no element moves by more than lr (``clip``),
-    nor far in proportion to its parameter in the first steps (``warmup``); ``recipes.published`` has the paper's rules.
+    t the step and h the number of Hessian updates so far. By default m is a step ahead (``nesterov``) and no element
+    moves against its gradient's descent (``cautious``), by more than lr (``clip``) or, in the first steps, far in
+    proportion to its parameter (``warmup``); ``recipes.published`` has the paper's rules.
     Four ways to step::
 
         loss.backward(create_graph=True); opt.step()   # as with every other AdaHessian
@@ -104,6 +107,11 @@ class AdaHessian(torch.optim.Optimizer):
         shrink: c in v_hat <- (n v_hat + c mean(v_hat)) / (n + c), n = (1 - beta2^h) / (1 - beta2): an element whose
             curvature was measured in few steps borrows its parameter's, as much as from c measurements. The mean is
             that of the last Hessian step before, in the first one its own. 0: it does not. Per group.
+        nesterov: what moves the parameter is m after the same gradient once more, beta1 m + (1 - beta1) g, over the sum
+            of its weights, 1 - beta1^(t + 1), as in NAdam (Dozat 2016). Per group.
+        cautious: elements that momentum would move against their present gradient's descent, and those whose gradient
+            is zero, do not move (Liang et al. 2024, "Cautious Optimizers", without the factor that makes up for them);
+            weight decay goes on. Per group.
         n_samples: probes averaged in a Hessian step.
         probe: "rademacher" or "gaussian".
         seed: key of the probe's generator. None: ``torch.initial_seed()``, which ``torch.manual_seed`` sets; PyTorch's
@@ -174,6 +182,8 @@ class AdaHessian(torch.optim.Optimizer):
         nonfinite: str = "keep",
         clip: float | None = 1.0,
         shrink: float = 0.0,
+        nesterov: bool = True,
+        cautious: bool = True,
         n_samples: int = 1,
         probe: str = "rademacher",
         seed: int | None = None,
@@ -210,6 +220,8 @@ class AdaHessian(torch.optim.Optimizer):
             "nonfinite": nonfinite,
             "clip": clip,
             "shrink": shrink,
+            "nesterov": nesterov,
+            "cautious": cautious,
             "n_samples": n_samples,
             "probe": probe,
             "seed": initial_seed() if seed is None else seed,

@@ -3,15 +3,23 @@
 Each is a dict, so that ``{**recipes.cheap, "update_each": 5}`` is another.
 
 Attributes:
-    cheap: curvature on each of the first 20 steps and on every tenth after them: little more than the price of a
+    cheap: curvature on each of the first 10 steps and on every tenth after them: little more than the price of a
         first-order optimizer. Everything else is at its default, and written out.
     published: the rules of the paper (Yao et al. 2021, Algorithm 1), without what the defaults add to them: signed
-        averages (Eq. 7), the whole lr from the first step on, no bound.
+        averages (Eq. 7), the whole lr from the first step on, no bound, momentum as it is.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
-cheap: dict[str, Any] = {"update_each": 10, "averaging": "abs", "warmup": 20, "clip": 1.0}
-published: dict[str, Any] = {"averaging": "signed", "warmup": 0, "clip": None}
+cheap: dict[str, Any] = {
+    "update_each": 10,
+    "dense_steps": 10,
+    "averaging": "abs",
+    "warmup": 20,
+    "clip": 1.0,
+    "nesterov": True,
+    "cautious": True,
+}
+published: dict[str, Any] = {"averaging": "signed", "warmup": 0, "clip": None, "nesterov": False, "cautious": False}

@@ -232,6 +232,10 @@ def adahessian_step(
     (h = 0), and in groups with ``HOLDS`` an element that has not (v = 0), collects momentum but does not move. The step
     counts are not advanced here.
 
+    With ``NESTEROV`` the numerator of Eq. 9 is what m would be after the same gradient again, as in NAdam (Dozat 2016),
+    its weights divided by their sum 1 - beta1^(t + 1). With ``CAUTIOUS`` it is 0 where its sign is not the gradient's
+    (Liang et al. 2024, without their factor).
+
     Args:
         params: parameters, updated in place; dense, in the storage order their segments declare.
         grads: gradients, same shapes, strides and dtypes as ``params``.
@@ -261,14 +265,15 @@ def adahessian_step(
     unscale = 1.0 if grad_scale is None else 1.0 / grad_scale.to(exp_avg.device, dtype)
     for i, row in enumerate(segments.tolist()):
         hyper = groups[row[Segment.GROUP]]
-        lr, beta1, beta2, eps, weight_decay, power, maximize, holds, clip, shrink = hyper.unbind()
+        lr, beta1, beta2, eps, weight_decay, power, maximize, holds, clip, shrink, nesterov, cautious = hyper.unbind()
         t, h = (steps[row[Segment.SLOT]] + torch.tensor([1, 0], device=steps.device)).unbind()
         span = slice(row[Segment.OFFSET], row[Segment.OFFSET] + row[Segment.NUMEL])
         m, v = exp_avg[span].to(dtype), exp_hessian_diag_sq[span].to(dtype)
         param = _storage(params[i])
         p = (param if master is None else master[span]).to(dtype)
         g = _storage(grads[i]).to(dtype) * unscale
-        m = beta1 * m + (1 - beta1) * (torch.where(maximize != 0, -g, g))  # Eq. 9
+        g = torch.where(maximize != 0, -g, g)
+        m = beta1 * m + (1 - beta1) * g  # Eq. 9
 
         ds = None
         if diag is not None:
@@ -290,8 +295,13 @@ def adahessian_step(
         mean = means[row[Segment.SLOT]].to(dtype) if means is not None else 0.0
         v_hat = (v / (1 - beta2) + c * mean) / (n + c)  # Eq. 8; with c = 0 it is v / (1 - beta2^h)
         denom = v_hat.sqrt() ** power + eps  # Eq. 8 and 9
-        bound = clip * (1 - beta1**t)
-        moved = p * (1 - lr * weight_decay) - lr / (1 - beta1**t) * (m / denom).clamp(-bound, bound)  # Eq. 9
+        numerator, bias1 = m, 1 - beta1**t
+        if nesterov != 0:
+            numerator, bias1 = beta1 * m + (1 - beta1) * g, 1 - beta1 ** (t + 1)
+        if cautious != 0:
+            numerator = torch.where((g == 0) | ((numerator < 0) != (g < 0)), 0.0, numerator)
+        bound = clip * bias1
+        moved = p * (1 - lr * weight_decay) - lr / bias1 * (numerator / denom).clamp(-bound, bound)  # Eq. 9
         stays = (h == 0) | ((holds != 0) & (power != 0) & (v == 0))
         p = torch.where(stays, p, moved)
         if rounds:

@@ -50,8 +50,10 @@ class Hyper(IntEnum):
     HESSIAN_POWER = 5
     MAXIMIZE = 6  # 1: ascend
     HOLDS = 7  # 1: elements that have not seen any curvature (v = 0) do not move, unless the Hessian power is 0
-    CLIP = 8  # bound of |m / (1 - beta1^t) / denominator|; infinite: none
+    CLIP = 8  # bound of |u|, what lr is multiplied by; infinite: none
     SHRINK = 9  # c in (n v_hat + c mean(v_hat)) / (n + c), n = (1 - beta2^h) / (1 - beta2)
+    NESTEROV = 10  # 1: the gradient is averaged into what moves the parameter once more than into m
+    CAUTIOUS = 11  # 1: elements that would go against their gradient's descent do not move
 
 
 class Steps(IntEnum):

@@ -109,7 +109,7 @@ def _going_on(own: Mapping[str, Any], group: Mapping[str, Any], source: Source) 
     by_default = own["block_size"] == "auto" and own["averaging"] == "abs"
     rules = {**recipes.published, **source.rules} if by_default and source.name else {}
     if not source.name:  # options that ours had not when it was saved
-        rules = {name: recipes.published[name] for name in ("warmup", "clip")}
+        rules = {name: recipes.published[name] for name in ("warmup", "clip", "nesterov", "cautious")}
     return {**own, **rules, **group}
 
 

@@ -50,12 +50,12 @@ class Statistics:
         update_norm: of :math:`\frac{\text{lr}}{1 - \beta_1^t} \frac{m}{(\sqrt v / \sqrt{1 - \beta_2^h})^k + \epsilon}`,
             by which the last step that was not skipped moved its parameters; weight decay and the rounding of 16-bit
             parameters come on top. None before the first step, and after loading a state or moving parameters to other
-            groups.
+            groups; with ``nesterov`` or ``cautious``, whose steps follow ``p.grad`` too, also after ``zero_grad()``.
         hessian_diag_norm: of the root-mean-square diagonal, :math:`\sqrt{v / (1 - \beta_2^h)}`.
         nonfinite: share of the elements whose m or v is infinite or NaN, which lasts: restore a checkpoint. An
             averaging block shares its v, so this is the share of bad blocks too.
         clipped: share of the elements whose update the last step has cut (``clip``, ``warmup``). None where nothing is
-            cut.
+            cut, or ``update_norm`` is None.
         missed: elements that Hessian steps have left as they were because their curvature was infinite or NaN, or too
             large to be squared, summed over all steps since this optimizer was made or a state loaded.
         missed_in: how many of them each parameter has, by its name; of a sharded one, this rank's part of it.
@@ -130,7 +130,9 @@ def _of_group(
         return table.last(entry.bucket.steps.device)[entry.group] if entry.hyper is None else entry.hyper
 
     numel = sum(p.numel() for p in group["params"])
-    cut = [entry for entry in stepped if entry.hyper is not None or group["clip"] is not None]
+    grads = {entry: _gradient(entry, group, table) for entry in stepped}
+    known = [] if _follows_gradient(group) and None in grads.values() else stepped
+    cut = [entry for entry in known if entry.hyper is not None or group["clip"] is not None]
     return Statistics(
         lr=row(stepped[0])[Hyper.LR].clone() if stepped else None,
         step=_largest(entry.views["step"] for entry in entries),
@@ -138,10 +140,12 @@ def _of_group(
         numel=numel,
         param_norm=_norm((_norm_of(p), p) for p in group["params"]),
         grad_norm=_norm((_norm_of(p.grad), p) for p in group["params"] if p.grad is not None),
-        update_norm=_norm((_update_norm(entry, row(entry)), entry.owner) for entry in stepped),
+        update_norm=_norm((_update_norm(entry, row(entry), grads[entry]), entry.owner) for entry in known),
         hessian_diag_norm=_norm((_diag_norm(entry, group["betas"][1]), entry.owner) for entry in entries),
         nonfinite=_share(sharded.whole([(_nonfinite(entry), entry.owner) for entry in entries]), numel),
-        clipped=_share(sharded.whole([(_clipped(entry, row(entry)), entry.owner) for entry in cut]), numel),
+        clipped=_share(
+            sharded.whole([(_clipped(entry, row(entry), grads[entry]), entry.owner) for entry in cut]), numel
+        ),
         missed=_sum(sharded.whole([(entry.missed.clone(), entry.owner) for entry in entries])),
         missed_in={entry.name: entry.missed.clone() for entry in entries},
     )
@@ -226,7 +230,7 @@ def warn_of_long_steps(layout: ParameterLayout, entries: Sequence[Entry], table:
     for bucket, members in layout.by_bucket(entries).items():
         rows = table.last(bucket.steps.device)
         known = [e for e in members if e.group in new and e.param.numel() and not e.param.is_meta]
-        flags = [_is_long(e, rows[e.group]) for e in known]
+        flags = [_is_long(e, rows[e.group], _gradient(e, groups[e.group], table)) for e in known]
         found = torch.stack(flags).tolist() if flags else []
         names += [e.name for e, is_long in zip(known, found, strict=True) if is_long]
     if names:
@@ -239,10 +243,9 @@ def warn_of_long_steps(layout: ParameterLayout, entries: Sequence[Entry], table:
     return bool(names)
 
 
-def _is_long(entry: Entry, hyper: Tensor) -> Tensor:
+def _is_long(entry: Entry, hyper: Tensor, grad: Tensor | None) -> Tensor:
     """Tell whether the last update of a parameter was longer than what it was then, or than zeros count."""
-    row = hyper.tolist() if hyper.device.type == "cpu" else hyper
-    update = _quotient(entry, row).clamp(-row[Hyper.CLIP], row[Hyper.CLIP]) * row[Hyper.LR]
+    update = _update(entry, hyper, grad)
     before = entry.param.detach().to(update.dtype) + update
     least = LEAST * math.sqrt(before.numel())
     return torch.linalg.vector_norm(update) > torch.linalg.vector_norm(before).clamp_min(least)
@@ -258,29 +261,59 @@ def _counts(entry: Entry) -> Any:
     return steps.tolist() if steps.device.type == "cpu" else steps.double()
 
 
-def _quotient(entry: Entry, row: Any) -> Tensor:
-    """Compute m / (1 - beta1^t) / denominator of a parameter's last step (Eq. 8, 9), not cut; 0 where it stayed."""
+def _follows_gradient(group: Mapping[str, Any]) -> bool:
+    """Tell whether a step depends on its gradient by more than m."""
+    return group["nesterov"] or group["cautious"]
+
+
+def _gradient(entry: Entry, group: Mapping[str, Any], table: HyperTable) -> Tensor | None:
+    """Return what the last step took for a parameter's gradient, if it is still there and has to be known."""
+    if not _follows_gradient(group) or entry.owner.grad is None:
+        return None
+    g = sharded.part_of(entry.owner.grad, entry.owner).to(entry.bucket.compute_dtype)
+    g = g if table.grad_scale is None else g / table.grad_scale.to(g.device)
+    return -g if group["maximize"] else g
+
+
+def _numerator(entry: Entry, row: Any, t: Any, g: Tensor | None) -> Tensor:
+    """Compute the numerator of a parameter's last step (Eq. 9), its weights divided by their sum."""
+    m = entry.views["exp_avg"].to(entry.bucket.compute_dtype)  # the view may be bfloat16
+    beta1, nesterov, cautious = (row[column] for column in (Hyper.BETA1, Hyper.NESTEROV, Hyper.CAUTIOUS))
+    if g is None:
+        return m / _bias_correction(beta1, t)
+    m = m + nesterov * (1 - beta1) * (g - m)
+    opposed = (g == 0) | ((m < 0) != (g < 0))
+    return torch.where(opposed & (cautious != 0), 0.0, m) / _bias_correction(beta1, t + nesterov)
+
+
+def _quotient(entry: Entry, row: Any, g: Tensor | None) -> Tensor:
+    """Compute numerator / denominator of a parameter's last step (Eq. 8, 9), not cut; 0 where it stayed."""
     counts, computed = _counts(entry), entry.bucket.compute_dtype  # the views may be bfloat16
     t, h = counts[Steps.STEP], counts[Steps.HESSIAN_STEP]
-    m, v = (entry.views[key].to(computed) for key in ("exp_avg", "exp_hessian_diag_sq"))
+    v = entry.views["exp_hessian_diag_sq"].to(computed)
     c, mean = (0.0, 0.0) if entry.used_mean is None else (row[Hyper.SHRINK], entry.used_mean)
     n = _bias_correction(row[Hyper.BETA2], h) / (1 - row[Hyper.BETA2])
     d = ((v / (1 - row[Hyper.BETA2]) + c * mean) / (n + c)).sqrt()
-    q = m / (d ** row[Hyper.HESSIAN_POWER] + row[Hyper.EPS]) / _bias_correction(row[Hyper.BETA1], t)
+    q = _numerator(entry, row, t, g) / (d ** row[Hyper.HESSIAN_POWER] + row[Hyper.EPS])
     holds = row[Hyper.HOLDS] * row[Hyper.HESSIAN_POWER] != 0
     return torch.where((v == 0) & holds, 0.0, q) * (h > 0)
 
 
-def _update_norm(entry: Entry, hyper: Tensor) -> Tensor:
-    """Return the norm of the last update of a parameter, from its state after it."""
+def _update(entry: Entry, hyper: Tensor, g: Tensor | None) -> Tensor:
+    """Return what was taken from a parameter in its last step, from its state and its gradient after it."""
     row = hyper.tolist() if hyper.device.type == "cpu" else hyper
-    return torch.linalg.vector_norm(_quotient(entry, row).clamp(-row[Hyper.CLIP], row[Hyper.CLIP])) * row[Hyper.LR]
+    return _quotient(entry, row, g).clamp(-row[Hyper.CLIP], row[Hyper.CLIP]) * row[Hyper.LR]
 
 
-def _clipped(entry: Entry, hyper: Tensor) -> Tensor:
+def _update_norm(entry: Entry, hyper: Tensor, g: Tensor | None) -> Tensor:
+    """Return the norm of the last update of a parameter."""
+    return torch.linalg.vector_norm(_update(entry, hyper, g))
+
+
+def _clipped(entry: Entry, hyper: Tensor, g: Tensor | None) -> Tensor:
     """Return how many elements of the last update of a parameter were cut."""
     row = hyper.tolist() if hyper.device.type == "cpu" else hyper
-    return (_quotient(entry, row).abs() > row[Hyper.CLIP]).sum()
+    return (_quotient(entry, row, g).abs() > row[Hyper.CLIP]).sum()
 
 
 def _diag_norm(entry: Entry, beta2: float) -> Tensor:

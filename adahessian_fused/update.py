@@ -24,7 +24,7 @@ from .segments import Hyper, Steps
 _PARAM = attrgetter("param")
 _CALL = methodcaller("__call__")
 _NUMBERS = itemgetter(
-    *("lr", "eps", "weight_decay", "hessian_power", "maximize", "unmeasured", "clip", "shrink")  # and betas
+    *("lr", "eps", "weight_decay", "hessian_power", "maximize", "unmeasured", "clip", "shrink", "nesterov", "cautious")
 )
 Part = Callable[[], Any]  # returns None, or the parts that are to be done in its place
 
@@ -64,9 +64,14 @@ class Parts:
 
 
 class HyperTable:
-    """The hyperparameters of all groups as the table the ops take, in the memory where the step counts live."""
+    """The hyperparameters of all groups as the table the ops take, in the memory where the step counts live.
+
+    Attributes:
+        grad_scale: the factor that the gradients of the last step carried, if any.
+    """
 
     def __init__(self) -> None:
+        self.grad_scale: Tensor | None = None
         self._cached: dict[torch.device, tuple[list[list[float]], Tensor]] = {}
         self._last: tuple[Any, Any] = None, None  # the table of a CPU, and the options it was made of
         self._captured: list[Tensor] = []  # older tables, which CUDA graphs may read
@@ -117,9 +122,9 @@ class HyperTable:
 
     @staticmethod
     def _row(group: Mapping[str, Any], lr: float | Tensor) -> list[float]:
-        _, eps, weight_decay, power, maximize, unmeasured, clip, shrink = _NUMBERS(group)
+        _, eps, weight_decay, power, maximize, unmeasured, clip, *more = _NUMBERS(group)
         clip = math.inf if clip is None else clip
-        numbers = (lr, *group["betas"], eps, weight_decay, power, maximize, unmeasured == "hold", clip, shrink)
+        numbers = (lr, *group["betas"], eps, weight_decay, power, maximize, unmeasured == "hold", clip, *more)
         return [*map(float, numbers)]
 
 
@@ -151,6 +156,7 @@ def prepared_updates(
     Returns:
         The parts of all updates, those of the first kind first.
     """
+    table.grad_scale = grad_scale
     rescaled = grad_scale is not None and curvature is not None and curvature.unscaled
     if curvature is not None and (rescaled or curvature.must_fold(layout.buckets)):
         curvature.fold()

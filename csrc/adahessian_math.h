@@ -133,7 +133,7 @@ ADAHESSIAN_HD U round_stochastically(U word, U bits) {
 
 struct Hyper {
   double lr, beta1, beta2, eps, weight_decay, hessian_power, maximize;  // the columns of the hyperparameter table
-  double holds = 0, clip = INFINITY, shrink = 0;
+  double holds = 0, clip = INFINITY, shrink = 0, nesterov = 0, cautious = 0;
 };
 
 // What an update has to do: k = 1 and k = 1/2 need no pow(), and in the plain one, of k = 1, nothing is cut and no
@@ -145,15 +145,17 @@ template <typename S>
 struct Coefficients {
   S beta1, one_minus_beta1, beta2, one_minus_beta2;
   S decay;        // 1 - lr * weight_decay
-  S step_size;    // lr / (1 - beta1^t)
+  S step_size;    // lr / (1 - beta1^t), with Nesterov's momentum t + 1
   S scale, pull;  // v_hat = scale v + pull: v / (1 - beta2^h), drawn to its mean over the parameter
   S eps, power;
   S held;            // the greatest v that holds its element where it is: 0, or -1 for none
-  S clip;            // of m / denominator; infinite if there is none
+  S clip;            // of numerator / denominator; infinite if there is none
   S grad_factor;     // -1 to maximize; divided by grad_scale
   S hessian_factor;  // 1 / grad_scale
   Power kind;
   bool moves;     // false until the parameter has seen curvature (h = 0)
+  S nesterov;     // 1 or 0
+  S stays;        // where momentum times gradient is no more, a cautious step is none: 0, or NaN where there are none
   uint32_t step;  // t
 };
 
@@ -162,7 +164,8 @@ struct Coefficients {
 template <typename S>
 ADAHESSIAN_HD Coefficients<S> coefficients(const Hyper& hyper, int64_t t, int64_t h, double inv_scale, bool has_mean) {
   Coefficients<S> c;
-  const double bias1 = 1.0 - pow(hyper.beta1, double(t)), n = (1.0 - pow(hyper.beta2, double(h))) / (1.0 - hyper.beta2);
+  const double bias1 = 1.0 - pow(hyper.beta1, double(hyper.nesterov != 0.0 ? t + 1 : t));
+  const double n = (1.0 - pow(hyper.beta2, double(h))) / (1.0 - hyper.beta2);
   const double shrink = has_mean ? hyper.shrink : 0.0;
   c.beta1 = S(hyper.beta1);
   c.one_minus_beta1 = S(1.0 - hyper.beta1);
@@ -181,6 +184,8 @@ ADAHESSIAN_HD Coefficients<S> coefficients(const Hyper& hyper, int64_t t, int64_
   c.kind = hyper.hessian_power == 1.0 ? Power::kOne : hyper.hessian_power == 0.5 ? Power::kHalf : Power::kGeneral;
   if (c.kind == Power::kOne && shrink == 0.0 && hyper.clip == double(INFINITY)) c.kind = Power::kPlain;
   c.moves = h > 0;
+  c.nesterov = S(hyper.nesterov != 0.0);
+  c.stays = S(hyper.cautious != 0.0 ? 0.0 : NAN);
   c.step = uint32_t(t);
   return c;
 }
@@ -213,6 +218,15 @@ ADAHESSIAN_HD X averaged_grad(X m, X g, const Coefficients<S>& c) {
 template <typename X, typename S>
 ADAHESSIAN_HD X update_exp_avg(X m, X g, const Coefficients<S>& c) {
   return averaged_grad(m, c.grad_factor * g, c);
+}
+
+// The numerator of Eq. 9: m; with Nesterov's momentum, m after the same gradient once more (as in NAdam, Dozat 2016);
+// 0 where a cautious step would go against its gradient's descent (Liang et al. 2024). g is what m has taken in.
+template <typename X, typename S>
+ADAHESSIAN_HD X numerator(X m, X g, const Coefficients<S>& c) {
+  const X ahead = averaged_grad(m, g, c),
+          x = X{} + c.nesterov > X{} ? ahead : m;  // no branch: loops would be there twice
+  return x * (c.one_minus_beta1 * g) <= c.stays ? X{} : x;
 }
 
 // Ds^2, of the block means (Eq. 7) of z * Hz (Eq. 6) in cpu/block_mean.h and cuda/block_mean.h
@@ -249,7 +263,7 @@ ADAHESSIAN_HD X denominator(X v, const Coefficients<S>& c) {
   return (kind == Power::kHalf ? F::square_root(root) : F::power(root, c.power)) + c.eps;
 }
 
-// Eq. 9: m / denominator, cut at +-clip
+// Eq. 9: numerator / denominator, cut at +-clip
 template <Power kind, typename X, typename S>
 ADAHESSIAN_HD X quotient(X m, X denom, const Coefficients<S>& c) {
   const X q = m / denom, clip = X{} + c.clip;

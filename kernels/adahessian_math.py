@@ -126,16 +126,18 @@ class Coefficients(NamedTuple):
     beta2: Any
     one_minus_beta2: Any
     decay: Any  # 1 - lr * weight_decay
-    step_size: Any  # lr / (1 - beta1^t)
+    step_size: Any  # lr / (1 - beta1^t), with Nesterov's momentum t + 1
     scale: Any  # v_hat = scale v + pull: v / (1 - beta2^h), drawn to its mean over the parameter
     pull: Any  # the kernel multiplies it by the mean
     eps: Any
     power: Any
     held: Any  # the greatest v that holds its element where it is: 0, or -1 for none
-    clip: Any  # of m / denominator; infinite if there is none
+    clip: Any  # of numerator / denominator; infinite if there is none
     grad_factor: Any  # -1 to maximize; the kernel divides it by grad_scale
     hessian_factor: Any  # 1; the kernel divides it by grad_scale
     moves: Any  # 0 until the parameter has seen curvature (h = 0)
+    nesterov: Any
+    stays: Any  # where momentum times gradient is no more, a cautious step is none: 0, or NaN where there are none
 
 
 @triton.jit
@@ -176,6 +178,17 @@ def update_exp_avg(m, g, c):
 
 
 @triton.jit
+def numerator(m, g, c):
+    """Return the numerator of Eq. 9: m, or with Nesterov's momentum m after the same gradient once more.
+
+    As in NAdam (Dozat 2016). 0 where a cautious step would go against its gradient's descent (Liang et al. 2024).
+    """
+    added = c.one_minus_beta1 * (c.grad_factor * g)
+    x = tl.where(c.nesterov != 0, tl.fma(c.beta1, m, added), m)
+    return tl.where(x * added <= c.stays, 0.0, x)
+
+
+@triton.jit
 def square_of(ds, c):
     """Return Ds^2, of the block means (Eq. 7) of z * Hz (Eq. 6) in tile.py."""
     scaled = c.hessian_factor * ds
@@ -210,7 +223,7 @@ def denominator(v, c, ROUGH: tl.constexpr):
 
 @triton.jit
 def quotient(m, denom, c, ROUGH: tl.constexpr):
-    """Return m / denominator of Eq. 9, cut at +-clip."""
+    """Return numerator / denominator of Eq. 9, cut at +-clip."""
     q = rough_divide(m, denom) if ROUGH else divide_rn(m, denom)
     if q.dtype == tl.float32:  # one instruction, which there is not for float64
         q = tl.clamp(q, -c.clip, c.clip, propagate_nan=tl.PropagateNan.ALL)

@@ -14,6 +14,7 @@ from .adahessian_math import (
     Coefficients,
     denominator,
     is_measured,
+    numerator,
     quotient,
     round_stochastically,
     round_to,
@@ -100,7 +101,8 @@ def update(
     if CURVATURE != "none":
         tl.store(at(arrays.exp_hessian_diag_sq, lanes.origin, lanes.index, VECTOR), kept_v, mask=lanes.mask)
     rough: tl.constexpr = arrays.param.dtype.element_ty.primitive_bitwidth == 16
-    p = tl.where(c.moves != 0, update_param(p, quotient(m, denominator(v, c, rough), c, rough), v, c), p)
+    q = quotient(numerator(m, g, c), denominator(v, c, rough), c, rough)
+    p = tl.where(c.moves != 0, update_param(p, q, v, c), p)
     if arrays.master is not None:
         tl.store(at(arrays.master, lanes.origin, lanes.index, VECTOR), p, mask=lanes.mask)
     tl.store(

@@ -45,13 +45,15 @@ def load_coefficients(table, pair, grad_scale, means, slot):
         tl.load(c + 12) * inv_scale,
         inv_scale,
         tl.load(c + 14),
+        tl.load(c + 15),
+        tl.load(c + 16),
     )
 
 
 def host_coefficients(groups: np.ndarray, counts: np.ndarray, curvature: bool, has_means: bool) -> np.ndarray:
     """Compute a row of :class:`Coefficients` for each row of hyperparameters and step counts; float64."""
-    lr, beta1, beta2, eps, weight_decay, power, maximize, holds, clip, shrink = groups.T
-    t = counts[:, Steps.STEP] + 1
+    lr, beta1, beta2, eps, weight_decay, power, maximize, holds, clip, shrink, nesterov, cautious = groups.T
+    bias1 = 1 - beta1 ** (counts[:, Steps.STEP] + 1 + (nesterov != 0))
     h = counts[:, Steps.HESSIAN_STEP] + curvature
     n = (1 - beta2 ** np.maximum(h, 1)) / (1 - beta2)
     shrink = shrink * has_means
@@ -61,16 +63,18 @@ def host_coefficients(groups: np.ndarray, counts: np.ndarray, curvature: bool, h
         beta2=beta2,
         one_minus_beta2=1 - beta2,
         decay=1 - lr * weight_decay,
-        step_size=lr / (1 - beta1**t),
+        step_size=lr / bias1,
         scale=np.where(h > 0, 1 / ((1 - beta2) * (n + shrink)), 0),
         pull=np.where(h > 0, shrink / (n + shrink), 0),
         eps=eps,
         power=power,
         held=np.where((holds != 0) & (power != 0), 0, -1),
-        clip=clip * (1 - beta1**t),
+        clip=clip * bias1,
         grad_factor=np.where(maximize != 0, -1, 1),
         hessian_factor=np.ones_like(lr),
         moves=h > 0,
+        nesterov=nesterov,
+        stays=np.where(cautious != 0, 0, np.nan),
     )
     return np.stack(columns, 1)
 
@@ -92,9 +96,9 @@ def coefficients_kernel(coefficients, pairs, groups, steps, curvature, has_means
     power = tl.load(hyper + 5)
     shrink = tl.load(hyper + 9) * has_means
     counts = steps + tl.load(pairs + 2 * pair) * 2
-    t = tl.load(counts) + 1
+    nesterov = tl.load(hyper + 10)
     h = tl.load(counts + 1) + curvature
-    bias1 = 1 - power_of_count(beta1, t)
+    bias1 = 1 - power_of_count(beta1, tl.load(counts) + 1 + (nesterov != 0))
     n = (1 - power_of_count(beta2, tl.maximum(h, 1))) / (1 - beta2)
     c = coefficients + pair * _COLUMNS
     tl.store(c + 0, beta1)
@@ -112,3 +116,5 @@ def coefficients_kernel(coefficients, pairs, groups, steps, curvature, has_means
     tl.store(c + 12, tl.where(tl.load(hyper + 6) != 0, -1.0, 1.0))
     tl.store(c + 13, 1.0)
     tl.store(c + 14, tl.where(h > 0, 1.0, 0.0))
+    tl.store(c + 15, nesterov)
+    tl.store(c + 16, tl.where(tl.load(hyper + 11) != 0, 0.0, float("nan")))

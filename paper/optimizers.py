@@ -14,14 +14,21 @@ from .task import Batch, Task
 
 EPS = 1e-4  # of AdaHessian, as published
 OURS, CHEAP, SIGNED, SOPHIA = "AdaHessian", "AdaHessian, cheap", "AdaHessian, Eq. 7", "Sophia's rule"
-EXACT = {**recipes.cheap, "update_each": 1}
+EXACT = {**recipes.published, "averaging": "abs", "warmup": 20, "clip": 1.0, "update_each": 1}
 SETUPS = {
     "SGD": Setup("SGD"),
     "AdaGrad": Setup("AdaGrad"),
     "AdamW": Setup("AdamW"),
     SOPHIA: Setup(  # Liu et al. 2023: elements of m / h cut at rho = 0.05, curvature on every tenth step
         OURS,
-        {"update_each": 10, "warmup": 0, "averaging": "abs", "block_size": 1, "clip": 0.05, "unmeasured": "move"},
+        {
+            **recipes.published,
+            "update_each": 10,
+            "averaging": "abs",
+            "block_size": 1,
+            "clip": 0.05,
+            "unmeasured": "move",
+        },
     ),
     SIGNED: Setup(OURS, {**recipes.published, "update_each": 1}),
     OURS: Setup(OURS, EXACT),

@@ -23,7 +23,7 @@ class Setup:
         """How many of that many steps, from the first on, have curvature."""
         if "update_each" not in self.options:
             return 0
-        dense = self.options["warmup"]
+        dense = self.options.get("dense_steps", self.options["warmup"])
         return sum(step < dense or step % self.options["update_each"] == 0 for step in range(steps))
 
     def cost(self, steps: int) -> float:

@@ -67,13 +67,14 @@ class Place(NamedTuple):
 
 
 ALIGNED, MISALIGNED, PACKED = Place(64, 0, 1), Place(64, 1, 1), Place()
-PLAIN = (1, math.inf, 0)  # the last columns of Hyper (holds, clip, shrink) where nothing is cut or drawn to a mean
+PLAIN = (1, math.inf, 0, 0, 0)  # the last columns of Hyper (holds, clip, shrink, ...) where no option is in use
 GROUPS = (  # Hyper: lr, beta1, beta2, eps, weight_decay, hessian_power, maximize, ...
     (0.15, 0.9, 0.999, 1e-4, 0.0, 1.0, 0, *PLAIN),
-    (0.01, 0.8, 0.99, 1e-8, 0.1, 0.5, 1, 0, 0.1, 5),
-    (0.3, 0.95, 0.9, 1e-3, 0.01, 0.75, 0, 1, 0.3, 0.5),
+    (0.01, 0.8, 0.99, 1e-8, 0.1, 0.5, 1, 0, 0.1, 5, 1, 0),
+    (0.3, 0.95, 0.9, 1e-3, 0.01, 0.75, 0, 1, 0.3, 0.5, 0, 1),
     (0.05, 0.0, 0.98, 1e-2, 0.2, 0.0, 1, *PLAIN),
 )
+DEFAULTS = ((0.15, 0.9, 0.999, 1e-4, 0.0, 1.0, 0, 1, 1.0, 0, 1, 1), (0.3, 0.6, 0.9, 1e-4, 0.1, 1.0, 1, 1, 0.5, 0, 1, 1))
 NOT_FINITE = (  # block, place of a value that is not finite, and that value
     *((1, 150, math.nan), (1, 299, math.inf), (7, 0, math.nan), (7, 150, math.inf), (7, 299, math.nan)),
     *((300, 0, math.inf), (300, 299, math.nan)),
@@ -139,6 +140,7 @@ LAYOUT_CASES = (
     Case("one_element", specs((1,)), steps=((0, 0),)),
     Case("groups", specs(*_SHAPES, *_THREE, block=9), groups=GROUPS, steps=MIXED_STEPS),
     Case("first_step", specs(*_SHAPES, block=32), groups=GROUPS, steps=((0, 0),)),
+    Case("defaults", specs(*_SHAPES, block=9), groups=DEFAULTS, steps=MIXED_STEPS),
     Case("late_step", specs(*_THREE, block=2), groups=GROUPS, steps=((100_000, 99_999), (2**31, 2**31 + 5))),
     Case("misaligned", specs(*_SHAPES, block=9), param_at=MISALIGNED, grad_at=Place(64, 3, 1)),
     Case("misaligned_states", specs(*_SHAPES, block=2), hessian_at=MISALIGNED, state_at=MISALIGNED),

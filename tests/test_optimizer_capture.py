@@ -15,6 +15,7 @@ OPTIONS = {
     "samples": {"n_samples": 2, "block_size": "row"},
     "tensor_lr": {"lr": torch.tensor(0.125)},
     "warmup": {"warmup": 3},
+    "nesterov_cautious": {"nesterov": True, "cautious": True},
     "warmup_of_a_tensor": {"lr": torch.tensor(0.125), "warmup": 3},
 }
 

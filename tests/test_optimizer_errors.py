@@ -37,6 +37,8 @@ OUT_OF_RANGE = {
     "state_dtype": (torch.float32, torch.float16, "bfloat16", 16),
     "clip": (0.0, "1", float("nan")),
     "shrink": (-1.0, float("inf")),
+    "nesterov": ("yes", None),
+    "cautious": (2, None),
     "warmup": (-1, 0.5),
     "dense_steps": (-1, 0.5),
     "unmeasured": ("stay", 1),

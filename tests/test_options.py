@@ -106,6 +106,8 @@ OPTIONS = (
     ),
     Option("hessian_power", {"hessian_power": 0.5}),
     Option("betas, eps, weight_decay, lr", {"betas": (0.5, 0.9), "weight_decay": 0.1}),
+    Option("nesterov", {"nesterov": True}),
+    Option("cautious", {"cautious": True}),
     Option("clip", {"clip": 0.05}),
     Option("shrink", {"shrink": 5.0}, note="not with capturable"),
     Option('unmeasured="move"', {"unmeasured": "move"}, same=True, note="where v = 0, which is rare"),

@@ -116,7 +116,7 @@ def test_every_setting_has_as_many_trials(task, name):
 def test_cost_in_first_order_steps():
     assert SETUPS["AdamW"].cost(100) == 100
     assert SETUPS[OURS].cost(100) == 300
-    assert SETUPS[CHEAP].cost(100) == 100 + 2 * (20 + 8)
+    assert SETUPS[CHEAP].cost(100) == 100 + 2 * (10 + 9)
     assert Setup(OURS, {**EXACT, "update_each": 5, "warmup": 0, "hessian_fraction": 0.25}).cost(100) == 110
 
 

@@ -1,4 +1,4 @@
-"""clip, shrink, warmup and dense_steps: what keeps curvature of which little is known from long steps."""
+"""What makes steps other than Algorithm 1's: clip, shrink, warmup, dense_steps, nesterov and cautious."""
 
 from __future__ import annotations
 
@@ -22,8 +22,10 @@ class Plain:
     """One parameter by hand, straight from the docstring, in float64."""
 
     def __init__(
-        self, p: torch.Tensor, clip: float | None = None, shrink: float = 0.0, warmup: int = 0, dense_steps: int = 0
-    ) -> None:
+        self, p: torch.Tensor, clip: float | None = None, shrink: float = 0.0, warmup: int = 0, dense_steps: int = 0,
+        nesterov: bool = False, cautious: bool = False, maximize: bool = False,
+    ) -> None:  # fmt: skip
+        self.nesterov, self.cautious, self.sign = nesterov, cautious, -1 if maximize else 1
         self.p, self.clip, self.shrink, self.warmup = p.detach().double().clone(), clip or math.inf, shrink, warmup
         self.m = self.v = torch.zeros_like(self.p)
         self.t = self.h = 0
@@ -32,6 +34,7 @@ class Plain:
     def step(self, g: torch.Tensor, d: torch.Tensor | None) -> None:
         b1, b2 = BETAS
         self.t += 1
+        g = self.sign * torch.as_tensor(g, dtype=torch.float64).expand_as(self.p)
         self.m = b1 * self.m + (1 - b1) * g
         if d is not None:
             self.h += 1
@@ -40,7 +43,12 @@ class Plain:
         n = (1 - b2**self.h) / (1 - b2)
         mean = v_hat.mean() if self.mean is None else self.mean
         shrunk = (n * v_hat + self.shrink * mean) / (n + self.shrink)
-        self.q = self.m / (1 - b1**self.t) / (shrunk.sqrt() + EPS)
+        numerator = self.m / (1 - b1**self.t)
+        if self.nesterov:
+            numerator = (b1 * self.m + (1 - b1) * g) / (1 - b1 ** (self.t + 1))
+        if self.cautious:
+            numerator = numerator * (numerator * g > 0)
+        self.q = numerator / (shrunk.sqrt() + EPS)
         self.bound = self.clip
         if self.t <= self.warmup:
             self.bound = min(self.clip, 0.2 * max(self.p.abs().mean().item(), 0.1) / LR)
@@ -62,6 +70,11 @@ STABILISERS = {
     "warmup_and_clip": {"warmup": 2, "dense_steps": 0, "clip": 0.5},
     "everything_borrowed": {"shrink": 1e9},
     "nothing": {"clip": math.inf, "shrink": 0},
+    "nesterov": {"nesterov": True},
+    "nesterov_and_clip": {"nesterov": True, "clip": 0.5, "maximize": True},
+    "cautious": {"cautious": True},
+    "cautious_uphill": {"cautious": True, "maximize": True, "clip": 0.5},
+    "all": {"nesterov": True, "cautious": True, "shrink": 2.0, "warmup": 2, "dense_steps": 0, "clip": 0.5},
 }
 
 
@@ -79,7 +92,7 @@ def test_follows_the_formula(engine, device, options, channels_last):
     by_hand, plain = Plain(p, **options), Plain(other)
     for i in range(8):
         g, d = (numbers((4, 3, 2, 5), k).to(device) for k in (2 * i + 1, 2 * i + 2))
-        d = d * (d > -0.5)  # some have none
+        d, g = d * (d > -0.5), g * (g > -1)  # some have none
         p.grad, other.grad = g.clone(memory_format=torch.preserve_format), torch.ones_like(other)
         opt.step(hessian=[d, torch.full_like(other, 2.0)]) if i % 3 == 0 else opt.step()
         for hand, gradient, diagonal in ((by_hand, g, d), (plain, 1.0, torch.full_like(other, 2.0))):
@@ -91,6 +104,34 @@ def test_follows_the_formula(engine, device, options, channels_last):
         moved = (by_hand.q.clamp(-by_hand.bound, by_hand.bound) * (by_hand.v > 0)).norm().item() * LR
         assert found.update_norm.item() == pytest.approx(moved, rel=1e-9)
         assert float(found.clipped or 0.0) == pytest.approx(clipped)
+
+
+@pytest.mark.parametrize("scaled", [False, True])
+def test_what_follows_the_gradient_is_told_while_there_is_one(device, scaled):
+    """With a loss scale in it or without."""
+    p = nn.Parameter(numbers((50,), 0).float().to(device))
+    opt = AdaHessian([p], lr=LR, nesterov=True, cautious=True, clip=0.1)
+    scale = 8.0 if scaled else 1.0
+    for i in range(2):
+        p.grad = scale * numbers((50,), i + 1).float().to(device)
+        if scaled:
+            opt.grad_scale, opt.found_inf = torch.tensor(scale, device=device), torch.zeros((), device=device)
+        before = p.detach().clone()
+        opt.step(hessian=[torch.full_like(p, scale)])
+    found = opt.statistics()
+    assert found.update_norm.item() == pytest.approx((p - before).norm().item(), rel=1e-5)
+    assert 0 < found.clipped.item() < 1
+    opt.zero_grad()
+    assert opt.statistics().update_norm is opt.statistics().clipped is None
+
+
+def test_a_gradient_that_is_no_number_is_not_hidden(engine, device):
+    p = nn.Parameter(torch.ones(3, device=device))
+    opt = AdaHessian([p], cautious=True, nesterov=True, backend=engine)
+    p.grad = torch.tensor([1.0, math.nan, 0.0], device=device)
+    opt.step(hessian=[torch.ones_like(p)])
+    assert p.isnan().tolist() == [False, True, False]
+    assert p[2] == 1
 
 
 @pytest.mark.parametrize("late", [0, 2])

@@ -15,6 +15,7 @@ OPTIONS = {
     "plain": {},
     "power": {"hessian_power": 0.5, "eps": 1e-2},
     "every_second": {"update_each": 2, "off_step": "stale"},
+    "cautious": {"nesterov": True, "cautious": True},
     "ascent": {"maximize": True, "lr": 1e-3},
     "capturable": {"capturable": True, "betas": (0.0, 0.9)},
 }

@@ -114,7 +114,7 @@ def update_bounds(
         d_and_error: Ds, for every element, and its error; None where v does not change.
         mean: what v_hat is drawn to.
     """
-    lr, beta1, beta2, eps, weight_decay, k, _, holds, clip, c = hyper
+    lr, beta1, beta2, eps, weight_decay, k, maximize, holds, clip, c, nesterov, cautious = hyper
     (p0, m0, g), (m1, v1) = before, after
     m_error = u * (3 * beta1 * m0.abs() + 6 * (1 - beta1) * g.abs())
     v_error, root_shift = torch.zeros_like(v1), torch.zeros_like(v1)
@@ -132,8 +132,18 @@ def update_bounds(
     power, low, high = root**k, (root - root_error).clamp_min(0) ** k, (root + root_error) ** k
     units = {1.0: 0.0, 0.5: 1.0, 0.0: 0.0}.get(k, 8 + k * root.clamp_min(1e-300).log2().abs())
     denom_error = torch.maximum(high - power, power - low) + units * u * high + 2 * u * (power + eps)
-    q, bias1 = m1.abs() / (power + eps), 1 - beta1**t
-    q_error = (m_error + q * denom_error) / (low + eps)
+    x, x_error = m1, m_error  # the numerator
+    g = -g if maximize else g
+    if nesterov:
+        x = beta1 * m1 + (1 - beta1) * g
+        x_error = beta1 * m_error + u * (3 * beta1 * m1.abs() + 6 * (1 - beta1) * g.abs())
+    is_sure = x.abs() > x_error  # of its sign
+    opposed = ((g == 0) | ((x < 0) != (g < 0))) & bool(cautious)
+    x, x_error = torch.where(opposed, 0.0, x), torch.where(opposed & (is_sure | (g == 0)), 0.0, x_error)
+    if cautious:
+        x_error = torch.where(is_sure, x_error, x_error + x.abs())  # it may have been taken for the other one
+    q, bias1 = x.abs() / (power + eps), 1 - beta1 ** (t + bool(nesterov))
+    q_error = (x_error + q * denom_error) / (low + eps)
     q, low, high = (x.clamp(-clip * bias1, clip * bias1) for x in (q, q - q_error, q + q_error))
     q_error = torch.maximum(high - q, q - low) + (6 + 2 * (clip < torch.inf)) * u * q
     p_error = lr / bias1 * q_error + 4 * u * (p0 * (1 - lr * weight_decay)).abs()

@@ -60,7 +60,7 @@ template <bool has_curvature, bool has_master, typename T, typename M, typename 
 [[gnu::noinline]] int64_t update_unusual(const Arrays<T, M>& to, Vector<StateOf<T>> square, Random bits,
                                          const Coefficients<StateOf<T>>& c, int64_t lanes) {
   using S = StateOf<T>;
-  const Vector<S> m = update_exp_avg(load_as_vector(to.exp_avg), load_as_vector(to.grad), c);
+  const Vector<S> g = c.grad_factor * load_as_vector(to.grad), m = averaged_grad(load_as_vector(to.exp_avg), g, c);
   Vector<S> v = load_as_vector(to.exp_hessian_diag_sq);
   store_state(to.exp_avg, m, bits);
   int64_t missed = 0;
@@ -71,7 +71,7 @@ template <bool has_curvature, bool has_master, typename T, typename M, typename 
       for (int64_t l = 0; l < lanes; ++l) missed += !is_measured<S>(square[l]);
     }
   }
-  const Vector<S> q = quotient_of<false>(m, denominator_of<false>(v, c), c);
+  const Vector<S> q = quotient_of<false>(numerator(m, g, c), denominator_of<false>(v, c), c);
   store_params<has_master>(to, update_param(load_params<has_master>(to), q, v, c));
   return missed;
 }
@@ -79,7 +79,7 @@ template <bool has_curvature, bool has_master, typename T, typename M, typename 
 // What the second half of a vector's update takes from the first.
 template <typename S>
 struct Quotient {
-  Vector<S> m, denom;
+  Vector<S> numerator, denom;
 };
 
 // Elements [begin, begin + size) of storage; next(i) gives Ds of elements i ... i + W - 1 of them, in turn. The second
@@ -110,19 +110,20 @@ ADAHESSIAN_HD void update_range(const StepWork<T, M>& work, int64_t begin, int64
     const Arrays<T, M> of = arrays(i);
     square = square_of(next(i), c);
     bits = rounding.from(begin + i);
-    m = update_exp_avg(load_as_vector(of.exp_avg), load_as_vector(of.grad), c);
+    const Vector<S> g = c.grad_factor * load_as_vector(of.grad);
+    m = averaged_grad(load_as_vector(of.exp_avg), g, c);
     v = load_as_vector(of.exp_hessian_diag_sq);
     if constexpr (has_curvature) v = averaged(v, square, c);
     if (!all_positive<S>(v)) return false;
     store_state(of.exp_avg, m, bits);
     if constexpr (has_curvature) store_state(of.exp_hessian_diag_sq, v, swap_bytes(bits));
-    to = {m, denominator_of<plain>(v, c)};
+    to = {numerator(m, g, c), denominator_of<plain>(v, c)};
     return true;
   };
   // The second half.
   const auto move_params = [&](int64_t i, const Quotient<S>& from) ADAHESSIAN_INLINE_LAMBDA {
     const Arrays<T, M> of = arrays(i);
-    const Vector<S> q = quotient_of<plain>(from.m, from.denom, c);
+    const Vector<S> q = quotient_of<plain>(from.numerator, from.denom, c);
     store_params<has_master>(of, moved(load_params<has_master>(of), q, c));
   };
   int64_t i = 0, missed = 0;

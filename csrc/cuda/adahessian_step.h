@@ -250,21 +250,22 @@ ADAHESSIAN_HD void keep(const typename Body::Arguments& arguments, typename Body
 }
 
 // Parameters of usual elements, k = 1.
-template <class Body, typename S, int n>
-ADAHESSIAN_HD void move_usual(Vec<S, n>& p, const Vec<S, n>& m, const Vec<S, n>& v, const Coefficients<S>& c) {
+template <class Body, class Numerators, typename S, int n>
+ADAHESSIAN_HD void move_usual(Vec<S, n>& p, const Numerators& x, const Vec<S, n>& v, const Coefficients<S>& c) {
   using F = typename Body::Arithmetic;
   ADAHESSIAN_UNROLL
   for (int e = 0; e < n; ++e) {
     const S denom = F::square_root(multiply_add(c.scale, get(v, e), c.pull)) + c.eps;
-    set(p, e, moved(get(p, e), cut(F::divide(get(m, e), denom), c.clip), c));
+    set(p, e, moved(get(p, e), cut(F::divide(x(e), denom), c.clip), c));
+    if constexpr (Body::kRounds && Body::kOrder != Order::kFlat) in_sequence();  // it takes all registers there are
   }
 }
 
-template <Power kind, typename S, int n>
-ADAHESSIAN_HD void move(Vec<S, n>& p, const Vec<S, n>& m, const Vec<S, n>& v, const Coefficients<S>& c) {
+template <Power kind, class Numerators, typename S, int n>
+ADAHESSIAN_HD void move(Vec<S, n>& p, const Numerators& x, const Vec<S, n>& v, const Coefficients<S>& c) {
   ADAHESSIAN_UNROLL
   for (int e = 0; e < n; ++e) {
-    const S q = quotient<kind>(get(m, e), denominator<kind>(get(v, e), c), c);
+    const S q = quotient<kind>(x(e), denominator<kind>(get(v, e), c), c);
     set(p, e, update_param(get(p, e), q, get(v, e), c));
     in_sequence();  // rare or long; several at once would cost registers
   }
@@ -296,6 +297,17 @@ ADAHESSIAN_HD void update_slot(const typename Body::Arguments& arguments, typena
   for (int e = 0; e < kVector; ++e) {
     set(m, e, averaged_grad(get(m, e), S(load_as(get(state.grad[i], e))), c));
   }
+  // The numerators of Eq. 9, where the fewest registers hold what they are made of: in the gradient's place, or late.
+  [[maybe_unused]] Vec<S, kVector> x;
+  const auto numerator_of = [&](int e) { return numerator(get(m, e), S(load_as(get(state.grad[i], e))), c); };
+  if constexpr (!Body::kRounds) {
+    ADAHESSIAN_UNROLL
+    for (int e = 0; e < kVector; ++e) set(x, e, numerator_of(e));
+  }
+  const auto x_of = [&](int e) {
+    if constexpr (Body::kRounds) return numerator_of(e);
+    return get(x, e);
+  };
   constexpr uint32_t kLimit = Body::kRounds ? kRoundsToInfinity : kInfinity;
   Positive<S> of_v;
   ADAHESSIAN_UNROLL
@@ -308,9 +320,9 @@ ADAHESSIAN_HD void update_slot(const typename Body::Arguments& arguments, typena
     usual &= of_m.below(kLimit);
   }
   if (usual) {
-    keep<true, Body>(arguments, shared, state, m, v, slot, i);
     if (arguments.master == nullptr) unpack<typename Body::Param>(p);
-    return move_usual<Body>(p, m, v, c);
+    move_usual<Body>(p, x_of, v, c);  // before Philox, which needs the registers
+    return keep<true, Body>(arguments, shared, state, m, v, slot, i);
   }
   if (has_curvature) {
     uint32_t missed = 0;
@@ -318,16 +330,16 @@ ADAHESSIAN_HD void update_slot(const typename Body::Arguments& arguments, typena
     for (int e = 0; e < kVector; ++e) missed |= is_measured<S>(get(state.d[i], e)) ? 0 : 1u << e;
     if (missed) put_back<Body>(v, arguments, shared, missed, slot);
   }
-  keep<false, Body>(arguments, shared, state, m, v, slot, i);
   if (arguments.master == nullptr) unpack<typename Body::Param>(p);
   if (c.moves) {
     switch (c.kind) {
-      case Power::kHalf: move<Power::kHalf>(p, m, v, c); break;
+      case Power::kHalf: move<Power::kHalf>(p, x_of, v, c); break;
       case Power::kPlain:
       case Power::kOne:  // no instance of its own, which would cost registers
-      case Power::kGeneral: move<Power::kGeneral>(p, m, v, c); break;
+      case Power::kGeneral: move<Power::kGeneral>(p, x_of, v, c); break;
     }
   }
+  keep<false, Body>(arguments, shared, state, m, v, slot, i);
 }
 
 template <class Body>

@@ -52,6 +52,7 @@ def options(r: random.Random) -> dict:
         "block_size": r.choice([1, 1, 2, 3, 9, 16, 17, 32, 100, 5000, "row", "tensor", "auto"]),
         "averaging": r.choice(["signed", "abs"]), "unmeasured": r.choice(["hold", "move"]),
         "clip": r.choice([None, None, 0.5]), "update_each": r.choice([1, 1, 2]),
+        "nesterov": r.random() < 0.3, "cautious": r.random() < 0.3,
     }  # fmt: skip
 
 
@@ -130,10 +131,13 @@ def take(opt: AdaHessian, given: list[Tensor | None] | None) -> None:
         close(found[1], v, UNITS * unit * v + off, f"v of {what}")
         names = ("lr", "betas", "eps", "weight_decay", "hessian_power", "unmeasured")
         chosen = {name: group[name] for name in names} | {"clip": group["clip"] or math.inf}
-        expected = oracle.moved(value, *found, t, h, **chosen)
+        chosen |= {name: group[name] for name in ("nesterov", "cautious")}
+        expected = oracle.moved(value, *found, t, h, **chosen, g=g)
+        whole = chosen | {"cautious": False, "weight_decay": 0.0}  # of what Nesterov's two terms may cancel in
+        reach = oracle.moved(torch.zeros_like(value), found[0].abs(), found[1], t, h, **whole, g=g.abs()).abs()
         stored = torch.finfo(p.dtype).eps / 2 if torch.finfo(p.dtype).bits == 16 else 0.0
         tiny = torch.finfo(p.dtype).smallest_normal
-        step = (expected - value).abs()
+        step = (expected - value).abs() + reach * group["nesterov"]
         close(p, expected, (2 * UNITS * unit + stored) * (value.abs() + step + expected.abs()) + tiny, what)
 
 

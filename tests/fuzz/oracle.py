@@ -58,12 +58,18 @@ def averages(m: Tensor, v: Tensor, g: Tensor, d: Tensor | None, betas: Sequence[
 def moved(
     p: Tensor, m: Tensor, v: Tensor, t: int, h: int, *, lr: float, betas: Sequence[float], eps: float = 1e-4,
     weight_decay: float = 0.0, hessian_power: float = 1.0, clip: float = math.inf, unmeasured: str = "hold",
+    nesterov: bool = False, cautious: bool = False, g: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
-    """The parameter after step t, of which h had curvature."""
+    """The parameter after step t, of which h had curvature, by a gradient g."""
     if h == 0:
         return p
     root = (v / (1 - betas[1] ** h)).sqrt()
-    update = (m / (1 - betas[0] ** t) / (root**hessian_power + eps)).clamp(-clip, clip)
+    x = m / (1 - betas[0] ** t)
+    if nesterov:
+        x = (betas[0] * m + (1 - betas[0]) * g) / (1 - betas[0] ** (t + 1))
+    if cautious:
+        x = x * (x * g > 0)
+    update = (x / (root**hessian_power + eps)).clamp(-clip, clip)
     stays = (v == 0) & (hessian_power > 0 and unmeasured == "hold")
     return torch.where(stays, p, p * (1 - lr * weight_decay) - lr * update)
 
