@@ -17,6 +17,7 @@ from .bucket import Bucket, Entry, by_bucket, make_buckets, stored_dtype
 from .checks import check_apart, check_grad, check_group, check_hvp_dtype, check_param, has_off_steps
 from .distributed import sharded
 from .looks import holds, looks_of
+from .record import GradientRecord
 
 _LAYOUT, _GRAD, _PARAMS = attrgetter("layout"), attrgetter("grad"), itemgetter("params")
 
@@ -93,6 +94,7 @@ class ParameterLayout:
         entries: those of all parameters that have had a gradient, by the parameter's id: its own hash is slow.
         buckets: those they are in.
         stepped: those of the last step that was not skipped; empty once they are in other groups.
+        left: the gradients that step has left, of the first and the last of these.
         attached: what follows the entries; None for nothing.
     """
 
@@ -111,6 +113,7 @@ class ParameterLayout:
         self.entries: dict[int, Entry] = {}
         self.buckets: list[Bucket] = []
         self.stepped: Sequence[Entry] = []
+        self.left: GradientRecord | None = None
         self.attached: Attached | None = None
         self._lookup = _Lookup()
         # What the buckets were made for: contents of the state, options and parameters of the groups.

@@ -22,7 +22,7 @@ from .distributed.sharded import local
 from .hessian_step import Gathered, HessianStep, NoCurvatureError
 from .layout import ParameterLayout, kernels_of
 from .profiling import hooked_step, profiled
-from .record import Versions, versions
+from .record import GradientRecord, Versions, versions
 from .update import HyperTable, Part, Parts, prepared_updates
 
 if TYPE_CHECKING:
@@ -361,6 +361,7 @@ class AdaHessian(torch.optim.Optimizer):
     def _settle(self, entries: Sequence[Entry]) -> None:
         self.coming_step.schedule.settle_on_host()
         self.layout.stepped = entries
+        self.layout.left = GradientRecord((entries[0].owner, entries[-1].owner))  # not all, which would take time
 
     def _warn(self, entries: Sequence[Entry], due: Sequence[bool]) -> None:
         """Tell of what was not as one expects; warnings may be errors."""
@@ -600,10 +601,10 @@ class AdaHessian(torch.optim.Optimizer):
     def statistics(self) -> statistics.Statistics:
         """Return norms of parameters, gradients, last update and diagonal, in all and for each group.
 
-        Call it after :meth:`step`, and before ``zero_grad()`` if the gradients matter. Everything is computed here,
-        from the state; a step that nobody asks about costs nothing more. This does not wait for the device (reading
-        the result does), and meanwhile needs memory for a few copies of the largest parameter. With sharded parameters
-        every rank has to call it, and all get the same.
+        Call it after :meth:`step`, and before ``zero_grad()`` if the gradients or the last update matter. Everything is
+        computed here, from the state; a step that nobody asks about costs nothing more. This does not wait for the
+        device (reading the result does), and meanwhile needs memory for a few copies of the largest parameter. With
+        sharded parameters every rank has to call it, and all get the same.
 
         Example:
             >>> import torch, adahessian_fused

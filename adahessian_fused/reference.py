@@ -299,7 +299,7 @@ def adahessian_step(
         if nesterov != 0:
             numerator, bias1 = beta1 * m + (1 - beta1) * g, 1 - beta1 ** (t + 1)
         if cautious != 0:
-            numerator = torch.where((g == 0) | ((numerator < 0) != (g < 0)), 0.0, numerator)
+            numerator = torch.where(numerator * g.sign() <= 0, 0.0, numerator)
         bound = clip * bias1
         moved = p * (1 - lr * weight_decay) - lr / bias1 * (numerator / denom).clamp(-bound, bound)  # Eq. 9
         stays = (h == 0) | ((holds != 0) & (power != 0) & (v == 0))

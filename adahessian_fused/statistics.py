@@ -50,7 +50,8 @@ class Statistics:
         update_norm: of :math:`\frac{\text{lr}}{1 - \beta_1^t} \frac{m}{(\sqrt v / \sqrt{1 - \beta_2^h})^k + \epsilon}`,
             by which the last step that was not skipped moved its parameters; weight decay and the rounding of 16-bit
             parameters come on top. None before the first step, and after loading a state or moving parameters to other
-            groups; with ``nesterov`` or ``cautious``, whose steps follow ``p.grad`` too, also after ``zero_grad()``.
+            groups; with ``nesterov`` or ``cautious``, whose steps follow ``p.grad`` too, also once that has been zeroed
+            or written to.
         hessian_diag_norm: of the root-mean-square diagonal, :math:`\sqrt{v / (1 - \beta_2^h)}`.
         nonfinite: share of the elements whose m or v is infinite or NaN, which lasts: restore a checkpoint. An
             averaging block shares its v, so this is the share of bad blocks too.
@@ -99,9 +100,13 @@ def statistics(layout: ParameterLayout, table: HyperTable) -> Statistics:
         layout: of its parameters.
         table: the hyperparameters of its last step.
     """
-    entries = layout.with_state()
+    entries, stepped = (
+        layout.with_state(),
+        [[e for e in layout.stepped if e.group == n] for n in range(len(layout.groups))],
+    )
+    has_gradients = layout.left is not None and not layout.left.changed()
     groups = tuple(
-        _of_group(group, [e for e in entries if e.group == n], [e for e in layout.stepped if e.group == n], table)
+        _of_group(group, [e for e in entries if e.group == n], stepped[n], table, has_gradients=has_gradients)
         for n, group in enumerate(layout.groups)
     )
     numel = sum(group.numel for group in groups)
@@ -123,7 +128,12 @@ def statistics(layout: ParameterLayout, table: HyperTable) -> Statistics:
 
 
 def _of_group(
-    group: Mapping[str, Any], entries: Sequence[Entry], stepped: Sequence[Entry], table: HyperTable
+    group: Mapping[str, Any],
+    entries: Sequence[Entry],
+    stepped: Sequence[Entry],
+    table: HyperTable,
+    *,
+    has_gradients: bool,
 ) -> Statistics:
     def row(entry: Entry) -> Tensor:
         """Return the hyperparameters of a parameter's last step."""
@@ -131,7 +141,8 @@ def _of_group(
 
     numel = sum(p.numel() for p in group["params"])
     grads = {entry: _gradient(entry, group, table) for entry in stepped}
-    known = [] if _follows_gradient(group) and None in grads.values() else stepped
+    is_known = not _follows_gradient(group) or (has_gradients and None not in grads.values())
+    known = stepped if is_known else []
     cut = [entry for entry in known if entry.hyper is not None or group["clip"] is not None]
     return Statistics(
         lr=row(stepped[0])[Hyper.LR].clone() if stepped else None,
@@ -282,8 +293,7 @@ def _numerator(entry: Entry, row: Any, t: Any, g: Tensor | None) -> Tensor:
     if g is None:
         return m / _bias_correction(beta1, t)
     m = m + nesterov * (1 - beta1) * (g - m)
-    opposed = (g == 0) | ((m < 0) != (g < 0))
-    return torch.where(opposed & (cautious != 0), 0.0, m) / _bias_correction(beta1, t + nesterov)
+    return torch.where((m * g.sign() <= 0) & (cautious != 0), 0.0, m) / _bias_correction(beta1, t + nesterov)
 
 
 def _quotient(entry: Entry, row: Any, g: Tensor | None) -> Tensor:

@@ -125,6 +125,32 @@ def test_what_follows_the_gradient_is_told_while_there_is_one(device, scaled):
     assert opt.statistics().update_norm is opt.statistics().clipped is None
 
 
+GRADIENTS_GONE = {
+    "zeros": lambda opt, p: opt.zero_grad(set_to_none=False),
+    "zeroed by others": lambda opt, p: p.grad.zero_(),
+    "the next one": lambda opt, p: setattr(p, "grad", torch.ones_like(p)),
+    "added to": lambda opt, p: p.sum().backward(),
+}
+
+
+@pytest.mark.parametrize("change", GRADIENTS_GONE.values(), ids=GRADIENTS_GONE)
+@pytest.mark.parametrize("options", [{"nesterov": True}, {"cautious": True}, {}], ids=str)
+def test_another_gradient_is_not_taken_for_that_of_the_last_step(device, change, options):
+    p = nn.Parameter(numbers((50,), 0).float().to(device))
+    opt = AdaHessian([p], lr=LR, clip=0.1, **options)
+    for i in range(2):
+        p.grad = numbers((50,), i + 1).float().to(device)
+        opt.step(hessian=[torch.ones_like(p)])
+    before = opt.statistics().as_dict()
+    change(opt, p)
+    after = opt.statistics().as_dict()
+    assert {"update_norm", "clipped"} <= before.keys()
+    if options:
+        assert not {"update_norm", "clipped"} & after.keys()
+    else:
+        assert all(before[name] == after[name] for name in ("update_norm", "clipped"))
+
+
 def test_a_gradient_that_is_no_number_is_not_hidden(engine, device):
     p = nn.Parameter(torch.ones(3, device=device))
     opt = AdaHessian([p], cautious=True, nesterov=True, backend=engine)
@@ -132,6 +158,21 @@ def test_a_gradient_that_is_no_number_is_not_hidden(engine, device):
     opt.step(hessian=[torch.ones_like(p)])
     assert p.isnan().tolist() == [False, True, False]
     assert p[2] == 1
+
+
+@pytest.mark.parametrize("g", [-1.0, 1.0])
+def test_momentum_that_is_no_number_is_not_hidden(engine, device, g):
+    p = nn.Parameter(torch.ones(1, device=device))
+    opt = AdaHessian([p], cautious=True, backend=engine)
+    for x in (math.nan, g):
+        p.grad = torch.full_like(p, x)
+        opt.step(hessian=[torch.ones_like(p)])
+        with torch.no_grad():
+            p.fill_(1.0)
+    p.grad = torch.full_like(p, g)
+    opt.step(hessian=[torch.ones_like(p)])
+    assert p.isnan()
+    assert opt.statistics().update_norm.isnan()
 
 
 @pytest.mark.parametrize("late", [0, 2])
