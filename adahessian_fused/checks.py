@@ -45,6 +45,13 @@ def check_choice(name: str, value: Any, choices: Sequence[str]) -> None:
         raise ValueError(f"{name}={value!r}; expected {expected}")
 
 
+def check_flags(options: Mapping[str, Any], names: Iterable[str]) -> None:
+    """Raise ValueError unless the options of these names are true or false."""
+    for name in names:
+        if options[name] not in (True, False):
+            raise ValueError(f"{name}={options[name]!r}; expected True or False")
+
+
 def plain(value: Any) -> Any:
     """Return a scalar of numpy's as Python's own, which every checkpoint can hold; anything else as it is."""
     is_scalar = getattr(value, "ndim", None) == 0 and not isinstance(value, Tensor)
@@ -176,9 +183,7 @@ def check_group(group: dict[str, Any]) -> None:
             hessian_interval(group["update_each"], max(dense_steps(group) - 1, 0))  # the first number it will be asked
     else:
         check_count("update_each", group["update_each"])
-    for name in ("nesterov", "cautious", "maximize", "capturable", "master_weights", "probe_per_rank"):
-        if group[name] not in (True, False):
-            raise ValueError(f"{name}={group[name]!r}; expected True or False")
+    check_flags(group, ("nesterov", "cautious", "maximize", "capturable", "master_weights", "probe_per_rank"))
     _check_number("hessian_fraction", group["hessian_fraction"], 0.0, 1.0, low_included=False, high_included=True)
     if group["fd_epsilon"] is not None:
         _check_number("fd_epsilon", group["fd_epsilon"], 0.0, float("inf"), low_included=False, high_included=False)

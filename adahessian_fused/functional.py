@@ -11,7 +11,16 @@ from torch import Tensor
 
 from . import backends, hvp
 from .bucket import MEAN, Entry, by_bucket, make_buckets
-from .checks import CHOICES, check_apart, check_block_size, check_choice, check_count, check_param, check_stabilisers
+from .checks import (
+    CHOICES,
+    check_apart,
+    check_block_size,
+    check_choice,
+    check_count,
+    check_flags,
+    check_param,
+    check_stabilisers,
+)
 from .curvature import Curvature, differentiate, initial_seed
 from .layout import block_length
 from .update import HyperTable, Parts, prepared_update
@@ -131,6 +140,9 @@ def adahessian(
                 raise ValueError(f"{name}[{i}] has shape {tuple(tensor.shape)}; expected {tuple(p.shape)}")
     check_choice("unmeasured", unmeasured, CHOICES["unmeasured"])
     check_stabilisers(clip, shrink)
+    check_flags(
+        {"maximize": maximize, "nesterov": nesterov, "cautious": cautious}, ("maximize", "nesterov", "cautious")
+    )
     if shrink and hessian_diag_sq_means is None:
         raise ValueError(f"shrink={shrink!r} without hessian_diag_sq_means; expected a float64 scalar a parameter")
     if found_inf is not None and found_inf.item() != 0:

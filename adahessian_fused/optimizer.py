@@ -630,9 +630,10 @@ class AdaHessian(torch.optim.Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state dict of this class, of another AdaHessian, or of Adam, AdamW or Adamax.
 
-        Of another AdaHessian its options come along, and where this optimizer has left ``block_size`` and ``averaging``
-        at their defaults, the averaging of its code as well. Of Adam's family ``exp_avg`` and the count of steps are
-        taken, no options, and curvature is due at once. A warning tells what was taken and what is unknown.
+        Of another AdaHessian its options come along, and what its code has built in where this optimizer has left the
+        option at its default (``warmup``, ``clip``, ``nesterov``, ``cautious``, ``off_step``; its averaging where both
+        ``block_size`` and ``averaging`` are). Of Adam's family ``exp_avg`` and the count of steps are taken, no
+        options, and curvature is due at once. A warning tells what was taken and what is unknown.
 
         ``state_dtype`` stays as it is: float32 moving averages are rounded to nearest, bfloat16 ones widened. Gradients
         that are there, and the curvature gathered with them, are for the next :meth:`step`, as without loading.

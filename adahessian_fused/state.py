@@ -25,7 +25,7 @@ class Source(NamedTuple):
 
     Attributes:
         name: of the optimizer; empty for one of this package.
-        rules: options that it has built in, for groups that have left both to their defaults.
+        rules: options that it has built in, for groups that have left them at their defaults.
         unknown: what its state dict does not hold.
     """
 
@@ -36,6 +36,7 @@ class Source(NamedTuple):
 
 ADAM = Source("Adam's family")
 _RULES = ("block_size", "averaging")
+_DEFAULTS = {**recipes.cheap, "block_size": "auto", "off_step": "hold"}  # which a user may have left as they are
 _SOURCES = {
     "hessian_step": Source(),
     "hessian step": Source(
@@ -106,10 +107,11 @@ def _going_on(own: Mapping[str, Any], group: Mapping[str, Any], source: Source) 
     """Return the options of a group whose run comes from elsewhere."""
     if source is ADAM:
         return {**own, "params": group["params"]}
-    by_default = own["block_size"] == "auto" and own["averaging"] == "abs"
-    rules = {**recipes.published, **source.rules} if by_default and source.name else {}
-    if not source.name:  # options that ours had not when it was saved
-        rules = {name: recipes.published[name] for name in ("warmup", "clip", "nesterov", "cautious")}
+    rules = {name: value for name, value in recipes.published.items() if name != "averaging"} | dict(source.rules)
+    if source.name:  # or else they are options that ours had not when it was saved
+        chosen = {name for name in rules if own[name] != _DEFAULTS[name]}
+        chosen |= set(_RULES) if chosen & set(_RULES) else set()
+        rules = {name: value for name, value in rules.items() if name not in chosen}
     return {**own, **rules, **group}
 
 

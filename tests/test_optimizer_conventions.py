@@ -323,6 +323,9 @@ def test_functional_form_with_options_and_a_diagonal(engine, device, options):
     assert "shrink" not in options or mean == opt.state[p]["hessian_diag_sq_mean"]
     for wrong, message in (
         ({"unmeasured": 1}, 'unmeasured=1; expected "hold" or "move"'),
+        ({"nesterov": "yes"}, "nesterov='yes'; expected True or False"),
+        ({"cautious": None}, "cautious=None; expected True or False"),
+        ({"maximize": 2}, "maximize=2; expected True or False"),
         ({"shrink": 2.0}, r"shrink=2\.0 without hessian_diag_sq_means"),
     ):
         with pytest.raises(ValueError, match=message):

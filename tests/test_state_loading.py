@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import pickle
 
 import pytest
 import torch
@@ -314,15 +315,36 @@ def test_step_as_number_or_tensor(device, kind):
 def test_what_was_saved_before_there_was_an_option_goes_on_without_it():
     p = torch.nn.Parameter(torch.ones(2))
     saved = adahessian_fused.AdaHessian([p], **adahessian_fused.recipes.published).state_dict()
-    for name in ("warmup", "clip"):
+    for name in ("warmup", "clip", "nesterov", "cautious"):
         del saved["param_groups"][0][name]
     opt = adahessian_fused.AdaHessian([p])
     opt.load_state_dict(saved)
-    assert {name: opt.param_groups[0][name] for name in ("averaging", "warmup", "clip")} == {
-        "averaging": "signed",
-        "warmup": 0,
-        "clip": None,
-    }
+    names = adahessian_fused.recipes.published
+    assert {name: opt.param_groups[0][name] for name in names} == adahessian_fused.recipes.published
+
+
+@pytest.mark.parametrize(("origin", "off_step"), [("official", "hold"), ("timm", "stale")])
+@pytest.mark.parametrize("chosen", [{}, {"block_size": "conv2d"}, {"clip": 0.5}], ids=str)
+def test_rules_of_the_code_that_saved_it_come_along_unless_others_were_chosen(origin, off_step, chosen):
+    model = mlp()
+    opt = adahessian_fused.AdaHessian(model.parameters(), **chosen)
+    with pytest.warns(UserWarning, match="goes on with"):
+        opt.load_state_dict(FORMATS[origin](model, 3))
+    expected = {"warmup": 0, "clip": None, "nesterov": False, "cautious": False, "off_step": off_step, **chosen}
+    assert {name: opt.param_groups[0][name] for name in expected} == expected
+
+
+def test_what_was_pickled_before_there_was_an_option_goes_on_without_it():
+    model = mlp()
+    opt = adahessian_fused.AdaHessian(model.parameters(), nesterov=False, cautious=False)
+    train(opt, model, 2)
+    again, old = copy.deepcopy((model, opt))
+    for options in (old.defaults, *old.param_groups):
+        del options["nesterov"], options["cautious"]
+    again, old = pickle.loads(pickle.dumps((again, old)))
+    assert_same(train(old, again, [2, 3]), train(opt, model, [2, 3]))
+    old.add_param_group({"params": [nn.Parameter(torch.ones(2))]})
+    assert not any(old.param_groups[1][name] for name in ("nesterov", "cautious"))
 
 
 @pytest.mark.parametrize("capturable", [False, True])
