@@ -139,7 +139,7 @@ def compiled() -> Contestant:
 def cheap() -> Contestant:
     """Ours at little more than the price of first order."""
     options = {name: value for name, value in recipes.cheap.items() if name != "update_each"}
-    every, start, label = recipes.cheap["update_each"], options["warmup"], "AdaHessian, fused, cheap"
+    every, start, label = recipes.cheap["update_each"], options["dense_steps"], "AdaHessian, fused, cheap"
     make = partial(make_ours, frequency=every, **options)
     return Contestant("cheap", label, every, make, our_backward, told=True, options=options, start=start)
 

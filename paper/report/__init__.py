@@ -50,7 +50,8 @@ them, that is 1.2 first-order steps by matrix products, and a little more where 
 *even* is all else. Rows "{IN_TIME[2:]}" have as many steps, with their own, shorter schedule, as fit into AdamW's time
 by matrix products; a row counts as one in AdamW's time if its measured time is at most {judged.SLACK:g} times AdamW's.
 The verdicts below are on the recipe and on Algorithm 1 with exact curvature; Eq. 7 and Sophia's rule are beside them
-to compare with. † marks cells in which the last training losses of a run are above its first.
+to compare with. AdamW is PyTorch's: by the recipe's rules of momentum it would be better, too
+([design](design.md#decisions)). † marks cells in which the last training losses of a run are above its first.
 
 **Time** is the steps with and without curvature times the median time of each, measured apart from training: all kinds
 take turns, one thread, processor time. When these files were made wall-clock time was {{wall}} times that.
