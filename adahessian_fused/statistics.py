@@ -48,10 +48,11 @@ class Statistics:
         grad_norm: of ``p.grad`` as it is now: after clipping; times the loss scale if GradScaler has not unscaled it;
             None after ``zero_grad()``.
         update_norm: of :math:`\frac{\text{lr}}{1 - \beta_1^t} \frac{m}{(\sqrt v / \sqrt{1 - \beta_2^h})^k + \epsilon}`,
-            by which the last step that was not skipped moved its parameters; weight decay and the rounding of 16-bit
-            parameters come on top. None before the first step, and after loading a state or moving parameters to other
-            groups; with ``nesterov`` or ``cautious``, whose steps follow ``p.grad`` too, also once that has been zeroed
-            or written to.
+            cut, by which the last step that was not skipped moved its parameters, m and t as ``nesterov`` and
+            ``cautious`` have them; weight decay and the rounding of 16-bit parameters come on top. None before the
+            first step, and after loading a state or moving parameters to other groups; with ``nesterov`` or
+            ``cautious``, whose steps follow ``p.grad`` too, also once that has been zeroed or written to, and NaN where
+            ``capturable`` has skipped a step.
         hessian_diag_norm: of the root-mean-square diagonal, :math:`\sqrt{v / (1 - \beta_2^h)}`.
         nonfinite: share of the elements whose m or v is infinite or NaN, which lasts: restore a checkpoint. An
             averaging block shares its v, so this is the share of bad blocks too.
@@ -144,6 +145,7 @@ def _of_group(
     is_known = not _follows_gradient(group) or (has_gradients and None not in grads.values())
     known = stepped if is_known else []
     cut = [entry for entry in known if entry.hyper is not None or group["clip"] is not None]
+    skipped = table.found_inf if _follows_gradient(group) else None
     return Statistics(
         lr=row(stepped[0])[Hyper.LR].clone() if stepped else None,
         step=_largest(entry.views["step"] for entry in entries),
@@ -151,11 +153,14 @@ def _of_group(
         numel=numel,
         param_norm=_norm((_norm_of(p), p) for p in group["params"]),
         grad_norm=_norm((_norm_of(p.grad), p) for p in group["params"] if p.grad is not None),
-        update_norm=_norm((_update_norm(entry, row(entry), grads[entry]), entry.owner) for entry in known),
+        update_norm=_unless(
+            skipped, _norm((_update_norm(entry, row(entry), grads[entry]), entry.owner) for entry in known)
+        ),
         hessian_diag_norm=_norm((_diag_norm(entry, group["betas"][1]), entry.owner) for entry in entries),
         nonfinite=_share(sharded.whole([(_nonfinite(entry), entry.owner) for entry in entries]), numel),
-        clipped=_share(
-            sharded.whole([(_clipped(entry, row(entry), grads[entry]), entry.owner) for entry in cut]), numel
+        clipped=_unless(
+            skipped,
+            _share(sharded.whole([(_clipped(entry, row(entry), grads[entry]), entry.owner) for entry in cut]), numel),
         ),
         missed=_sum(sharded.whole([(entry.missed.clone(), entry.owner) for entry in entries])),
         missed_in={entry.name: entry.missed.clone() for entry in entries},
@@ -318,6 +323,11 @@ def _update(entry: Entry, hyper: Tensor, g: Tensor | None) -> Tensor:
 def _update_norm(entry: Entry, hyper: Tensor, g: Tensor | None) -> Tensor:
     """Return the norm of the last update of a parameter."""
     return torch.linalg.vector_norm(_update(entry, hyper, g))
+
+
+def _unless(skipped: Tensor | None, x: Tensor | None) -> Tensor | None:
+    """Return what is told of a step, NaN if it was skipped and its gradient is not that of the last one taken."""
+    return x if x is None or skipped is None else torch.where(skipped.to(x.device) != 0, math.nan, x)
 
 
 def _clipped(entry: Entry, hyper: Tensor, g: Tensor | None) -> Tensor:

@@ -68,10 +68,12 @@ class HyperTable:
 
     Attributes:
         grad_scale: the factor that the gradients of the last step carried, if any.
+        found_inf: whether it was skipped, if only the device knows.
     """
 
     def __init__(self) -> None:
         self.grad_scale: Tensor | None = None
+        self.found_inf: Tensor | None = None
         self._cached: dict[torch.device, tuple[list[list[float]], Tensor]] = {}
         self._last: tuple[Any, Any] = None, None  # the table of a CPU, and the options it was made of
         self._captured: list[Tensor] = []  # older tables, which CUDA graphs may read
@@ -156,7 +158,7 @@ def prepared_updates(
     Returns:
         The parts of all updates, those of the first kind first.
     """
-    table.grad_scale = grad_scale
+    table.grad_scale, table.found_inf = grad_scale, found_inf
     rescaled = grad_scale is not None and curvature is not None and curvature.unscaled
     if curvature is not None and (rescaled or curvature.must_fold(layout.buckets)):
         curvature.fold()

@@ -151,6 +151,23 @@ def test_another_gradient_is_not_taken_for_that_of_the_last_step(device, change,
         assert all(before[name] == after[name] for name in ("update_norm", "clipped"))
 
 
+@pytest.mark.parametrize("options", [{"nesterov": True}, {"cautious": True}, {}], ids=str)
+def test_a_step_that_only_the_device_knows_to_be_skipped(device, options):
+    p = nn.Parameter(numbers((50,), 0).float().to(device))
+    opt = AdaHessian([p], lr=LR, clip=0.1, capturable=True, **options)
+    opt.grad_scale = torch.ones((), device=device)
+    found = []
+    for i, skipped in enumerate((0.0, 1.0)):
+        p.grad = numbers((50,), 1 - i).float().to(device)
+        opt.found_inf = torch.tensor(skipped, device=device)
+        opt.step(hessian=[torch.ones_like(p)])
+        found.append(opt.statistics())
+    for name in ("update_norm", "clipped"):
+        taken, then = (getattr(one, name) for one in found)
+        assert taken > 0
+        assert then.isnan() if options else then == taken
+
+
 def test_a_gradient_that_is_no_number_is_not_hidden(engine, device):
     p = nn.Parameter(torch.ones(3, device=device))
     opt = AdaHessian([p], cautious=True, nesterov=True, backend=engine)
