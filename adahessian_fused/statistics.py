@@ -111,6 +111,7 @@ def statistics(layout: ParameterLayout, table: HyperTable) -> Statistics:
         for n, group in enumerate(layout.groups)
     )
     numel = sum(group.numel for group in groups)
+    is_known = all(group.update_norm is not None for group, moved in zip(groups, stepped, strict=True) if moved)
     return Statistics(
         lr=groups[0].lr if len(groups) == 1 else None,
         step=_largest(group.step for group in groups),
@@ -118,10 +119,10 @@ def statistics(layout: ParameterLayout, table: HyperTable) -> Statistics:
         numel=numel,
         param_norm=_joint(group.param_norm for group in groups),
         grad_norm=_joint(group.grad_norm for group in groups),
-        update_norm=_joint(group.update_norm for group in groups),
+        update_norm=_joint(group.update_norm for group in groups if is_known),
         hessian_diag_norm=_joint(group.hessian_diag_norm for group in groups),
         nonfinite=_share([x.nonfinite * x.numel for x in groups if x.nonfinite is not None], numel),
-        clipped=_share([x.clipped * x.numel for x in groups if x.clipped is not None], numel),
+        clipped=_share([x.clipped * x.numel for x in groups if is_known and x.clipped is not None], numel),
         missed=_sum(group.missed for group in groups),
         missed_in={name: count for group in groups for name, count in group.missed_in.items()},
         groups=groups,

@@ -151,6 +151,19 @@ def test_another_gradient_is_not_taken_for_that_of_the_last_step(device, change,
         assert all(before[name] == after[name] for name in ("update_norm", "clipped"))
 
 
+def test_groups_of_which_one_is_not_known_have_no_update_together(device):
+    p, q = (nn.Parameter(numbers((50,), seed).float().to(device)) for seed in (0, 1))
+    opt = AdaHessian([{"params": [p]}, {"params": [q], "cautious": True}], lr=LR, clip=0.1)
+    p.grad, q.grad = torch.ones_like(p), torch.ones_like(q)
+    opt.step(hessian=[torch.ones_like(p), torch.ones_like(q)])
+    opt.zero_grad()
+    whole = opt.statistics()
+    first, second = whole.groups
+    assert first.update_norm > 0
+    assert first.clipped == 1
+    assert whole.update_norm is second.update_norm is whole.clipped is second.clipped is None
+
+
 @pytest.mark.parametrize("options", [{"nesterov": True}, {"cautious": True}, {}], ids=str)
 def test_a_step_that_only_the_device_knows_to_be_skipped(device, options):
     p = nn.Parameter(numbers((50,), 0).float().to(device))
