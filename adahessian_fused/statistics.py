@@ -101,10 +101,8 @@ def statistics(layout: ParameterLayout, table: HyperTable) -> Statistics:
         layout: of its parameters.
         table: the hyperparameters of its last step.
     """
-    entries, stepped = (
-        layout.with_state(),
-        [[e for e in layout.stepped if e.group == n] for n in range(len(layout.groups))],
-    )
+    entries = layout.with_state()
+    stepped = [[e for e in layout.stepped if e.group == n] for n in range(len(layout.groups))]
     has_gradients = layout.left is not None and not layout.left.changed()
     groups = tuple(
         _of_group(group, [e for e in entries if e.group == n], stepped[n], table, has_gradients=has_gradients)

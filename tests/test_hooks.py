@@ -358,7 +358,8 @@ def test_the_page_says_what_leaves_and_hooks_get(row):
     for leaf in (other, x, model[0].weight):
         leaf.register_hook(lambda g: seen.append(1))
     other.register_post_accumulate_grad_hook(lambda p: after.append(1))
-    run = WAYS["backward_function"] if hvp else dict(zip(NAMES, WAYS.values(), strict=True))[way]
+    named = dict(zip(NAMES, WAYS.values(), strict=True)) | {"`opt.step(hessian=)`": ways.diagonal}  # of one pass
+    run = WAYS["backward_function"] if hvp else named[way]
     run(opt, loss, x, y)
     assert len(seen) == 4 * HOOKS[hooks]
     if leaves == "yours":
