@@ -141,7 +141,7 @@ def update_bounds(
     opposed = ((g == 0) | ((x < 0) != (g < 0))) & bool(cautious)
     x, x_error = torch.where(opposed, 0.0, x), torch.where(opposed & (is_sure | (g == 0)), 0.0, x_error)
     if cautious:
-        x_error = torch.where(is_sure, x_error, x_error + x.abs())  # it may have been taken for the other one
+        x_error = torch.where(is_sure, x_error, 2 * x_error)  # as much as x may be, left out or in
     q, bias1 = x.abs() / (power + eps), 1 - beta1 ** (t + bool(nesterov))
     q_error = (x_error + q * denom_error) / (low + eps)
     q, low, high = (x.clamp(-clip * bias1, clip * bias1) for x in (q, q - q_error, q + q_error))
