@@ -17,7 +17,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils import _pytree as pytree
 
 from .checks import CHOICES
-from .hvp.errors import operator_in
+from .hvp.errors import LACKS, operator_in
 from .hvp.finite_difference import epsilon_of
 from .hvp.kinks import kinks
 from .optimizer import AdaHessian
@@ -81,16 +81,23 @@ class StrategyCheck:
     @property
     def verdict(self) -> str:
         """The result in words."""
+        return "".join(self._words)
+
+    @property
+    def _words(self) -> tuple[str, str]:
+        """The result in a few words, and the rest of the sentence."""
         if self.failure is not None:
-            return f"fails: {self.operator or self.failure.splitlines()[0][:60]}"
+            if self.operator is not None:
+                return "fails", f": {self.operator} {LACKS[self.strategy.split(',')[0]]}"
+            return "fails", f": {(self.failure or 'RuntimeError').splitlines()[0]}"
         if self._doubted:
             what = "double backward" if self.strategy == DIFFERENCE else "Hz"
-            return f"{what} is off by {self.along_z:.1%} from the change of g along z (detach, rounding, a Function?)"
+            return f"{what} is off by {self.along_z:.1%}", f" from the change of g along z {_DOUBTS}"
         if self.product_error is None or self.product_error > TRUSTED:
-            return "WRONG for this model"
+            return "WRONG for this model", ""
         if self.kinks:
-            return f"cannot tell: {', '.join(self.kinks)}"
-        return "can be trusted" if self.pays else "can be trusted, gains nothing here"
+            return f"cannot tell: {', '.join(self.kinks)}", ""
+        return "can be trusted" if self.pays else "can be trusted, gains nothing here", ""
 
 
 @dataclass(frozen=True)
@@ -127,36 +134,30 @@ class HvpCheck:
                 number(check.gradient_error, ".1e"),
                 number(check.time, ".2f"),
                 number(check.memory, ".2f"),
-                check.verdict,
+                check._words[0],
             )
             for check in self.strategies
         ]
 
     def show(self) -> None:
-        """Print the table; with rich, where that is installed."""
-        caption = (
+        """Print the table, and below it why what fails does."""
+        rows = [_COLUMNS, *self.rows()]
+        widths = [2 + max(map(len, column)) for column in zip(*rows, strict=True)]
+        for row in rows:
+            print("".join(map(str.ljust, row, widths)).rstrip())
+        doubts = f" {_DOUBTS}" if self.along_z is not None and self.along_z > AGREES else ""
+        print(
             f"Errors of Hz and g relative to {self.reference}; time and memory of g and Hz relative to "
             f"those of g alone, which takes {self.seconds * 1e3:.3g} ms. Differences of g along z: "
-            + ("cannot tell." if self.along_z is None else f"Hz is off by {self.along_z:.1e}.")
+            + ("cannot tell." if self.along_z is None else f"Hz is off by {self.along_z:.1e}{doubts}.")
         )
-        try:
-            from rich.console import Console
-            from rich.table import Table
-        except ImportError:
-            for row in [_COLUMNS, *self.rows()]:
-                print("".join(cell.ljust(22) for cell in row).rstrip())
-            print(caption)
-            return
-        table = Table(*_COLUMNS[:-1], caption=caption, title="Hessian-vector products")
-        table.add_column(_COLUMNS[-1], overflow="fold")
-        for column in table.columns[:-1]:
-            column.no_wrap = True
-        for row in self.rows():
-            table.add_row(*row)
-        Console().print(table)
+        for check in self.strategies:
+            if check.failure is not None:
+                print(f"{check.strategy} {check.verdict.rstrip('.')}.")
 
 
 _COLUMNS = ("hvp", "Hz", "g", "time", "memory", "verdict")
+_DOUBTS = "(detach, rounding, a Function?)"
 
 
 def check_hvp(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import sys
+import re
 
 import pytest
 import torch
@@ -249,17 +249,50 @@ def test_nothing_is_changed(device):
     assert [g._version for g in grads] == versions
 
 
-@pytest.mark.parametrize("rich", [True, False])
-def test_the_table(device, rich, capsys, monkeypatch):
-    if rich:
-        pytest.importorskip("rich")
-    else:
-        monkeypatch.setitem(sys.modules, "rich", None)
-        monkeypatch.setitem(sys.modules, "rich.console", None)
+def test_the_table(device, capsys):
     check_hvp(mlp(torch.float32, device), loss_on, batch(0, mlp(torch.float32, device)), repeats=1)
     printed = capsys.readouterr().out
     for text in (*EXACT, "finite_difference", "can be trusted", "double backward in float64"):
         assert text in printed
+
+
+LONG = "an operator of somebody's own cannot do what is asked of it, for a reason that takes many words to tell"
+
+
+class Refusing(torch.autograd.Function):
+    """Without a second derivative, and with a word on it that nobody knows."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        if torch.is_grad_enabled():
+            raise RuntimeError(LONG)
+        return grad.clone()
+
+
+FAILING = {
+    "an operator": (
+        nn.Identity(),
+        F.mse_loss,
+        "forward_over_reverse",
+        r"such as mse_loss\) has no forward-mode derivative",
+    ),
+    "an error": (Refusing.apply, F.l1_loss, "autograd", LONG),
+}
+
+
+@pytest.mark.parametrize("case", FAILING)
+def test_below_the_table_is_the_whole_reason_of_a_failure(case, capsys):
+    act, loss, way, reason = FAILING[case]
+    result = check_hvp(Acting(act), lambda model, x, y: loss(model(x), y), batch(0, Acting(act)), repeats=1)
+    table, below = capsys.readouterr().out.split("Errors of Hz")
+    assert re.search(rf"^{way} fails: .*{reason}\.$", below, re.M)
+    assert re.search(rf"^{way} .* fails$", table, re.M)
+    assert max(map(len, table.splitlines())) <= 80
+    assert re.fullmatch(f"fails: .*{reason}", result[way].verdict)
 
 
 def test_nothing_to_differentiate():

@@ -23,9 +23,10 @@ _KNOWN = {
     "You must implement the jvp function": "a torch.autograd.Function without jvp (PyTorch's for full backward hooks)",
     "ZeroTensors are immutable": "an operator of the model or the loss (such as mse_loss)",
 }
-_LACKS = {
+LACKS = {
     "autograd": "cannot be differentiated twice",
     "forward_over_reverse": "has no forward-mode derivative",
+    "finite_difference": "cannot be differentiated",
 }
 _OTHER = {"autograd": "forward_over_reverse", "forward_over_reverse": "autograd"}
 NO_GRAPH = "{}, whose backward leaves no graph of itself,"
@@ -63,6 +64,8 @@ def explanation(operator: str, strategy: str) -> str:
         ways.insert(0, "its math kernel, with torch.nn.attention.sdpa_kernel(SDPBackend.MATH)")
     elif operator == "flex_attention":
         ways.insert(0, "scaled_dot_product_attention, with attn_mask or is_causal, in curvature_friendly(model, opt)")
+    elif "mse_loss" in operator:
+        ways.insert(0, "(output - target).square().mean() in the place of mse_loss")
     elif "use_reentrant" in operator:
         ways.insert(0, "use_reentrant=False")
     elif "selective" in operator:
@@ -86,7 +89,7 @@ def explanation(operator: str, strategy: str) -> str:
             'training mode; in eval mode, and for compiled functions, "with curvature_friendly():" around the loss',
         )
     return (
-        f'{operator} {_LACKS[strategy]}, which hvp="{strategy}" needs. Ways out: {"; or ".join(ways)}. '
+        f'{operator} {LACKS[strategy]}, which hvp="{strategy}" needs. Ways out: {"; or ".join(ways)}. '
         "adahessian_fused.check_hvp(model, loss_fn, batch) tells which strategies a model allows"
     )
 
