@@ -167,15 +167,18 @@ class HessianStep:
         if strategy != "autograd" or not any(id(p) in found for p in params if any_sharded((p,))):
             raise RuntimeError(EXACT_IS_REFUSED.format(strategy))
 
-    def _check_graphs(self, grads: Sequence[Tensor]) -> None:
-        """Raise unless some gradients carry a graph that curvature can come from."""
-        strategy = self.layout.options["hvp"]
-        if strategy != "autograd":
-            raise NoCurvatureError(hvp.NEEDS_FUNCTION.format(strategy))
-        if not hvp.has_graph(grads) and not self._graphs.seen:
-            raise NoCurvatureError(hvp.NO_CURVATURE)
-        self._check_unmixed()
-        self._graphs.check()
+    def _check_graphs(self, params: Sequence[Tensor]) -> None:
+        """Raise unless the gradients of some parameters carry a graph that curvature can come from."""
+        strategy, left = self.layout.options["hvp"], self.layout.left
+        if strategy == "autograd" and (hvp.has_graph([p.grad for p in params]) or self._graphs.seen):
+            self._check_unmixed()
+            self._graphs.check()
+        elif left is not None and not left.changed():
+            raise NoCurvatureError(hvp.USED)
+        elif all(map(is_zero, params)):
+            raise NoCurvatureError(hvp.CLEARED)
+        else:
+            raise NoCurvatureError(hvp.NO_CURVATURE if strategy == "autograd" else hvp.NEEDS_FUNCTION.format(strategy))
 
     def _awaited(self) -> list[Tensor]:
         """Return the parameters whose curvature a ``loss.backward(create_graph=True)`` may be meant for."""
@@ -351,7 +354,7 @@ class HessianStep:
             RuntimeError: none of them has a graph, or a part of it is missing.
         """
         grads = [p.grad for p in params]
-        self._check_graphs(grads)
+        self._check_graphs(params)
         self.check_whole_batch()
         with_graph = hvp.differentiable(grads)
         self.check_not_sharded([params[i] for i in with_graph])
@@ -461,7 +464,7 @@ class HessianStep:
         params = [p for _, p in self.layout.trained() if p.grad is not None]
         wanted = with_curvature and self.curvature is None and self.is_due
         if wanted and params:
-            self._check_graphs([p.grad for p in params])
+            self._check_graphs(params)
         trained = [p for _, p in self.layout.trained()]
         self.ranks.watch(trained)
         average = GradientAverage(self.ranks, trained)

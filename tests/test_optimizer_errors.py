@@ -239,6 +239,33 @@ def test_no_curvature_says_what_to_write():
         opt.step()
 
 
+@pytest.mark.parametrize("hvp", ["autograd", "finite_difference", "create_graph"])
+@pytest.mark.filterwarnings("ignore:Using backward\\(\\) with create_graph=True")
+def test_gradients_that_are_cleared_before_the_step_are_told(hvp):
+    model, opt = fresh(mlp(), hvp="autograd" if hvp == "create_graph" else hvp)
+    for _ in range(2):
+        if hvp == "create_graph":
+            loss_of(model).backward(create_graph=True)
+        else:
+            opt.backward(lambda: loss_of(model))
+        opt.zero_grad(set_to_none=False)
+        with pytest.raises(RuntimeError, match=r"\(set_to_none=False\) has cleared.*before opt\.backward\(loss\) or"):
+            opt.step()
+        opt.zero_grad()
+        opt.step(lambda: loss_of(model))
+
+
+@pytest.mark.parametrize("hvp", ["autograd", "finite_difference"])
+def test_gradients_of_the_last_step_are_told(hvp):
+    model, opt = fresh(mlp(), hvp=hvp)
+    opt.backward(lambda: loss_of(model))
+    opt.step()
+    with pytest.raises(RuntimeError, match=r"still those of the last step.*opt\.backward\(loss\) anew"):
+        opt.step()
+    opt.backward(lambda: loss_of(model))
+    opt.step()
+
+
 LOSSES = {
     "number": (lambda p: 3.0, TypeError, "loss is a float; expected a tensor"),
     "vector": (lambda p: p * 2, RuntimeError, r"loss has shape \(2,\); expected one number"),

@@ -7,12 +7,14 @@ computed; the others evaluate it themselves, with the help of ``replay``.
 
 from .complete import Graphs, after_hooks, check_gradients
 from .double_backward import (
+    CLEARED,
     MIXED,
     NEEDS_FUNCTION,
     NO_CURVATURE,
     NO_LOSS,
     SPENT,
     TWO_WAYS,
+    USED,
     accumulate_grads,
     check_loss,
     differentiable,
@@ -27,12 +29,14 @@ from .precision import Precision, bfloat16_gain, second_pass
 from .treatment import Refused, accumulating, later, run_accumulated, treating, without_hooks
 
 __all__ = [
+    "CLEARED",
     "MIXED",
     "NEEDS_FUNCTION",
     "NO_CURVATURE",
     "NO_LOSS",
     "SPENT",
     "TWO_WAYS",
+    "USED",
     "BackwardObserver",
     "Graphs",
     "InterceptBackward",

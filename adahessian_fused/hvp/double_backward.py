@@ -26,6 +26,17 @@ NO_CURVATURE = (
     "call opt.hook_backward() once, where a trainer calls loss.backward()"
 )
 
+CLEARED = (
+    "this step needs curvature, but the gradients are zeros without a graph: zero_grad(set_to_none=False) has cleared "
+    "them after the backward pass, and their curvature with them. Call opt.zero_grad() before opt.backward(loss) or "
+    "after opt.step(), not between; where loss.backward() has made these zeros, write opt.backward(loss) instead"
+)
+
+USED = (
+    "this step needs curvature, but its gradients are still those of the last step, which has used theirs. Compute the "
+    "loss and call opt.backward(loss) anew before each opt.step()"
+)
+
 MIXED = (
     "loss.backward() has added to gradients of this step without their curvature. Write opt.backward(loss) for every "
     "loss of a step, with curvature=0 where none is wanted, or call opt.hook_backward() once before training; or "
