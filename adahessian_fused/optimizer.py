@@ -15,7 +15,7 @@ from torch._compile import _disable_dynamo  # as torch.compiler.disable, which i
 from . import amp, backends, closures, hooks, state, statistics
 from .backward import backward, backward_split
 from .bucket import Entry
-from .checks import check_given_diagonal, check_state_dtype
+from .checks import check_given_diagonal, check_state_dtype, warn
 from .curvature import initial_seed
 from .distributed.ranks import Together
 from .distributed.sharded import local
@@ -254,6 +254,7 @@ class AdaHessian(torch.optim.Optimizer):
         self._table = self.table_type()
         self._warned: set[str] = set()  # names of parameters whose curvature was not finite
         self._told_of_length = False  # of first steps
+        self._empty = 0  # steps without any gradient before the first one with some
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a parameter group; checked as a whole, and not added if anything is wrong with it."""
@@ -317,7 +318,10 @@ class AdaHessian(torch.optim.Optimizer):
             if hessian is not None:
                 self._check_given_diagonal()
             gathered = coming.finish(hessian)  # g and D
-            return self._do(self._update(gathered), loss) if gathered.entries else loss
+            if gathered.entries:
+                return self._do(self._update(gathered), loss)
+            self._count_empty()
+            return loss
         except BaseException as error:
             if isinstance(error, NoCurvatureError) and closure is None and state.is_blank_step(self.layout):
                 return None  # the states are made, and nothing is counted
@@ -370,6 +374,16 @@ class AdaHessian(torch.optim.Optimizer):
             self.coming_step.schedule.warn_of_missed()
         if not self._told_of_length:
             self._told_of_length = statistics.warn_of_long_steps(self.layout, entries, self._table)
+
+    def _count_empty(self) -> None:
+        """Tell, once, that gradients never come."""
+        self._empty += not self.layout.stepped
+        if self._empty == 3 and not self.layout.stepped:
+            warn(
+                "opt.step() has been called three times, and no parameter has had a gradient: nothing moves. Call "
+                "opt.backward(loss) before each opt.step(), and opt.zero_grad() before that, not between; and give "
+                "AdaHessian the parameters of the model that computes the loss, which a copy of it has not"
+            )
 
     def _do(self, parts: Parts, loss: Any) -> Any:
         """Do what is left of a step and return the loss; if that fails half-way, the next :meth:`step` goes on."""

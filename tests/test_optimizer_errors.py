@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import re
+from functools import partial
 
 import pytest
 import torch
@@ -264,6 +265,37 @@ def test_gradients_of_the_last_step_are_told(hvp):
         opt.step()
     opt.backward(lambda: loss_of(model))
     opt.step()
+
+
+NO_GRADIENTS = {
+    "no backward pass": lambda opt, model: opt.step(),
+    "cleared before the step": lambda opt, model: (opt.backward(loss_of(model)), opt.zero_grad(), opt.step()),
+    "a copy": lambda opt, model: (loss_of(copy.deepcopy(model)).backward(), opt.step()),
+    "a copy's closure": lambda opt, model: opt.step(partial(loss_of, copy.deepcopy(model))),
+}
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("step", NO_GRADIENTS.values(), ids=NO_GRADIENTS)
+def test_gradients_that_never_come_are_told_once(step):
+    model, opt = fresh(mlp())
+    for _ in range(2):
+        step(opt, model)
+    with pytest.warns(UserWarning, match=r"no parameter has had a gradient.*Call opt\.backward\(loss\) before") as told:
+        step(opt, model)
+    assert [warning.filename for warning in told] == [__file__]
+    for _ in range(5):
+        step(opt, model)
+
+
+@pytest.mark.filterwarnings("error")
+def test_steps_without_gradients_after_one_with_some_are_nothing_to_tell():
+    model, opt = fresh(mlp())
+    opt.step()
+    opt.step(lambda: loss_of(model))
+    opt.zero_grad()
+    for _ in range(5):
+        opt.step()
 
 
 LOSSES = {
