@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from . import hvp, sharing
-from .checks import check_weight
+from .checks import CHOICES, check_choice, check_weight
 from .evaluation import evaluate_loss
 from .fraction import split_batch
 from .friendly import curvature_friendly, plain
@@ -63,6 +63,7 @@ def backward(
     scale = grad_scaler.scale if grad_scaler is not None and grad_scaler.is_enabled() else None
     weight = 1.0 if curvature is None else curvature
     if wanted and strategy != "autograd":
+        check_choice("hvp", strategy, CHOICES["hvp"])
         if given:
             raise RuntimeError(hvp.NEEDS_FUNCTION.format(strategy))
         weighted = loss if batch_weight is None else lambda: loss() * batch_weight

@@ -152,15 +152,18 @@ def dense_steps(group: Mapping[str, Any]) -> int:
     return group["warmup"] if group["dense_steps"] is None else group["dense_steps"]
 
 
+def check_lr(lr: Any) -> None:
+    """Raise ValueError unless ``lr`` is a number that is not negative, or a tensor with one element."""
+    if not isinstance(lr, Tensor):
+        _check_number("lr", lr, 0.0, float("inf"), high_included=True)
+    elif lr.numel() != 1:
+        raise ValueError(f"lr has shape {tuple(lr.shape)}; expected a number or a tensor with one element")
+
+
 def check_group(group: dict[str, Any]) -> None:
     """Check the hyperparameters of one parameter group; numpy's scalars among them become Python's."""
     group.update({name: plain(value) for name, value in group.items()})
-    lr = group["lr"]
-    if isinstance(lr, Tensor):
-        if lr.numel() != 1:
-            raise ValueError(f"lr has shape {tuple(lr.shape)}; expected a number or a tensor with one element")
-    else:
-        _check_number("lr", lr, 0.0, float("inf"), high_included=True)
+    check_lr(group["lr"])
     try:
         betas = tuple(map(plain, group["betas"]))
     except TypeError:  # nothing that has items

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from . import hvp
-from .checks import check_grad
+from .checks import CHOICES, check_choice, check_grad
 from .distributed.ranks import without
 from .distributed.sharded import any_sharded
 from .hessian_step import Differentiate, HessianStep
@@ -77,6 +77,7 @@ def evaluate_repeatedly(
         with contextlib.nullcontext() if sharded else others.evaluation():
             return evaluate(seen)
 
+    check_choice("hvp", options["hvp"], CHOICES["hvp"])
     strategy = STRATEGIES[options["hvp"]](
         params,
         layout.of_groups(due),

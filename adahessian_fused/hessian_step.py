@@ -119,7 +119,15 @@ class HessianStep:
     @property
     def is_due(self) -> bool:
         """Whether the coming step uses new curvature in any group."""
-        return any(self.schedule.due())
+        return any(self._due())
+
+    def _due(self) -> list[bool]:
+        """Tell for each group whether the coming step uses new curvature, or name an option that is wrong."""
+        try:
+            return self.schedule.due()
+        except (TypeError, ArithmeticError):
+            self.layout.check_options()
+            raise
 
     @property
     def probe_seed(self) -> int:
@@ -148,7 +156,8 @@ class HessianStep:
     def check_whole_batch(self) -> None:
         """Raise if the curvature is to come from a part of the mini-batch."""
         fraction = self.layout.options["hessian_fraction"]
-        if fraction < 1:
+        if fraction != 1:
+            self.layout.check_options()
             raise RuntimeError(
                 f"hessian_fraction={fraction} needs the mini-batch, to take a part of it; write "
                 "opt.backward_split(loss_fn, *batch) instead of loss.backward(), opt.backward(loss) or a closure"
@@ -504,7 +513,7 @@ class HessianStep:
             ranks.check_grads([(entry.name, g) for entry, g in zip(entries, grads, strict=True)])
         if not entries:
             return Gathered((), [], (), None)
-        due = self.schedule.due()
+        due = self._due()
         if hessian is None:
             self.complete(entries, grads, due)
         else:

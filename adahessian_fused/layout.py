@@ -22,7 +22,7 @@ from .record import GradientRecord
 _LAYOUT, _GRAD, _PARAMS = attrgetter("layout"), attrgetter("grad"), itemgetter("params")
 
 # Options that hold for the whole optimizer although they are stored in every parameter group.
-_OPTIMIZER_WIDE = (
+OPTIMIZER_WIDE = (
     *("n_samples", "probe", "seed", "hvp", "hvp_dtype", "hessian_fraction", "fd_epsilon"),
     *("capturable", "master_weights", "probe_per_rank"),
 )
@@ -193,7 +193,7 @@ class ParameterLayout:
     def _averaged(self) -> list[tuple[int | str, str, bool, bool, int]]:
         """Return what the layout depends on in each group."""
         return [
-            (group["block_size"], group["averaging"], _keeps_diag(group), group["shrink"] > 0, len(group["params"]))
+            (group["block_size"], group["averaging"], _keeps_diag(group), bool(group["shrink"]), len(group["params"]))
             for group in self.groups
         ]
 
@@ -241,21 +241,29 @@ class ParameterLayout:
         make_buckets(new, with_states=False)
         return self.ensure(known) + new
 
+    def check_options(self, groups: Iterable[dict[str, Any]] | None = None) -> None:
+        """Raise unless the options of some groups, by default of all, are right and go with those of the first."""
+        first = self.options
+        for group in self.groups if groups is None else groups:
+            check_group(group)
+            for name in OPTIMIZER_WIDE:
+                if group[name] != first[name]:
+                    raise ValueError(f"{name}={group[name]!r}; expected {first[name]!r}, it is the same for all groups")
+            sharded.check_options(group, has_group=self._on_all_ranks)
+            if group["hvp_dtype"] is not None:
+                for dtype in {p.dtype for p in group["params"] if p.requires_grad}:
+                    check_hvp_dtype(group["hvp_dtype"], group["hvp"], dtype)
+
     def check_added(self) -> None:
         """Raise unless the last group is all right, and goes with the others."""
-        number, group, first = len(self.groups) - 1, self.groups[-1], self.options
-        check_group(group)
-        for name in _OPTIMIZER_WIDE:
-            if group[name] != first[name]:
-                raise ValueError(f"{name}={group[name]!r}; expected {first[name]!r}, it is the same for all groups")
-        sharded.check_options(group, has_group=self._on_all_ranks)
+        number, group = len(self.groups) - 1, self.groups[-1]
+        self.check_options([group])
         if len(set(map(id, group["params"]))) < len(group["params"]):
             raise ValueError(f"group {number} has a parameter more than once; expected it in one place")
         for i, p in enumerate(group["params"]):
             if p.requires_grad:
                 check_param(p, f"parameter {i} of group {number}")
                 stored_dtype(p.dtype, self.state_dtype)
-                check_hvp_dtype(group["hvp_dtype"], group["hvp"], p.dtype)
                 self.backends[p.device.type]  # raises where no backend can run
         trained = [(name, sharded.local(p)) for _, name, p in self._named() if p.requires_grad]
         new = {_memory(sharded.local(p)) for p in group["params"] if p.requires_grad}
@@ -292,8 +300,7 @@ class ParameterLayout:
 
     def _described(self, wanted: set[Tensor]) -> dict[int, Entry]:
         """Return new entries of parameters, as the groups are now; everything about them is checked."""
-        for group in self.groups:
-            check_group(group)
+        self.check_options()
         entries: dict[int, Entry] = {}
         for param_id, (number, name, p) in enumerate(self._named()):
             if p in wanted:

@@ -17,14 +17,20 @@ from torch import Tensor
 from . import warmup
 from .bucket import MEAN, Bucket, Entry
 from .capture import capturing
+from .checks import check_lr
 from .curvature import Curvature
-from .layout import ParameterLayout
+from .layout import OPTIMIZER_WIDE, ParameterLayout
 from .segments import Hyper, Steps
 
-_PARAM = attrgetter("param")
+_PARAM, _LR = attrgetter("param"), itemgetter("lr")
 _CALL = methodcaller("__call__")
 _NUMBERS = itemgetter(
     *("lr", "eps", "weight_decay", "hessian_power", "maximize", "unmeasured", "clip", "shrink", "nesterov", "cautious")
+)
+_OPTIONS = itemgetter(
+    *("betas", "eps", "weight_decay", "hessian_power", "maximize", "unmeasured", "clip", "shrink", "nesterov"),
+    *("cautious", "block_size", "averaging", "update_each", "warmup", "dense_steps", "off_step", "nonfinite"),
+    *OPTIMIZER_WIDE,
 )
 Part = Callable[[], Any]  # returns None, or the parts that are to be done in its place
 
@@ -76,20 +82,29 @@ class HyperTable:
         self.found_inf: Tensor | None = None
         self._cached: dict[torch.device, tuple[list[list[float]], Tensor]] = {}
         self._last: tuple[Any, Any] = None, None  # the table of a CPU, and the options it was made of
+        self._checked: list[tuple[Any, ...]] = []  # all options but lr, which schedules change
         self._captured: list[Tensor] = []  # older tables, which CUDA graphs may read
 
-    def on(self, device: torch.device, groups: Sequence[Mapping[str, Any]]) -> Tensor:
-        """Return the table on ``device``.
+    def on(
+        self, device: torch.device, groups: Sequence[Mapping[str, Any]], check: Callable[[], None] = lambda: None
+    ) -> Tensor:
+        """Return the table on ``device``; where options of the groups have changed they are checked.
 
         On a GPU it stays where it is, since CUDA graphs read it: a number that changed is written to it, and so is in
         every step an lr that is a tensor on a GPU.
 
         Raises:
+            ValueError: an option is out of its range.
             RuntimeError: a number changed while a CUDA graph is captured, where it cannot be copied.
         """
-        raw = [(*group["betas"], *_NUMBERS(group)) for group in groups]
-        if device.type == "cpu" and self._last[0] == raw:
+        options, lrs = [*map(_OPTIONS, groups)], [*map(_LR, groups)]
+        if device.type == "cpu" and self._last[0] == (options, lrs):
             return self._last[1]
+        if options != self._checked:
+            check()
+            options = self._checked = [*map(_OPTIONS, groups)]
+        for lr in lrs:
+            check_lr(lr)
         there = [device.type != "cpu" and isinstance(g["lr"], Tensor) and g["lr"].device.type != "cpu" for g in groups]
         rows = [self._row(g, 0.0 if t else g["lr"]) for g, t in zip(groups, there, strict=True)]
         old = self._cached.get(device)
@@ -97,7 +112,7 @@ class HyperTable:
             self._cached[device] = rows, self._written(rows, device, None if old is None else old[1])
         table = self._cached[device][1]
         if device.type == "cpu" and not any(isinstance(group["lr"], Tensor) for group in groups):
-            self._last = raw, table
+            self._last = (options, lrs), table
         for n in (n for n, t in enumerate(there) if t):
             table[n, Hyper.LR].copy_(groups[n]["lr"].reshape(()))
         return table
@@ -165,7 +180,7 @@ def prepared_updates(
     grad_of: dict[Entry, Tensor] = {}
     updates = []
     for bucket, in_bucket in layout.by_bucket(entries).items():
-        groups = table.on(bucket.steps.device, layout.groups)
+        groups = table.on(bucket.steps.device, layout.groups, layout.check_options)
         for kind, members in _by_kind(in_bucket, due, layout.groups).items():
             backend = layout.backends[bucket.device.type]
             if len(members) < len(entries):

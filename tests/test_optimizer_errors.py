@@ -67,6 +67,39 @@ def test_a_group_that_is_refused_leaves_the_optimizer_as_it_was(name, value):
     assert str(opt.state_dict()) == str(state)
 
 
+CHANGED = [c for c in CASES if c[0] not in ("backend", "state_dtype") and type(c[1]) not in (torch.Tensor, bool)]
+
+
+@pytest.mark.parametrize(("name", "value"), CHANGED, ids=str)
+def test_an_option_that_is_changed_is_checked_at_the_step(name, value):
+    model, opt = fresh(mlp(), update_each=2)
+    with pytest.raises((ValueError, TypeError)) as at_first:
+        AdaHessian(model.parameters(), **{name: value})
+    opt.step(lambda: loss_of(model))
+    opt.zero_grad()
+    loss_of(model).backward()
+    before, right = weights(model), opt.param_groups[0][name]
+    opt.param_groups[0][name] = value
+    for _ in range(2):
+        with pytest.raises(at_first.type, match=re.escape(str(at_first.value))):
+            opt.step()
+    assert_same(weights(model), before)
+    opt.param_groups[0][name] = right
+    opt.step()
+
+
+@pytest.mark.parametrize(("name", "value"), [c for c in CHANGED if c[0] in ("update_each", "hvp", "hessian_fraction")])
+@pytest.mark.parametrize(
+    "step", [lambda opt, m: (opt.backward(loss_of(m)), opt.step()), lambda opt, m: opt.step(lambda: loss_of(m))]
+)
+def test_an_option_that_is_changed_is_checked_where_curvature_depends_on_it(name, value, step):
+    model, opt = fresh(mlp())
+    opt.step(lambda: loss_of(model))
+    opt.param_groups[0][name] = value
+    with pytest.raises(ValueError, match=f"{name}={value!r}; expected"):
+        step(opt, model)
+
+
 WIDE = {
     "n_samples": 2,
     "probe": "gaussian",
@@ -83,10 +116,15 @@ WIDE = {
 @pytest.mark.parametrize(("name", "value"), WIDE.items())
 def test_options_of_the_whole_optimizer_cannot_differ_between_groups(name, value):
     hvp = "finite_difference" if name == "fd_epsilon" else "autograd"
-    opt = AdaHessian([nn.Parameter(torch.ones(2))], hvp=hvp)
+    p, q = nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(3))
+    opt = AdaHessian([p], hvp=hvp)
     with pytest.raises(ValueError, match=f"{name}=.*expected.*the same for all groups"):
-        opt.add_param_group({"params": [nn.Parameter(torch.ones(3))], name: value})
+        opt.add_param_group({"params": [q], name: value})
     assert len(opt.param_groups) == 1
+    opt.add_param_group({"params": [q]})
+    opt.param_groups[1][name] = value
+    with pytest.raises(ValueError, match=f"{name}=.*expected.*the same for all groups"):
+        opt.step(lambda: p.square().sum() + q.square().sum())
 
 
 REFUSED = {
