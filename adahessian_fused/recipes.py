@@ -1,10 +1,10 @@
 """Settings by name: ``AdaHessian(model.parameters(), lr=0.1, **recipes.cheap)``.
 
-Each is a dict, so that ``{**recipes.cheap, "update_each": 5}`` is another.
+Each is a dict. With an option changed it is ``AdaHessian(model.parameters(), **{**recipes.cheap, "update_each": 5})``.
 
 Attributes:
-    cheap: curvature on each of the first 10 steps and on every tenth after them: little more than the price of a
-        first-order optimizer. Everything else is at its default, and written out.
+    cheap: curvature in steps 1 to 10, and 11, 21, 31 and so on: little more than the price of a first-order optimizer.
+        Everything else is at its default, and written out.
     published: the rules of the paper (Yao et al. 2021, Algorithm 1), without what the defaults add to them: signed
         averages (Eq. 7), the whole lr from the first step on, no bound, momentum as it is.
 """

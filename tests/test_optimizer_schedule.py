@@ -12,6 +12,9 @@ from models import assert_follows_paper, assert_same, conv_net, fresh, loss_of, 
 from published import AdaHessian
 from torch import nn
 
+import adahessian_fused
+from adahessian_fused import recipes
+
 OPTIONS = {
     "defaults": {},
     "hyperparameters": {"lr": 0.03, "betas": (0.7, 0.95), "eps": 1e-2, "weight_decay": 0.1},
@@ -35,6 +38,24 @@ OPTIONS = {
 def test_follows_algorithm_1(engine, device, options):
     model, opt = fresh(mlp(device=device), backend=engine, **options)
     assert_follows_paper(opt, model)
+
+
+RECIPES = {
+    "cheap": (recipes.cheap, [*range(1, 12), 21, 31, 41]),
+    "cheap, with another option": ({**recipes.cheap, "update_each": 5}, [*range(1, 12), 16, 21, 26, 31, 36, 41]),
+    "update_each": ({"update_each": 10}, [*range(1, 22), 31, 41]),
+}
+
+
+@pytest.mark.parametrize(("options", "expected"), RECIPES.values(), ids=RECIPES)
+def test_the_steps_with_curvature_that_the_documentation_names(options, expected):
+    model = mlp()
+    opt, found = adahessian_fused.AdaHessian(model, **options), []
+    for t in range(1, 46):
+        if opt.needs_hessian:
+            found.append(t)
+        train(opt, model, 1)
+    assert found == expected
 
 
 @pytest.mark.parametrize("block_size", ["auto", 5, "row"])

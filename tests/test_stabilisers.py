@@ -308,3 +308,13 @@ def test_parameters_of_zeros_count_as_a_tenth(device):
     opt = adahessian_fused.AdaHessian([p, short], lr=LR, **recipes.published)
     with pytest.warns(adahessian_fused.LongStepWarning, match=r"itself: parameter 0 of group 0\. Little"):
         opt.step(lambda: (p + 0.49 * p.square()).sum() + (short + 0.51 * short.square()).sum())
+
+
+@pytest.mark.parametrize(("clip", "largest"), [(None, 5.0), (1.0, 1.0)])
+def test_power_0_is_averaged_momentum_to_which_the_bounds_apply(device, clip, largest):
+    """Curvature, here 1 and 9, makes no difference."""
+    p = torch.zeros(2, device=device, requires_grad=True)
+    options = {"warmup": 0, "clip": clip, "nesterov": False, "cautious": False, "hessian_power": 0.0}
+    opt = adahessian_fused.AdaHessian([p], lr=LR, betas=BETAS, eps=0.0, **options)
+    opt.step(lambda: 5 * p[0] + 0.5 * p[1] + (p.square() * p.new_tensor([1.0, 9.0])).sum() / 2)
+    torch.testing.assert_close(p.detach().cpu(), -LR * torch.tensor([largest, 0.5]))
