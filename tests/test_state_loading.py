@@ -10,9 +10,12 @@ import pytest
 import torch
 from models import assert_same, conv_net, fresh, loss_of, mlp, train, weights
 from originals import DROP_INS
+from pages import ROOT, blocks
 from published import AdaHessian
 from tolerances import assert_within
 from torch import nn
+from torch.distributed import checkpoint
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 
 import adahessian_fused
 from adahessian_fused import compat
@@ -321,6 +324,31 @@ def test_what_was_saved_before_there_was_an_option_goes_on_without_it():
     opt.load_state_dict(saved)
     names = adahessian_fused.recipes.published
     assert {name: opt.param_groups[0][name] for name in names} == adahessian_fused.recipes.published
+
+
+@pytest.mark.parametrize("flat", [False, True], ids=["nested", "flat"])
+def test_a_distributed_checkpoint_from_before_there_was_an_option_goes_on_without_it(flat, tmp_path):
+    """By what the documentation says, word for word."""
+    form = StateDictOptions(flatten_optimizer_state_dict=flat)
+    model = mlp()
+    opt = adahessian_fused.AdaHessian(model.parameters(), seed=0, nesterov=False, cautious=False)
+    train(opt, model, 2)
+    values, states = get_state_dict(model, opt, options=form)
+    for part in [states] if flat else states["param_groups"]:
+        for key in [key for key in part if key.split(".")[-1] in ("nesterov", "cautious")]:
+            del part[key]
+    checkpoint.save({"model": values, "optimizer": states}, checkpoint_id=tmp_path)
+
+    other = mlp()
+    opt_of_other = adahessian_fused.AdaHessian(other.parameters())
+    values, states = get_state_dict(other, opt_of_other, options=form)
+    with pytest.raises(checkpoint.CheckpointException, match="Missing key in checkpoint state_dict"):
+        checkpoint.load({"model": values, "optimizer": states}, checkpoint_id=tmp_path)
+    page = ROOT / "docs" / "troubleshooting.md"
+    [block] = [b for b in blocks(page, "python") if "checkpoint.load" in b.code and ("endswith" in b.code) == flat]
+    exec(block.code, {"states": states, "weights": values, "checkpoint": checkpoint, "folder": tmp_path})
+    set_state_dict(other, opt_of_other, model_state_dict=values, optim_state_dict=states, options=form)
+    assert_same(train(opt, model, [2, 3]), train(opt_of_other, other, [2, 3]))
 
 
 @pytest.mark.parametrize(("origin", "off_step"), [("official", "hold"), ("timm", "stale")])
