@@ -38,9 +38,14 @@ def warn(message: str, category: type[Warning] = UserWarning) -> None:
     warnings.warn(message, category, stacklevel=level)
 
 
+def _is_one_of(value: Any, choices: Sequence[Any]) -> bool:
+    """Tell whether a value is one of several; an array of more than one element is not, which ``in`` cannot tell."""
+    return getattr(value, "ndim", 0) == 0 and value in choices
+
+
 def check_choice(name: str, value: Any, choices: Sequence[str]) -> None:
     """Raise ValueError unless ``value`` is one of ``choices``."""
-    if value not in choices:
+    if not _is_one_of(value, choices):
         expected = " or ".join(f'"{choice}"' for choice in choices)
         raise ValueError(f"{name}={value!r}; expected {expected}")
 
@@ -48,7 +53,7 @@ def check_choice(name: str, value: Any, choices: Sequence[str]) -> None:
 def check_flags(options: Mapping[str, Any], names: Iterable[str]) -> None:
     """Raise ValueError unless the options of these names are true or false."""
     for name in names:
-        if options[name] not in (True, False):
+        if not _is_one_of(options[name], (True, False)):
             raise ValueError(f"{name}={options[name]!r}; expected True or False")
 
 
@@ -79,7 +84,7 @@ def _check_number(
     signs = "<=" if low_included else "<", "<=" if high_included else "<"
     try:
         inside = (low <= value if low_included else low < value) and (value <= high if high_included else value < high)
-    except TypeError:  # no number at all
+    except (TypeError, ValueError, RuntimeError):  # no number at all, or several
         inside = False
     if not inside:  # also catches NaN
         raise ValueError(f"{name}={value!r}; expected {low} {signs[0]} {name} {signs[1]} {high}")
@@ -135,13 +140,6 @@ def check_seed(value: Any) -> None:
         raise ValueError(f"seed={value!r}; expected a 64-bit int")
 
 
-def check_stabilisers(clip: Any, shrink: Any) -> None:
-    """Raise ValueError unless ``clip`` is None or positive and ``shrink`` is finite and not negative."""
-    if clip is not None:
-        _check_number("clip", clip, 0.0, float("inf"), low_included=False, high_included=True)
-    check_weight("shrink", shrink)
-
-
 def has_off_steps(group: Mapping[str, Any]) -> bool:
     """Tell whether a group may have steps without curvature."""
     return callable(group["update_each"]) or group["update_each"] > 1
@@ -160,8 +158,13 @@ def check_lr(lr: Any) -> None:
         raise ValueError(f"lr has shape {tuple(lr.shape)}; expected a number or a tensor with one element")
 
 
-def check_group(group: dict[str, Any]) -> None:
-    """Check the hyperparameters of one parameter group; numpy's scalars among them become Python's."""
+def check_fraction(name: str, value: Any) -> None:
+    """Raise ValueError unless ``value`` is a part of a mini-batch that is not empty."""
+    _check_number(name, value, 0.0, 1.0, low_included=False, high_included=True)
+
+
+def check_rule(group: dict[str, Any]) -> None:
+    """Check the hyperparameters that the update computes with; numpy's scalars among them become Python's."""
     group.update({name: plain(value) for name, value in group.items()})
     check_lr(group["lr"])
     try:
@@ -176,7 +179,16 @@ def check_group(group: dict[str, Any]) -> None:
     _check_number("eps", group["eps"], 0.0, float("inf"), high_included=True)
     _check_number("weight_decay", group["weight_decay"], 0.0, float("inf"), high_included=True)
     _check_number("hessian_power", group["hessian_power"], 0.0, 1.0, high_included=True)
-    check_stabilisers(group["clip"], group["shrink"])
+    if group["clip"] is not None:
+        _check_number("clip", group["clip"], 0.0, float("inf"), low_included=False, high_included=True)
+    check_weight("shrink", group["shrink"])
+    check_flags(group, ("nesterov", "cautious", "maximize"))
+    check_choice("unmeasured", group["unmeasured"], CHOICES["unmeasured"])
+
+
+def check_group(group: dict[str, Any]) -> None:
+    """Check all options of one parameter group; numpy's scalars among them become Python's."""
+    check_rule(group)
     check_count("n_samples", group["n_samples"])
     check_count("warmup", group["warmup"], least=0)
     if group["dense_steps"] is not None:
@@ -186,8 +198,8 @@ def check_group(group: dict[str, Any]) -> None:
             hessian_interval(group["update_each"], max(dense_steps(group) - 1, 0))  # the first number it will be asked
     else:
         check_count("update_each", group["update_each"])
-    check_flags(group, ("nesterov", "cautious", "maximize", "capturable", "master_weights", "probe_per_rank"))
-    _check_number("hessian_fraction", group["hessian_fraction"], 0.0, 1.0, low_included=False, high_included=True)
+    check_flags(group, ("capturable", "master_weights", "probe_per_rank"))
+    check_fraction("hessian_fraction", group["hessian_fraction"])
     if group["fd_epsilon"] is not None:
         _check_number("fd_epsilon", group["fd_epsilon"], 0.0, float("inf"), low_included=False, high_included=False)
         if group["hvp"] != "finite_difference":
@@ -213,7 +225,7 @@ def check_group(group: dict[str, Any]) -> None:
 
 def check_hvp_dtype(value: Any, hvp: str, param_dtype: torch.dtype) -> None:
     """Raise ValueError unless the second differentiation can be in this precision."""
-    if value not in (None, torch.bfloat16, "tf32"):
+    if not _is_one_of(value, (None, torch.bfloat16, "tf32")):
         raise ValueError(f'hvp_dtype={value!r}; expected None, torch.bfloat16 or "tf32"')
     if value is not None and hvp != "autograd":
         raise ValueError(
@@ -240,7 +252,7 @@ def check_given_diagonal(group: dict[str, Any]) -> None:
 
 def check_state_dtype(value: Any) -> None:
     """Raise ValueError unless ``value`` is None or bfloat16."""
-    if value not in (None, torch.bfloat16):
+    if not _is_one_of(value, (None, torch.bfloat16)):
         raise ValueError(
             f"state_dtype={value!r}; expected None (float32, float64 for float64 parameters) or torch.bfloat16"
         )

@@ -11,6 +11,8 @@ from typing import Any
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from .checks import check_fraction
+
 
 @dataclass(frozen=True)
 class _Fields:
@@ -114,8 +116,9 @@ def split_batch(batch: Any, fraction: float) -> tuple[Any, Any, float]:
         curvature of ``loss(first)`` has the expectation of the whole one's. With a share of 1 the rest is empty.
 
     Raises:
-        ValueError: there is no tensor in the batch, or their first axes differ in length.
+        ValueError: ``fraction`` is none, there is no tensor in the batch, or their first axes differ in length.
     """
+    check_fraction("fraction", fraction)
     leaves, structure = flatten(batch)
     sizes = sorted({leaf.shape[:1] for leaf in leaves if isinstance(leaf, Tensor)})
     if len(sizes) != 1 or not sizes[0] or sizes[0][0] == 0:

@@ -17,9 +17,9 @@ from .checks import (
     check_block_size,
     check_choice,
     check_count,
-    check_flags,
     check_param,
-    check_stabilisers,
+    check_rule,
+    check_seed,
 )
 from .curvature import Curvature, differentiate, initial_seed
 from .layout import block_length
@@ -138,11 +138,11 @@ def adahessian(
         for i, (p, tensor) in enumerate(zip(params, tensors, strict=True)):
             if name in ("grads", "hvps") and tensor.shape != p.shape:
                 raise ValueError(f"{name}[{i}] has shape {tuple(tensor.shape)}; expected {tuple(p.shape)}")
-    check_choice("unmeasured", unmeasured, CHOICES["unmeasured"])
-    check_stabilisers(clip, shrink)
-    check_flags(
-        {"maximize": maximize, "nesterov": nesterov, "cautious": cautious}, ("maximize", "nesterov", "cautious")
-    )
+    group: dict[str, Any] = {"lr": lr, "betas": (beta1, beta2), "eps": eps, "weight_decay": weight_decay}
+    group |= {"hessian_power": hessian_power, "maximize": maximize, "unmeasured": unmeasured}
+    group |= {"clip": clip, "shrink": shrink, "nesterov": nesterov, "cautious": cautious}
+    check_rule(group)
+    check_seed(seed)
     if shrink and hessian_diag_sq_means is None:
         raise ValueError(f"shrink={shrink!r} without hessian_diag_sq_means; expected a float64 scalar a parameter")
     if found_inf is not None and found_inf.item() != 0:
@@ -157,10 +157,7 @@ def adahessian(
     state_dtype = _state_dtype(exp_avgs, exp_hessian_diag_sqs)
     entries = _entries(params, states, block_size, averaging, state_dtype, keep_means=shrink > 0)
     tools = backends.ByDevice(backend)
-    group: dict[str, Any] = {"lr": lr, "betas": (beta1, beta2), "eps": eps, "weight_decay": weight_decay}
-    group |= {"hessian_power": hessian_power, "maximize": maximize, "unmeasured": unmeasured}
-    group |= {"clip": clip, "shrink": shrink, "nesterov": nesterov, "cautious": cautious}
-    table = HyperTable().on(torch.device("cpu"), [group])
+    table = torch.tensor([HyperTable.row(group, lr)], dtype=torch.float64, device="cpu")
     curvature = None
     if hvps is not None:
         curvature = Curvature(tools, seed)
@@ -226,16 +223,20 @@ def hutchinson_diagonal(
     """
     check_choice("probe", probe, CHOICES["probe"])
     check_count("n_samples", n_samples)
-    params = list(params)
-    if wrong := [type(p).__name__ for p in params if not isinstance(p, Tensor)]:
+    seed = initial_seed() if seed is None else seed
+    check_seed(seed)
+    given: Any = params
+    given = [given] if isinstance(given, torch.nn.Module) else list(given)
+    if wrong := [type(p).__name__ for p in given if not isinstance(p, Tensor)]:
         raise TypeError(f"params has a value of type {wrong[0]}; expected tensors, such as model.parameters()")
+    params = given
     tools = backends.ByDevice(backend)
     entries = _entries(params, None, block_size, averaging)
     with torch.enable_grad():
         loss = loss_or_fn() if callable(loss_or_fn) else loss_or_fn
         grads = hvp.first_order(loss, params, None)
     chosen = hvp.differentiable(grads)
-    curvature = Curvature(tools, initial_seed() if seed is None else seed)
+    curvature = Curvature(tools, seed)
     with torch.no_grad():
         differentiate([(curvature, [(entries[i], grads[i]) for i in chosen], probe)], n_samples=n_samples)
         curvature.fold()

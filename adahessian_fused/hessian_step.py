@@ -403,6 +403,10 @@ class HessianStep:
     def _take_diagonal(self, hessian: Sequence[Tensor | None], entries: Sequence[Entry]) -> None:
         """Take in curvature that the user brings: D for each parameter, in the order of the groups."""
         params = list(self.layout.params())
+        if not isinstance(hessian, Sequence | Tensor):
+            raise TypeError(
+                f"hessian is of type {type(hessian).__name__}; expected a list of tensors, one for each parameter"
+            )
         if len(hessian) != len(params):
             raise ValueError(f"hessian has {len(hessian)} entries; expected {len(params)}, one for each parameter")
         given = {p: part_of(h, p) if isinstance(h, Tensor) else h for p, h in zip(params, hessian, strict=True)}

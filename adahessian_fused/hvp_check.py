@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils import _pytree as pytree
 
-from .checks import CHOICES
+from .checks import CHOICES, check_count
 from .hvp.errors import LACKS, operator_in
 from .hvp.finite_difference import epsilon_of
 from .hvp.kinks import kinks
@@ -206,6 +206,7 @@ def check_hvp(
         True
     """
     _check_arguments(model, batch)
+    check_count("repeats", repeats)
     with _random_numbers_kept():
         runs = {name: _Run(model, loss_fn, batch, name, fd_epsilon) for name in _names(model)}
         reference, exact, precise = _exact(model, loss_fn, batch)

@@ -242,22 +242,21 @@ class ParameterLayout:
         return self.ensure(known) + new
 
     def check_options(self, groups: Iterable[dict[str, Any]] | None = None) -> None:
-        """Raise unless the options of some groups, by default of all, are right and go with those of the first."""
-        first = self.options
+        """Raise unless the options of some groups, by default of all, are right."""
         for group in self.groups if groups is None else groups:
             check_group(group)
-            for name in OPTIMIZER_WIDE:
-                if group[name] != first[name]:
-                    raise ValueError(f"{name}={group[name]!r}; expected {first[name]!r}, it is the same for all groups")
-            sharded.check_options(group, has_group=self._on_all_ranks)
             if group["hvp_dtype"] is not None:
                 for dtype in {p.dtype for p in group["params"] if p.requires_grad}:
                     check_hvp_dtype(group["hvp_dtype"], group["hvp"], dtype)
+            sharded.check_options(group, has_group=self._on_all_ranks)
 
     def check_added(self) -> None:
         """Raise unless the last group is all right, and goes with the others."""
-        number, group = len(self.groups) - 1, self.groups[-1]
+        number, group, first = len(self.groups) - 1, self.groups[-1], self.options
         self.check_options([group])
+        for name in OPTIMIZER_WIDE:
+            if group[name] != first[name]:
+                raise ValueError(f"{name}={group[name]!r}; expected {first[name]!r}, it is the same for all groups")
         if len(set(map(id, group["params"]))) < len(group["params"]):
             raise ValueError(f"group {number} has a parameter more than once; expected it in one place")
         for i, p in enumerate(group["params"]):

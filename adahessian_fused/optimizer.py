@@ -258,9 +258,15 @@ class AdaHessian(torch.optim.Optimizer):
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a parameter group; checked as a whole, and not added if anything is wrong with it."""
-        if isinstance(param_group["params"], nn.Module):
-            self._kernels.update(kernels_of(param_group["params"]))
-            param_group["params"] = param_group["params"].parameters()
+        params, named = param_group["params"], any("param_names" in group for group in self.param_groups[:1])
+        if isinstance(params, nn.Module):
+            self._kernels.update(kernels_of(params))
+            param_group["params"] = params.named_parameters() if named else params.parameters()
+        elif named and not ("param_names" in param_group or isinstance(params, set)):  # which PyTorch refuses
+            params = param_group["params"] = [params] if isinstance(params, Tensor) else list(params)
+            if not any(isinstance(p, tuple) for p in params):
+                number = len(self.param_groups)
+                param_group["param_names"] = [f"parameter {i} of group {number}" for i in range(len(params))]
         param_group["step"] = 0  # whatever another optimizer has counted in this dict; before other threads see it
         super().add_param_group(param_group)
         try:

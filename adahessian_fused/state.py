@@ -51,12 +51,20 @@ _SOURCES = {
 }
 
 
+def check_state_dict(state_dict: Any) -> None:
+    """Raise ValueError unless this is what an optimizer's ``state_dict()`` returns."""
+    if not isinstance(state_dict, Mapping) or not {"state", "param_groups"} <= state_dict.keys():
+        found = f"has {[*state_dict]}" if isinstance(state_dict, Mapping) else f"is a {type(state_dict).__name__}"
+        raise ValueError(f"the state dict {found}; expected what opt.state_dict() returns: state and param_groups")
+
+
 def source_of(state_dict: Mapping[str, Any]) -> Source:
     """Return where a state dict comes from, by the keys of its states and groups.
 
     Raises:
         ValueError: none of the optimizers whose states could be gone on with here.
     """
+    check_state_dict(state_dict)
     keys = {key for state in state_dict["state"].values() for key in state}
     ours = all("hessian_power" in group for group in state_dict["param_groups"])
     if "exp_hessian_diag_sq" in keys:

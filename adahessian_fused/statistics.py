@@ -168,6 +168,8 @@ def _of_group(
 
 def hessian_diag(opt: Optimizer, param: Tensor) -> Tensor:
     """Return the root-mean-square Hessian diagonal of a parameter, see :meth:`AdaHessian.hessian_diag`."""
+    if not isinstance(param, Tensor):
+        raise TypeError(f"param is of type {type(param).__name__}; expected one of the optimizer's parameters")
     group = next((group for group in opt.param_groups if any(p is param for p in group["params"])), None)
     if group is None:
         raise ValueError(f"a tensor of shape {tuple(param.shape)}; it is not a parameter of this optimizer")

@@ -85,9 +85,7 @@ class HyperTable:
         self._checked: list[tuple[Any, ...]] = []  # all options but lr, which schedules change
         self._captured: list[Tensor] = []  # older tables, which CUDA graphs may read
 
-    def on(
-        self, device: torch.device, groups: Sequence[Mapping[str, Any]], check: Callable[[], None] = lambda: None
-    ) -> Tensor:
+    def on(self, device: torch.device, groups: Sequence[Mapping[str, Any]], check: Callable[[], None]) -> Tensor:
         """Return the table on ``device``; where options of the groups have changed they are checked.
 
         On a GPU it stays where it is, since CUDA graphs read it: a number that changed is written to it, and so is in
@@ -106,7 +104,7 @@ class HyperTable:
         for lr in lrs:
             check_lr(lr)
         there = [device.type != "cpu" and isinstance(g["lr"], Tensor) and g["lr"].device.type != "cpu" for g in groups]
-        rows = [self._row(g, 0.0 if t else g["lr"]) for g, t in zip(groups, there, strict=True)]
+        rows = [self.row(g, 0.0 if t else g["lr"]) for g, t in zip(groups, there, strict=True)]
         old = self._cached.get(device)
         if old is None or old[0] != rows:
             self._cached[device] = rows, self._written(rows, device, None if old is None else old[1])
@@ -138,7 +136,8 @@ class HyperTable:
         return self._cached[device][1]
 
     @staticmethod
-    def _row(group: Mapping[str, Any], lr: float | Tensor) -> list[float]:
+    def row(group: Mapping[str, Any], lr: float | Tensor) -> list[float]:
+        """Return the numbers of one group."""
         _, eps, weight_decay, power, maximize, unmeasured, clip, *more = _NUMBERS(group)
         clip = math.inf if clip is None else clip
         numbers = (lr, *group["betas"], eps, weight_decay, power, maximize, unmeasured == "hold", clip, *more)

@@ -97,6 +97,12 @@ def test_batches_that_cannot_be_cut(data):
         split_batch(data, 0.5)
 
 
+@pytest.mark.parametrize("fraction", [0, -0.5, 2, float("nan"), "x", None])
+def test_what_is_no_fraction(fraction):
+    with pytest.raises(ValueError, match=rf"fraction={fraction!r}; expected 0\.0 < fraction <= 1\.0"):
+        split_batch(torch.ones(4), fraction)
+
+
 def test_in_a_closure(device):
     model = mlp(device=device)
     x, y = batch(0, model)

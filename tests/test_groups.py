@@ -46,6 +46,32 @@ def test_the_probe_is_the_one_that_was_drawn_when_a_parameter_gets_another_numbe
     assert torch.equal(*found)
 
 
+ADDED = {
+    "a model": (lambda head: head, ["weight", "bias"]),
+    "parameters": (lambda head: head.parameters(), ["parameter 0 of group 1", "parameter 1 of group 1"]),
+    "a parameter": (lambda head: head.weight, ["parameter 0 of group 1"]),
+    "named": (lambda head: head.named_parameters(), ["weight", "bias"]),
+    "nothing": (lambda head: [], []),
+}
+
+
+@pytest.mark.parametrize(("given", "names"), ADDED.values(), ids=ADDED)
+def test_any_group_may_follow_a_model(given, names):
+    """PyTorch wants names for the parameters of all groups or none, and a model's have theirs."""
+    body, head = nn.Linear(3, 4), nn.Linear(4, 2)
+    opt = AdaHessian(body)
+    opt.add_param_group({"params": given(head), "lr": 0.01})
+    assert [group["param_names"] for group in opt.param_groups] == [["weight", "bias"], names]
+    before = [p.detach().clone() for p in head.parameters()]
+    opt.step(lambda: head(body(torch.ones(5, 3)).tanh()).square().mean())
+    assert [bool((a != b).any()) for a, b in zip(before, head.parameters(), strict=True)] == [
+        len(names) > 0,
+        len(names) > 1,
+    ]
+    again = AdaHessian(opt.param_groups)
+    assert [group["param_names"] for group in again.param_groups] == [["weight", "bias"], names]
+
+
 TWICE = {
     "two_groups": lambda opt: opt.param_groups[1]["params"].append(opt.param_groups[0]["params"][0]),
     "one_group": lambda opt: opt.add_param_group({"params": [nn.Parameter(torch.ones(2))] * 2}),

@@ -95,9 +95,15 @@ def test_it_changes_nothing(device):
 
 
 def test_a_model_is_not_its_parameters():
-    model = torch.nn.Sequential(torch.nn.Linear(2, 1))
+    model = torch.nn.Linear(2, 1)
     with pytest.raises(TypeError, match=r"params has a value of type Linear; expected tensors, such as model\.param"):
         hutchinson_diagonal(model(torch.ones(1, 2)).sum(), model)
+
+
+def test_a_seed_is_an_int():
+    p = torch.ones(2, requires_grad=True)
+    with pytest.raises(ValueError, match=r"seed=0\.5; expected a 64-bit int"):
+        hutchinson_diagonal(p.square().sum(), [p], seed=0.5)
 
 
 # ---- in the optimizer ------------------------------------------------------------------------------------------------

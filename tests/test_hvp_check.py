@@ -333,6 +333,11 @@ def test_wrong_arguments_are_refused_by_name(of, name):
         of(**{**use, "batch": batch(0, model, 16), **change})
 
 
+def test_a_number_of_repeats():
+    with pytest.raises(ValueError, match="repeats=0; expected an int >= 1"):
+        check_hvp(mlp(), loss_on, batch(0, mlp(), 16), repeats=0)
+
+
 def test_errors_of_the_loss_are_not_results():
     with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
         check(mlp(), (torch.ones(4, 7).double(), torch.ones(4, 2).double()))

@@ -326,6 +326,9 @@ def test_functional_form_with_options_and_a_diagonal(engine, device, options):
         ({"nesterov": "yes"}, "nesterov='yes'; expected True or False"),
         ({"cautious": None}, "cautious=None; expected True or False"),
         ({"maximize": 2}, "maximize=2; expected True or False"),
+        ({"clip": -1}, r"clip=-1; expected 0\.0 < clip"),
+        ({"hessian_power": 2}, r"hessian_power=2; expected 0\.0 <= hessian_power <= 1\.0"),
+        ({"seed": "x"}, "seed='x'; expected a 64-bit int"),
         ({"shrink": 2.0}, r"shrink=2\.0 without hessian_diag_sq_means"),
     ):
         with pytest.raises(ValueError, match=message):

@@ -6,13 +6,14 @@ import copy
 import re
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
 from models import assert_same, fresh, loss_of, mlp, train, weights
 from published import AdaHessian
 from torch import nn
 
-from adahessian_fused import hutchinson_diagonal
+from adahessian_fused import compat, hutchinson_diagonal
 
 OUT_OF_RANGE = {
     "lr": (-0.1, float("nan"), "fast", None, torch.ones(2)),
@@ -67,6 +68,18 @@ def test_a_group_that_is_refused_leaves_the_optimizer_as_it_was(name, value):
     assert str(opt.state_dict()) == str(state)
 
 
+@pytest.mark.parametrize("several", [torch.ones(2), np.ones(2)], ids=["tensor", "array"])
+@pytest.mark.parametrize("name", [*sorted(set(OUT_OF_RANGE) - {"backend", "betas"}), "probe_per_rank"])
+def test_several_numbers_in_the_place_of_one(name, several):
+    with pytest.raises(ValueError, match=rf"{name}.*expected"):
+        AdaHessian([nn.Parameter(torch.ones(2))], **{name: several})
+
+
+def test_ranks_in_the_place_of_their_group():
+    with pytest.raises(TypeError, match=r"process_group is a list; expected a torch\.distributed process group"):
+        AdaHessian([nn.Parameter(torch.ones(2))], process_group=[0, 1])
+
+
 CHANGED = [c for c in CASES if c[0] not in ("backend", "state_dtype") and type(c[1]) not in (torch.Tensor, bool)]
 
 
@@ -116,15 +129,10 @@ WIDE = {
 @pytest.mark.parametrize(("name", "value"), WIDE.items())
 def test_options_of_the_whole_optimizer_cannot_differ_between_groups(name, value):
     hvp = "finite_difference" if name == "fd_epsilon" else "autograd"
-    p, q = nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(3))
-    opt = AdaHessian([p], hvp=hvp)
+    opt = AdaHessian([nn.Parameter(torch.ones(2))], hvp=hvp)
     with pytest.raises(ValueError, match=f"{name}=.*expected.*the same for all groups"):
-        opt.add_param_group({"params": [q], name: value})
+        opt.add_param_group({"params": [nn.Parameter(torch.ones(3))], name: value})
     assert len(opt.param_groups) == 1
-    opt.add_param_group({"params": [q]})
-    opt.param_groups[1][name] = value
-    with pytest.raises(ValueError, match=f"{name}=.*expected.*the same for all groups"):
-        opt.step(lambda: p.square().sum() + q.square().sum())
 
 
 REFUSED = {
@@ -428,6 +436,28 @@ def test_external_curvature_that_does_not_fit(hessian, message):
         opt.step(hessian=hessian)
 
 
+def test_external_curvature_in_a_dict_is_refused():
+    """Whose keys could be taken for it: they have its shapes."""
+    p = nn.Parameter(torch.ones(2))
+    opt = AdaHessian([p])
+    p.grad = torch.ones(2)
+    with pytest.raises(TypeError, match="hessian is of type dict; expected a list of tensors, one for each parameter"):
+        opt.step(hessian={p: torch.ones(2)})
+    assert_same([p], [torch.ones(2)])
+
+
+@pytest.mark.parametrize("make", [AdaHessian, compat.timm.Adahessian, compat.pytorch_optimizer.AdaHessian])
+@pytest.mark.parametrize(
+    ("given", "found"), [("a.pt", "is a str"), (None, "is a NoneType"), ({"opt": {}}, r"has \['opt'\]")]
+)
+def test_what_is_no_state_dict(make, given, found):
+    opt = make([nn.Parameter(torch.ones(2))])
+    with pytest.raises(
+        ValueError, match=rf"the state dict {found}; expected what opt\.state_dict\(\) returns: state and"
+    ):
+        opt.load_state_dict(given)
+
+
 def test_a_parameter_that_has_changed_its_shape():
     model, opt = fresh(mlp())
     train(opt, model, 1)
@@ -443,6 +473,11 @@ def test_curvature_before_the_first_step():
     p = nn.Parameter(torch.ones(2))
     with pytest.raises(RuntimeError, match="has not seen any curvature yet"):
         AdaHessian([p]).hessian_diag(p)
+
+
+def test_curvature_of_a_name():
+    with pytest.raises(TypeError, match="param is of type str; expected one of the optimizer's parameters"):
+        AdaHessian([nn.Parameter(torch.ones(2))]).hessian_diag("weight")
 
 
 def test_curvature_of_a_stranger():

@@ -413,6 +413,7 @@ def test_a_loss_of_none_of_the_parameters_is_an_error():
         ({"hessian_fraction": 0.25}, ValueError, r"0.25, but the optimizer's is 1.0; expected AdaHessian"),
         ({"cuda_graph": "never"}, ValueError, "cuda_graph='never'"),
         ({"compile": "max"}, ValueError, "compile='max'; expected True or False"),
+        ({"model": torch.sin}, TypeError, r"model is of type builtin.*; expected a torch\.nn\.Module, or TrainStep"),
         ({"loss_fn": "mse"}, TypeError, "loss_fn is 'mse'; expected a function"),
         ({"loss_fn": nn.MSELoss}, TypeError, "loss_fn is <class .*MSELoss'>; expected a function or a module, such as"),
         (
@@ -427,7 +428,7 @@ def test_refused(device, change, error, match):
     model, opt = fresh(mlp(device=device))
     opt = torch.optim.SGD(model.parameters(), lr=0.1) if change.pop("optimizer", None) else opt
     with pytest.raises(error, match=match):
-        TrainStep(model, change.pop("loss_fn", F.mse_loss), opt, **change)
+        TrainStep(change.pop("model", model), change.pop("loss_fn", F.mse_loss), opt, **change)
 
 
 @pytest.mark.parametrize("compiled", [False, True])

@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 from .. import recipes
 from ..layout import ParameterLayout
 from ..optimizer import AdaHessian
+from ..state import check_state_dict
 
 # Options every original has in its parameter groups; the seed has to be in a checkpoint that resumes exactly.
 _SHARED = {"params", "lr", "betas", "eps", "weight_decay", "hessian_power", "seed"}
@@ -105,6 +106,7 @@ class DropIn(AdaHessian):
         Raises:
             ValueError: the state dict has other groups or parameters than this optimizer, or is of another one.
         """
+        check_state_dict(state_dict)
         state = dict(state_dict["state"])
         for group, own in zip(state_dict["param_groups"], self.param_groups, strict=False):  # super checks the lengths
             for i in group["params"]:

@@ -26,8 +26,9 @@ class _Table(HyperTable):
     """Hyperparameters without the weight decay that is applied before the kernels run."""
 
     @staticmethod
-    def _row(group: Mapping[str, Any], lr: float | Tensor) -> list[float]:
-        return HyperTable._row(group if _in_kernel(group) else {**group, "weight_decay": 0.0}, lr)
+    def row(group: Mapping[str, Any], lr: float | Tensor) -> list[float]:
+        """Return the numbers of one group."""
+        return HyperTable.row(group if _in_kernel(group) else {**group, "weight_decay": 0.0}, lr)
 
 
 class AdaHessian(DropIn):

@@ -182,7 +182,7 @@ class Ranks:
     ) -> None:
         ddps = [process_group] if isinstance(process_group, DistributedDataParallel) else process_group
         group = process_group
-        if isinstance(ddps, list):
+        if isinstance(ddps, list) and ddps and all(isinstance(ddp, DistributedDataParallel) for ddp in ddps):
             groups = {id(ddp.process_group): ddp.process_group for ddp in ddps}
             if len(groups) > 1:
                 raise ValueError(

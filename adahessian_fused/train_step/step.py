@@ -124,6 +124,11 @@ class TrainStep:
             raise TypeError(f"optimizer is of type {type(optimizer).__name__}; expected adahessian_fused.AdaHessian")
         if not callable(loss_fn) or isinstance(loss_fn, type):
             raise TypeError(f"loss_fn is {loss_fn!r}; expected a function or a module, such as nn.MSELoss()")
+        if model is not None and not isinstance(model, nn.Module):
+            raise TypeError(
+                f"model is of type {type(model).__name__}; expected a torch.nn.Module, or TrainStep(loss_of, "
+                "optimizer) for a function loss_of(*batch)"
+            )
         if model is not None and not fits(loss_fn, 2):
             raise TypeError(
                 f"loss_fn is of type {type(loss_fn).__name__}, which cannot be called with outputs and targets; "
