@@ -30,7 +30,6 @@ def complete_curvature(step: HessianStep, grad_scaler: torch.amp.GradScaler | No
     entries, grads = step.layout.with_gradients()
     if hvp.has_graph(grads):
         step.complete(entries, grads, step.schedule.due())
-        hvp.release_graph(grads)
     if step.curvature is None or not grads:
         return
     step.average_curvature(step.schedule.due())
@@ -45,7 +44,7 @@ def _average(step: HessianStep, *, too_late: bool) -> None:
 
     Unless ``scaler.unscale_`` has looked for them before, which is remembered to be told in ``opt.step()``.
     """
-    grads = [p.grad for _, p in step.layout.trained() if p.grad is not None]
+    grads = [p.grad for p in step.layout.trained() if p.grad is not None]
     if step.ranks is None or step.ranks.grads_averaged or not grads:
         return
     if step.curvature is not None or not step.is_due or hvp.has_graph(grads):
@@ -64,7 +63,7 @@ def scale_and_flag(
 ) -> tuple[Tensor | None, Tensor | None]:
     """Return what GradScaler has left for a step: the scale the gradients still carry, and whether to skip it."""
     grad_scale, found_inf = getattr(optimizer, "grad_scale", None), getattr(optimizer, "found_inf", None)
-    if found_inf is not None and any_sharded([p for _, p in step.layout.trained()]):
+    if found_inf is not None and any_sharded(step.layout.trained()):
         raise RuntimeError(
             "GradScaler with sharded parameters (DTensor) finds infinities of this rank's part alone; expected "
             "bfloat16, which needs no loss scale"

@@ -14,7 +14,7 @@ from .checks import CHOICES, check_choice, check_weight
 from .evaluation import evaluate_loss
 from .fraction import split_batch
 from .friendly import curvature_friendly, plain
-from .hessian_step import HessianStep
+from .hessian_step import HessianStep, passing
 
 if TYPE_CHECKING:
     from .optimizer import AdaHessian
@@ -80,10 +80,11 @@ def backward(
         scaled = scale(scaled)
     options: dict[str, Any] = {"gradient": gradient, "retain_graph": retain_graph}
     others = sharing.joining([step], hvp.explore([scaled]).leaves) if sharing.awaiting([step]) else []
+    taking = [step, *others] if due else others
     if wanted or (others and curvature != 0):
-        differentiate_twice(scaled, [step], others, **options, inverse_scale=inverse_scale, weight=weight)
+        differentiate_twice(scaled, [step], taking, **options, inverse_scale=inverse_scale, weight=weight)
     else:
-        differentiate_once(scaled, [step], others, **options, by_ddp=batch_size is None and not due)
+        differentiate_once(scaled, [step], taking, **options, by_ddp=batch_size is None and not due)
     return None if given else loss.detach()
 
 
@@ -115,18 +116,25 @@ def backward_split(
 def differentiate_once(
     loss: Tensor,
     steps: Sequence[HessianStep],
-    others: Sequence[HessianStep] = (),
+    due: Sequence[HessianStep] = (),
     *,
     gradient: Tensor | None,
     retain_graph: bool,
     by_ddp: bool,
 ) -> None:
-    """Compute the gradient alone; averaged by DDP if it may be and DDP does so, otherwise here."""
-    due = [each for each in (*steps, *others) if each.is_due]  # a pass is nothing to the others
-    with contextlib.ExitStack() if due else contextlib.nullcontext() as stack:
-        for each in due:
-            stack.enter_context(each.passing())
-        if all(step.ranks is None or (by_ddp and step.ranks.averages_first_order) for step in steps):
+    """Compute the gradient alone; averaged by DDP if it may be and DDP does so, otherwise here.
+
+    Args:
+        loss: what to differentiate.
+        steps: those of the optimizers whose pass it is.
+        due: those of all optimizers that wait for curvature; a pass is nothing to others.
+        gradient: as in ``Tensor.backward``.
+        retain_graph: keep the graph of the loss.
+        by_ddp: DDP may average.
+    """
+    with passing(due):
+        everybodys = [step.ranks for step in steps]
+        if all(ranks is None or (by_ddp and ranks.averages_first_order) for ranks in everybodys):
             torch.autograd.backward(loss, gradient, retain_graph=retain_graph)
             return
         leaves = hvp.explore([loss]).leaves  # without any hooks of DDP
@@ -141,7 +149,7 @@ def differentiate_once(
 def differentiate_twice(
     loss: Tensor,
     steps: Sequence[HessianStep],
-    others: Sequence[HessianStep] = (),
+    due: Sequence[HessianStep],
     *,
     gradient: Tensor | None,
     retain_graph: bool,
@@ -155,29 +163,30 @@ def differentiate_twice(
     Args:
         loss: what to differentiate.
         steps: those of the optimizers whose pass it is.
-        others: those of optimizers that take part, and average over their ranks by themselves.
+        due: those of all optimizers that wait for curvature; others than ``steps`` average over their ranks by
+            themselves.
         gradient: as in ``Tensor.backward``.
         retain_graph: keep the graph of the loss.
         inverse_scale: factor that takes GradScaler's scale out of Hz.
         weight: factor on Hz.
     """
-    with contextlib.ExitStack() as stack:
-        graph = hvp.explore([loss])
-        leaves = graph.leaves
-        due = [step for step in (*steps, *others) if step.is_due]
-        for step in due:
-            step.check_not_sharded(leaves)
-            stack.enter_context(step.passing())
+    graph = hvp.explore([loss])
+    leaves = graph.leaves
+    for step in due:
+        step.check_not_sharded(leaves)
+    with passing(due):
         grads = hvp.first_order(loss, leaves, gradient, graph)
         averages = [step.start_average(leaves, grads) for step in steps]  # while Hz is computed
         scales: dict[str, Any] = {"inverse_scale": inverse_scale, "weight": weight}
         found = sharing.products(due, leaves, grads, retain_graph=retain_graph, **scales)
-        totals = [step.with_all(curvature) for step, curvature in zip(due, found, strict=True)]
+        totals = list(map(HessianStep.with_all, due, found))
         hvp.accumulate_grads(leaves, grads, gradient)
         for step, total in zip(due, totals, strict=True):
             step.curvature = total
         hvp.run_accumulated(leaves, grads)
-        for step, average in (*zip(steps, averages, strict=True), *((step, None) for step in others)):
+        for step, average in zip(steps, averages, strict=True):
             step.finish_average(average)
         for step in due:
+            if step not in steps:
+                step.finish_average(None)
             step.report_overflow(scaled=inverse_scale is not None)

@@ -153,7 +153,7 @@ class Entry:
         The tensor itself, if it is like that already.
         """
         p, dtype = self.param, dtype or self.param.dtype
-        if tensor.dtype == dtype and not self.copied and tensor.stride() == self.strides:
+        if tensor.dtype == dtype and not self.copied and _same_order(tensor, p):
             return tensor
         out = torch.empty_strided(p.shape, self.dense_strides, dtype=dtype, device=p.device)
         return out.copy_(tensor)
@@ -445,6 +445,11 @@ class Bucket:
         if found_inf is not None:
             increment = (found_inf == 0).to(torch.int64)
         counted.index_add_(0, self._subset(entries).rows, increment.expand(len(entries), counted.shape[1]))
+
+
+def _same_order(a: Tensor, b: Tensor) -> bool:
+    """Tell whether two dense tensors of one shape are stored in one order; axes of one element may have any stride."""
+    return a.stride() == b.stride() or (a.is_contiguous() and b.is_contiguous())
 
 
 def _same_strides(entries: Iterable[Entry], tensors: Iterable[Tensor]) -> bool:

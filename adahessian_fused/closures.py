@@ -43,10 +43,9 @@ def run(opt: AdaHessian, closure: Callable[[], Any]) -> Any:
     try:
         with torch.enable_grad():
             if due or sharing.expecting(step):
-                intercept = hvp.InterceptBackward(opt.backward)
-                with _Friendly(intercept):
+                with _Friendly(opt.backward) as mode:
                     loss = closure()
-                differentiated = intercept.called
+                differentiated = mode.called
             else:
                 loss, differentiated = closure(), False
         before = step.before_closure
@@ -54,7 +53,7 @@ def run(opt: AdaHessian, closure: Callable[[], Any]) -> Any:
         step.before_closure = None
     if differentiated or _are_new(note_gradients(list(step.layout.params())), before):
         return loss
-    if loss is None and any(p.grad is not None for _, p in step.layout.trained()):
+    if loss is None and any(p.grad is not None for p in step.layout.trained()):
         return loss  # Lightning passes a closure that does nothing after manual_backward()
     _check_returned(loss)
     if before is noted:  # no zero_grad() of this optimizer was called by the closure
@@ -63,19 +62,15 @@ def run(opt: AdaHessian, closure: Callable[[], Any]) -> Any:
     return loss.detach()
 
 
-class _Friendly(Mode):
+class _Friendly(Mode, hvp.InterceptBackward):
     """The mode of cheap second derivatives with backward passes taken over: one mode for both costs half of two."""
 
     replaced: frozenset[Callable] = Mode.replaced.union((Tensor.backward,))
 
-    def __init__(self, intercept: hvp.InterceptBackward) -> None:
-        super().__init__()
-        self._intercept = intercept
-
     def replace(self, func: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Run what is in the place of one of the functions in ``replaced``."""
         if func is Tensor.backward:
-            return self._intercept.take(*args, **kwargs)
+            return self.take(*args, **kwargs)
         return super().replace(func, *args, **kwargs)
 
 
@@ -93,7 +88,7 @@ def _evaluate(opt: AdaHessian, closure: Callable[[], Any]) -> Any:
         finally:
             step.evaluation = None
         step.check_whole_batch()
-        if all(p.grad is None for _, p in step.layout.trained()):
+        if all(p.grad is None for p in step.layout.trained()):
             _check_returned(loss)
             differentiate(loss)
         return loss.detach() if isinstance(loss, Tensor) else loss

@@ -16,8 +16,9 @@ from .distributed.sharded import joined, part_of
 from .reference import block_mean, rademacher_signs
 from .segments import Segment, Steps, altered, averages_nothing, of_logical_order
 
-_DTYPE, _FIRST, _STRIDES = attrgetter("dtype"), attrgetter("first"), attrgetter("strides")
-_BUCKETS_DTYPE = attrgetter("bucket.dtype")
+_DTYPE, _FIRST = attrgetter("dtype"), attrgetter("first")
+_BUCKETS_DTYPE, _ORDER = attrgetter("bucket.dtype"), attrgetter("order")
+_OWNER, _PARAM = attrgetter("owner"), attrgetter("param")
 
 
 Memory = dict[tuple[torch.device, torch.dtype, int], Tensor]  # flat buffers
@@ -113,7 +114,7 @@ class Curvature:
     """
 
     def __init__(self, backends: Mapping[str, Any], seed: int) -> None:
-        self._backends, self._seed = backends, seed
+        self._backends, self.seed = backends, seed
         self.products: dict[Entry, Tensor] = {}
         self.sample = 0
         self.is_hvp = True
@@ -123,7 +124,7 @@ class Curvature:
 
     def draw(self, entries: Sequence[Entry], *, probe: str, sample: int) -> dict[Entry, Tensor]:
         """Draw the probe z of each parameter, see :func:`draw_probe`."""
-        return draw_probe(entries, self._backends, probe=probe, seed=self._seed, sample=sample)
+        return draw_probe(entries, self._backends, probe=probe, seed=self.seed, sample=sample)
 
     def take(
         self,
@@ -155,12 +156,13 @@ class Curvature:
             products = dict(zip(products, torch._foreach_mul(list(products.values()), weight), strict=True))
         is_hvp = drawable(products, probe)
         if not is_hvp and z is None:
-            z = draw_probe(list(products), self._backends, probe=probe, seed=self._seed, sample=sample)
-        if is_hvp and all(map(eq, map(Tensor.stride, products.values()), map(_STRIDES, products))):
-            d = {entry: h.contiguous() if entry.copied else h for entry, h in products.items()}
-        else:
-            d = {e: e.stored(h, h.dtype) if is_hvp else e.product(z[e], h) for e, h in products.items()}
-        self.add(d, sample=sample, is_hvp=is_hvp, weight=1 / n_samples)
+            z = draw_probe(list(products), self._backends, probe=probe, seed=self.seed, sample=sample)
+        orders, tensors = set(map(_ORDER, products)), products.values()
+        if not is_hvp:
+            products = {entry: entry.product(z[entry], h) for entry, h in products.items()}
+        elif not (orders == {(1, 1)} and all(map(Tensor.is_contiguous, tensors))):
+            products = {entry: entry.stored(h, h.dtype) for entry, h in products.items()}
+        self.add(products, sample=sample, is_hvp=is_hvp, weight=1 / n_samples)
 
     def add(self, products: dict[Entry, Tensor], *, sample: int, is_hvp: bool, weight: float = 1.0) -> None:
         """Take in Hz (or D itself, if not ``is_hvp``) of one backward pass and probe; ``weight`` is 1 / n_samples."""
@@ -183,7 +185,7 @@ class Curvature:
                 "opt.backward() was given a grad_scaler for some losses of this step, but not for all; expected it for "
                 "all of them, or scaler.scale(loss) for all of them"
             )
-        total = Curvature(self._backends, self._seed)
+        total = Curvature(self._backends, self.seed)
         total.unscaled = self.unscaled
         total.diags = {bucket: diag.clone() for bucket, diag in self.diags.items()}
         for part in (self, other):
@@ -195,7 +197,7 @@ class Curvature:
     def without(self, entries: Iterable[Entry]) -> Curvature:
         """Return the curvature of all other parameters."""
         gone = set(entries)
-        rest = Curvature(self._backends, self._seed)
+        rest = Curvature(self._backends, self.seed)
         rest.sample, rest.is_hvp, rest.unscaled = self.sample, self.is_hvp, self.unscaled
         rest.products = {entry: h for entry, h in self.products.items() if entry not in gone}
         rest.diags = {bucket: diag.clone() for bucket, diag in self.diags.items()}
@@ -264,7 +266,7 @@ class Curvature:
 
     def must_fold(self, buckets: Iterable[Bucket]) -> bool:
         """Tell whether the update needs the compact diagonal: some of it is folded, or kept for stale steps."""
-        return self.folded or any(bucket.diag is not None for bucket in buckets)
+        return bool(self.diags) or any([bucket.diag is not None for bucket in buckets])  # noqa: C419  faster
 
     def numbers(self, entries: Sequence[Entry]) -> list[Tensor]:
         """Return views of each parameter's part of the folded curvature; zeros if nothing has been taken in.
@@ -299,7 +301,7 @@ class Curvature:
                 self.diags[bucket],
                 altered(table, averages_nothing) if fine else table,
                 bucket.steps,
-                seed=self._seed,
+                seed=self.seed,
                 sample=sample,
                 is_hvp=is_hvp,
                 scale=weight,
@@ -352,7 +354,7 @@ class Curvature:
     def handed_over(self, pairs: Sequence[tuple[Entry, Entry]]) -> Curvature:
         """Return the same for the second entry of each pair, where it can be; other arguments are :meth:`follow`'s."""
         self._settle()
-        total = Curvature(self._backends, self._seed)
+        total = Curvature(self._backends, self.seed)
         total.products = {new: self.products[old] for old, new in pairs if old in self.products}
         total.diags, total.is_hvp, total.unscaled = self._moved(pairs), self.is_hvp, self.unscaled
         return total
@@ -360,7 +362,7 @@ class Curvature:
     def _settle(self) -> None:
         """Multiply pending products by their probe, while it can be drawn: its words are about to change."""
         if self.products and self.is_hvp:
-            z = draw_probe(list(self.products), self._backends, probe="rademacher", seed=self._seed, sample=self.sample)
+            z = draw_probe(list(self.products), self._backends, probe="rademacher", seed=self.seed, sample=self.sample)
             self.products, self.is_hvp = {entry: h * z[entry] for entry, h in self.products.items()}, False
 
     def _moved(self, pairs: Sequence[tuple[Entry, Entry]]) -> dict[Bucket, Tensor]:
@@ -387,7 +389,7 @@ class Curvature:
 
 
 def differentiate(
-    parts: Sequence[tuple[Curvature, Sequence[tuple[Entry, Tensor]], str]],
+    parts: Sequence[tuple[Curvature, Sequence[Entry], Sequence[Tensor], str]],
     *,
     n_samples: int,
     retain_graph: bool = False,
@@ -398,7 +400,7 @@ def differentiate(
     """Take in the Hz of parameters and their gradients (which carry a graph) along a step's probes.
 
     Args:
-        parts: what takes in Hz, parameters and their gradients, and the probe, "rademacher" or "gaussian", of each
+        parts: what takes in Hz, parameters, their gradients, and the probe, "rademacher" or "gaussian", of each
             optimizer; H is the Hessian by the parameters of all.
         n_samples: probes to average.
         retain_graph: do not free the graph.
@@ -406,28 +408,32 @@ def differentiate(
         weight: factor on Hz.
         inverse_scale: factor that takes GradScaler's scale out of Hz.
     """
-    entries = [entry for _, pairs, _ in parts for entry, _ in pairs]
-    grads = [g for _, pairs, _ in parts for _, g in pairs]
+    entries: list[Entry] = []
+    grads: list[Tensor] = []
+    for _, own, of, _ in parts:
+        entries += own
+        grads += of
+    owners = list(map(_OWNER, entries))
+    sharded = not all(map(is_, owners, map(_PARAM, entries)))
     for sample in range(n_samples if entries else 0):
-        drawn = [c.draw([entry for entry, _ in pairs], probe=probe, sample=sample) for c, pairs, probe in parts]
-        z = {entry: value for each in drawn for entry, value in each.items()}
-        products = hvp.hessian_vector_product(
+        z: dict[Entry, Tensor] = {}
+        for curvature, own, _, probe in parts:
+            z |= curvature.draw(own, probe=probe, sample=sample)
+        products: Iterable[Tensor | None] = hvp.hessian_vector_product(
             grads,
-            [entry.owner for entry in entries],
-            [z[entry] if entry.owner is entry.param else joined(z[entry], entry.owner) for entry in entries],
+            owners,
+            [joined(z[e], e.owner) for e in entries] if sharded else list(map(z.__getitem__, entries)),
             retain_graph=retain_graph or sample + 1 < n_samples,
             precision=precision,
         )
-        found = {
-            entry: h if entry.owner is entry.param else part_of(h, entry.owner)
-            for entry, h in zip(entries, products, strict=True)
-            if h is not None
-        }
+        if sharded:
+            products = [h if h is None else part_of(h, owner) for h, owner in zip(products, owners, strict=True)]
+        found = {entry: h for entry, h in zip(entries, products, strict=True) if h is not None}
         scales: dict[str, Any] = {"weight": weight, "inverse_scale": inverse_scale}
-        for (curvature, _, probe), own in zip(parts, drawn, strict=True):
-            mine = {entry: found[entry] for entry in own if entry in found}
-            curvature.take(mine, probe=probe, n_samples=n_samples, sample=sample, z=own, **scales)
-        del z, drawn, products, found, own, mine  # before the next ones come
+        for curvature, own, _, probe in parts:
+            mine = found if len(parts) == 1 else {entry: found[entry] for entry in own if entry in found}
+            curvature.take(mine, probe=probe, n_samples=n_samples, sample=sample, z=z, **scales)
+        del z, products, found, mine  # before the next ones come
 
 
 def _scaled(products: Mapping[Entry, Tensor], factor: Tensor) -> dict[Entry, Tensor]:

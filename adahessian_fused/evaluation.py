@@ -13,7 +13,7 @@ from . import hvp
 from .checks import CHOICES, check_choice, check_grad
 from .distributed.ranks import without
 from .distributed.sharded import any_sharded
-from .hessian_step import Differentiate, HessianStep
+from .hessian_step import Differentiate, HessianStep, passing
 from .hvp.finite_difference import FiniteDifference
 from .hvp.forward_over_reverse import ForwardOverReverse
 from .hvp.replay import mean_of
@@ -61,8 +61,7 @@ def evaluate_repeatedly(
         The mean of what ``evaluate`` has returned, or the first if it is no number.
     """
     layout, due, options = step.layout, step.schedule.due(), step.layout.options
-    trained = layout.trained()
-    params = [p for _, p in trained]
+    params = layout.trained()
     step.check_not_sharded()
     curvature, values = step.new_curvature(), []
     # Those that FSDP has made of sharded parameters are leaves, too, and its own business.
@@ -88,7 +87,7 @@ def evaluate_repeatedly(
         epsilon=options["fd_epsilon"],
     )
     ddps = [] if step.ranks is None else step.ranks.around(params)
-    with step.passing():
+    with passing([step] if any(due) else []):
         with _own_grads(params), without(ddps), hvp.accumulating(params, hvp.later), strategy, torch.no_grad():
             for sample in range(options["n_samples"]):
                 found, grads, products = strategy(sample)
@@ -99,7 +98,7 @@ def evaluate_repeatedly(
                     for i, entry in entries.items():
                         check_grad(grads[i], entry.name)
                 curvature.take(
-                    {entries[i]: products[i] for i in kept if due[trained[i][0]] and products[i] is not None},
+                    {entries[i]: products[i] for i in kept if due[entries[i].group] and products[i] is not None},
                     probe=options["probe"],
                     n_samples=options["n_samples"],
                     sample=sample,

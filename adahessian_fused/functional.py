@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from itertools import chain
 from typing import Any
 
 import torch
@@ -23,7 +22,7 @@ from .checks import (
 )
 from .curvature import Curvature, differentiate, initial_seed
 from .layout import block_length
-from .update import HyperTable, Parts, prepared_update
+from .update import HyperTable, Parts, parts_of, prepared_update
 
 
 def _entries(
@@ -179,7 +178,7 @@ def adahessian(
         )
         for bucket, members in by_bucket(entries).items()
     ]
-    Parts(chain.from_iterable(zip(*updates, strict=True))).do()
+    Parts(parts_of(updates)).do()
     for entry, values in zip(entries, given, strict=True):
         for key, tensor in zip(keys, values, strict=True):
             tensor.copy_(entry.views[key])
@@ -238,7 +237,8 @@ def hutchinson_diagonal(
     chosen = hvp.differentiable(grads)
     curvature = Curvature(tools, seed)
     with torch.no_grad():
-        differentiate([(curvature, [(entries[i], grads[i]) for i in chosen], probe)], n_samples=n_samples)
+        part = curvature, [entries[i] for i in chosen], [grads[i] for i in chosen], probe
+        differentiate([part], n_samples=n_samples)
         curvature.fold()
         diags = {bucket: curvature.diag(bucket) for bucket in by_bucket(entries)}
         return [entry.bucket.spread(diags[entry.bucket], entry) for entry in entries]

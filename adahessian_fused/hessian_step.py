@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import weakref
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -109,7 +109,7 @@ class HessianStep:
         if together.ranks is not None:
             self.layout.cover_all_trained()
             together.ranks.look_for_ddps(params)
-            together.ranks.watch([p for _, p in self.layout.trained()])
+            together.ranks.watch(self.layout.trained())
         groups = groups_of(params) if together.ranks is None else [together.ranks.group]
         if any_sharded(params):
             make_twice_differentiable()
@@ -169,8 +169,11 @@ class HessianStep:
         Args:
             leaves: of the graph; None if there is none.
         """
-        strategy, params = self.layout.options["hvp"], [p for _, p in self.layout.trained()]
-        if strategy == "finite_difference" or not any_sharded(params):
+        strategy = self.layout.options["hvp"]
+        if strategy == "finite_difference" or not any_sharded(list(self.layout.params())):
+            return
+        params = self.layout.trained()
+        if not any_sharded(params):
             return
         found = set(map(id, leaves or ()))
         if strategy != "autograd" or not any(id(p) in found for p in params if any_sharded((p,))):
@@ -193,7 +196,7 @@ class HessianStep:
         """Return the parameters whose curvature a ``loss.backward(create_graph=True)`` may be meant for."""
         optimizer = self.layout.optimizer  # alive as long as it is looked at
         wanted = optimizer is not None and self.is_due and self.layout.options["hvp"] == "autograd"
-        return [p for _, p in self.layout.trained()] if wanted else []
+        return self.layout.trained() if wanted else []
 
     def _check_unmixed(self) -> None:
         if self.record.added:
@@ -205,12 +208,12 @@ class HessianStep:
         Returns:
             Ids of parameters whose gradient holds more than that of such passes.
         """
-        params = [p for _, p in self.layout.trained()]
+        params = self.layout.trained()
         self._drop_zeroed(params)
         return self.record.mixed_in(params)
 
     def _end_graph(self, added: Collection[int]) -> None:
-        self.record.note_pass([p for _, p in self.layout.trained()], added, of_graphs=True)
+        self.record.note_pass(self.layout.trained(), added, of_graphs=True)
 
     # ---- beside other optimizers -------------------------------------------------------------------------------------
 
@@ -225,7 +228,7 @@ class HessianStep:
 
         With several ranks also if another one may use them in this pass, in which all take part.
         """
-        trained, ranks = [p for _, p in self.layout.trained()], self._together.ranks
+        trained, ranks = self.layout.trained(), self._together.ranks
         if ranks is None or not trained:  # as of an optimizer that is gone
             return any(id(p) in leaves for p in trained)
         return ranks.concern(trained, leaves)
@@ -233,13 +236,9 @@ class HessianStep:
     def is_unmixed(self) -> bool:
         """Tell whether the gradients are this step's, so far, and have their curvature; zeros and None are."""
         added = self.record.added
-        return all(is_zero(p) for _, p in self.layout.trained() if added is None or id(p) in added)
+        return all(is_zero(p) for p in self.layout.trained() if added is None or id(p) in added)
 
     # ---- backward passes ---------------------------------------------------------------------------------------------
-
-    def passing(self) -> contextlib.AbstractContextManager[None]:
-        """Surround a backward pass of ours: its gradients join those of the step that have their curvature."""
-        return _Passing(self) if self.is_due else contextlib.nullcontext()
 
     def begin_pass(self) -> list[Tensor]:
         """Begin a backward pass of ours; returns what is trained here.
@@ -247,7 +246,7 @@ class HessianStep:
         Raises:
             RuntimeError: there are gradients of this step without their curvature.
         """
-        params = [p for _, p in self.layout.trained()]
+        params = self.layout.trained()
         self._drop_zeroed(params)
         self.record.begin_pass(params)
         return params
@@ -265,25 +264,27 @@ class HessianStep:
             gone = [entry for entry in self.layout.entries.values() if id(entry.owner) in zeroed]
             self.curvature = self.curvature.without(gone)
 
-    def own(self, leaves: Sequence[Tensor], grads: Sequence[Tensor | None]) -> list[Tensor | None]:
-        """Return the gradients of what is trained here among those of all leaves."""
-        of = dict(zip(map(id, leaves), grads, strict=True))
-        return [of.get(id(p)) for _, p in self.layout.trained()]
-
     def due_params(self) -> list[Tensor]:
         """Return what is trained here and uses new curvature in the coming step."""
-        due = self.schedule.due()
-        return [p for n, p in self.layout.trained() if due[n]]
+        return self.layout.trained(self.schedule.due())
 
-    def due_pairs(self, leaves: Sequence[Tensor], grads: Sequence[Tensor | None]) -> list[tuple[Entry, Tensor]]:
+    def due_pairs(self, leaves: Sequence[Tensor], grads: Sequence[Tensor | None]) -> tuple[list[Entry], list[Tensor]]:
         """Return what is trained here and due, and its gradients among those of all leaves, if they have a graph."""
-        due, trained = self.schedule.due(), self.layout.trained()
-        found = [(n, p, g) for (n, p), g in zip(trained, self.own(leaves, grads), strict=True) if g is not None]
-        entries = self.layout.ensure([p for _, p, _ in found])
-        if not {g.layout for _, _, g in found} <= {torch.strided}:
-            for entry, (_, _, g) in zip(entries, found, strict=True):
+        due, of = self.schedule.due(), dict(zip(map(id, leaves), grads, strict=True))
+        params, own = [], []
+        for p in self.layout.trained():
+            g = of.get(id(p))
+            if g is not None:
+                params.append(p)
+                own.append(g)
+        entries, with_graph = [], []
+        for entry, g in zip(self.layout.ensure(params), own, strict=True):
+            if g.layout is not torch.strided:
                 check_grad(g, entry.name)
-        return [(entry, g) for entry, (n, _, g) in zip(entries, found, strict=True) if due[n] and g.requires_grad]
+            if due[entry.group] and g.requires_grad:
+                entries.append(entry)
+                with_graph.append(g)
+        return entries, with_graph
 
     def with_all(self, curvature: Curvature | None = None) -> Curvature:
         """Return what has been gathered, with that of one more pass."""
@@ -301,7 +302,7 @@ class HessianStep:
             return
         with torch.no_grad():
             agree = None if self.ranks is None or self.ranks.silent else self.ranks.largest
-            self.curvature.report([p.grad for _, p in self.layout.trained() if p.grad is not None], agree)
+            self.curvature.report([p.grad for p in self.layout.trained() if p.grad is not None], agree)
 
     def take(
         self,
@@ -344,11 +345,9 @@ class HessianStep:
 
     def take_nothing(self, *, with_curvature: bool) -> None:
         """Take part in the other ranks' backward pass without having any examples."""
-        own = {id(p) for _, p in self.layout.trained()}
+        own = set(map(id, self.layout.trained()))
         others = [step for step in sharing.awaiting([self]) if step.concerns(own) and step.is_unmixed()]
-        with contextlib.ExitStack() as stack:
-            for step in (self, *others):
-                stack.enter_context(step.passing())
+        with passing([step for step in (self, *others) if step.is_due]):
             if with_curvature:
                 self.curvature = self.with_all()
             self.finish_average(self.start_average())
@@ -372,7 +371,7 @@ class HessianStep:
         reached = {id(leaf) for leaf in graph.leaves}
         others = [step for step in sharing.awaiting([self]) if step.concerns(reached) and step.has_graphs()]
         for step in others:  # whose graphs end here
-            more = [p for _, p in step.layout.trained() if p.grad is not None and p.grad.requires_grad]
+            more = [p for p in step.layout.trained() if p.grad is not None and p.grad.requires_grad]
             leaves, roots = leaves + more, roots + [p.grad for p in more]
         graph = hvp.explore(roots) if others else graph
         hvp.check_gradients(graph)
@@ -390,7 +389,7 @@ class HessianStep:
 
     def has_graphs(self) -> bool:
         """Tell whether the curvature is in the graphs of ``loss.backward(create_graph=True)``, all of them whole."""
-        grads = [p.grad for _, p in self.layout.trained() if p.grad is not None]
+        grads = [p.grad for p in self.layout.trained() if p.grad is not None]
         whole = self.curvature is None and self._graphs.seen and hvp.has_graph(grads) and self._graphs.are_whole
         return whole and not self.record.added
 
@@ -398,7 +397,7 @@ class HessianStep:
         """Take in the curvature of all gradients there are, which another optimizer has differentiated with its own."""
         self.curvature = self.with_all(curvature)
         self.finish_average(None)
-        self.record.note_pass([p for _, p in self.layout.trained()])
+        self.record.note_pass(self.layout.trained())
 
     def _take_diagonal(self, hessian: Sequence[Tensor | None], entries: Sequence[Entry]) -> None:
         """Take in curvature that the user brings: D for each parameter, in the order of the groups."""
@@ -431,7 +430,7 @@ class HessianStep:
 
     def batch_weight(self, batch_size: int) -> Tensor:
         """Return the factor on the mean loss of this rank's examples, see :meth:`AdaHessian.batch_weight`."""
-        _, first = self.layout.trained()[0]
+        first = self.layout.trained()[0]
         like = torch.ones((), dtype=compute_dtype(first.dtype), device=first.device)
         n = integer(batch_size)
         if n is None or n < 0:
@@ -452,7 +451,7 @@ class HessianStep:
         """
         if self.ranks is None or self.ranks.silent:
             return None
-        trained = [p for _, p in self.layout.trained()]
+        trained = self.layout.trained()
         params, of = trained + self.ranks.beside(trained), dict(zip(map(id, leaves), grads, strict=True))
         self.ranks.watch(trained)
         return GradientAverage(self.ranks, params, [of.get(id(p)) for p in params])
@@ -474,11 +473,11 @@ class HessianStep:
         """Average what other backward passes than ours have left on this rank, and take in their curvature."""
         if self.ranks is None or self.ranks.grads_averaged:
             return
-        params = [p for _, p in self.layout.trained() if p.grad is not None]
+        params = [p for p in self.layout.trained() if p.grad is not None]
         wanted = with_curvature and self.curvature is None and self.is_due
         if wanted and params:
             self._check_graphs(params)
-        trained = [p for _, p in self.layout.trained()]
+        trained = self.layout.trained()
         self.ranks.watch(trained)
         average = GradientAverage(self.ranks, trained)
         if wanted and params:
@@ -491,7 +490,7 @@ class HessianStep:
         """Average the curvature of the groups that are due over the ranks, unless it is already."""
         ranks = self._together.ranks
         if ranks is not None and self.curvature is not None and not ranks.curvature_averaged:
-            entries = self.layout.ensure([p for n, p in self.layout.trained() if due[n]])
+            entries = self.layout.ensure(self.layout.trained(due))
             average_curvature(ranks, self.curvature, entries)
 
     # ---- from the passes to the update -------------------------------------------------------------------------------
@@ -511,7 +510,8 @@ class HessianStep:
         self.schedule.check()
         ranks = self.ranks
         averaged = ranks is not None and ranks.grads_averaged
-        self.average_local(with_curvature=hessian is None)
+        if ranks is not None:
+            self.average_local(with_curvature=hessian is None)
         entries, grads = self.layout.with_gradients()
         if averaged:
             ranks.check_grads([(entry.name, g) for entry, g in zip(entries, grads, strict=True)])
@@ -523,22 +523,29 @@ class HessianStep:
         else:
             self._take_diagonal(hessian, entries)
             due = [True] * len(due)
-        hvp.release_graph(grads)
-        self.average_curvature(due)
+            hvp.release_graph(grads)
+        if ranks is not None:
+            self.average_curvature(due)
         if ranks is not None and any(due):
-            trained = self.layout.ensure([p for _, p in self.layout.trained()])
+            trained = self.layout.ensure(self.layout.trained())
             ranks.check_same([(entry.name, entry.param) for entry in trained])
         return Gathered(entries, grads, due, self.curvature)
 
     def complete(self, entries: Sequence[Entry], grads: Sequence[Tensor], due: Sequence[bool]) -> None:
-        """Take in what the gradients' graphs still hold of the curvature, whichever way the backward passes went."""
+        """Take in what the gradients' graphs still hold of the curvature, and cut them from these.
+
+        Whichever way the backward passes went.
+        """
+        with_graph = hvp.has_graph(grads)
         if self.curvature is None:
             if all(due) or (any(due) and any(due[entry.group] for entry in entries)):
                 self.take_graph([entry.owner for entry in entries])
-        elif hvp.has_graph(grads):
+        elif with_graph:
             raise RuntimeError(hvp.TWO_WAYS)
         else:
             self._check_unmixed()
+        if with_graph:
+            hvp.release_graph(grads)
 
     # ---- one step after the other ------------------------------------------------------------------------------------
 
@@ -554,11 +561,14 @@ class HessianStep:
         self.forget()
         if self._together.ranks is not None:
             self._together.ranks.reset()
-        reset()
+        if self.before_closure is None:
+            reset()
+        else:  # called by a closure, maybe in a mode, which would be told of every gradient
+            with torch._C.DisableTorchFunction():
+                reset()
+                self.before_closure = note_gradients(list(self.layout.params()))  # zeros are not its backward()'s
         if not to_none:
             self.begin()
-        if self.before_closure is not None:  # called by a closure: zeros are not what its backward() leaves
-            self.before_closure = note_gradients(list(self.layout.params()))
 
     def go_on_with(self, layout: ParameterLayout) -> None:
         """Go on with a new layout of the same parameters, whose states have been replaced."""
@@ -581,14 +591,28 @@ class HessianStep:
             self._together.ranks.stepped()
 
 
-class _Passing:
-    """See :meth:`HessianStep.passing`; a class costs every step less than a generator."""
+class passing:  # noqa: N801  a class costs every step less than a generator
+    """Surround a backward pass of ours: its gradients join those of the steps that have their curvature.
 
-    def __init__(self, step: HessianStep) -> None:
-        self._step = step
+    Args:
+        due: the steps of all optimizers that wait for curvature.
+
+    Raises:
+        RuntimeError: there are gradients of a step without their curvature.
+    """
+
+    def __init__(self, due: Iterable[HessianStep]) -> None:
+        self._due = due
 
     def __enter__(self) -> None:
-        self._params = self._step.begin_pass()
+        self._begun: list[tuple[StepRecord, list[Tensor]]] = []
+        try:
+            for step in self._due:
+                self._begun.append((step.record, step.begin_pass()))
+        except BaseException as error:
+            self.__exit__(error)
+            raise
 
-    def __exit__(self, kind: object, *error: object) -> None:
-        self._step.record.end_pass(self._params, failed=kind is not None)
+    def __exit__(self, error: object, *more: object) -> None:
+        for record, params in reversed(self._begun):
+            record.end_pass(params, failed=error is not None)

@@ -69,11 +69,11 @@ def _backward(
     hooked = [opt for opt in (ref() for ref in list(_hooked.values() if ours else ())) if opt is not None]
     steps, others = _takers(self, [opt.coming_step for opt in hooked])
     options: dict[str, Any] = {"gradient": gradient, "retain_graph": bool(retain_graph)}
-    if any(step.is_due for step in (*steps, *others)):
-        for step in steps:
-            if step.is_due:
-                step.check_whole_batch()
-        differentiate_twice(self, steps, others, **options)
+    due = [step for step in steps if step.is_due]
+    if due or others:
+        for step in due:
+            step.check_whole_batch()
+        differentiate_twice(self, steps, [*due, *others], **options)
     elif any(step.averages_itself for step in steps):
         differentiate_once(self, steps, **options, by_ddp=True)
     else:

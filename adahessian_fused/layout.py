@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from itertools import chain, repeat
+from itertools import chain, compress, repeat
 from operator import attrgetter, is_, is_not, itemgetter
 from typing import Any, Protocol
 
@@ -20,6 +20,7 @@ from .looks import holds, looks_of
 from .record import GradientRecord
 
 _LAYOUT, _GRAD, _PARAMS = attrgetter("layout"), attrgetter("grad"), itemgetter("params")
+_REQUIRES_GRAD = attrgetter("requires_grad")
 
 # Options that hold for the whole optimizer although they are stored in every parameter group.
 OPTIMIZER_WIDE = (
@@ -161,9 +162,10 @@ class ParameterLayout:
         for p in self.params():
             p.grad = None
 
-    def trained(self) -> list[tuple[int, Tensor]]:
-        """Return the group number and the parameter of everything that wants a gradient."""
-        return [(n, p) for n, group in enumerate(self.groups) for p in group["params"] if p.requires_grad]
+    def trained(self, chosen: Sequence[bool] | None = None) -> list[Tensor]:
+        """Return everything that wants a gradient; of the chosen groups, if any are named."""
+        groups = self.groups if chosen is None else compress(self.groups, chosen)
+        return list(filter(_REQUIRES_GRAD, chain.from_iterable(map(_PARAMS, groups))))
 
     def kernel_of(self, param: Tensor) -> int | None:
         """Return the spatial size of the convolution kernel that a parameter is, as far as it is known."""
@@ -183,7 +185,7 @@ class ParameterLayout:
     def ensure(self, params: Sequence[Tensor]) -> list[Entry]:
         """Return the entries of parameters; rebuild the buckets first if anything about them or the groups changed."""
         parts = [sharded.local(p) for p in params] if sharded.any_sharded(params) else params
-        found = self._lookup.entries(params, parts, self.entries) if self._is_as_before() else None
+        found = self._lookup.entries(params, parts, self.entries) if self._is_as_before(self.params()) else None
         if found is None:
             self._rebuild(params)
             self._options, self._placed, self._lookup = self._averaged(), list(self.params()), _Lookup()
@@ -197,15 +199,15 @@ class ParameterLayout:
             for group in self.groups
         ]
 
-    def _is_as_before(self) -> bool:
-        """Tell whether groups and states are as the buckets were made for."""
-        placed = all(map(is_, self.params(), self._placed))
-        return placed and self._averaged() == self._options and not self._state_replaced()
+    def _is_as_before(self, params: Iterable[Tensor]) -> bool:
+        """Tell whether groups, of these parameters, and states are as the buckets were made for."""
+        placed = all(map(is_, params, self._placed))
+        return placed and self._averaged() == self._options and holds(self._state, *self._contents)
 
     def with_gradients(self) -> tuple[list[Entry], list[Tensor]]:
         """Return the entries of the parameters that have a gradient, and their gradients."""
         params = list(self.params())
-        found = self._lookup.with_gradients(params) if self._is_as_before() else None
+        found = self._lookup.with_gradients(params) if self._is_as_before(params) else None
         if found is not None:
             return found
         grads = list(map(_GRAD, params))
@@ -278,7 +280,7 @@ class ParameterLayout:
         """
         wanted = set(params).union(p for p, state in self._state.items() if "exp_avg" in state)
         if self._on_all_ranks:  # the same layout on all of them, whatever each has used
-            wanted.update(p for _, p in self.trained())
+            wanted.update(self.trained())
         new = self._described(wanted)
         make_buckets(
             new.values(),
@@ -337,10 +339,6 @@ class ParameterLayout:
     def _state_contents(self) -> tuple[list[dict[str, Any]], list[Any]]:
         states = list(self._state.values())
         return states, list(chain.from_iterable(map(dict.values, states)))
-
-    def _state_replaced(self) -> bool:
-        """Tell whether the state, or anything in it, is another object than after the last rebuild."""
-        return not holds(self._state, *self._contents)
 
 
 def _keeps_diag(group: Mapping[str, Any]) -> bool:

@@ -5,12 +5,11 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
-from operator import attrgetter
+from operator import attrgetter, itemgetter
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch._compile import _disable_dynamo  # as torch.compiler.disable, which imports Dynamo
 
 from . import amp, backends, closures, hooks, state, statistics
 from .backward import backward, backward_split
@@ -21,7 +20,7 @@ from .distributed.ranks import Together
 from .distributed.sharded import local
 from .hessian_step import Gathered, HessianStep, NoCurvatureError
 from .layout import ParameterLayout, kernels_of
-from .profiling import hooked_step, profiled
+from .profiling import hooked_step, profiled, uncompiled, without_grad
 from .record import GradientRecord, Versions, versions
 from .update import HyperTable, Part, Parts, prepared_updates
 
@@ -29,7 +28,7 @@ if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
     from torch.nn.parallel import DistributedDataParallel
 
-_GROUP = attrgetter("group")
+_GROUP, _NONFINITE = attrgetter("group"), itemgetter("nonfinite")
 # Options that pickles from before lack, as they were then.
 _ADDED = {
     "hvp_dtype": None,
@@ -48,6 +47,7 @@ _check_graph_capture = next(
     for name in ("_accelerator_graph_capture_health_check", "_cuda_graph_capture_health_check")
     if name in vars(torch.optim.Optimizer)
 )
+_MAY_CAPTURE = torch.accelerator.current_accelerator() is not None  # of what this PyTorch was built for
 
 
 class AdaHessian(torch.optim.Optimizer):
@@ -305,10 +305,11 @@ class AdaHessian(torch.optim.Optimizer):
         """
         return self._step(closure, hessian)
 
-    @_disable_dynamo  # a compiled loop calls it as it is; of a compiled step torch 2.10 would lose self
-    @torch.no_grad()
+    @uncompiled  # and not step(), of which torch 2.10 would lose self
+    @without_grad
     def _step(self, closure: Callable[[], Any] | None, hessian: Sequence[Tensor | None] | None) -> Any:
-        _check_graph_capture(self)
+        if _MAY_CAPTURE:
+            _check_graph_capture(self)
         coming = self.coming_step
         if coming.before_closure is not None or coming.evaluation is not None:
             raise RuntimeError(
@@ -338,12 +339,11 @@ class AdaHessian(torch.optim.Optimizer):
         """Return what is to be done to parameters and states, now that gradients and curvature are known."""
         entries, grads, due, curvature = gathered
         grad_scale, found_inf = amp.scale_and_flag(self, self.coming_step, curvature)
-        end = partial(self._warn, entries, due)
         if found_inf is not None and not self.param_groups[0]["capturable"]:
             if found_inf.item() != 0:
                 return Parts([self.coming_step.close])
             found_inf = None
-        if curvature is not None and any(group["nonfinite"] == "raise" for group in self.param_groups):
+        if curvature is not None and "raise" in map(_NONFINITE, self.param_groups):
             fresh = [entry for entry in entries if due[entry.group]]
             statistics.refuse_nonfinite(curvature, fresh, self.param_groups)
         updates = partial(
@@ -357,8 +357,8 @@ class AdaHessian(torch.optim.Optimizer):
         )
         groups = set(map(_GROUP, entries)) if len(self.param_groups) > 1 else {0}
         count = partial(self.coming_step.schedule.count, groups, found_inf)
-        settle = partial(self._settle, entries)
-        return Parts([*self._before_update(entries, grads, due), updates, count, settle, self.coming_step.close, end])
+        before = [*self._before_update(entries, grads, due)]
+        return Parts([*([*before, updates] if before else updates()), count, partial(self._end, entries, due)])
 
     def _before_update(self, entries: Sequence[Entry], grads: Sequence[Tensor], due: Sequence[bool]) -> Iterable[Part]:
         """Return what a subclass does first in a step that is taken, or with ``capturable`` may still be skipped."""
@@ -368,13 +368,12 @@ class AdaHessian(torch.optim.Optimizer):
         """Raise if there are options that a diagonal of the user's would leave without effect."""
         check_given_diagonal(self.param_groups[0])
 
-    def _settle(self, entries: Sequence[Entry]) -> None:
+    def _end(self, entries: Sequence[Entry], due: Sequence[bool]) -> None:
+        """End the step, and tell of what was not as one expects; warnings may be errors."""
         self.coming_step.schedule.settle_on_host()
         self.layout.stepped = entries
         self.layout.left = GradientRecord((entries[0].owner, entries[-1].owner))  # not all, which would take time
-
-    def _warn(self, entries: Sequence[Entry], due: Sequence[bool]) -> None:
-        """Tell of what was not as one expects; warnings may be errors."""
+        self.coming_step.close()
         if any(due):
             statistics.warn_of_nonfinite(self.layout.by_bucket(entries), self._warned)
             self.coming_step.schedule.warn_of_missed()
@@ -421,7 +420,7 @@ class AdaHessian(torch.optim.Optimizer):
         """Whether the coming step uses new curvature: ``loss.backward(create_graph=opt.needs_hessian)``."""
         return self.coming_step.is_due
 
-    @_disable_dynamo
+    @uncompiled
     @profiled(lambda opt: f"Optimizer.backward#{type(opt).__name__}.backward")
     def backward(
         self,
@@ -477,7 +476,7 @@ class AdaHessian(torch.optim.Optimizer):
             batch_size=batch_size,
         )
 
-    @_disable_dynamo
+    @uncompiled
     def backward_split(
         self,
         loss_fn: Callable[..., Tensor],
@@ -532,7 +531,7 @@ class AdaHessian(torch.optim.Optimizer):
         """
         return hooks.hook_backward(_unwrapped(self))
 
-    @_disable_dynamo
+    @uncompiled
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Reset the gradients, and drop curvature that was gathered with them."""
         # PyTorch's way to None takes ten times the time.

@@ -1,4 +1,7 @@
-"""Names in torch.profiler's traces for what is not a torch operator."""
+"""What surrounds the optimizer's methods: names in torch.profiler's traces, compiled code and autograd kept out.
+
+A small step is mostly calls: each of these is one where PyTorch's own are up to nine.
+"""
 
 from __future__ import annotations
 
@@ -6,10 +9,40 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
+import torch
+from torch._C._dynamo.eval_frame import get_eval_frame_callback
+from torch._compile import _disable_dynamo  # as torch.compiler.disable, which imports Dynamo
 from torch.autograd import profiler
 from torch.optim import Optimizer, optimizer
 
 _EVERYBODYS = [getattr(optimizer, f"_global_optimizer_{when}_hooks", {}) for when in ("pre", "post")]
+
+
+def uncompiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Have compiled code call a function as it is."""
+    disabled = _disable_dynamo(function)
+
+    @functools.wraps(function)
+    def wrapper(*args: Any, **kwargs: Any) -> Any:
+        compiling = torch.compiler.is_dynamo_compiling() or get_eval_frame_callback() is not None
+        return (disabled if compiling else function)(*args, **kwargs)
+
+    return wrapper
+
+
+def without_grad(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Have autograd record nothing, as ``torch.no_grad``; for what no compiler looks at."""
+
+    @functools.wraps(function)
+    def wrapper(*args: Any, **kwargs: Any) -> Any:
+        before = torch.is_grad_enabled()
+        torch._C._set_grad_enabled(False)
+        try:
+            return function(*args, **kwargs)
+        finally:
+            torch._C._set_grad_enabled(before)
+
+    return wrapper
 
 
 def profiled(name: str | Callable[[Any], str]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:

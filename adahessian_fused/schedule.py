@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from operator import attrgetter
+from operator import attrgetter, itemgetter
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ from .checks import dense_steps, has_off_steps, hessian_interval, warn
 from .layout import ParameterLayout
 from .segments import Segment, Steps
 
-_REQUIRES_GRAD = attrgetter("requires_grad")
+_REQUIRES_GRAD, _UPDATE_EACH = attrgetter("requires_grad"), itemgetter("update_each")
 
 
 class Schedule:
@@ -34,16 +34,16 @@ class Schedule:
         """Tell for each group whether the coming step uses new curvature."""
         if self._uncertain is not None:
             self._settle()
-        return [
-            (group["step"] < dense_steps(group) or self._is_spaced(number, group))
-            and any(map(_REQUIRES_GRAD, group["params"]))
-            for number, group in enumerate(self._layout.groups)
-        ]
+        found = []
+        for number, group in enumerate(self._layout.groups):
+            step, every = group["step"], group["update_each"]
+            spaced = not callable(every) and step % every == 0
+            due = spaced or step < dense_steps(group) or (callable(every) and self._is_spaced(number, group))
+            found.append(due and any(map(_REQUIRES_GRAD, group["params"])))
+        return found
 
     def _is_spaced(self, number: int, group: Mapping[str, Any]) -> bool:
-        """Tell whether the coming step of a group is a Hessian step by ``update_each``."""
-        if not callable(group["update_each"]):
-            return group["step"] % group["update_each"] == 0
+        """Tell whether the coming step of a group is a Hessian step by a function ``update_each``."""
         try:
             return self._last_hessian_step(number, group) == group["step"]
         except Exception:  # which check() raises where the optimizer is stepped; others only look at it
@@ -88,11 +88,13 @@ class Schedule:
 
     def warn_of_missed(self) -> None:
         """Warn once of parameters whose gradients keep coming between the Hessian steps of their group."""
+        counts = list(map(_UPDATE_EACH, self._layout.groups))
+        if counts.count(1) == len(counts):
+            return
+        counts = [1 if callable(f) else f for f in counts]  # 1: a late comer could not be told from one that misses
         entries = self._layout.entries.values()
         buckets = {entry.bucket for entry in entries}
-        counts = [group["update_each"] for group in self._layout.groups]
-        counts = [1 if callable(f) else f for f in counts]  # 1: a late comer could not be told from one that misses
-        if set(counts) == {1} or any(bucket.steps.device.type != "cpu" for bucket in buckets):
+        if any(bucket.steps.device.type != "cpu" for bucket in buckets):
             return
         every = torch.tensor(counts, device="cpu")
         most = torch.zeros_like(every)  # updates of anybody in each group

@@ -89,19 +89,20 @@ def products(
     """
     retain_graph = options.pop("retain_graph", False)
     place(steps)
-    parts = [(step.new_curvature(), step.due_pairs(leaves, grads)) for step in steps]
+    parts, seeds = [], list[int]()
     alike: dict[Any, list[int]] = {}
     for i, step in enumerate(steps):
-        wide, before = step.layout.options, [other.probe_seed for other in steps[:i]]
-        key = wide["n_samples"], wide["hvp_dtype"], before.count(step.probe_seed)
-        alike.setdefault(key, []).append(i)
+        wide, curvature = step.layout.options, step.new_curvature()
+        parts.append((curvature, *step.due_pairs(leaves, grads), wide["probe"]))
+        alike.setdefault((wide["n_samples"], wide["hvp_dtype"], seeds.count(curvature.seed)), []).append(i)
+        seeds.append(curvature.seed)
     for number, members in enumerate(alike.values()):
         wide, last = steps[members[0]].layout.options, number + 1 == len(alike)
         differentiate(
-            [(*parts[i], steps[i].layout.options["probe"]) for i in members],
+            [parts[i] for i in members],
             n_samples=wide["n_samples"],
             precision=wide["hvp_dtype"],
             retain_graph=retain_graph or not last,
             **options,
         )
-    return [curvature for curvature, _ in parts]
+    return [curvature for curvature, *_ in parts]

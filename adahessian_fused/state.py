@@ -196,6 +196,6 @@ def warn_of_source(source: Source, options: Mapping[str, Any]) -> None:
 
 def is_blank_step(layout: ParameterLayout) -> bool:
     """Tell whether a step only makes states, as torch.distributed.checkpoint's: the first, lr = 0, zero gradients."""
-    grads = [(p, p.grad) for _, p in layout.trained() if p.grad is not None]
+    grads = [(p, p.grad) for p in layout.trained() if p.grad is not None]
     first = all(group["step"] == 0 and float(group["lr"]) == 0 for group in layout.groups)
     return first and not any(g.requires_grad or bool(part_of(g, p).any()) for p, g in grads)

@@ -55,8 +55,10 @@ class Parts:
             finally:
                 if results:
                     self._left.popleft()
-                    self._left.extendleft(reversed(results[0] or ()))
-                    self.begun |= results[0] is None
+                    if results[0] is None:
+                        self.begun = True
+                    else:
+                        self._left.extendleft(reversed(results[0]))
 
     def finish(self) -> None:
         """Do what is left; an error that comes when something is done is raised when the rest is, if that can be."""
@@ -170,7 +172,7 @@ def prepared_updates(
         found_inf: likewise.
 
     Returns:
-        The parts of all updates, those of the first kind first.
+        The parts of all updates: the ops, then what they leave to be written, then what is kept for later steps.
     """
     table.grad_scale, table.found_inf = grad_scale, found_inf
     rescaled = grad_scale is not None and curvature is not None and curvature.unscaled
@@ -178,9 +180,10 @@ def prepared_updates(
         curvature.fold()
     grad_of: dict[Entry, Tensor] = {}
     updates = []
+    param_groups = layout.groups
     for bucket, in_bucket in layout.by_bucket(entries).items():
-        groups = table.on(bucket.steps.device, layout.groups, layout.check_options)
-        for kind, members in _by_kind(in_bucket, due, layout.groups).items():
+        groups = table.on(bucket.steps.device, param_groups, layout.check_options)
+        for kind, members in _by_kind(in_bucket, due, param_groups).items():
             backend = layout.backends[bucket.device.type]
             if len(members) < len(entries):
                 grad_of = grad_of or dict(zip(entries, grads, strict=True))
@@ -190,15 +193,20 @@ def prepared_updates(
                 [grad_of[entry] for entry in members] if grad_of else grads,
                 kind,
                 curvature,
-                *warmup.bounded(bucket, members, layout.groups, groups, backend),
+                *warmup.bounded(bucket, members, param_groups, groups, backend),
                 backend,
                 seed=seed,
-                rounding_seed=layout.options["seed"],
+                rounding_seed=param_groups[0]["seed"],
                 grad_scale=None if grad_scale is None else grad_scale.to(bucket.device),
                 found_inf=None if found_inf is None else found_inf.to(bucket.device),
             )
             updates.append(update)
-    return [*chain.from_iterable(zip(*updates, strict=True))]
+    return parts_of(updates)
+
+
+def parts_of(updates: Iterable[Sequence[Part | None]]) -> list[Part]:
+    """Return the parts of several updates, those of the first kind first."""
+    return [*filter(None, chain.from_iterable(zip(*updates, strict=True)))]
 
 
 def _by_kind(
@@ -207,6 +215,8 @@ def _by_kind(
     """Split entries by where the curvature of this step comes from."""
     if all(due):
         return {"fresh": list(entries)}
+    if not any(due) and all([group["off_step"] == "hold" for group in groups]):  # noqa: C419  faster
+        return {"hold": list(entries)}
     kinds: dict[str, list[Entry]] = {}
     for entry in entries:
         if due[entry.group]:
@@ -233,7 +243,7 @@ def prepared_update(
     rounding_seed: int,
     grad_scale: Tensor | None,
     found_inf: Tensor | None,
-) -> tuple[Part, ...]:
+) -> tuple[Part, Part, Part | None]:
     """Prepare the update of some parameters of a bucket and their step counts.
 
     Nothing is changed that a second call would not find or make the same.
@@ -253,7 +263,7 @@ def prepared_update(
         found_inf: scalar on the device; nothing changes unless it is zero.
 
     Returns:
-        The parts of the update: the op, what it leaves to be written, the counts, and what is kept for later steps.
+        The parts of the update: the op, what it leaves to be written and counted, and what is kept for later steps.
     """
     hessians, diag, kept, is_hvp, sample = [], None, None, False, 0
     if kind == "fresh" and bucket.diag is None and not curvature.folded:
@@ -315,6 +325,7 @@ def prepared_update(
         if bucket.means is not None:
             for entry in members:
                 entry.used_mean = bucket.means[entry.row].clone()
+        bucket.count_step(members, with_curvature=kind != "hold", found_inf=found_inf)
 
     def keep() -> None:
         if kept is not None:
@@ -324,12 +335,7 @@ def prepared_update(
 
     update = partial(getattr(op, "_op", op), **arguments)  # a native op without the Python code around it
     update.tensors = grads, hessians  # type: ignore[attr-defined]  # which the op may know by address only
-    return (
-        update,
-        write,
-        partial(bucket.count_step, members, with_curvature=kind != "hold", found_inf=found_inf),
-        keep,
-    )
+    return update, write, keep if kept is not None or bucket.means is not None else None
 
 
 def _first_means(

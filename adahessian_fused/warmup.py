@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from operator import itemgetter
 from typing import Any, NamedTuple
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor
 from .bucket import MAX_SUBSETS, Bucket, Entry
 from .segments import Hyper, Segment, Steps
 
+_WARMUP = itemgetter("warmup")
 SHARE = 0.2  # of the mean magnitude of its parameter, by which an element moves at most
 LEAST = 0.1  # counts as the mean magnitude of parameters that have a smaller one, such as biases that begin at zero
 
@@ -48,7 +50,7 @@ def bounded(
         table: their hyperparameters.
         backend: the ops.
     """
-    lengths = tuple(group["warmup"] for group in groups)
+    lengths = tuple(map(_WARMUP, groups))
     segments = bucket.table_of(members)
     if not _are_new(bucket, members, groups, lengths):
         return segments, table

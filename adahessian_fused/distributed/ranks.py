@@ -20,6 +20,7 @@ from .sharded import any_sharded
 
 ALONE = "alone"
 CHECK_EACH = 100  # steps with curvature between two looks at whether the ranks' parameters are the same
+_AVAILABLE = dist.is_available()
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes
 
 UNKNOWN = (
@@ -85,7 +86,7 @@ def batch_weight(batch_size: int, group: dist.ProcessGroup, like: Tensor) -> Ten
 
 def several_ranks() -> bool:
     """Tell whether this is one of several processes of torch.distributed."""
-    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+    return _AVAILABLE and dist.is_initialized() and dist.get_world_size() > 1
 
 
 def agreed(number: int, groups: Sequence[dist.ProcessGroup], device: torch.device) -> int:

@@ -182,7 +182,9 @@ def off() -> bool:
 
 def on() -> bool:
     """Tell whether this thread runs our operators."""
-    return not off() and any(isinstance(mode, Mode) for mode in _get_current_function_mode_stack())
+    if off() or not torch._C._len_torch_function_stack():
+        return False
+    return any(isinstance(mode, Mode) for mode in _get_current_function_mode_stack())
 
 
 @contextmanager

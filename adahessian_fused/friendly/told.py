@@ -7,7 +7,7 @@ import functools
 import sys
 import threading
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, overload
 
 import torch
@@ -39,12 +39,11 @@ class Told:
 
     def due(self) -> bool:
         """Tell whether the coming step of any of the optimizers differentiates twice."""
-        optimizers = [ref() for ref in self._optimizers]
-        return any(
-            opt.needs_hessian and opt.param_groups[0]["hvp"] == "autograd"  # type: ignore[attr-defined]
-            for opt in optimizers
-            if opt is not None
-        )
+        for ref in self._optimizers:
+            opt: Any = ref()
+            if opt is not None and opt.needs_hessian and opt.param_groups[0]["hvp"] == "autograd":
+                return True
+        return False
 
     def also(self, call: _Call) -> None:
         """Have been told of a module around the model, too."""
@@ -86,24 +85,28 @@ class _Call:
         call = module._call_impl if self.compiled is None else self.compiled
         if getattr(_thread, "told", ()) == self.told:  # decided when the module around it was called
             return call(*args, **kwargs)
-        with _within(self.told, module.training) as due:
-            return (module._call_impl if due else call)(*args, **kwargs)
+        return _call_within(self.told, module.training, call, module._call_impl, args, kwargs)
 
     def __reduce__(self) -> tuple[type, tuple]:
         return type(None), ()
 
 
-@contextlib.contextmanager
-def _within(told: tuple[Told, ...], training: bool) -> Iterator[bool]:
-    """Surround the call of a module that was told: in the mode if curvature is due, which it yields."""
+def _call_within(
+    told: tuple[Told, ...],
+    training: bool,
+    call: Callable[..., Any],
+    in_mode: Callable[..., Any],
+    args: Any,
+    kwargs: Any,
+) -> Any:
+    """Call a module that was told: as ``in_mode`` in the mode if curvature is due, or else as ``call``."""
     within, _thread.told = getattr(_thread, "told", ()), told
     try:
         kept = training and torch.is_grad_enabled() and not torch._C._get_tracing_state()
-        if kept and not on() and not off() and any(each.due() for each in told):
-            with Mode():
-                yield True
-        else:
-            yield False
+        if not (kept and any([each.due() for each in told]) and not on() and not off()):  # noqa: C419  faster
+            return call(*args, **kwargs)
+        with Mode():
+            return in_mode(*args, **kwargs)
     finally:
         _thread.told = within
 
@@ -121,8 +124,8 @@ class _Compiled:
     def _call(self, compiled: Any, *args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_compiling():
             return compiled._call_impl(*args, **kwargs)
-        with _within(_told[compiled], compiled._orig_mod.training):
-            return compiled._call_impl(*args, **kwargs)
+        call = compiled._call_impl
+        return _call_within(_told[compiled], compiled._orig_mod.training, call, call, args, kwargs)
 
 
 @functools.cache

@@ -45,23 +45,33 @@ _known: set[tuple[Any, ...]] = set()  # kinds of Functions that are complete
 _helpers: set[type] = set()  # what their backward is made of, which nobody differentiates twice
 
 
-@contextlib.contextmanager
-def examined(graph: Graph) -> Iterator[list[str]]:
+class examined(treating):  # noqa: N801
     """Surround a backward pass that keeps its graph; what it yields says at the end what second derivatives lack.
 
     Args:
         graph: that of the loss.
     """
-    found = [problem for problem in (*map(_wrong, graph.wrong), *map(_cut, graph.functions)) if problem is not None]
-    later: list[tuple[Node, bool]] = []
-    handles = [node.register_hook(_Examination(node, graph, found, later)) for node in graph.functions]
-    try:
-        with treating(_Examined(graph, found)):
-            yield found
-    finally:
-        for handle in handles:
+
+    def __init__(self, graph: Graph) -> None:
+        self._graph, self._found, self._later = graph, list[str](), list[tuple[Node, bool]]()
+        super().__init__(_Examined(graph, self._found))
+
+    def __enter__(self) -> list[str]:  # type: ignore[override]
+        graph, found = self._graph, self._found
+        found += filter(None, (*map(_wrong, graph.wrong), *map(_cut, graph.functions)))
+        functions = graph.functions
+        self._handles = [n.register_hook(_Examination(n, graph, found, self._later)) for n in functions]
+        super().__enter__()
+        return found
+
+    def __exit__(self, kind: object, *error: object) -> None:  # type: ignore[override]
+        super().__exit__(kind, *error)
+        for handle in self._handles:
             handle.remove()
-    found += filter(None, (_computed_again(node, graph, whole=whole) for node, whole in later))
+        for node, whole in self._later if kind is None else ():
+            problem = _computed_again(node, self._graph, whole=whole)
+            if problem is not None:
+                self._found.append(problem)
 
 
 class Graphs(BackwardObserver):

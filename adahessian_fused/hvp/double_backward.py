@@ -15,8 +15,8 @@ from ..looks import requires_grad
 from .complete import examined, refuse
 from .errors import naming_the_operator
 from .graph import Graph, explore
-from .precision import Precision, second_pass
-from .treatment import without_hooks
+from .precision import NOTHING, Precision, second_pass
+from .treatment import are_hooked, without_hooks
 
 _PLAIN = {Tensor, torch.nn.Parameter}
 
@@ -97,7 +97,8 @@ def hessian_vector_product(
     Raises:
         RuntimeError: an operator of the model cannot be differentiated twice; the message names it and the ways out.
     """
-    with naming_the_operator("autograd"), second_pass(precision, grads), without_hooks(params):
+    hooked = are_hooked(params)
+    with naming_the_operator("autograd"), second_pass(precision, grads), without_hooks(params) if hooked else NOTHING:
         found = _gradients(grads, params, z, retain_graph=retain_graph, create_graph=False)
     if any([h is not None and h._is_zerotensor() for h in found]):  # noqa: C419  faster than a generator
         # Autograd's zeros (of abs and sign, twice) have no memory.
@@ -133,10 +134,13 @@ def first_order(
         RuntimeError: a gradient, or a part of one, cannot be differentiated again.
     """
     check_loss(loss, gradient)
+    graph = graph or explore([loss])
+    seed = torch.ones_like(loss) if gradient is None else gradient
     with naming_the_operator("autograd"):
-        with examined(graph or explore([loss])) as found:
+        if not (graph.functions or graph.wrong or are_hooked(())):
+            return list(_gradients([loss], params, [seed], retain_graph=True, create_graph=True))
+        with examined(graph) as found:
             refuse(found)
-            seed = torch.ones_like(loss) if gradient is None else gradient
             grads = _gradients([loss], params, [seed], retain_graph=True, create_graph=True)
         refuse(found)
     return list(grads)

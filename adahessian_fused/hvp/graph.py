@@ -31,9 +31,13 @@ _roles: dict[type, int] = {}  # of nodes, by their type; those of Functions come
 
 def explore(roots: Iterable[Tensor]) -> Graph:
     """Return the graph that tensors have."""
-    # A loss may be a parameter itself.
-    graph = Graph(set(), [root for root in roots if root.grad_fn is None and root.requires_grad], [], [])
-    seen, found = graph.nodes, [root.grad_fn for root in roots if root.grad_fn is not None]
+    graph = Graph(set(), [], [], [])
+    seen, found = graph.nodes, list[Node]()
+    for root in roots:
+        if root.grad_fn is not None:
+            found.append(root.grad_fn)
+        elif root.requires_grad:  # a loss may be a parameter itself
+            graph.leaves.append(root)
     seen.update(found)
     while found:
         node = found.pop()

@@ -61,7 +61,8 @@ class BackwardObserver:
     def watch(self) -> None:
         """Begin."""
         global _original, _installed
-        _observers[id(self)] = self
+        key = id(self)
+        _observers[key] = weakref.ref(self, lambda _, pop=_observers.pop: pop(key, None))  # type: ignore[misc]
         if not _installed or torch.autograd.backward is _pytorchs:
             _original, torch.autograd.backward, _installed = torch.autograd.backward, _backward, True
 
@@ -85,7 +86,7 @@ class BackwardObserver:
         """Look after a pass that has not failed."""
 
 
-_observers: weakref.WeakValueDictionary[int, BackwardObserver] = weakref.WeakValueDictionary()  # a set would be slower
+_observers: dict[int, weakref.ref[BackwardObserver]] = {}  # weakref's own dicts take several times the time
 _original = _pytorchs = torch.autograd.backward
 _installed = False
 
@@ -101,12 +102,17 @@ def _backward(
     tensors: Any, grad_tensors: Any = None, retain_graph: bool | None = None, create_graph: bool = False, *args: Any,
     **kwargs: Any,
 ) -> None:  # fmt: skip
-    watching = [observer for ref in _observers.valuerefs() if (observer := ref()) is not None]
-    if not watching:  # they are all gone, without a word
+    if not _observers:  # they are all gone, without a word
         _give_back()
-    if not create_graph:
-        watching = [observer for observer in watching if not observer.of_graphs]
-    with contextlib.ExitStack() if watching else contextlib.nullcontext() as stack:
+    watching = []
+    for ref in list(_observers.values()):  # a copy: other threads begin to watch, too
+        observer = ref()
+        if observer is not None and (create_graph or not observer.of_graphs):
+            watching.append(observer)
+    if not watching:
+        _original(tensors, grad_tensors, retain_graph, create_graph, *args, **kwargs)
+        return
+    with contextlib.ExitStack() as stack:
         for observer in watching:
             stack.enter_context(observer.around(tensors, create_graph))
         _original(tensors, grad_tensors, retain_graph, create_graph, *args, **kwargs)

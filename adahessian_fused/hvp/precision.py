@@ -21,6 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..checks import warn
 
+NOTHING = contextlib.nullcontext()
 aten = torch.ops.aten
 Precision = torch.dtype | str
 _GOLDEN = 0.6180339887
@@ -39,7 +40,7 @@ def second_pass(precision: Precision | None, grads: Sequence[Tensor]) -> context
         UserWarning: once, if there is nothing to do: no product is in float32, or "tf32" on a CPU.
     """
     if precision is None:
-        return contextlib.nullcontext()
+        return NOTHING
     if precision == "tf32":
         if not any(g.is_cuda and g.dtype == torch.float32 for g in grads) and _first_time("tf32"):
             warn(

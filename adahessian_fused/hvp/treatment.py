@@ -12,6 +12,7 @@ import contextlib
 import functools
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 Hook = Callable[..., Any]
 
+_HOOKS = attrgetter("_backward_hooks")
 _KEY = __name__
 _OWN = (__package__.split(".")[0], "torch.distributed")  # whose hooks are no user's, and always called
 _retaining = WeakTensorKeyDictionary()  # tensors whose retain_grad() was called, by which thread
@@ -127,9 +129,10 @@ class treating:  # noqa: N801  a class costs every step less than a generator
         self._treatment = treatment
 
     def __enter__(self) -> None:
-        self._before = _present()
-        asked = _Asking.made or isinstance(self._treatment, Refused)
-        self._said = asked and not isinstance(self._before, Refused)
+        self._said = _Asking.made or isinstance(self._treatment, Refused)
+        if self._said:
+            self._before = _present()
+            self._said = not isinstance(self._before, Refused)
         if self._said:
             _say(self._treatment)
 
@@ -138,25 +141,35 @@ class treating:  # noqa: N801  a class costs every step less than a generator
             _say(self._before)
 
 
-@contextlib.contextmanager
-def without_hooks(params: Sequence[Tensor]) -> Iterator[None]:
+def are_hooked(params: Iterable[Tensor]) -> bool:
+    """Tell whether anything may be hooked in a graph with these leaves."""
+    return _Asking.made or bool(_retaining.data) or any(map(_HOOKS, params))
+
+
+class without_hooks(treating):  # noqa: N801
     """Surround a pass whose results are nobody's gradients: no hook is called, and ``retain_grad()`` retains nothing.
 
     Args:
         params: leaves of the graph, whose hooks may be older than the import of this package.
     """
-    silenced = [(p._backward_hooks, dict(p._backward_hooks)) for p in params if p._backward_hooks]
-    retaining = _retaining.items() if _retaining.data else ()
-    retained = [(t, t.grad) for t, thread in list(retaining) if thread == threading.get_ident()]
-    for hooks, _ in silenced:
-        hooks.clear()
-    try:
-        with treating(Skipped()):
-            yield
-    finally:
-        for hooks, kept in silenced:
+
+    def __init__(self, params: Sequence[Tensor]) -> None:
+        super().__init__(Skipped())
+        self._params = params
+
+    def __enter__(self) -> None:
+        self._silenced = [(p._backward_hooks, dict(p._backward_hooks)) for p in self._params if p._backward_hooks]
+        retaining, thread = list(_retaining.items()) if _retaining.data else (), threading.get_ident()
+        self._retained = [(t, t.grad) for t, by in retaining if by == thread] if retaining else ()
+        for hooks, _ in self._silenced:
+            hooks.clear()
+        super().__enter__()
+
+    def __exit__(self, *error: object) -> None:
+        super().__exit__(*error)
+        for hooks, kept in self._silenced:
             hooks.update(kept)
-        for t, grad in retained:
+        for t, grad in self._retained:
             if t.grad is not grad:
                 t.grad = None if grad is None else grad.detach()
 
@@ -190,7 +203,9 @@ def run_accumulated(leaves: Sequence[Tensor], grads: Sequence[Tensor | None], *,
         own: this package's and torch.distributed's, too.
     """
     hooked = [p for p, g in zip(leaves, grads, strict=True) if g is not None and p._post_accumulate_grad_hooks]
-    with torch.no_grad() if hooked else contextlib.nullcontext():
+    if not hooked:
+        return
+    with torch.no_grad():
         for p in hooked:
             for hook in list(p._post_accumulate_grad_hooks.values()):
                 if own or not _is_own(hook):

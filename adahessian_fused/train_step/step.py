@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import logging
 import time
@@ -19,7 +18,7 @@ from torch.optim import Optimizer
 from .. import hvp, sharing
 from ..checks import fits, warn
 from ..fraction import flatten
-from ..hessian_step import HessianStep
+from ..hessian_step import HessianStep, passing
 from ..optimizer import AdaHessian
 from .derivatives import Constant, Derivatives, LossModule, OfModel, StepSpec
 from .graph import Graph, Memories
@@ -210,13 +209,13 @@ class TrainStep:
             )
         opt = self.optimizer
         opt.zero_grad()
-        trained = [p for _, p in opt.layout.trained()]
+        trained = opt.layout.trained()
         if not trained:
             raise RuntimeError("no parameter of the optimizer requires grad")
         seen = self._look()
         params = [*trained, *self._others(trained, seen, batch)]
         steps = [opt.coming_step, *sharing.joining([opt.coming_step], params)]
-        place = {id(p): i for i, p in enumerate(p for step in steps for _, p in step.layout.trained())}
+        place = {id(p): i for i, p in enumerate(p for step in steps for p in step.layout.trained())}
         params.sort(key=lambda p: place.get(id(p), len(place)))  # as each optimizer has its own
         scale = None
         if self.grad_scaler is not None and self.grad_scaler.is_enabled():
@@ -241,9 +240,7 @@ class TrainStep:
                 f"parameters of shape {shapes} are the optimizer's, but not in model or "
                 "loss_fn, and nothing would be trained; expected an optimizer of parameters that the loss depends on"
             )
-        with torch.no_grad(), contextlib.ExitStack() as stack:
-            for step in steps[1:]:
-                stack.enter_context(step.passing())
+        with torch.no_grad(), passing([step for step in steps[1:] if step.is_due]):
             others = [g if g is None else g.clone() for g in others]  # of a captured graph, which writes to its own
             opt.coming_step.take([*params, *given], [*own, *others], *probes.of(0, found))
             for number, step in enumerate(steps[1:], start=1):
