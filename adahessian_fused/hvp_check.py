@@ -97,7 +97,7 @@ class StrategyCheck:
             return "WRONG for this model", ""
         if self.kinks:
             return f"cannot tell: {', '.join(self.kinks)}", ""
-        return "can be trusted" if self.pays else "can be trusted, gains nothing here", ""
+        return "can be trusted" if self.pays else "can be trusted, no gain", ""
 
 
 @dataclass(frozen=True)
