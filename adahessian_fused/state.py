@@ -36,7 +36,15 @@ class Source(NamedTuple):
 
 ADAM = Source("Adam's family")
 _RULES = ("block_size", "averaging")
-_DEFAULTS = {**recipes.cheap, "block_size": "auto", "off_step": "hold"}  # which a user may have left as they are
+_DEFAULTS = {  # which a user may have left as they are
+    "block_size": "auto",
+    "averaging": "abs",
+    "warmup": 20,
+    "clip": 1.0,
+    "nesterov": True,
+    "cautious": True,
+    "off_step": "hold",
+}
 _SOURCES = {
     "hessian_step": Source(),
     "hessian step": Source(
