@@ -9,10 +9,12 @@ import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
 
-from adahessian_fused import AdaHessian, curvature_friendly
+from adahessian_fused import AdaHessian, curvature_friendly, recipes
 
 STEPS, TAIL, BATCH = 100, 10, 32
-CHEAPER = ((1, 0.25), (5, 1.0), (5, 0.25), (10, 1.0), (10, 0.25))  # how often, of which part of the batch
+CHEAPER = [
+    {"update_each": f, "hessian_fraction": r} for f, r in ((1, 0.25), (5, 1.0), (5, 0.25), (10, 1.0), (10, 0.25))
+]
 
 
 class RareIds(nn.Module):
@@ -82,10 +84,10 @@ TASKS = {"rare_ids": RareIds, "transformer": Copies, "resnet8": Residual}
 
 
 @functools.cache
-def losses(task: str, frequency: int, fraction: float) -> list[float]:
+def losses(task: str, **options: float) -> list[float]:
     torch.manual_seed(0)
     model = TASKS[task]()
-    opt = AdaHessian(model, seed=0, update_each=frequency, hessian_fraction=fraction)
+    opt = AdaHessian(model, seed=0, **options)
     curvature_friendly(model, opt)
     found = []
     for _ in range(STEPS):
@@ -97,9 +99,11 @@ def losses(task: str, frequency: int, fraction: float) -> list[float]:
 
 
 @pytest.mark.parametrize("task", TASKS)
-@pytest.mark.parametrize(("frequency", "fraction"), CHEAPER)
-def test_trains_as_with_exact_curvature(task, frequency, fraction):
-    exact, found = losses(task, 1, 1.0), losses(task, frequency, fraction)
+@pytest.mark.parametrize(
+    "options", [*CHEAPER, {"lr": 0.3, **recipes.cheap}, {"lr": 0.3, **recipes.cheap, "hessian_fraction": 0.25}], ids=str
+)
+def test_trains_as_with_exact_curvature(task, options):
+    exact, found = losses(task), losses(task, **options)
     fall, exact_fall = (values[0] - sum(values[-TAIL:]) / TAIL for values in (found, exact))
     assert max(found) < 1.5 * found[0], "the start is wild"
     assert exact_fall > 0.15 * exact[0], "nothing is learnt"
