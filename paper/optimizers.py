@@ -9,16 +9,19 @@ from torch import Tensor
 
 from adahessian_fused import AdaHessian, recipes
 
+from .cautious_adamw import CautiousAdamW
 from .run import Setup
 from .task import Batch, Task
 
 EPS = 1e-4  # of AdaHessian, as published
 OURS, CHEAP, SIGNED, SOPHIA = "AdaHessian", "AdaHessian, cheap", "AdaHessian, Eq. 7", "Sophia's rule"
+CAUTIOUS = "AdamW, the recipe's momentum"
 EXACT = {**recipes.published, "averaging": "abs", "warmup": 20, "clip": 1.0, "update_each": 1}
 SETUPS = {
     "SGD": Setup("SGD"),
     "AdaGrad": Setup("AdaGrad"),
     "AdamW": Setup("AdamW"),
+    CAUTIOUS: Setup("CautiousAdamW"),
     SOPHIA: Setup(  # Liu et al. 2023: elements of m / h cut at rho = 0.05, curvature on every tenth step
         OURS,
         {
@@ -45,6 +48,8 @@ def make(setup: Setup, lr: float, seed: int, task: Task, params: Iterable[Tensor
         return torch.optim.Adagrad(params, lr, weight_decay=decay)
     if setup.optimizer == "AdamW":
         return torch.optim.AdamW(params, lr, task.betas, weight_decay=decay, fused=True)
+    if setup.optimizer == "CautiousAdamW":
+        return CautiousAdamW(params, lr, task.betas, weight_decay=decay)
     return AdaHessian(
         params, lr, task.betas, EPS, decay, **{"block_size": task.block_size, "seed": seed, **setup.options}
     )

@@ -9,14 +9,13 @@ from typing import Any
 
 import torch
 
+from .optimizers import OURS, SETUPS
 from .plan import Extent, Planner, runs_of
 from .results import Results
 from .run import Run
 from .step_time import StepTimes, measure
 from .tasks import Spec, make
 from .training import train
-
-FIRST_ORDER = ("SGD", "AdaGrad", "AdamW")
 
 
 def one_thread() -> None:
@@ -33,7 +32,8 @@ def work(spec: Spec, run: Run) -> dict[str, Any]:
 def calibrate(spec: Spec, extent: Extent, rounds: int) -> StepTimes:
     """Step times, in a worker."""
     task = make(spec)
-    return measure(task, [name for name in FIRST_ORDER if name in task.learning_rates], extent.fractions, rounds)
+    first_order = [SETUPS[name].optimizer for name in task.learning_rates if SETUPS[name].optimizer != OURS]
+    return measure(task, first_order, extent.fractions, rounds)
 
 
 class Pool:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from bench.table import markdown
 
-from ..optimizers import CHEAP, OURS, SETUPS, SIGNED, SOPHIA
+from ..optimizers import CAUTIOUS, CHEAP, OURS, SETUPS, SIGNED, SOPHIA
 from ..plan import IN_TIME, Extent
 from ..tasks import MAKERS
 from . import judged, tables
@@ -28,8 +28,10 @@ size: `python -m paper resnet20 --data cifar10 --root DIR`, `nmt --data iwslt14`
   best. Where a run takes minutes the trials are shorter ones of the grid alone.
 * **Rows.** *{OURS}* is Algorithm 1 with |D| averaged over the blocks, as by the code from which the paper's tables
   come, and with bounds on the first steps and the longest elements ([settings](settings.md#the-start)). *{CHEAP}* is
-  `recipes.cheap`, this package's defaults with curvature on every 20th step and a closer bound: beside all that, Nesterov's
-  momentum and cautious steps. *{SIGNED}* is the paper as it is written, `recipes.published`: signed averages, no bounds.
+  `recipes.cheap`, this package's defaults with curvature on every 20th step and a closer bound: beside all that,
+  Nesterov's momentum and cautious steps. *{CAUTIOUS}* has these two rules without curvature
+  ([code](../paper/cautious_adamw.py)). *{SIGNED}* is the paper as it is written, `recipes.published`: signed averages,
+  no bounds.
   *{SOPHIA}* (Liu et al. 2023) is `AdaHessian(..., {tables.options(SETUPS[SOPHIA], 0)[6:]})`.
 * **Cells** are the mean and the standard deviation of the test score over the seeds. † marks cells in which the
   last training losses of a run are above its first; "diverged" means a loss that is not finite, or a perplexity above

@@ -15,7 +15,7 @@ from examples.data import DataError, Dataset, load_cifar10, load_digits, pixel_s
 from examples.resnet import MODELS
 
 from .. import schedules
-from ..optimizers import CHEAP, OURS, SIGNED, SOPHIA
+from ..optimizers import CAUTIOUS, CHEAP, OURS, SIGNED, SOPHIA
 from ..task import Batch, Task
 
 VALIDATION_SHARE = 0.2
@@ -55,7 +55,7 @@ class Images(Task):
     weight_decay = 5e-4
     learning_rates: ClassVar = {
         "SGD": (0.01, 0.03, 0.1, 0.3),
-        "AdamW": (0.001, 0.003, 0.01, 0.03),
+        **dict.fromkeys(("AdamW", CAUTIOUS), (0.001, 0.003, 0.01, 0.03)),
         **dict.fromkeys((SIGNED, SOPHIA, OURS, CHEAP), (0.015, 0.05, 0.15, 0.5)),
     }
 

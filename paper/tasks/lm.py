@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from .. import schedules
 from ..data.text import python_library, python_topics, read
 from ..models.transformer import Encoder, Size
-from ..optimizers import CHEAP, OURS, SIGNED, SOPHIA
+from ..optimizers import CAUTIOUS, CHEAP, OURS, SIGNED, SOPHIA
 from ..task import Batch, Task
 
 SMALL = Size(width=64, hidden=128, heads=4, layers=2, dropout=0.1)
@@ -33,7 +33,7 @@ class Language(Task):
     tables = ("optimizers", "frontier")
     learning_rates: ClassVar = {
         "SGD": (0.03, 0.1, 0.3, 1.0),
-        "AdamW": (0.001, 0.003, 0.01, 0.03),
+        **dict.fromkeys(("AdamW", CAUTIOUS), (0.001, 0.003, 0.01, 0.03)),
         SIGNED: (0.005, 0.015, 0.05, 0.15),
         **dict.fromkeys((SOPHIA, OURS, CHEAP), (0.05, 0.15, 0.5, 1.5)),
     }
@@ -83,7 +83,7 @@ class Bytes(Language):
     name, title, tables = "gpt", "byte-level GPT", ("optimizers",)
     learning_rates: ClassVar = {
         "SGD": (0.03, 0.1, 0.3, 1.0),
-        "AdamW": (0.0003, 0.001, 0.003, 0.01),
+        **dict.fromkeys(("AdamW", CAUTIOUS), (0.0003, 0.001, 0.003, 0.01)),
         **dict.fromkeys((SOPHIA, OURS, CHEAP), (0.015, 0.05, 0.15, 0.5)),
     }
     tuning_steps = 250

@@ -16,7 +16,7 @@ from .. import schedules
 from ..data.files import DataError
 from ..data.sentences import MASK, RULES, SPECIAL, by_rule, padded, words_of
 from ..models.transformer import Classifier, Encoder, Size
-from ..optimizers import CHEAP, OURS, SIGNED, SOPHIA
+from ..optimizers import CAUTIOUS, CHEAP, OURS, SIGNED, SOPHIA
 from ..task import Batch, Task
 
 SMALL = Size(width=64, hidden=128, heads=4, layers=2, dropout=0.1)
@@ -35,7 +35,7 @@ class Acceptability(Task):
     tables = ("optimizers", "frontier")
     learning_rates: ClassVar = {
         "SGD": (0.01, 0.03, 0.1, 0.3),
-        "AdamW": (0.0003, 0.001, 0.003, 0.01),
+        **dict.fromkeys(("AdamW", CAUTIOUS), (0.0003, 0.001, 0.003, 0.01)),
         SIGNED: (0.005, 0.015, 0.05, 0.15),
         **dict.fromkeys((SOPHIA, OURS, CHEAP), (0.015, 0.05, 0.15, 0.5)),
     }

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from .. import schedules
 from ..data.parallel import END, PAD, START, from_grammar, read
 from ..models.transformer import EncoderDecoder, Size
-from ..optimizers import CHEAP, OURS, SIGNED, SOPHIA
+from ..optimizers import CAUTIOUS, CHEAP, OURS, SIGNED, SOPHIA
 from ..task import Batch, Task
 
 SMALL = Size(width=64, hidden=128, heads=4, layers=1, dropout=0.1)
@@ -28,7 +28,7 @@ class Translation(Task):
     tables = ("optimizers", "lr_scaling", "block_size", "frontier")
     learning_rates: ClassVar = {
         "SGD": (0.03, 0.1, 0.3, 1.0),
-        "AdamW": (0.001, 0.003, 0.01, 0.03),
+        **dict.fromkeys(("AdamW", CAUTIOUS), (0.001, 0.003, 0.01, 0.03)),
         SIGNED: (0.005, 0.015, 0.05, 0.15),
         **dict.fromkeys((SOPHIA, OURS, CHEAP), (0.05, 0.15, 0.5, 1.5)),
     }

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from .. import schedules
 from ..data.clicks import N_DENSE, N_SPARSE, SIZES, generate, in_order, read_criteo
 from ..models.dlrm import Dlrm
-from ..optimizers import CHEAP, OURS, SIGNED, SOPHIA
+from ..optimizers import CAUTIOUS, CHEAP, OURS, SIGNED, SOPHIA
 from ..task import Batch, Task
 
 N_TRAIN, N_HELD = 60_000, 20_000
@@ -33,7 +33,7 @@ class Recommendation(Task):
     learning_rates: ClassVar = {
         "SGD": (0.03, 0.1, 0.3, 1.0),
         "AdaGrad": (0.03, 0.1, 0.3, 1.0),
-        "AdamW": (0.001, 0.003, 0.01, 0.03),
+        **dict.fromkeys(("AdamW", CAUTIOUS), (0.001, 0.003, 0.01, 0.03)),
         **dict.fromkeys((SIGNED, SOPHIA, OURS, CHEAP), (0.015, 0.05, 0.15, 0.5)),
     }
 
