@@ -51,9 +51,10 @@ them, that is 1.1 first-order steps by matrix products, and a little more where 
 *Better* and *worse* are differences to AdamW in the test score, seed by seed, whose 95 % interval leaves out zero;
 *even* is all else. Rows "{IN_TIME[2:]}" have as many steps, with their own, shorter schedule, as fit into AdamW's time
 by matrix products; a row counts as one in AdamW's time if its measured time is at most {judged.SLACK:g} times AdamW's.
-The verdicts below are on the recipe and on Algorithm 1 with exact curvature; Eq. 7 and Sophia's rule are beside them
-to compare with. AdamW is PyTorch's: by the recipe's rules of momentum it would be better, too
-([design](design.md#decisions)). † marks cells in which the last training losses of a run are above its first.
+The verdicts below are on the recipe and on Algorithm 1 with exact curvature; Eq. 7 and Sophia's rule are beside them to
+compare with. AdamW is PyTorch's. *{CAUTIOUS}* ([code](../paper/cautious_adamw.py)) tells how much of
+the recipe's gain its rules of momentum have without curvature. † marks cells in which the last training losses of a run
+are above its first.
 
 **Time** is the steps with and without curvature times the median time of each, measured apart from training: all kinds
 take turns, one thread, processor time. When these files were made wall-clock time was {{wall}} times that.

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from ..optimizers import CHEAP, OURS, SIGNED
+from ..optimizers import CAUTIOUS, CHEAP, OURS, SIGNED
 from ..plan import IN_TIME
 from .outcome import Difference, Outcome, Runs
 
@@ -176,6 +176,10 @@ def goal(outcomes: Mapping[str, Outcome]) -> list[str]:
     def judges(label: str, word: str) -> str:
         return those(lambda _, found: label in found and (d := found[label].gain) is not None and d.verdict == word)
 
+    def beside(word: str) -> str:
+        pairs = {o: (found[CHEAP].runs, found[CAUTIOUS].runs) for o, found in known.items() if CAUTIOUS in found}
+        return those(lambda o, _: o in pairs and (d := o.difference(*pairs[o])) is not None and d.verdict == word)
+
     short = CHEAP + IN_TIME
     winners = those(lambda _, found: short in found and found[short].in_time and found[short].better)
     diverged = those(lambda o, found: o.diverged(found[CHEAP].runs) > o.diverged(found["AdamW"].runs))
@@ -185,4 +189,5 @@ def goal(outcomes: Mapping[str, Outcome]) -> list[str]:
         f"Better than AdamW in AdamW's steps: {judges(CHEAP, 'better')}.",
         f"Worse than AdamW in AdamW's steps: {judges(CHEAP, 'worse')}.",
         f"Diverged in more seeds than AdamW: {diverged}.",
+        f"Beside *{CAUTIOUS}*, in as many steps: better in {beside('better')}; worse in {beside('worse')}.",
     ]
