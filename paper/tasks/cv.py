@@ -69,7 +69,8 @@ class Images(Task):
         self.data = f"{data}, {len(self.dataset.train_y):,} training images of {height} x {width}"
         self.tables = ("optimizers", "frontier") if small else ("optimizers",)
         if not small:
-            self.learning_rates = {name: rates for name, rates in self.learning_rates.items() if name != SIGNED}
+            peers = (CAUTIOUS, SIGNED)  # which the smaller tasks have
+            self.learning_rates = {name: rates for name, rates in self.learning_rates.items() if name not in peers}
 
     @property
     def tuning_steps(self) -> int:
